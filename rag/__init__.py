@@ -1,0 +1,1 @@
+"""A laboratory for retrieval-augmented generation in JAX: files in, grounded and cited answers out."""

@@ -1,0 +1,98 @@
+"""What the stages hand to one another: frozen records without logic, and the one error a person sees.
+
+    files -> Document -> Chunk -> (vectors, index) -> Hit -> Context(Source ...) -> Answer
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class UserError(Exception):
+    """Bad input, told in one sentence: what is wrong, where, and what to do about it.
+
+    Scripts print the sentence without a traceback and exit with status 2. Anything else that is raised is a
+    bug of ours and keeps its traceback.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One loaded file or dataset entry; every character span of the project points into its `text`."""
+
+    id: str  # unique in its corpus: the path relative to the corpus root, or the dataset's own id
+    path: str  # what a reader is shown as the source
+    text: str  # the extracted and cleaned text
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A passage that is embedded and retrieved as one; `text == document.text[start:end]`."""
+
+    id: str  # "<document id>:<start>-<end>"
+    document_id: str
+    path: str
+    start: int  # characters, inclusive
+    end: int  # characters, exclusive
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A retrieved chunk and its score (cosine for the dense index); higher is better."""
+
+    chunk: Chunk
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A passage as the prompt shows it, under its citation number `[n]`, n from 1."""
+
+    n: int
+    path: str
+    start: int
+    end: int
+    score: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The passages that fit the token budget, in prompt order."""
+
+    sources: tuple[Source, ...]
+    tokens: int  # of the rendered passages, by the generator's tokenizer
+    dropped: int = 0  # passages left out, or cut short, because the budget was full
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat turn, in the roles that chat templates know."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where an answer's time went, in seconds, and its tokens."""
+
+    retrieve_s: float
+    prefill_s: float
+    decode_s: float
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished answer with the sources it was shown."""
+
+    question: str
+    answer: str
+    abstained: bool  # nothing relevant was retrieved, so no model was asked
+    sources: tuple[Source, ...]
+    timings: Timings
+    notices: Sequence[str] = field(default=())  # what the reader should know: a trimmed context, a full budget
