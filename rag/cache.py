@@ -1,0 +1,208 @@
+"""Content keys, locks and atomic files: the one cache that every stage shares.
+
+Three rules keep it honest. A key is made of contents, never of names, so a stale result cannot be found. A file
+or folder appears whole or not at all, so a killed process leaves nothing that looks finished. Writers of one
+entry take its lock, so two processes never do the same work into the same place.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import struct
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+_READ_BYTES = 1 << 20
+# A file changed this recently could change again without a new mtime on a coarse clock: hash it, don't remember it.
+_RACY_NS = 2_000_000_000
+
+
+def cache_root() -> Path:
+    """The cache folder, made on demand: $RAG_CACHE, or ~/.cache/rag-jax."""
+    chosen = os.environ.get("RAG_CACHE")
+    root = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "rag-jax"
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def content_key(*parts: object) -> str:
+    """SHA-256 (64 hex digits) of a canonical, typed encoding of the parts.
+
+    Takes None, bool, int, float, str, bytes, lists and tuples (alike), dicts (in any order) and dataclasses (by
+    their class's name and fields), nested at will; 1, 1.0, "1" and True all differ, as do -0.0 and 0.0. Raises
+    TypeError for anything else: a path or an array has to be turned into what identifies its content first.
+    """
+    return hashlib.sha256(_encode(parts)).hexdigest()
+
+
+def _encode(value: object) -> bytes:
+    """Tag, payload length, payload: no two different values share an encoding."""
+    tag, payload = _tagged(value)
+    return tag + struct.pack(">Q", len(payload)) + payload
+
+
+def _tagged(value: object) -> tuple[bytes, bytes]:
+    match value:
+        case None:
+            return b"n", b""
+        case bool():  # before int: True is an int
+            return b"b", b"1" if value else b"0"
+        case int():
+            return b"i", str(int(value)).encode()
+        case float():  # one NaN, whatever its payload bits
+            return b"f", struct.pack(">d", math.nan if math.isnan(value) else value)
+        case str():
+            return b"s", str(value).encode("utf-8", "surrogatepass")
+        case bytes():
+            return b"y", value
+        case list() | tuple():
+            return b"l", b"".join(_encode(item) for item in value)
+        case dict():
+            return b"d", b"".join(sorted(_encode(key) + _encode(item) for key, item in value.items()))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = type(value)
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return b"c", _encode(f"{kind.__module__}.{kind.__qualname__}") + _encode(fields)
+    raise TypeError(f"content_key takes plain values and dataclasses, not {type(value).__name__}")
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes (64 hex digits), remembered by path, size, mtime and inode.
+
+    A large file is read once; a changed or replaced one is read again. Raises OSError as open() does.
+    """
+    path = Path(path).resolve()
+    stat = path.stat()
+    memory = cache_root() / "sha256" / content_key(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads(memory.read_text())["sha256"]
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    after = path.stat()
+    unchanged = (after.st_size, after.st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    if unchanged and time.time_ns() - stat.st_mtime_ns > _RACY_NS:
+        with atomic_file(memory, "w") as file:
+            json.dump({"path": str(path), "sha256": digest.hexdigest()}, file)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path` + ".lock" against other processes and threads; waits for it.
+
+    Not reentrant. The kernel releases it when the holder dies. The lock file stays: removing it would let two
+    waiters lock two different files of the same name.
+    """
+    lock = Path(f"{path}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file releases the lock
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that appears at `path` whole when the block ends, or not at all if it raises.
+
+    Replaces an existing file; makes the parent folders. `mode` is "wb" or "w" (UTF-8, newlines as written).
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"atomic_file writes whole files, mode 'w' or 'wb', not {mode!r}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        with open(temporary, mode.replace("w", "x"), **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends, or is removed if it raises.
+
+    Raises FileExistsError when something is at `path` already, at the start or by the end.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _must_not_exist(path)
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, files in os.walk(temporary):
+            for name in files:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        _must_not_exist(path)  # rename would silently replace an empty folder
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise FileExistsError(errno.EEXIST, "appeared while it was being written", str(path)) from error
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(path.parent)
+
+
+def enable_compilation_cache() -> None:
+    """Keep every compiled program on disk, so that a second process does not compile it again.
+
+    The folder is JAX_COMPILATION_CACHE_DIR if set, else one of the cache per kind of processor: XLA compiles for
+    the instructions of the machine it runs on, and a home folder may be shared by several.
+    """
+    import jax  # here, not above: most users of this file need no JAX
+
+    if not jax.config.jax_compilation_cache_dir:
+        folder = cache_root() / "xla" / content_key(platform.machine(), _processor())[:16]
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _processor() -> str:
+    """The processor's model and instruction sets as Linux lists them, or its name elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features")))
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
+
+
+def _must_not_exist(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "already exists", str(path))
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
