@@ -1,8 +1,8 @@
 """Content keys, locks and atomic files: the one cache that every stage shares.
 
-Three rules keep it honest. A key is made of contents, never of names, so a stale result cannot be found. A file
-or folder appears whole or not at all, so a killed process leaves nothing that looks finished. Writers of one
-entry take its lock, so two processes never do the same work into the same place.
+Three rules keep it honest. A key is made of contents, never of names, so a stale result cannot be found. A
+file or folder appears whole or not at all, so a killed process leaves nothing that looks finished. Writers of
+one entry take its lock, so two processes never do the same work into the same place.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 _READ_BYTES = 1 << 20
-# A file changed this recently could change again without a new mtime on a coarse clock: hash it, don't remember it.
+# A file changed this recently could change again under the same mtime on a coarse clock: don't remember it.
 _RACY_NS = 2_000_000_000
 
 
@@ -38,9 +38,9 @@ def cache_root() -> Path:
 def content_key(*parts: object) -> str:
     """SHA-256 (64 hex digits) of a canonical, typed encoding of the parts.
 
-    Takes None, bool, int, float, str, bytes, lists and tuples (alike), dicts (in any order) and dataclasses (by
-    their class's name and fields), nested at will; 1, 1.0, "1" and True all differ, as do -0.0 and 0.0. Raises
-    TypeError for anything else: a path or an array has to be turned into what identifies its content first.
+    Takes None, bool, int, float, str, bytes, lists and tuples (alike), dicts (in any order) and dataclasses
+    (by their class's name and fields), nested at will; 1, 1.0, "1" and True all differ, as do -0.0 and 0.0.
+    Raises TypeError for anything else: a path or an array must first be turned into what identifies it.
     """
     return hashlib.sha256(_encode(parts)).hexdigest()
 
@@ -158,7 +158,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             os.rename(temporary, path)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise FileExistsError(errno.EEXIST, "appeared while it was being written", str(path)) from error
+                raise FileExistsError(errno.EEXIST, "appeared meanwhile", str(path)) from error
             raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -169,8 +169,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 def enable_compilation_cache() -> None:
     """Keep every compiled program on disk, so that a second process does not compile it again.
 
-    The folder is JAX_COMPILATION_CACHE_DIR if set, else one of the cache per kind of processor: XLA compiles for
-    the instructions of the machine it runs on, and a home folder may be shared by several.
+    The folder is JAX_COMPILATION_CACHE_DIR if set, else one of the cache per kind of processor: XLA compiles
+    for the instructions of the machine it runs on, and a home folder may be shared by several.
     """
     import jax  # here, not above: most users of this file need no JAX
 
