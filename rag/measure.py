@@ -1,0 +1,208 @@
+"""Honest measuring: alternating timings, this machine's roofs, and the record of where a figure came from.
+
+A figure alone says little on a shared machine. So rivals are timed in turns (A B A B ...), which spreads a slow
+minute over all of them, their ratio is what is quoted, and every file of results carries `environment()`.
+"""
+
+import functools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+# Instruction sets that decide how fast array code can be; the rest of a processor's flags is noise.
+_SIMD = ("sse4", "ssse3", "avx", "fma", "f16c", "amx", "neon", "asimd", "sve", "i8mm", "bf16", "dotprod")
+_GEMM_SIZE = 2048
+_READ_BYTES = 512 << 20  # beyond any cache
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of one call: the median, the fastest and the slowest of `repeats`."""
+
+    median: float
+    minimum: float
+    maximum: float
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One case of a benchmark: our figures by name, each peer's, and how many times better we are than each."""
+
+    case: str
+    ours: Mapping[str, float]
+    peers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    ratio: Mapping[str, float] = field(default_factory=dict)  # peer -> above 1 when ours is better
+
+
+def alternate(
+    rivals: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1
+) -> dict[str, Timing]:
+    """Time the callables in turns and return each one's Timing.
+
+    What a call returns is waited for (jax.block_until_ready, so any pytree or none will do). The first `warmup`
+    rounds, where programs compile and memory is touched for the first time, do not count.
+    """
+    import jax
+
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for turn in range(warmup + repeats):
+        for name, call in rivals.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(statistics.median(s), min(s), max(s), repeats) for name, s in seconds.items()}
+
+
+def ratio(ours: Timing, peer: Timing) -> float:
+    """How many times faster we are, by the medians: above 1 means that ours is faster."""
+    return peer.median / ours.median
+
+
+def gemm_roof() -> float:
+    """The float32 matrix product's best rate on the default device, in FLOP/s."""
+    import jax
+    import jax.numpy as jnp
+
+    square = jnp.ones((_GEMM_SIZE, _GEMM_SIZE), jnp.float32)
+    product = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
+    timing = alternate({"gemm": lambda: product(square, square)}, repeats=7)["gemm"]
+    return 2 * _GEMM_SIZE**3 / timing.minimum
+
+
+def read_roof() -> float:
+    """The default device's best memory read rate, in bytes/s: a matrix-vector product larger than any cache."""
+    import jax
+    import jax.numpy as jnp
+
+    width = 1024
+    matrix = jnp.ones((_READ_BYTES // 4 // width, width), jnp.float32)
+    vector = jnp.ones((width,), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    timing = alternate({"read": lambda: product(matrix, vector)}, repeats=7)["read"]
+    return matrix.nbytes / timing.minimum
+
+
+def compiled_temp_bytes(fn: Callable[..., object], *args: object) -> int:
+    """Bytes of temporary memory that XLA plans for `fn(*args)`, beside its arguments and results."""
+    import jax
+
+    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def environment() -> dict[str, object]:
+    """The record that every JSON of ours carries: what code ran, on what, under which flags, how busy it was."""
+    import jax
+
+    return {
+        **_revision(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        **_cpu(),
+        "cores": _cores(),
+        "device": jax.devices()[0].device_kind,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "peak_memory_bytes": peak_memory_bytes(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _revision() -> dict[str, object]:
+    """The commit of this checkout and whether it was changed since; both None for an installed copy."""
+    root = Path(__file__).resolve().parent.parent
+    if not (
+        root / ".git"
+    ).exists():  # else git would answer for whatever repository we are installed inside of
+        return {"commit": None, "dirty": None}
+    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    changes = _output("git", "-C", str(root), "status", "--porcelain")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _cpu() -> dict[str, object]:
+    """The processor's name and its SIMD instruction sets: from Linux's /proc, else from macOS's sysctl."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        name = (
+            _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
+        )
+        words = (_output("sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features") or "").split()
+    else:
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        name = facts.get("model name") or platform.machine()
+        words = (facts.get("flags") or facts.get("Features") or "").split()  # x86, ARM
+    simd = sorted({word.lower() for word in words if any(part in word.lower() for part in _SIMD)})
+    return {"cpu": name, "cpu_flags": simd}
+
+
+def _cores() -> int:
+    """Cores that this process may use, which a container may limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, or None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def print_table(rows: Sequence[Row], title: str = "") -> None:
+    """Print the rows on stdout: a column for each figure of ours and of each peer, then the ratios."""
+    from rich.console import Console
+    from rich.table import Table
+
+    ours = _ordered(name for row in rows for name in row.ours)
+    peers = _ordered((peer, name) for row in rows for peer, figures in row.peers.items() for name in figures)
+    ratios = _ordered(peer for row in rows for peer in row.ratio)
+    table = Table(title=title or None, caption="ratio above 1: ours is better" if ratios else None)
+    table.add_column("case", overflow="fold")
+    for header in (
+        [f"ours\n{n}" for n in ours] + [f"{p}\n{n}" for p, n in peers] + [f"ratio to\n{p}" for p in ratios]
+    ):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        figures = [row.ours.get(name) for name in ours]
+        figures += [row.peers.get(peer, {}).get(name) for peer, name in peers]
+        figures += [row.ratio.get(peer) for peer in ratios]
+        table.add_row(row.case, *("-" if value is None else _short(value) for value in figures))
+    console = Console()
+    if not console.is_terminal:  # a log has no width: never fold a table that goes into one
+        console = Console(width=max(80, console.measure(table).maximum))
+    console.print(table)
+
+
+def _ordered(items):
+    return list(dict.fromkeys(items))
+
+
+def _short(value: float) -> str:
+    """Four significant digits, without an exponent below a million."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def bench_json(bench: str, rows: Sequence[Row]) -> str:
+    """The one JSON line of a benchmark: {"bench", "machine", "rows": [{"case", "ours", "peers", "ratio"}]}."""
+    record = {"bench": bench, "machine": environment(), "rows": [asdict(row) for row in rows]}
+    return json.dumps(record, allow_nan=False)
