@@ -1,0 +1,182 @@
+"""Weights in: safetensors and GGUF files -> NNX modules, by tables of names, strictly.
+
+A table is a sequence of `Rule`s, each from a tensor's name in the file to a parameter's path in the module;
+`{i}` stands for a layer number on both sides. A tensor that no rule knows, a parameter that no tensor fills and
+a tensor of another shape are errors: a model that loads is the model that was saved.
+
+Reading and dequantising a GGUF costs seconds, so what was read once is kept as one .npy file a parameter
+(float32, memory-mapped when it is read again) in the cache folder, under the source file's SHA-256.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+from rag import cache
+from rag.types import UserError
+
+M = TypeVar("M", bound=nnx.Module)
+
+CONVERTED_FORMAT = 1  # part of the cache's key: raise it when what `keep` writes changes meaning
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One row of a weight table."""
+
+    name: str  # in the file, with {i} for the layer
+    path: str | None  # in the module, dotted, with {i}; None: known, and not used
+    transform: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+def fill(module: M, tensors: Mapping[str, np.ndarray], table: Sequence[Rule], source: str) -> M:
+    """The abstract `module` (from `nnx.eval_shape`) with every parameter taken from `tensors`.
+
+    `source` names the checkpoint in errors. Raises UserError for unknown, missing and wrong-shape tensors.
+    """
+    graph, state = nnx.split(module)
+    wanted = {_dotted(path): leaf.get_value().shape for path, leaf in nnx.to_flat_state(state)}
+    found: dict[str, Any] = {}
+    unknown = []
+    for name in tensors:
+        rule, layer = _match(table, name)
+        if rule is None:
+            unknown.append(name)
+        elif rule.path is not None:
+            array = tensors[name]
+            found[rule.path.replace("{i}", layer)] = rule.transform(array) if rule.transform else array
+    missing = sorted(wanted.keys() - found.keys())
+    surplus = sorted(unknown) + sorted(found.keys() - wanted.keys())
+    if missing or surplus:
+        raise UserError(
+            f"{source} does not hold this architecture: {_some('missing', missing)}; {_some('unknown', surplus)}; "
+            "check that the checkpoint is complete and of a supported model family"
+        )
+    for path, shape in wanted.items():
+        if found[path].shape != shape:
+            raise UserError(
+                f"{source} holds {path} with shape {tuple(found[path].shape)} where its own configuration says "
+                f"{tuple(shape)}; the checkpoint is damaged or of another model"
+            )
+    flat = [(path, leaf.replace(found[_dotted(path)])) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return ".".join(map(str, path))
+
+
+def to_device(module: M, dtype: np.dtype) -> M:
+    """The module with its parameters on the default device; on CPU a memory-mapped float32 file is not copied."""
+    return jax.tree.map(
+        lambda a: jax.device_put(a if a.dtype == dtype else np.asarray(a, dtype), may_alias=True), module
+    )
+
+
+def _match(table: Sequence[Rule], name: str) -> tuple[Rule | None, str]:
+    for rule in table:
+        pattern = re.escape(rule.name).replace(r"\{i\}", r"(\d+)")
+        if found := re.fullmatch(pattern, name):
+            return rule, found.group(1) if found.groups() else ""
+    return None, ""
+
+
+def _some(what: str, names: Sequence[str]) -> str:
+    listed = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    return f"{len(names)} {what}{listed}"
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a .safetensors file, or of a folder with model.safetensors or a sharded model's index."""
+    from safetensors import SafetensorError
+    from safetensors.flax import load_file  # through flax: numpy alone has no bfloat16
+
+    tensors: dict[str, np.ndarray] = {}
+    for shard in _shards(path):
+        try:
+            tensors.update({name: np.asarray(array) for name, array in load_file(shard).items()})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read the weights in {shard} ({error}); fetch the file again") from error
+    return tensors
+
+
+def _shards(path: Path) -> Sequence[Path]:
+    if path.is_file():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    raise UserError(f"{path} holds neither model.safetensors nor model.safetensors.index.json; name a checkpoint folder")
+
+
+class GgufTensors(Mapping[str, np.ndarray]):
+    """The tensors of a GGUF file by name, dequantised to float32 one at a time, as they are asked for."""
+
+    def __init__(self, reader: Any):
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        import gguf
+
+        tensor = self._tensors[name]
+        try:
+            return gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        except NotImplementedError as error:
+            raise UserError(
+                f"tensor {name} is quantised as {tensor.tensor_type.name}, which the gguf library cannot "
+                "dequantise; take another quantisation of this model"
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], GgufTensors]:
+    """(metadata as plain Python values, tensors) of a GGUF file.
+
+    GGUF: github.com/ggml-org/ggml, docs/gguf.md. Raises UserError for a file that is none.
+    """
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError) as error:
+        raise UserError(f"cannot read {path} as GGUF ({error}); fetch the file again") from error
+    return {field.name: field.contents() for field in reader.fields.values()}, GgufTensors(reader)
+
+
+def keep(source: Path, convert: Callable[[Path], None]) -> Path:
+    """The cache's folder for what `convert(folder)` makes of `source`, made at most once for the same bytes."""
+    folder = cache.cache_root() / "converted" / cache.content_key(cache.file_sha256(source), CONVERTED_FORMAT)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with cache.locked(folder):
+            if not folder.exists():  # another process may have made it while this one waited
+                with cache.atomic_folder(folder) as unfinished:
+                    convert(unfinished)
+    return folder
+
+
+def save_module(module: nnx.Module, folder: Path) -> None:
+    """Write every parameter of `module` as `<dotted path>.npy`."""
+    for path, leaf in nnx.to_flat_state(nnx.state(module)):
+        np.save(folder / f"{_dotted(path)}.npy", leaf.get_value())
+
+
+def load_module(module: M, folder: Path) -> M:
+    """The abstract `module` with its parameters memory-mapped from `save_module`'s files."""
+    paths = [_dotted(path) for path, _ in nnx.to_flat_state(nnx.state(module))]
+    tensors = {path: np.load(folder / f"{path}.npy", mmap_mode="r") for path in paths}
+    return fill(module, tensors, [Rule(path, path) for path in paths], str(folder))
