@@ -1,7 +1,7 @@
 """Honest measuring: alternating timings, this machine's roofs, and the record of where a figure came from.
 
-A figure alone says little on a shared machine. So rivals are timed in turns (A B A B ...), which spreads a slow
-minute over all of them, their ratio is what is quoted, and every file of results carries `environment()`.
+A figure alone says little on a shared machine. So rivals are timed in turns (A B A B ...), which spreads a
+slow minute over all of them, their ratio is quoted, and every file of results carries `environment()`.
 """
 
 import functools
@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -37,7 +37,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One case of a benchmark: our figures by name, each peer's, and how many times better we are than each."""
+    """One case of a benchmark: our figures by name, each peer's, and how much better we are."""
 
     case: str
     ours: Mapping[str, float]
@@ -50,8 +50,8 @@ def alternate(
 ) -> dict[str, Timing]:
     """Time the callables in turns and return each one's Timing.
 
-    What a call returns is waited for (jax.block_until_ready, so any pytree or none will do). The first `warmup`
-    rounds, where programs compile and memory is touched for the first time, do not count.
+    What a call returns is waited for (jax.block_until_ready, so any pytree or none will do). The first
+    `warmup` rounds, where programs compile and memory is touched for the first time, do not count.
     """
     import jax
 
@@ -82,7 +82,7 @@ def gemm_roof() -> float:
 
 
 def read_roof() -> float:
-    """The default device's best memory read rate, in bytes/s: a matrix-vector product larger than any cache."""
+    """The default device's best memory read rate, in bytes/s: a matrix-vector product beyond any cache."""
     import jax
     import jax.numpy as jnp
 
@@ -102,7 +102,7 @@ def compiled_temp_bytes(fn: Callable[..., object], *args: object) -> int:
 
 
 def environment() -> dict[str, object]:
-    """The record that every JSON of ours carries: what code ran, on what, under which flags, how busy it was."""
+    """The record that every JSON of ours carries: what ran, on what, how busy it was."""
     import jax
 
     return {
@@ -142,9 +142,7 @@ def _cpu() -> dict[str, object]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        name = (
-            _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
-        )
+        name = _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
         words = (_output("sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features") or "").split()
     else:
         facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -172,37 +170,36 @@ def print_table(rows: Sequence[Row], title: str = "") -> None:
     """Print the rows on stdout: a column for each figure of ours and of each peer, then the ratios."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text  # names are text, not rich's markup
 
     ours = _ordered(name for row in rows for name in row.ours)
     peers = _ordered((peer, name) for row in rows for peer, figures in row.peers.items() for name in figures)
     ratios = _ordered(peer for row in rows for peer in row.ratio)
     table = Table(title=title or None, caption="ratio above 1: ours is better" if ratios else None)
-    table.add_column("case", overflow="fold")
-    for header in (
-        [f"ours\n{n}" for n in ours] + [f"{p}\n{n}" for p, n in peers] + [f"ratio to\n{p}" for p in ratios]
-    ):
-        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("case", no_wrap=True)
+    headers = [f"ours\n{name}" for name in ours] + [f"{peer}\n{name}" for peer, name in peers]
+    for header in headers + [f"ratio to\n{peer}" for peer in ratios]:
+        table.add_column(Text(header), justify="right", no_wrap=True)
     for row in rows:
         figures = [row.ours.get(name) for name in ours]
         figures += [row.peers.get(peer, {}).get(name) for peer, name in peers]
         figures += [row.ratio.get(peer) for peer in ratios]
-        table.add_row(row.case, *("-" if value is None else _short(value) for value in figures))
-    console = Console()
-    if not console.is_terminal:  # a log has no width: never fold a table that goes into one
-        console = Console(width=max(80, console.measure(table).maximum))
-    console.print(table)
+        table.add_row(Text(row.case), *("-" if value is None else _short(value) for value in figures))
+    wide = None if sys.stdout.isatty() else 1000  # a log has no width: never cut a table that goes into one
+    Console(width=wide).print(table)
 
 
-def _ordered(items):
+def _ordered(items: Iterable) -> list:
+    """Each item once, where it was first seen."""
     return list(dict.fromkeys(items))
 
 
 def _short(value: float) -> str:
-    """Four significant digits, without an exponent below a million."""
+    """Four significant digits, without an exponent for large ones."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def bench_json(bench: str, rows: Sequence[Row]) -> str:
-    """The one JSON line of a benchmark: {"bench", "machine", "rows": [{"case", "ours", "peers", "ratio"}]}."""
+    """A benchmark's one JSON line: {"bench", "machine", "rows": [{"case", "ours", "peers", "ratio"}]}."""
     record = {"bench": bench, "machine": environment(), "rows": [asdict(row) for row in rows]}
     return json.dumps(record, allow_nan=False)
