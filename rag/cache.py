@@ -22,16 +22,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from rag.types import UserError
+
 _READ_BYTES = 1 << 20
 # A file changed this recently could change again under the same mtime on a coarse clock: don't remember it.
 _RACY_NS = 2_000_000_000
 
 
 def cache_root() -> Path:
-    """The cache folder, made on demand: $RAG_CACHE, or ~/.cache/rag-jax."""
+    """The cache folder, made on demand: $RAG_CACHE, or ~/.cache/rag-jax. UserError when it cannot be made."""
     chosen = os.environ.get("RAG_CACHE")
     root = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "rag-jax"
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot make the cache folder {root} ({error.strerror}): set RAG_CACHE.") from error
     return root
 
 

@@ -113,7 +113,7 @@ def quote(text: str) -> str:
     """Spell any text as a Hydra override value that OmegaConf resolves to exactly that text.
 
     Two grammars lie in between. OmegaConf's sees interpolations: `${` and the backslashes right before it are
-    escaped (its documentation: "Escaped interpolations"), and a lone "???", its mark for a missing value, goes
+    escaped (its documentation: "Escaped interpolations"), and a lone "???", its mark of a missing value, goes
     through a resolver. Then come Hydra's quoted strings, which its own class writes.
     """
     from hydra.core.override_parser.types import Quote, QuotedString

@@ -1,0 +1,23 @@
+"""Ours beside named peers: a table, then one JSON line.
+
+    python scripts/bench.py bench=attention
+    python scripts/bench.py bench=search bench.repeats=3 | tail -1 | python -m json.tool
+
+A ratio above 1 means that ours is better. Peers that are not installed are named and left out: `make bench-setup`.
+"""
+
+from launch import build, launch
+
+from rag.measure import bench_json, print_table
+
+
+def main(config) -> None:
+    benchmark = build(config.bench)
+    rows = benchmark.run()
+    name = type(benchmark).__module__.rpartition(".")[2]
+    print_table(rows, title=name)
+    print(bench_json(name, rows))
+
+
+if __name__ == "__main__":
+    launch(main, "bench")
