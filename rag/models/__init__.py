@@ -1,0 +1,1 @@
+"""Models and what they are loaded from: weights, checkpoints, tokenizers."""

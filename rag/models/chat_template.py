@@ -1,0 +1,72 @@
+"""Chat templates: a checkpoint's Jinja text, run in a sandbox with what such templates expect.
+
+A template is a program that came with the weights. It runs in jinja2's immutable sandbox: no attributes that
+start with an underscore, no changes to what it is given, no imports. The names it may call are those that
+Hugging Face transformers offers: raise_exception, strftime_now, the tojson filter, break and continue, and
+{% generation %} blocks (rendered as they are).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rag.types import Message, UserError
+
+
+class _GenerationBlock(Extension):
+    """{% generation %} ... {% endgeneration %}: marks the assistant's words for training; here its body alone."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own protocol)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    """A compiled template. `special_tokens` are the texts it sees as bos_token, eos_token and so on."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]):
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _reject, "strftime_now": _now}
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the checkpoint's chat template does not compile ({error}); take another one") from error
+
+    def __call__(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The conversation as one text, special tokens written out.
+
+        Raises UserError when the template rejects the messages or fails.
+        """
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._template.render(
+                messages=turns, add_generation_prompt=add_generation_prompt, **self._special_tokens
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise UserError(
+                f"the checkpoint's chat template refuses these messages ({error}); change their roles or order, "
+                "or take another checkpoint"
+            ) from error
+
+
+def _reject(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(value: object, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False) -> str:
+    """Plain JSON: jinja2's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
