@@ -76,6 +76,17 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What one generation took; a generator yields it last, after the pieces of text."""
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_s: float  # reading the prompt, seconds
+    decode_s: float  # writing the answer, seconds
+    notices: tuple[str, ...] = ()  # what the reader should know
+
+
+@dataclass(frozen=True, slots=True)
 class Timings:
     """Where an answer's time went, in seconds, and its tokens."""
 

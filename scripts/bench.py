@@ -3,7 +3,7 @@
     python scripts/bench.py bench=attention
     python scripts/bench.py bench=search bench.repeats=3 | tail -1 | python -m json.tool
 
-A ratio above 1 means that ours is better. Peers that are not installed are named and left out: `make bench-setup`.
+A ratio above 1: ours is better. Peers that are not installed are named and left out (`make bench-setup`).
 """
 
 from launch import build, launch

@@ -1,0 +1,1 @@
+"""Messages in, a streamed answer out: our own engine, or a local Ollama server."""

@@ -1,0 +1,190 @@
+"""The Ollama client against a small server that speaks its protocol."""
+
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from rag.generate.ollama import OllamaGenerator
+from rag.ops.sampling import Sampling
+from rag.types import Message, Usage, UserError
+
+MESSAGES = [Message("system", "Be brief."), Message("user", "What is attention? \u00e9\U0001f916")]
+LAST = {
+    "message": {"role": "assistant", "content": ""},
+    "done": True,
+    "load_duration": 500_000_000,
+    "prompt_eval_count": 31,
+    "prompt_eval_duration": 1_500_000_000,
+    "eval_count": 5,
+    "eval_duration": 250_000_000,
+}
+
+
+def line(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+def said(text: str) -> bytes:
+    return line({"model": "llama3.2", "message": {"role": "assistant", "content": text}, "done": False})
+
+
+@contextmanager
+def server(*writes: bytes, status: int = 200, finish: bool = True, pause: float = 0.0):
+    """Answers each request with `writes`, one HTTP chunk each; remembers what it was asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append((self.path, json.loads(body)))
+            with suppress(ConnectionError):  # some clients here leave early
+                self.answer()
+
+        def answer(self):
+            self.send_response(status)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for piece in writes:
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                self.wfile.flush()
+                time.sleep(pause)
+            self.wfile.write(b"0\r\n\r\n" if finish else b"ff\r\n{")  # or promise 255 bytes, and leave
+            self.close_connection = True
+
+        def log_message(self, *_):
+            pass
+
+    asked: list = []
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = False  # so that closing waits for the last answer
+    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}", asked
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+def answer(url: str, **settings) -> list:
+    return list(OllamaGenerator(url=url, **settings).stream(MESSAGES, Sampling(), 32, 0))
+
+
+def test_streams_the_pieces_then_the_usage():
+    with server(said("It "), said("weighs "), said("\u00e9\U0001f916"), line(LAST)) as (url, _):
+        pieces = answer(url)
+    assert pieces == ["It ", "weighs ", "\u00e9\U0001f916", Usage(31, 5, prefill_s=2.0, decode_s=0.25)]
+
+
+def test_asks_for_what_was_set():
+    sampling = Sampling(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.2)
+    with server(line(LAST)) as (url, asked):
+        generator = OllamaGenerator(model="qwen3:0.6b", url=f"{url}/", context_length=2048)
+        list(generator.stream(MESSAGES, sampling, max_new_tokens=77, seed=5, stop=["\n\n"]))
+        list(generator.stream(MESSAGES))
+    path, body = asked[0]
+    assert path == "/api/chat"
+    assert body["model"] == "qwen3:0.6b"
+    assert body["stream"] is True
+    assert body["messages"] == [{"role": m.role, "content": m.content} for m in MESSAGES]
+    assert body["options"] == {
+        "num_ctx": 2048,
+        "num_predict": 77,
+        "seed": 5,
+        "stop": ["\n\n"],
+        "temperature": 0.7,
+        "top_k": 40,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "repeat_penalty": 1.2,
+        "repeat_last_n": -1,
+    }
+    assert "stop" not in asked[1][1]["options"]
+    assert asked[1][1]["options"]["temperature"] == 0.0
+
+
+def test_lines_split_and_joined_by_the_network():
+    whole = said("\U0001f916 one") + said(" two") + line(LAST)
+    with server(*[whole[i : i + 7] for i in range(0, len(whole), 7)]) as (url, _):
+        assert answer(url)[:2] == ["\U0001f916 one", " two"]
+    with server(whole) as (url, _):
+        assert answer(url)[:2] == ["\U0001f916 one", " two"]
+
+
+def test_a_piece_arrives_before_the_answer_is_complete():
+    with server(said("first"), said("second"), line(LAST), pause=0.2) as (url, _):
+        stream = OllamaGenerator(url=url).stream(MESSAGES)
+        assert next(stream) == "first"
+        stream.close()  # as on Ctrl-C: the connection ends, the server notices
+
+
+def test_counts_missing_from_the_last_line_are_zero():
+    with server(line({"done": True})) as (url, _):
+        assert answer(url) == [Usage(0, 0, 0.0, 0.0)]
+
+
+def test_no_server():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(UserError, match=r"No Ollama server answers at http://127.*`ollama serve`"):
+            answer(url)
+
+
+def test_a_proxy_is_not_asked(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with server(said("hi"), line(LAST)) as (url, _):
+        assert answer(url)[0] == "hi"
+
+
+def test_a_model_that_was_not_pulled():
+    body = line({"error": "model 'nope' not found"})
+    with (
+        server(body, status=404) as (url, _),
+        pytest.raises(UserError, match=r"no model 'nope'.*`ollama pull nope`"),
+    ):
+        answer(url, model="nope")
+
+
+@pytest.mark.parametrize(
+    ("writes", "options", "message"),
+    [
+        ([line({"error": "out of memory"})], {"status": 500}, "reports: out of memory"),
+        ([b"<html>nginx</html>"], {"status": 404}, r"status 404: is it an Ollama server\?"),
+        ([said("a"), line({"error": "unexpected EOF"})], {}, "reports: unexpected EOF"),
+        ([said("a")], {}, "broke off"),
+        ([said("a")], {"finish": False}, "broke off|protocol"),
+        ([b"hello\n"], {}, "does not speak Ollama's protocol"),
+        ([b"[1]\n"], {}, "does not speak Ollama's protocol"),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence(writes, options, message):
+    with server(*writes, **options) as (url, _), pytest.raises(UserError, match=message) as caught:
+        answer(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_silent_server():
+    slow = server(said("a"), line(LAST), pause=0.6)
+    with slow as (url, _), pytest.raises(UserError, match=r"silent for 0\.2 s"):
+        answer(url, timeout_s=0.2)
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:11434", "file:///etc/passwd", "http://", "http://a:b", "http://a b"]
+)
+def test_only_web_addresses(url):
+    with pytest.raises(UserError, match="no web address"):
+        OllamaGenerator(url=url)
+
+
+@pytest.mark.parametrize(("text", "count"), [("", 0), ("abc", 1), ("abcd", 2), ("\u6ce8\u610f", 2)])
+def test_count_is_a_third_of_the_bytes(text, count):
+    assert OllamaGenerator().count(text) == count
