@@ -18,7 +18,7 @@ from rag.types import Message, UserError
 
 
 class _GenerationBlock(Extension):
-    """{% generation %} ... {% endgeneration %}: marks the assistant's words for training; here its body alone."""
+    """{% generation %} ... {% endgeneration %}, a mark for training: here its body alone."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own protocol)
 
@@ -40,7 +40,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise UserError(f"the checkpoint's chat template does not compile ({error}); take another one") from error
+            raise UserError(f"the checkpoint's chat template is broken ({error}); take another") from error
 
     def __call__(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The conversation as one text, special tokens written out.
@@ -54,8 +54,8 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise UserError(
-                f"the checkpoint's chat template refuses these messages ({error}); change their roles or order, "
-                "or take another checkpoint"
+                f"the checkpoint's chat template refuses these messages ({error}); change their roles "
+                "or order, or take another checkpoint"
             ) from error
 
 
@@ -67,6 +67,8 @@ def _now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _to_json(value: object, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False) -> str:
+def _to_json(
+    value: object, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False
+) -> str:
     """Plain JSON: jinja2's own filter escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)

