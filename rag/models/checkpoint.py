@@ -99,7 +99,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors.flax import load_file  # through flax: numpy alone has no bfloat16
 
     tensors: dict[str, np.ndarray] = {}
-    for shard in _shards(path):
+    for shard in shards(path):
         try:
             tensors.update({name: np.asarray(array) for name, array in load_file(shard).items()})
         except (OSError, SafetensorError) as error:
@@ -107,7 +107,8 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _shards(path: Path) -> Sequence[Path]:
+def shards(path: Path) -> Sequence[Path]:
+    """The weight files of a safetensors checkpoint, a file or a Hugging Face folder; UserError if it has none."""
     if path.is_file():
         return [path]
     index = path / "model.safetensors.index.json"
@@ -157,9 +158,18 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], GgufTensors]:
     return {field.name: field.contents() for field in reader.fields.values()}, GgufTensors(reader)
 
 
-def keep(source: Path, convert: Callable[[Path], None]) -> Path:
-    """The cache's folder for what `convert(folder)` makes of `source`, made at most once for the same bytes."""
-    folder = cache.cache_root() / "converted" / cache.content_key(cache.file_sha256(source), CONVERTED_FORMAT)
+def is_gguf(path: Path) -> bool:
+    """Whether the file begins with GGUF's magic number (Ollama's blobs have no file name ending)."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def keep(sources: Sequence[Path], convert: Callable[[Path], None]) -> Path:
+    """The cache's folder for what `convert(folder)` makes of the source files, made once for the same bytes."""
+    digests = [cache.file_sha256(path) for path in sources]
+    folder = cache.cache_root() / "converted" / cache.content_key(digests, CONVERTED_FORMAT)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with cache.locked(folder):

@@ -1,0 +1,138 @@
+"""Our own engine behind the generator's interface: chat messages in, text out, piece by piece."""
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import jax.numpy as jnp
+
+from rag.generate.engine import Engine
+from rag.models import checkpoint, hub, llama_checkpoint
+from rag.models.tokenizer import Tokenizer, TextStream
+from rag.ops.sampling import Sampling
+from rag.types import Message, Usage, UserError
+
+DTYPES = ("float32", "bfloat16")
+
+
+class LocalGenerator:
+    """A Llama-family checkpoint run by rag.generate.engine; weights are read when they are first needed."""
+
+    def __init__(
+        self,
+        weights: str = hub.DEFAULT_GENERATOR,
+        dtype: str = "float32",
+        context_length: int | None = None,
+        steps_per_dispatch: int = 4,
+    ):
+        """`weights` is a URI of rag.models.hub; `context_length` None takes the checkpoint's own."""
+        if dtype not in DTYPES:
+            raise UserError(f"generator.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+        if steps_per_dispatch < 1:
+            raise UserError(f"generator.steps_per_dispatch is {steps_per_dispatch}; give 1 or more")
+        self.weights = weights
+        self._dtype, self._limit, self._steps = jnp.dtype(dtype), context_length, steps_per_dispatch
+
+    @cached_property
+    def _loaded(self) -> tuple[Engine, Tokenizer]:
+        model, tokenizer = llama_checkpoint.load(hub.local_path(self.weights))
+        model = checkpoint.to_device(model, self._dtype)
+        return Engine(model, tokenizer.eos_ids, self._steps), tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._loaded[1]
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        own = self.engine.model.config.max_position_embeddings
+        return own if self._limit is None else min(own, self._limit)
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, without special ones."""
+        return self.tokenizer.count(text)
+
+    def prompt_tokens(self, messages: Sequence[Message]) -> int:
+        """Tokens of a conversation in the checkpoint's chat format."""
+        return len(self.tokenizer.chat(messages))
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling = Sampling(),
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str | Usage]:
+        """Yield the answer's text as it is decoded, then its Usage. A stop string ends it and is left out."""
+        prompt = self.tokenizer.chat(messages)
+        begin = time.perf_counter()
+        decoding = self.engine.start([prompt], max_new_tokens, sampling, [seed])
+        text, new_tokens, prefilled = StoppedText(TextStream(self.tokenizer), stop), 0, None
+        for [tokens] in decoding:
+            prefilled = prefilled or time.perf_counter()
+            new_tokens += len(tokens)
+            if piece := "".join(map(text.push, tokens)):
+                yield piece
+            if text.stopped:
+                break
+        if piece := text.finish():
+            yield piece
+        end = time.perf_counter()
+        yield Usage(len(prompt), new_tokens, prefilled - begin, end - prefilled)
+
+    def generate(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        sampling: Sampling = Sampling(),
+        max_new_tokens: int = 256,
+        seeds: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """The answers to a batch of conversations of any lengths, decoded together."""
+        prompts = [self.tokenizer.chat(messages) for messages in conversations]
+        decoding = self.engine.start(prompts, max_new_tokens, sampling, seeds)
+        texts = [StoppedText(TextStream(self.tokenizer), stop) for _ in prompts]
+        answers = [""] * len(prompts)
+        for new in decoding:
+            for row, tokens in enumerate(new):
+                if not texts[row].stopped:
+                    answers[row] += "".join(map(texts[row].push, tokens))
+                    if texts[row].stopped:
+                        decoding.finish(row)
+        return [answer + text.finish() for answer, text in zip(answers, texts, strict=True)]
+
+
+class StoppedText:
+    """Detokenised text up to the first stop string; holds back a tail that may be a stop string's beginning."""
+
+    def __init__(self, stream: TextStream, stop: Sequence[str]):
+        self._stream, self._stop, self._held = stream, [s for s in stop if s], ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is now certain; empty once stopped."""
+        return "" if self.stopped else self._release(self._stream.push(token))
+
+    def finish(self) -> str:
+        """The tail that was held back for nothing."""
+        if self.stopped:
+            return ""
+        text = self._release(self._stream.finish()) + self._held
+        self._held = ""
+        return text
+
+    def _release(self, new: str) -> str:
+        text = self._held + new
+        ends = [at for at in map(text.find, self._stop) if at >= 0]
+        if ends:
+            self.stopped, self._held = True, ""
+            return text[: min(ends)]
+        keep = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]

@@ -1,0 +1,212 @@
+"""The Llama family of decoders: Llama 2-3.x, SmolLM2, and by two switches Qwen2 (QKV bias) and Qwen3 (QK norm).
+
+RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), grouped-query attention (Ainslie et al.
+2023), SwiGLU (Shazeer 2020). The modules are typed pytrees of weights under Hugging Face's names; the maths is
+in the functions below them, in reading order, and is jitted with the model as an argument.
+
+Letters: B batch, T query tokens, S key tokens (the cache's capacity), H query heads, K kv heads, D head dim,
+M width, F ffn, V vocab.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from rag.ops.attention import attention
+from rag.ops.linear import linear
+from rag.ops.rope import rope_angles, rotate
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaConfig:
+    """A checkpoint's architecture, in Hugging Face's names; read from the checkpoint, never from YAML."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_factors: tuple[float, ...] | None = None  # what the D/2 rotary frequencies are divided by
+    tie_word_embeddings: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+class Linear(nnx.Module):
+    """weight [out, in] and perhaps a bias [out]."""
+
+    def __init__(self, size_in: int, size_out: int, rngs: nnx.Rngs, bias: bool = False):
+        scale = size_in**-0.5
+        self.weight = nnx.Param(scale * jax.random.normal(rngs(), (size_out, size_in)))
+        self.bias = nnx.Param(jnp.zeros(size_out)) if bias else None
+
+    def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T N"]:
+        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
+
+
+class RMSNorm(nnx.Module):
+    """weight [size]."""
+
+    def __init__(self, size: int, eps: float):
+        self.weight = nnx.Param(jnp.ones(size))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch M"]) -> Float[Array, "*batch M"]:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (normed * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+    """The projections of one attention layer."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        c, q_size = config, config.num_attention_heads * config.head_dim
+        kv_size = c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, q_size, rngs, c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv_size, rngs, c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv_size, rngs, c.qkv_bias)
+        self.o_proj = Linear(q_size, c.hidden_size, rngs)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+
+
+class MLP(nnx.Module):
+    """The SwiGLU block's projections."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, rngs)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, rngs)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, rngs)
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, rngs)
+
+
+class Embedding(nnx.Module):
+    """weight [vocab, width]."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.weight = nnx.Param(jax.random.normal(rngs(), (config.vocab_size, config.hidden_size)))
+
+
+class Llama(nnx.Module):
+    """The weights of a decoder."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedding(config, rngs)
+        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, rngs)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@dataclass(frozen=True)
+class KVCache:
+    """Keys (rotated) and values of every layer, each [B, K, S, D]; slot s of a row holds its token at position s."""
+
+    keys: tuple[Float[Array, "B K S D"], ...]
+    values: tuple[Float[Array, "B K S D"], ...]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
+
+    def padded(self, capacity: int) -> "KVCache":
+        """The cache with room for `capacity` tokens a row."""
+        room = [(0, 0), (0, 0), (0, capacity - self.capacity), (0, 0)]
+        return jax.tree.map(lambda a: jnp.pad(a, room), self)
+
+
+def forward(
+    model: Llama, tokens: Int[Array, "B T"], start: Int[Array, "B"], cache: KVCache | None = None
+) -> tuple[Float[Array, "B T M"], KVCache]:
+    """Hidden states after the last norm, and the cache with these tokens' keys and values written to it.
+
+    Row b's tokens stand at positions start[b] + 0..T-1. Without a cache, start must be zeros and the cache
+    that is returned holds T tokens. Rows padded on the right are safe: attention is causal, so no token sees the
+    padding after it, and what the padding wrote to the cache lies at positions that are overwritten first.
+    """
+    c = model.config
+    positions = start[:, None] + jnp.arange(tokens.shape[1])
+    angles = rope_angles(positions, c.head_dim, c.rope_theta, c.rope_factors)
+    with jax.named_scope("embed"):
+        x = model.embed_tokens.weight[...][tokens]
+    keys, values = [], []
+    for i, layer in enumerate(model.layers):
+        cached = None if cache is None else (cache.keys[i], cache.values[i])
+        with jax.named_scope(f"layer_{i}"):
+            attended, (k, v) = _attend(layer.self_attn, c, layer.input_layernorm(x), angles, start, cached)
+            x = x + attended
+            x = x + _mlp(layer.mlp, layer.post_attention_layernorm(x))
+        keys.append(k)
+        values.append(v)
+    return model.norm(x), KVCache(tuple(keys), tuple(values))
+
+
+def logits(model: Llama, hidden: Float[Array, "B M"]) -> Float[Array, "B V"]:
+    """Next-token logits, float32, of hidden states that `forward` gave."""
+    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    with jax.named_scope("lm_head"):
+        return jnp.einsum("bm,vm->bv", hidden, head.weight[...], preferred_element_type=jnp.float32)
+
+
+def _attend(layer: SelfAttention, c: LlamaConfig, x, angles, start, cached):
+    with jax.named_scope("attention"):
+        q = _heads(layer.q_proj(x), c.num_attention_heads)
+        k = _heads(layer.k_proj(x), c.num_key_value_heads)
+        v = _heads(layer.v_proj(x), c.num_key_value_heads)
+        if layer.q_norm is not None:
+            q, k = layer.q_norm(q), layer.k_norm(k)
+        q, k = rotate(q, angles), rotate(k, angles)
+        if cached is None:
+            out = attention(q, k, v, causal=True)
+        else:
+            k, v = _write(cached[0], k, start), _write(cached[1], v, start)
+            out = attention(q, k, v, causal=True, q_offset=start)
+        b, _, t, _ = out.shape
+        return layer.o_proj(out.transpose(0, 2, 1, 3).reshape(b, t, -1)), (k, v)
+
+
+def _heads(x: Float[Array, "B T HD"], heads: int) -> Float[Array, "B H T D"]:
+    b, t, _ = x.shape
+    return x.reshape(b, t, heads, -1).transpose(0, 2, 1, 3)
+
+
+def _write(
+    cache: Float[Array, "B K S D"], new: Float[Array, "B K T D"], start: Int[Array, "B"]
+) -> Float[Array, "B K S D"]:
+    """The cache with `new` at slots start[b] and on of each row; in place where the cache was donated."""
+    if cache.shape[0] == 1:  # one slice, where the vmapped form below is a scatter
+        return jax.lax.dynamic_update_slice(cache, new, (0, 0, start[0], 0))
+    return jax.vmap(lambda row, n, at: jax.lax.dynamic_update_slice(row, n, (0, at, 0)))(cache, new, start)
+
+
+def _mlp(layer: MLP, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+    with jax.named_scope("mlp"):
+        return layer.down_proj(jax.nn.silu(layer.gate_proj(x)) * layer.up_proj(x))
+
+
+def abstract(config: LlamaConfig) -> Llama:
+    """The model's shapes without its weights, for `checkpoint.fill`."""
+    return nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
+
+

@@ -1,0 +1,190 @@
+"""Llama-family checkpoints: which tensor goes where, and what the file says of the architecture.
+
+Hugging Face folders (config.json, safetensors) and GGUF files; both end up as the same module, and both are kept
+converted (rag.models.checkpoint.keep), so that the second start maps memory instead of dequantising.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rag.models import checkpoint
+from rag.models.checkpoint import Rule
+from rag.models.llama import Llama, LlamaConfig, abstract
+from rag.models.tokenizer import Tokenizer
+from rag.ops.rope import llama3_factors
+from rag.types import UserError
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # model_type in config.json, general.architecture in GGUF
+
+# (Hugging Face's name without "model.", llama.cpp's name), both with a .weight and some with a .bias
+NAMES = (
+    ("embed_tokens", "token_embd"),
+    ("norm", "output_norm"),
+    ("layers.{i}.input_layernorm", "blk.{i}.attn_norm"),
+    ("layers.{i}.self_attn.q_proj", "blk.{i}.attn_q"),
+    ("layers.{i}.self_attn.k_proj", "blk.{i}.attn_k"),
+    ("layers.{i}.self_attn.v_proj", "blk.{i}.attn_v"),
+    ("layers.{i}.self_attn.o_proj", "blk.{i}.attn_output"),
+    ("layers.{i}.self_attn.q_norm", "blk.{i}.attn_q_norm"),
+    ("layers.{i}.self_attn.k_norm", "blk.{i}.attn_k_norm"),
+    ("layers.{i}.post_attention_layernorm", "blk.{i}.ffn_norm"),
+    ("layers.{i}.mlp.gate_proj", "blk.{i}.ffn_gate"),
+    ("layers.{i}.mlp.up_proj", "blk.{i}.ffn_up"),
+    ("layers.{i}.mlp.down_proj", "blk.{i}.ffn_down"),
+)
+
+
+def load(path: Path) -> tuple[Llama, Tokenizer]:
+    """The decoder and tokenizer of a GGUF file or a Hugging Face folder, float32, memory-mapped.
+
+    Raises UserError for another architecture and for tensors that do not fit.
+    """
+    if checkpoint.is_gguf(path):
+        folder = checkpoint.keep([path], partial(_convert_gguf, path))
+    elif path.is_dir():
+        parts = [*checkpoint.shards(path), *sorted(path.glob("*.json")), *sorted(path.glob("*.jinja"))]
+        folder = checkpoint.keep(parts, partial(_convert_huggingface, path))
+    else:
+        raise UserError(f"{path} is neither a GGUF file nor a folder; name one, or a Hugging Face checkpoint folder")
+    values = json.loads((folder / "config.json").read_text())
+    factors = values.pop("rope_factors")
+    config = LlamaConfig(**values, rope_factors=tuple(factors) if factors else None)
+    return checkpoint.load_module(abstract(config), folder), Tokenizer.load(folder)
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    metadata, tensors = checkpoint.read_gguf(path)
+    config = config_from_gguf(metadata, tensors)
+    table = gguf_table(config, metadata["general.architecture"])
+    _write(checkpoint.fill(abstract(config), tensors, table, str(path)), Tokenizer.from_gguf(metadata), folder)
+
+
+def _convert_huggingface(path: Path, folder: Path) -> None:
+    config = config_from_huggingface(json.loads((path / "config.json").read_text()), str(path))
+    tensors = {
+        name: np.asarray(array, np.float32) for name, array in checkpoint.read_safetensors(path).items()
+    }
+    model = checkpoint.fill(abstract(config), tensors, huggingface_table(config), str(path))
+    _write(model, Tokenizer.from_folder(path), folder)
+
+
+def _write(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
+    checkpoint.save_module(model, folder)
+    (folder / "config.json").write_text(json.dumps(asdict(model.config), indent=1))
+    tokenizer.save(folder)
+
+
+def huggingface_table(config: LlamaConfig) -> Sequence[Rule]:
+    """Names in a Hugging Face checkpoint -> paths in the module."""
+    rules = [
+        Rule(f"model.{name}.{kind}", f"{name}.{kind}") for name, _ in NAMES for kind in ("weight", "bias")
+    ]
+    # a tied checkpoint may still carry the copy
+    rules.append(Rule("lm_head.weight", None if config.tie_word_embeddings else "lm_head.weight"))
+    rules.append(Rule("model.layers.{i}.self_attn.rotary_emb.inv_freq", None))  # a buffer of old versions
+    return rules
+
+
+def gguf_table(config: LlamaConfig, architecture: str) -> Sequence[Rule]:
+    """Names in a GGUF file -> paths in the module.
+
+    llama.cpp's converter reorders the rows of Q and K for the `llama` architecture, to rotate adjacent pairs.
+    """
+    permuted = {}
+    if architecture == "llama":
+        permuted = {
+            "blk.{i}.attn_q": partial(unpermute, heads=config.num_attention_heads),
+            "blk.{i}.attn_k": partial(unpermute, heads=config.num_key_value_heads),
+        }
+    rules = [
+        Rule(f"{gguf}.{kind}", f"{name}.{kind}", permuted.get(gguf))
+        for name, gguf in NAMES
+        for kind in ("weight", "bias")
+    ]
+    return [*rules, Rule("output.weight", "lm_head.weight"), Rule("rope_freqs.weight", None)]
+
+
+def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a Q or K projection from llama.cpp's order (pairs adjacent) back to Hugging Face's (halves)."""
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def config_from_huggingface(values: Mapping[str, Any], source: str) -> LlamaConfig:
+    """The architecture that a config.json describes; UserError for a family that is not this one."""
+    kind = values.get("model_type")
+    _check_architecture(kind, source)
+    heads, width = values["num_attention_heads"], values["hidden_size"]
+    head_dim = values.get("head_dim") or width // heads
+    # transformers 5 moved theta into the scaling record
+    scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    theta = values.get("rope_theta") or scaling.get("rope_theta", 10000.0)
+    return LlamaConfig(
+        vocab_size=values["vocab_size"],
+        hidden_size=width,
+        intermediate_size=values["intermediate_size"],
+        num_hidden_layers=values["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=values.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        max_position_embeddings=values["max_position_embeddings"],
+        rms_norm_eps=values["rms_norm_eps"],
+        rope_theta=theta,
+        rope_factors=_rope_factors(scaling, head_dim, theta, source),
+        tie_word_embeddings=values.get("tie_word_embeddings", False),
+        qkv_bias=kind == "qwen2" or values.get("attention_bias", False),
+        qk_norm=kind == "qwen3",
+    )
+
+
+def _rope_factors(scaling: Mapping[str, Any], head_dim: int, theta: float, source: str) -> tuple[float, ...] | None:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return (float(scaling["factor"]),) * (head_dim // 2)
+    if kind == "llama3":
+        return llama3_factors(head_dim, theta, scaling)
+    raise UserError(f"{source} scales its rotary positions by {kind!r}; only linear and llama3 scaling can be loaded")
+
+
+def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> LlamaConfig:
+    """The architecture that a GGUF file's metadata describes; UserError for a family that is not this one."""
+    kind = metadata.get("general.architecture")
+    _check_architecture(kind, metadata.get("general.name", "the GGUF file"))
+
+    def value(key: str, default: Any = None) -> Any:
+        return metadata.get(f"{kind}.{key}", default)
+
+    heads, width = value("attention.head_count"), value("embedding_length")
+    factors = tensors["rope_freqs.weight"] if "rope_freqs.weight" in tensors else None
+    return LlamaConfig(
+        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
+        hidden_size=width,
+        intermediate_size=value("feed_forward_length"),
+        num_hidden_layers=value("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=value("attention.head_count_kv", heads),
+        head_dim=value("attention.key_length", width // heads),
+        max_position_embeddings=value("context_length"),
+        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
+        rope_theta=value("rope.freq_base", 10000.0),
+        rope_factors=None if factors is None else tuple(np.asarray(factors, np.float64).tolist()),
+        tie_word_embeddings="output.weight" not in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in tensors,
+    )
+
+
+def _check_architecture(kind: str | None, source: str) -> None:
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f"{source} is of architecture {kind!r}, which the generator does not know; "
+            f"take a checkpoint of {', '.join(ARCHITECTURES)}"
+        )

@@ -1,0 +1,43 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in the half-split layout of Hugging Face.
+
+Letters: B batch, T tokens, H heads, D head dim.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[float, ...]:
+    """What Llama 3.1 divides each of the D/2 frequencies by (`rope_scaling` of its config.json).
+
+    Wavelengths shorter than the old context / high_freq_factor stay, those longer than the old context /
+    low_freq_factor are slowed by `factor`, and the ones between are interpolated.
+    """
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * _base_frequencies(head_dim, theta) / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return tuple((1.0 / ((1.0 - smooth) / factor + smooth)).tolist())
+
+
+def _base_frequencies(head_dim: int, theta: float) -> np.ndarray:
+    return theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+
+
+def rope_angles(
+    positions: Int[Array, "B T"], head_dim: int, theta: float, factors: tuple[float, ...] | None = None
+) -> Float[Array, "B T D/2"]:
+    """The rotation of every position and frequency, in radians, float32; `factors` divide the frequencies."""
+    frequencies = _base_frequencies(head_dim, theta) / np.asarray(factors or 1.0)
+    return positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+
+
+def rotate(x: Float[Array, "B H T D"], angles: Float[Array, "B T D/2"]) -> Float[Array, "B H T D"]:
+    """`x` with its pairs (i, i + D/2) rotated by the angles, computed in float32, in x's dtype."""
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,75 @@
+"""The next token from logits: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+
+Filters apply in the order of Hugging Face's generate: penalty, temperature, top-k (Fan et al. 2018), top-p
+(Holtzman et al. 2020), min-p (Nguyen et al. 2024).
+
+Letters: B batch, V vocab.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rag.types import UserError
+
+MASKED = -1e30  # finite, so that a row of masked logits has no NaN in its softmax
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. Raises UserError for values outside their range."""
+
+    temperature: float = 0.0  # 0 takes the most probable token and ignores the filters below
+    top_k: int = 0  # keep the k most probable; 0 keeps all
+    top_p: float = 1.0  # keep the most probable tokens that together reach this mass
+    min_p: float = 0.0  # drop tokens below this share of the most probable one
+    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens seen (CTRL, 2019)
+
+    def __post_init__(self):
+        _check("temperature", self.temperature, self.temperature >= 0, "0 or more")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 or more")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p < 1, "0 or more and below 1")
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
+
+
+def _check(name: str, value: float, right: bool, what: str) -> None:
+    if not right:
+        raise UserError(f"sampling.{name} is {value}; give a number {what}")
+
+
+def sample(
+    logits: Float[Array, "B V"], keys: Key[Array, "B"], seen: Bool[Array, "B V"], options: Sampling
+) -> Int[Array, "B"]:
+    """One token a row. Each row draws by its own key, so that a row's draw does not depend on its batch."""
+    if options.repetition_penalty != 1.0:
+        penalty = options.repetition_penalty
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if options.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    filtered = filter_logits(logits / options.temperature, options)
+    return jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
+
+
+def filter_logits(logits: Float[Array, "B V"], options: Sampling) -> Float[Array, "B V"]:
+    """The logits with every token that top-k, top-p or min-p drops masked."""
+    if 0 < options.top_k < logits.shape[-1]:
+        # the barrier keeps XLA's fast TopK: slicing its output inside one jit would turn it into a full sort
+        values, _ = jax.lax.optimization_barrier(jax.lax.top_k(logits, options.top_k))
+        logits = jnp.where(logits < values[:, -1:], MASKED, logits)
+    if options.top_p < 1:
+        logits = jnp.where(logits < _nucleus_threshold(logits, options.top_p), MASKED, logits)
+    if options.min_p > 0:
+        best = jnp.max(logits, axis=-1, keepdims=True)
+        logits = jnp.where(logits < best + jnp.log(options.min_p), MASKED, logits)
+    return logits
+
+
+def _nucleus_threshold(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
+    """The smallest logit of the nucleus: of the shortest list of best tokens whose mass reaches top_p."""
+    descending = -jnp.sort(-logits, axis=-1)
+    mass = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
+    size = 1 + jnp.sum(mass < top_p, axis=-1, keepdims=True)
+    return jnp.take_along_axis(descending, jnp.minimum(size, logits.shape[-1]) - 1, axis=-1)
