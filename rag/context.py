@@ -1,0 +1,191 @@
+"""Hits to a Context: what the reader model is shown, within its token budget, numbered for citation."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from rag.ingest.sentences import sentences
+from rag.types import Chunk, Context, Hit, Source, UserError
+
+Order = Literal["score", "reverse", "document", "sides"]
+CountTokens = Callable[[str], int]
+Render = Callable[[Source], str]  # a passage as the prompt shows it, so that markers and paths are counted too
+
+_CITATION = re.compile(r"\[\s*(\d{1,4}(?:\s*[,;]\s*\d{1,4})*)\s*\]")
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """How passages are chosen and laid out.
+
+    Orders: "score" best first; "reverse" best last, beside the question; "document" as they stand in their documents,
+    the document with the best passage first; "sides" the best at both ends and the weakest in the middle, where long
+    contexts are read least (Liu et al., "Lost in the Middle", 2023).
+    """
+
+    max_tokens: int = 1024  # of the rendered passages, by the generator's tokenizer
+    order: Order = "score"
+    min_score: float | None = None  # hits below it are not relevant; its scale is the retriever's
+    merge: bool = True  # overlapping or adjoining chunks of a document become one passage
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+            raise UserError(f"The context's max_tokens must be a whole number above 0, not {self.max_tokens!r}.")
+        if self.order not in get_args(Order):
+            raise UserError(f"The context's order must be one of {', '.join(get_args(Order))}, not {self.order!r}.")
+
+
+def text_of(source: Source) -> str:
+    """The passage alone, where no template decides how it is shown."""
+    return source.text
+
+
+def build_context(
+    hits: Sequence[Hit],
+    documents_text: Callable[[str], str] | None,
+    options: ContextOptions,
+    count_tokens: CountTokens,
+    render: Render = text_of,
+) -> Context:
+    """Return the passages to show for `hits`; an empty context means that nothing relevant was found.
+
+    Hits below `min_score` (and NaN with it) and repeated texts go. From the best on, each hit is taken if the
+    passages still fit `max_tokens` with it, merged with its neighbours; the best alone is cut at the end of a sentence
+    or word when it is too long, and the others are left out and counted in `Context.dropped`. `documents_text` gives
+    a document's text by its id; with it chunks are also joined across the white space between them, without it only
+    where they overlap or touch. Ties keep the order of `hits`.
+    """
+    ranked = sorted(hits, key=lambda hit: -hit.score)
+    if options.min_score is not None:
+        ranked = [hit for hit in ranked if hit.score >= options.min_score]
+    join = _merged if options.merge else _unmerged
+    chosen: list[Hit] = []
+    dropped = 0
+    for hit in _distinct(ranked):
+        together = _numbered(join([*chosen, hit], documents_text), "score")
+        if _total(together, count_tokens, render) <= options.max_tokens:
+            chosen.append(hit)
+            continue
+        dropped += 1
+        if not chosen and (cut := _cut(together[0], options.max_tokens, count_tokens, render)):
+            chunk = replace(hit.chunk, end=cut.end, text=cut.text)
+            chosen.append(Hit(chunk, hit.score))
+    sources = _numbered(join(chosen, documents_text), options.order)
+    context = Context(sources, _total(sources, count_tokens, render), dropped)
+    return trim(context, options.max_tokens, count_tokens, render)  # renumbered passages may be a token longer
+
+
+def trim(context: Context, max_tokens: int, count_tokens: CountTokens, render: Render = text_of) -> Context:
+    """Return `context` within `max_tokens`: its passages go from the least relevant on, and the last one is cut.
+
+    What is left keeps its order and is numbered anew from 1; `dropped` grows by what went or was cut. With `max_tokens`
+    below one word the result is empty. A context that fits is returned as it is.
+    """
+    sources, dropped, tokens = context.sources, context.dropped, _total(context.sources, count_tokens, render)
+    while sources and tokens > max_tokens:
+        dropped += 1
+        if len(sources) == 1:
+            cut = _cut(sources[0], max_tokens, count_tokens, render)
+            sources = (cut,) if cut else ()
+        else:
+            weakest = min(reversed(sources), key=lambda source: source.score)
+            sources = _renumbered(source for source in sources if source is not weakest)
+        tokens = _total(sources, count_tokens, render)
+    return Context(sources, tokens, dropped)
+
+
+def cited(answer: str, context: Context) -> tuple[int, ...]:
+    """Return the numbers cited in `answer` as [1], [1][2] or [1, 3], each once, in order of first mention.
+
+    Numbers that no source of `context` bears are left out.
+    """
+    known = {source.n for source in context.sources}
+    numbers = (int(number) for group in _CITATION.findall(answer) for number in re.findall(r"\d+", group))
+    return tuple(dict.fromkeys(number for number in numbers if number in known))
+
+
+def _distinct(hits: Iterable[Hit]) -> list[Hit]:
+    """The hits without those whose text came before."""
+    return list({hit.chunk.text: hit for hit in reversed(list(hits))}.values())[::-1]
+
+
+def _unmerged(hits: Sequence[Hit], _: Callable[[str], str] | None) -> list[Hit]:
+    return list(hits)
+
+
+def _merged(hits: Sequence[Hit], documents_text: Callable[[str], str] | None) -> list[Hit]:
+    """Overlapping and adjoining hits of a document as one, with the best of their scores; ranked by score."""
+    merged: list[Hit] = []
+    for hit in sorted(hits, key=lambda hit: (hit.chunk.document_id, hit.chunk.start, hit.chunk.end)):
+        union = _union(merged[-1].chunk, hit.chunk, documents_text) if merged else None
+        if union is None:
+            merged.append(hit)
+        else:
+            merged[-1] = Hit(union, max(merged[-1].score, hit.score))
+    rank = {id(hit): position for position, hit in enumerate(hits)}
+    return sorted(merged, key=lambda hit: (-hit.score, rank.get(id(hit), -1)))
+
+
+def _union(left: Chunk, right: Chunk, documents_text: Callable[[str], str] | None) -> Chunk | None:
+    """The two chunks, of which `left` begins first, as one; None if other text lies between them."""
+    if left.document_id != right.document_id:
+        return None
+    if right.end <= left.end:
+        return left
+    between = ""
+    if right.start > left.end:
+        if documents_text is None:
+            return None
+        between = documents_text(left.document_id)[left.end : right.start]
+        if between.strip():
+            return None
+    text = left.text + between + right.text[max(0, left.end - right.start) :]
+    return replace(left, id=f"{left.document_id}:{left.start}-{right.end}", end=right.end, text=text)
+
+
+def _numbered(hits: Sequence[Hit], order: Order) -> tuple[Source, ...]:
+    """Ranked hits as sources in prompt order."""
+    return _renumbered(
+        Source(0, hit.chunk.path, hit.chunk.start, hit.chunk.end, hit.score, hit.chunk.text)
+        for hit in _ordered(hits, order)
+    )
+
+
+def _ordered(ranked: Sequence[Hit], order: Order) -> list[Hit]:
+    match order:
+        case "reverse":
+            return list(ranked[::-1])
+        case "document":
+            first = {hit.chunk.document_id: -position for position, hit in reversed(list(enumerate(ranked)))}
+            return sorted(ranked, key=lambda hit: (-first[hit.chunk.document_id], hit.chunk.start))
+        case "sides":
+            return [*ranked[::2], *ranked[1::2][::-1]]
+        case _:
+            return list(ranked)
+
+
+def _renumbered(sources: Iterable[Source]) -> tuple[Source, ...]:
+    return tuple(replace(source, n=n) for n, source in enumerate(sources, 1))
+
+
+def _total(sources: Iterable[Source], count_tokens: CountTokens, render: Render) -> int:
+    return sum(count_tokens(render(source)) for source in sources)
+
+
+def _cut(source: Source, max_tokens: int, count_tokens: CountTokens, render: Render) -> Source | None:
+    """The longest beginning of a passage that fits: to a sentence's end, else a word's, else (no spaces) anywhere."""
+
+    def beginning(end: int) -> Source:
+        return replace(source, end=source.start + end, text=source.text[:end])
+
+    def fitting(ends: Sequence[int]) -> int:
+        fit = bisect_right(ends, max_tokens, key=lambda end: count_tokens(render(beginning(end))))
+        return ends[fit - 1] if fit else 0
+
+    word = fitting([match.end() for match in re.finditer(r"\S+", source.text)])
+    longest = word or fitting(range(1, len(source.text) + 1))
+    sentence = max((end for _, end in sentences(source.text) if end <= longest), default=0)
+    end = sentence if 2 * sentence >= longest else longest  # a short sentence is no reason to lose most of it
+    return beginning(end) if end else None

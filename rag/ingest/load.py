@@ -1,0 +1,179 @@
+"""Files to documents: walk a folder, read what can be read, and say of the rest why not."""
+
+import codecs
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import charset_normalizer
+
+from rag.ingest.clean import clean
+from rag.ingest.html import HtmlError, html_text
+from rag.types import Document, UserError
+
+READABLE = ".txt, .text, .md, .markdown, .html, .htm, .xhtml"  # what _extractor knows, for messages
+
+# A longer mark stands before the one that it begins with.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+# Left to itself charset-normalizer takes a short Latin-1 text for cp1006 or UTF-16. So: these only, and where it
+# holds two for equally likely, the one that comes first here.
+_LEGACY_ENCODINGS = (
+    "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 koi8_r cp932 euc_jp gb18030 big5 euc_kr mac_roman".split()
+)
+_DECLARED = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+_FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^(?:#{1,6}[ \t]+(\S[^\n]*)|(\S[^\n]*)\n={3,}$)", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file, or a folder, that gave no document."""
+
+    path: str  # as Document.path
+    reason: str  # to be read after the path: "guide.pdf: unsupported type .pdf"
+
+
+class _Unreadable(Exception):
+    """Why a file gives no document."""
+
+
+def load_folder(path: str | Path, *, extensions: Sequence[str] | None = None) -> Iterator[Document | Skipped]:
+    """Yield a Document, or a Skipped with its reason, for each file under `path`, in the order of their names.
+
+    `path` is a folder or one file. Hidden files and folders are passed over; links are followed, but no folder is
+    read twice. With `extensions` (such as ["md", "html"]) all other files are passed over in silence.
+    `Document.id` and `.path` are the path relative to the folder, with `/`, so that they do not depend on the
+    machine; control characters and undecodable bytes in it are shown escaped. The text is cleaned (rag.ingest.clean).
+    Raises UserError at the call when `path` is missing or an extension is one that cannot be read.
+    """
+    name = os.fspath(path)
+    root = Path(os.path.expanduser(name))
+    if not name or not root.exists():
+        raise UserError(f"There is no file or folder at {name!r}: give the path of the documents to read.")
+    wanted = None if extensions is None else frozenset("." + e.lower().lstrip(".") for e in extensions)
+    for suffix in sorted(wanted or ()):
+        if _extractor(suffix) is None:
+            raise UserError(f"Files of type {suffix} cannot be read: choose extensions from {READABLE}.")
+    return _load_all(root, wanted)
+
+
+def _load_all(root: Path, wanted: frozenset[str] | None) -> Iterator[Document | Skipped]:
+    """Depth first over an explicit stack: a folder chain may be deeper than Python's recursion limit."""
+    seen: set[tuple[int, int]] = set()
+    pending = [root]
+    while pending:
+        path = pending.pop()
+        try:
+            status = path.stat()
+            folder = (status.st_dev, status.st_ino) if stat.S_ISDIR(status.st_mode) else None
+            if folder is None:
+                if wanted is None or path.suffix.lower() in wanted:
+                    yield _load_file(path, _shown(path, root), stat.S_ISREG(status.st_mode))
+            elif folder in seen:
+                yield Skipped(_shown(path, root), "a link to a folder that is read under another name")
+            else:
+                seen.add(folder)
+                names = sorted(os.listdir(path), reverse=True)
+                pending += [path / name for name in names if not name.startswith(".")]
+        except OSError as error:
+            yield Skipped(_shown(path, root), f"cannot be read ({error.strerror or error})")
+
+
+def _shown(path: Path, root: Path) -> str:
+    relative = path.name if path == root else path.relative_to(root).as_posix()
+    escaped = (c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c for c in relative)
+    return "".join(escaped)
+
+
+def _load_file(path: Path, name: str, regular: bool) -> Document | Skipped:
+    suffix = path.suffix.lower()
+    extract = _extractor(suffix)
+    if not regular:
+        return Skipped(name, "not a regular file")  # opening a pipe would wait for ever
+    if extract is None:
+        return Skipped(name, f"unsupported type {suffix}" if suffix else "unsupported: no file extension")
+    try:
+        text, title = extract(path.read_bytes())
+    except (_Unreadable, HtmlError) as error:
+        return Skipped(name, str(error))
+    text = clean(text)
+    if not text.strip():
+        return Skipped(name, "no text in it")
+    title = " ".join(clean(title).split())[:200]
+    return Document(id=name, path=name, text=text, title=title or Path(name).stem)
+
+
+def _extractor(suffix: str) -> Callable[[bytes], tuple[str, str]] | None:
+    """The function from a file's bytes to its text and title ("" for none), or None for an unknown type."""
+    match suffix:
+        case ".txt" | ".text":
+            return lambda data: (decode(data), "")
+        case ".md" | ".markdown":
+            return _markdown
+        case ".html" | ".htm" | ".xhtml":
+            return _html
+        case _:
+            return None
+
+
+def _markdown(data: bytes) -> tuple[str, str]:
+    text = decode(data)  # Markdown is readable as it stands
+    return text, _first_heading(text)
+
+
+def _html(data: bytes) -> tuple[str, str]:
+    declared = _DECLARED.search(data[:4096])
+    text, title = html_text(decode(data, declared[1].decode("ascii", "replace") if declared else ""))
+    return text, title or _first_heading(text)
+
+
+def _first_heading(text: str) -> str:
+    """The first Markdown heading outside fenced code, or ""."""
+    heading = _HEADING.search(_FENCED.sub("", clean(text)))
+    return (heading[1] or heading[2]).rstrip("# \t") if heading else ""
+
+
+def decode(data: bytes, declared: str = "") -> str:
+    """Decode a file of text: by its byte order mark, else as UTF-8, else as `declared`, else by a guess.
+
+    UTF-8 goes before what a page declares, because text in another encoding is hardly ever valid UTF-8 by chance.
+    Raises a reason to skip the file when it is binary or its encoding cannot be told.
+    """
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if data.startswith(mark):
+            return _decode_as(data[len(mark) :], encoding)
+    if b"\0" in data:
+        raise _Unreadable("binary data, not text")
+    for encoding in ("utf-8", declared):
+        try:
+            return _decode_as(data, encoding)
+        except _Unreadable:
+            continue
+    matches = charset_normalizer.from_bytes(data, cp_isolation=_LEGACY_ENCODINGS)
+    if not matches:
+        raise _Unreadable("binary data, or text in an encoding that cannot be told: save it as UTF-8")
+    rank = {name: position for position, name in enumerate(_LEGACY_ENCODINGS)}
+    likeliest = min(
+        matches,
+        key=lambda m: (m.chaos, -m.coherence, min(rank.get(e, len(rank)) for e in m.could_be_from_charset)),
+    )
+    return str(likeliest)
+
+
+def _decode_as(data: bytes, encoding: str) -> str:
+    try:
+        name = codecs.lookup(encoding).name
+        # The web's rule (WHATWG Encoding): who declares Latin-1 or ASCII means cp1252.
+        return data.decode("cp1252" if name in ("iso8859-1", "ascii") else name)
+    except (LookupError, UnicodeError, ValueError) as error:
+        raise _Unreadable(f"not valid {encoding}") from error
