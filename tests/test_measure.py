@@ -1,0 +1,170 @@
+"""Alternating timings, the environment record, benchmark rows. No test asserts how long anything took."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rag import measure
+from rag.measure import (
+    Row,
+    Timing,
+    alternate,
+    bench_json,
+    compiled_temp_bytes,
+    environment,
+    print_table,
+    ratio,
+)
+
+ROWS = [
+    Row(
+        "T=512 [causal]",
+        {"ms": 12.3456, "MiB": 13},
+        {"torch": {"ms": 8.1}, "xla": {"ms": 98765.4}},
+        {"torch": 0.66},
+    ),
+    Row("a case with a long name, T=4096", {"ms": 1.5}, {"torch": {"ms": 3.0}}, {"torch": 2.0}),
+]
+
+
+def test_rivals_take_turns_and_warmups_do_not_count():
+    calls = []
+    timings = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=2)
+    assert calls == ["a", "b"] * 5
+    assert timings.keys() == {"a", "b"}
+    assert timings["a"].repeats == 3
+    assert 0 < timings["a"].minimum <= timings["a"].median <= timings["a"].maximum
+
+
+def test_whatever_a_call_returns_is_waited_for():
+    waited = []
+
+    class Slow:
+        def block_until_ready(self):
+            waited.append(1)
+            return self
+
+    alternate({"tree": lambda: {"a": [Slow(), 3, None], "b": jnp.ones(2)}}, repeats=2, warmup=0)
+    assert len(waited) == 2
+
+
+def test_ratio_above_one_means_ours_is_faster():
+    assert ratio(Timing(1.0, 1.0, 1.0, 3), Timing(2.0, 0.1, 9.0, 3)) == 2.0
+
+
+def test_roofs_are_rates(monkeypatch):
+    monkeypatch.setattr(measure, "_GEMM_SIZE", 64)
+    monkeypatch.setattr(measure, "_READ_BYTES", 1 << 18)
+    assert 0 < measure.gemm_roof() < math.inf
+    assert 0 < measure.read_roof() < math.inf
+
+
+def test_compiled_temp_bytes_sees_an_intermediate():
+    x = jnp.ones((256, 256))
+    two = compiled_temp_bytes(lambda x: (x @ x) @ x, x)
+    assert two >= x.nbytes
+    assert compiled_temp_bytes(lambda x: x + 1, x) < x.nbytes
+
+
+def test_environment_says_what_ran_on_what():
+    record = environment()
+    assert json.loads(json.dumps(record)) == record
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["versions"].keys() == {"jax", "jaxlib", "flax", "numpy"}
+    assert record["device"] == jax.devices()[0].device_kind
+    assert record["xla_flags"] == os.environ.get("XLA_FLAGS", "")
+    assert record["cores"] >= 1
+    assert record["peak_memory_bytes"] > 10_000_000
+    assert record["cpu_flags"] == sorted(set(record["cpu_flags"]))
+    assert {"commit", "dirty", "python", "cpu", "load_average", "date"} <= record.keys()
+
+
+def test_the_commit_is_this_checkouts():
+    root = pathlib.Path(measure.__file__).parent.parent
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    if not (root / ".git").exists() or subprocess.run(command, capture_output=True).returncode:
+        assert environment()["commit"] is None
+    else:
+        assert (
+            environment()["commit"] == subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        )
+        assert environment()["dirty"] in (True, False)
+
+
+def test_an_installed_copy_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "site-packages" / "rag" / "measure.py"))
+    assert measure._revision() == {"commit": None, "dirty": None}
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name", "flags"),
+    [
+        (
+            "model name\t: Xeon\nflags\t\t: fpu sse4_2 avx2 avx512f fma ht\n",
+            "Xeon",
+            ["avx2", "avx512f", "fma", "sse4_2"],
+        ),
+        ("processor : 0\nFeatures : fp asimd i8mm crc32\n", None, ["asimd", "i8mm"]),
+    ],
+)
+def test_cpu_flags_of_x86_and_arm(monkeypatch, cpuinfo, name, flags):
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda self: cpuinfo)
+    cpu = measure._cpu()
+    assert cpu["cpu"] == (name or measure.platform.machine())
+    assert cpu["cpu_flags"] == flags
+
+
+def test_cpu_without_proc(monkeypatch):
+    def no_proc(self):
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(pathlib.Path, "read_text", no_proc)
+    monkeypatch.setattr(
+        measure, "_output", lambda *command: {3: "Apple M4", 4: "AVX1.0 FMA"}.get(len(command))
+    )
+    assert measure._cpu() == {"cpu": "Apple M4", "cpu_flags": ["avx1.0", "fma"]}
+    monkeypatch.setattr(measure, "_output", lambda *command: None)
+    assert measure._cpu() == {"cpu": measure.platform.machine(), "cpu_flags": []}
+
+
+def test_a_missing_or_failing_command_gives_none():
+    assert measure._output("a-command-that-is-not-there") is None
+    assert measure._output("false") is None
+    assert measure._output("echo", "x") == "x"
+
+
+def test_the_table_shows_every_figure_uncut(capsys):
+    print_table(ROWS, title="attention")
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if "T=512" in line)
+    assert [cell.strip() for cell in row.strip("\u2502").split("\u2502")] == [
+        "T=512 [causal]", "12.35", "13", "8.1", "98,765", "0.66",
+    ]  # fmt: skip
+    other = next(line for line in lines if "a case with a long name, T=4096" in line)
+    assert [cell.strip() for cell in other.strip("\u2502").split("\u2502")][1:] == ["1.5", "-", "3", "-", "2"]
+
+
+def test_the_json_line():
+    line = bench_json("attention", ROWS)
+    assert "\n" not in line
+    record = json.loads(line)
+    assert record.keys() == {"bench", "machine", "rows"}
+    assert record["bench"] == "attention"
+    assert record["machine"]["device"] == jax.devices()[0].device_kind
+    assert record["rows"][0] == {
+        "case": "T=512 [causal]",
+        "ours": {"ms": 12.3456, "MiB": 13},
+        "peers": {"torch": {"ms": 8.1}, "xla": {"ms": 98765.4}},
+        "ratio": {"torch": 0.66},
+    }
+
+
+def test_a_figure_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="JSON"):
+        bench_json("attention", [Row("x", {"ms": math.nan})])
