@@ -40,9 +40,9 @@ class Row:
     """One case of a benchmark: our figures by name, each peer's, and how much better we are."""
 
     case: str
-    ours: Mapping[str, float]
-    peers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    ratio: Mapping[str, float] = field(default_factory=dict)  # peer -> above 1 when ours is better
+    ours: Mapping[str, float | int]
+    peers: Mapping[str, Mapping[str, float | int]] = field(default_factory=dict)
+    ratio: Mapping[str, float | int] = field(default_factory=dict)  # peer -> above 1 when ours is better
 
 
 def alternate(
@@ -194,7 +194,7 @@ def _ordered(items: Iterable) -> list:
     return list(dict.fromkeys(items))
 
 
-def _short(value: float) -> str:
+def _short(value: float | int) -> str:
     """Four significant digits, without an exponent for large ones."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
