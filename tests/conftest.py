@@ -1,5 +1,38 @@
-"""Run-time shape checks: every jaxtyping annotation of rag is enforced by beartype while the tests run."""
+"""Run-time shape checks: every jaxtyping annotation of rag is enforced by beartype while the tests run.
 
+Also what every test shares: the default weights, and the variable that turns their tests off.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("rag", "beartype.beartype")  # before anything imports rag
+
+OFFLINE = "RAG_OFFLINE_TESTS"  # "1": skip the tests marked `weights`, which may need a network the first time
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without weights these tests fail rather than skip, unless the variable says that this is meant."""
+    if os.environ.get(OFFLINE) == "1":
+        for item in items:
+            if item.get_closest_marker("weights"):
+                item.add_marker(pytest.mark.skip(reason=f"{OFFLINE}=1 turns tests of the real weights off"))
+
+
+@pytest.fixture(scope="session")
+def embedder_weights() -> Path:
+    """The folder of the default embedder; fetched once, an error if it cannot be had."""
+    from rag.models import hub
+
+    return hub.local_path(hub.DEFAULT_EMBEDDER)
+
+
+@pytest.fixture(scope="session")
+def generator_weights() -> Path:
+    """The GGUF file of the default generator; fetched once, an error if it cannot be had."""
+    from rag.models import hub
+
+    return hub.local_path(hub.DEFAULT_GENERATOR)
