@@ -163,8 +163,6 @@ def _explain(error: Exception, config_name: str, config_dir: Path) -> str | None
             return f"{_first_line(error)}: {_first_line(cause)}"
         case HydraException() | OmegaConfBaseException():
             return str(error)
-        case UnicodeEncodeError():
-            return "The command line holds bytes that are not UTF-8: rename that path, or set LANG=C.UTF-8."
     return None
 
 
