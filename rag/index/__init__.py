@@ -1,0 +1,1 @@
+"""What was ingested: searched by dense.py, kept on disk by store.py."""
