@@ -1,0 +1,1 @@
+"""Pure functions on jax.Array: no I/O, no classes with state."""

@@ -1,0 +1,161 @@
+"""Brute-force oracles, written as the formulas read, and the tolerances of the whole suite."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+# --- tolerances ---------------------------------------------------------------------------------------------
+
+# Attention, against float64: absolute, for results of the order of 1, and for gradients relative to the
+# largest entry. Accelerators multiply float32 in TF32 or bfloat16 passes.
+ATTENTION_TOLERANCE = {"cpu": {"float32": 1e-5, "bfloat16": 1e-2}}
+ATTENTION_TOLERANCE_ACCELERATOR = {"float32": 5e-3, "bfloat16": 2e-2}
+
+
+def attention_tolerance(dtype: str, backend: str) -> float:
+    """The largest error allowed for inputs of `dtype` on `backend`."""
+    return ATTENTION_TOLERANCE.get(backend, ATTENTION_TOLERANCE_ACCELERATOR)[dtype]
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+
+class AttentionOracle(NamedTuple):
+    """Results in float64; the gradients are those of sum(out * dout) + sum(lse * dlse)."""
+
+    out: np.ndarray  # B H T D
+    lse: np.ndarray  # B H T
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+
+
+def attention_mask(
+    batch, queries, keys, *, causal, window, q_offset, kv_length, q_segments, kv_segments
+) -> np.ndarray:
+    """Which key each query sees, one pair at a time: [B, T, S]."""
+    mask = np.zeros((batch, queries, keys), bool)
+    offsets = np.broadcast_to(q_offset, batch)
+    for b, t, s in np.ndindex(mask.shape):
+        i = offsets[b] + t
+        sees = kv_length is None or s < kv_length[b]
+        sees &= not causal or s <= i
+        sees &= window is None or abs(i - s) < window
+        sees &= q_segments is None or (q_segments[b, t] == kv_segments[b, s] and q_segments[b, t] >= 0)
+        mask[b, t, s] = sees
+    return mask
+
+
+def attention_oracle(
+    q,
+    k,
+    v,
+    *,
+    dout,
+    dlse=None,
+    causal=False,
+    window=None,
+    q_offset=0,
+    kv_length=None,
+    q_segments=None,
+    kv_segments=None,
+    scale=None,
+) -> AttentionOracle:
+    """Attention and its gradients in float64, head by head, from the textbook formulas."""
+    q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
+    batch, heads, queries, dim = q.shape
+    group = heads // k.shape[1]
+    scale = dim**-0.5 if scale is None else scale
+    mask = attention_mask(
+        batch, queries, k.shape[2], causal=causal, window=window, q_offset=q_offset, kv_length=kv_length,
+        q_segments=q_segments, kv_segments=kv_segments,
+    )  # fmt: skip
+    out, lse = np.zeros_like(q), np.full(q.shape[:3], -np.inf)
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for b, h in np.ndindex(batch, heads):
+        g = h // group
+        scores = np.where(mask[b], scale * q[b, h] @ k[b, g].T, -np.inf)
+        seen = mask[b].any(axis=1)
+        top = np.where(seen, scores.max(axis=1, initial=-np.inf), 0.0)
+        weights = np.exp(scores - top[:, None])
+        total = weights.sum(axis=1)
+        weights /= np.where(seen, total, 1.0)[:, None]
+        out[b, h] = weights @ v[b, g]
+        lse[b, h, seen] = top[seen] + np.log(total[seen])
+        dweights = dout[b, h] @ v[b, g].T
+        dscores = weights * (dweights - (weights * dweights).sum(axis=1, keepdims=True))
+        if dlse is not None:
+            dscores += weights * np.asarray(dlse, np.float64)[b, h][:, None]
+        dq[b, h] = scale * dscores @ k[b, g]
+        dk[b, g] += scale * dscores.T @ q[b, h]
+        dv[b, g] += weights.T @ dout[b, h]
+    return AttentionOracle(out, lse, dq, dk, dv)
+
+
+# --- retrieval metrics --------------------------------------------------------------------------------------
+
+METRIC_TOLERANCE = 1e-6  # absolute
+
+
+def ranking_oracle(scores: dict[str, float]) -> list[str]:
+    """Best first; among equals the lower id first."""
+    ranking = []
+    left = dict(scores)
+    while left:
+        best = max(left.values())
+        ranking.append(min(document for document in left if left[document] == best))
+        del left[ranking[-1]]
+    return ranking
+
+
+def metric_oracle(measure: str, cutoff: int | None, grades: dict[str, int], ranking: list[str]) -> float:
+    """One query's metric as trec_eval defines it; `cutoff` None looks at the whole ranking."""
+    seen = np.array([max(grades.get(document, 0), 0) for document in ranking[:cutoff]], float)
+    ideal = np.sort(np.maximum(list(grades.values()), 0))[::-1][:cutoff].astype(float)
+    relevant = sum(grade > 0 for grade in grades.values())
+    ranks = np.flatnonzero(seen) + 1
+    match measure:
+        case "nDCG":
+            gain, best = ((g / np.log2(np.arange(len(g)) + 2)).sum() for g in (seen, ideal))
+            return gain / best if best else 0.0
+        case "MAP":
+            return sum((i + 1) / rank for i, rank in enumerate(ranks)) / relevant if relevant else 0.0
+        case "MRR":
+            return 1 / ranks[0] if len(ranks) else 0.0
+        case "Recall":
+            return len(ranks) / relevant if relevant else 0.0
+        case "Precision":
+            return len(ranks) / cutoff
+        case "Success":
+            return float(len(ranks) > 0)
+    raise ValueError(measure)
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------
+
+
+def merge_tokens(pieces: list[str], rank) -> list[str]:
+    """Byte-pair encoding: join the adjacent pair of the lowest rank, leftmost on ties, until none has a rank."""
+    pieces = list(pieces)
+    while True:
+        ranked = [
+            (rank(left, right), i) for i, (left, right) in enumerate(zip(pieces, pieces[1:], strict=False))
+        ]
+        best = min(((value, i) for value, i in ranked if value is not None), default=None)
+        if best is None:
+            return pieces
+        i = best[1]
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+
+
+def longest_pieces(word: str, vocabulary: set[str], unknown: str) -> list[str]:
+    """WordPiece: the longest known beginning, then the longest known "##" continuations; else unknown."""
+    pieces, start = [], 0
+    while start < len(word):
+        marks = "##" if start else ""
+        ends = [end for end in range(start + 1, len(word) + 1) if marks + word[start:end] in vocabulary]
+        if not ends:
+            return [unknown]
+        pieces.append(marks + word[start : max(ends)])
+        start = max(ends)
+    return pieces
