@@ -8,9 +8,9 @@ compilation cache are in place before JAX starts. Hydra and JAX are imported lat
 """
 
 import contextlib
-import dataclasses
 import difflib
 import functools
+import inspect
 import os
 import re
 import sys
@@ -234,45 +234,57 @@ def _require_all(config) -> None:
 
 
 def build(config, **arguments: object):
-    """Make what `_target_` names, and all inside it, from plain Python values; `arguments` join at the top.
+    """Make what `_target_` names, and all inside it, from plain Python values and the given `arguments`.
 
-    Raises UserError naming the setting when a value is of the wrong type, or is none of the target's.
+    Raises UserError naming the setting that the target does not have, or whose value is of the wrong type.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    _check_types(config)
+    _check(config)
     try:
-        return instantiate(config, _convert_="all", **arguments)
-    except InstantiationException as error:
-        if unexpected := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-            raise UserError(f"{config._target_} has no setting {unexpected[1]!r}.") from error
-        if (sentence := _user_error(error)) is not None:
-            raise UserError(sentence) from error
-        raise
+        # The arguments stay out of instantiate: it would copy them, and take dataclasses for configurations.
+        make = instantiate(config, _convert_="all", _partial_=True)
+    except InstantiationException as error:  # of something inside
+        if (sentence := _user_error(error)) is None:
+            raise
+        raise UserError(sentence) from error
+    return make(**arguments)
 
 
-def _check_types(config) -> None:
-    """Compare settings with the plain types that their dataclass declares: YAML and Hydra leave them open."""
+def _check(config) -> None:
+    """Compare settings with the parameters of their target, and with the plain types that these declare.
+
+    YAML and Hydra leave both open. Raises UserError for the first that does not fit.
+    """
     from hydra.utils import get_object
     from omegaconf import DictConfig
 
     if not isinstance(config, DictConfig):
         return
-    target = get_object(config._target_) if "_target_" in config else None
-    hints = typing.get_type_hints(target) if dataclasses.is_dataclass(target) else {}
+    for value in config.values():
+        _check(value)
+    if "_target_" not in config:
+        return
+    target = get_object(config._target_)
+    hints, parameters = typing.get_type_hints(target), inspect.signature(target).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in config.items():
-        _check_types(value)
-        allowed = set(typing.get_args(hints.get(key)) or [hints.get(key)])
-        if allowed <= {int, float, bool, str, type(None)}:
-            allowed |= {int} if float in allowed else set()
-            if key in hints and type(value) not in allowed:
-                names = " or ".join(
-                    sorted("null" if kind is type(None) else kind.__name__ for kind in allowed)
-                )
-                raise UserError(
-                    f"{config._get_full_key(key)}={value} is of the wrong type: it must be {names}."
-                )
+        name = config._get_full_key(key)
+        if key not in parameters and not key.startswith("_") and not open_ended:
+            raise UserError(f"There is no setting {name!r}: {config._target_} takes {', '.join(parameters)}.")
+        if key in hints and (types := _mismatch(value, hints[key])):
+            raise UserError(f"{name}={value} is of the wrong type: it must be {types}.")
+
+
+def _mismatch(value: object, hint: object) -> str:
+    """The types that `hint` asks for, if it names plain ones only and `value` is of none of them."""
+    allowed = set(typing.get_args(hint) or [hint])
+    if not allowed <= {int, float, bool, str, type(None)}:
+        return ""
+    allowed |= {int} if float in allowed else set()
+    names = sorted("null" if kind is type(None) else kind.__name__ for kind in allowed)
+    return "" if type(value) in allowed else " or ".join(names)
 
 
 def run_dir() -> Path:

@@ -269,8 +269,10 @@ def composed(conf: Path, *overrides: str):
 
 
 def test_build_makes_plain_objects(conf):
-    stage = build(composed(conf, "stage.ratio=1", "+stage.words=[a,b]"), name="x")
-    assert stage == Stage(128, 1, "x", None, ["a", "b"])
+    inner = Stage(size=1)
+    stage = build(composed(conf, "stage.ratio=1", "+stage.words=[a,b]"), name="x", inner=inner)
+    assert stage == Stage(128, 1, "x", inner, ["a", "b"])
+    assert stage.inner is inner  # handed on, not copied
     assert type(stage.words) is list
     assert build(composed(conf, f"+stage.inner._target_={__name__}.Stage")).inner == Stage()
 
@@ -284,7 +286,9 @@ def test_build_makes_plain_objects(conf):
         ("stage.size=null", "stage.size=None is of the wrong type: it must be int"),
         ("stage.ratio=x", "stage.ratio=x is of the wrong type: it must be float or int"),
         ("+stage.name=3", "stage.name=3 is of the wrong type: it must be null or str"),
-        ("+stage.colour=red", "Stage has no setting 'colour'"),
+        ("+stage.colour=red", r"no setting 'stage\.colour': .*Stage takes size, ratio"),
+        (f"+stage.inner={{_target_:{__name__}.Stage,sise:1}}", r"no setting 'stage\.inner\.sise'"),
+        (f"+stage.inner={{_target_:{__name__}.Stage,size:-1}}", "stage.size must be 0 or more"),
         ("stage.size=-1", "stage.size must be 0 or more"),
     ],
 )
