@@ -1,5 +1,6 @@
 """Brute-force oracles, written as the formulas read, and the tolerances of the whole suite."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -135,13 +136,11 @@ def metric_oracle(measure: str, cutoff: int | None, grades: dict[str, int], rank
 
 
 def merge_tokens(pieces: list[str], rank) -> list[str]:
-    """Byte-pair encoding: join the adjacent pair of the lowest rank, leftmost on ties, until none has a rank."""
+    """Byte-pair encoding: join the adjacent pair of lowest rank, leftmost on ties, while one has a rank."""
     pieces = list(pieces)
     while True:
-        ranked = [
-            (rank(left, right), i) for i, (left, right) in enumerate(zip(pieces, pieces[1:], strict=False))
-        ]
-        best = min(((value, i) for value, i in ranked if value is not None), default=None)
+        ranked = [(rank(left, right), i) for i, (left, right) in enumerate(pairwise(pieces))]
+        best = min((found for found in ranked if found[0] is not None), default=None)
         if best is None:
             return pieces
         i = best[1]
@@ -159,3 +158,27 @@ def longest_pieces(word: str, vocabulary: set[str], unknown: str) -> list[str]:
         pieces.append(marks + word[start : max(ends)])
         start = max(ends)
     return pieces
+
+
+# --- sampling -----------------------------------------------------------------------------------------------
+
+
+def kept_by_filters(logits, top_k, top_p, min_p) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens of one row top-k, then top-p, then min-p keep, in float64, and for which of them that does not
+    hang on rounding: [V], [V]."""
+    logits = np.asarray(logits, np.float64)
+    kept = np.ones(len(logits), bool)
+    decided = kept.copy()
+    if 0 < top_k < len(logits):
+        kept[np.argsort(-logits)[top_k:]] = False
+    if top_p < 1:
+        weights = np.where(kept, np.exp(logits - logits.max()), 0)
+        share, order = weights / weights.sum(), np.argsort(-np.where(kept, logits, -np.inf))
+        before = np.concatenate([[0], np.cumsum(share[order])[:-1]])
+        kept[order[before >= top_p]] = False
+        decided[order[np.abs(before - top_p) < 1e-5]] = False
+    if min_p > 0:
+        ratio = np.exp(logits - logits.max())
+        kept &= ratio >= min_p
+        decided &= np.abs(ratio - min_p) > 1e-5
+    return kept, decided
