@@ -4,9 +4,9 @@
     path/queries.jsonl        {"_id", "text", "answers" (optional), "answerable" (optional)}
     path/qrels/<split>.tsv    query-id, corpus-id, score: integers; 0 or less means judged irrelevant
 
-This is the layout of BEIR (Thakur et al. 2021, arXiv:2104.08663) with two additions: answers and "answerable", at
-top level or under "metadata", and documents that may be plain files. What would make a figure wrong is an error that
-names file, line and id; what is merely worth knowing goes into `problems`.
+This is the layout of BEIR (Thakur et al. 2021, arXiv:2104.08663) with two additions: "answers" and
+"answerable", at top level or under "metadata", and documents that may be plain files. What would make a
+figure wrong is an error that names file, line and id; what is merely worth knowing goes into `problems`.
 """
 
 import json
@@ -39,13 +39,13 @@ class Dataset:
 def load_beir(path: str | Path, split: str = "test", *, strict: bool = True) -> Dataset:
     """Load and check the set in folder `path`.
 
-    Raises UserError for a missing or malformed file, a duplicate id, an empty query, a judgement that contradicts
-    another one or the "answerable" flag, and a judgement of an unknown query or document. Some published sets have
-    the last: with `strict=False` it is left out and listed in `problems`.
+    Raises UserError for a missing or malformed file, a duplicate id, an empty query, a judgement that
+    contradicts another one or the "answerable" flag, and a judgement of an unknown query or document. Some
+    published sets have the last: with `strict=False` it is left out and listed in `problems`.
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"There is no dataset folder {path}: give a folder with queries.jsonl and qrels/{split}.tsv.")
+        raise UserError(f"There is no folder {path}: give one with queries.jsonl and qrels/{split}.tsv.")
     problems: list[str] = []
     corpus = _corpus(path, problems)
     documents = {document.id: document for document in corpus}
@@ -54,7 +54,7 @@ def load_beir(path: str | Path, split: str = "test", *, strict: bool = True) -> 
     qrels = _qrels(path / "qrels" / f"{split}.tsv", texts, documents, strict, problems)
     for query in queries:
         if not query.answerable and query.id in qrels:
-            raise UserError(f'The query "{query.id}" of {path} is flagged unanswerable, but judged: drop one of the two.')
+            raise UserError(f'Query "{query.id}" of {path} is flagged unanswerable but judged: drop one.')
     return Dataset(
         name=path.resolve().name,
         corpus=corpus,
@@ -81,21 +81,23 @@ def _corpus(path: Path, problems: list[str]) -> tuple[Document, ...]:
         problems.extend(f"{source / item.path} is left out: {item.reason}." for item in skipped)
         corpus = tuple(item for item in loaded if isinstance(item, Document))
     else:
-        raise UserError(f"The dataset {path} has neither corpus.jsonl nor a folder named documents: add one of them.")
+        raise UserError(f"The dataset {path} has neither corpus.jsonl nor documents/: add one of them.")
     if not corpus:
         raise UserError(f"The corpus {source} is empty: add documents.")
     first: dict[str, str] = {}
     empty = [document.id for document in corpus if not document.text]
     repeated = [d.id for d in corpus if d.text and first.setdefault(d.text, d.id) != d.id]
-    problems.extend(f"{source}: no text in {_named(ids)}." for ids in [empty] if ids)
-    problems.extend(f"{source}: {_named(ids)} have the text of an earlier document." for ids in [repeated] if ids)
+    if empty:
+        problems.append(f"{source} has no text for {_named(empty)}.")
+    if repeated:
+        problems.append(f"{source} repeats the text of an earlier document in {_named(repeated)}.")
     return corpus
 
 
 def _document(file: Path, line: int, row: Mapping) -> Document:
     title = row.get("title") or ""
     if not isinstance(title, str):
-        raise UserError(f'{file}, line {line}: the "title" of "{row["_id"]}" must be a string: correct it.')
+        raise UserError(f'{file}, line {line}: "title" must be a string: correct it.')
     return Document(id=row["_id"], path=row["_id"], text=f"{title} {row['text']}".strip(), title=title)
 
 
@@ -117,9 +119,9 @@ def _query(file: Path, line: int, row: Mapping) -> _Query:
     fields = {**metadata, **row} if isinstance(metadata, dict) else row
     answers, answerable = fields.get("answers") or [], fields.get("answerable", True)
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f'{file}, line {line}: the "answers" of "{row["_id"]}" must be a list of strings: correct it.')
+        raise UserError(f'{file}, line {line}: "answers" must be a list of strings: correct it.')
     if not isinstance(answerable, bool):
-        raise UserError(f'{file}, line {line}: "answerable" of "{row["_id"]}" must be true or false: correct it.')
+        raise UserError(f'{file}, line {line}: "answerable" must be true or false: correct it.')
     return _Query(row["_id"], row["text"], tuple(answers), answerable)
 
 
@@ -152,13 +154,17 @@ def _qrels(
         elif (known := qrels.get(query, {}).get(document)) is None:
             qrels.setdefault(query, {})[document] = grade
         elif known != grade:
-            raise UserError(f'{file}, line {line} grades "{document}" for "{query}" {grade} after {known}: keep one.')
+            raise UserError(f'{file}, line {line} grades "{document}" {grade} after {known}: keep one.')
         else:
             repeated.append(f"line {line}")
     if dangling and strict:
-        raise UserError(f"{file} judges what does not exist: {_named(dangling)}: remove these or load with strict=false.")
-    problems.extend(f"{file} judges what does not exist, left out: {_named(ids)}." for ids in [dangling] if ids)
-    problems.extend(f"{file} repeats judgements: {_named(ids)}." for ids in [repeated] if ids)
+        raise UserError(
+            f"{file} judges the unknown {_named(dangling)}: remove this or load with strict=false."
+        )
+    if dangling:
+        problems.append(f"{file} judges the unknown {_named(dangling)}, which is left out.")
+    if repeated:
+        problems.append(f"{file} repeats earlier judgements in {_named(repeated)}.")
     if not qrels:
         raise UserError(f"{file} judges no query: add judgements.")
     if hopeless := [query for query, judged in qrels.items() if max(judged.values()) <= 0]:
@@ -169,11 +175,11 @@ def _qrels(
 def _judgement(file: Path, line: int, content: str) -> tuple[str, str, int]:
     fields = content.split("\t")
     if len(fields) != 3 or not all(field.strip() for field in fields):
-        raise UserError(f"{file}, line {line} is not query id, document id and score with tabs between: correct it.")
+        raise UserError(f"{file}, line {line} is not query id, tab, document id, tab, score: correct it.")
     try:
         return fields[0], fields[1], int(fields[2])
     except ValueError as error:
-        raise UserError(f'{file}, line {line}: the score "{fields[2]}" is not an integer: correct it.') from error
+        raise UserError(f'{file}, line {line}: score "{fields[2]}" is not an integer: correct it.') from error
 
 
 # --- files
@@ -188,11 +194,11 @@ def _rows(file: Path) -> Iterator[tuple[int, dict]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{file}, line {line} is not valid JSON ({error.msg}): correct it.") from error
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("_id", "text")):
-            raise UserError(f'{file}, line {line} is not an object with strings "_id" and "text": correct it.')
+            raise UserError(f'{file}, line {line} has no strings "_id" and "text": correct it.')
         if not row["_id"].strip():
             raise UserError(f'{file}, line {line} has an empty "_id": give it one.')
         if (first := seen.setdefault(row["_id"], line)) != line:
-            raise UserError(f'{file}, line {line} repeats the id "{row["_id"]}" of line {first}: remove one of them.')
+            raise UserError(f'{file}, line {line} repeats the id "{row["_id"]}" of line {first}: remove one.')
         yield line, row
 
 

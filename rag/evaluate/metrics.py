@@ -1,9 +1,9 @@
 """Retrieval metrics that do not depend on how a tool breaks ties, and runs as TREC files.
 
-The tools disagree: trec_eval compares scores in float32 and puts the higher document id first among equals, others
-the lower; pytrec_eval leaves queries without results out of the mean. Here a run is first made canonical: sorted by
-(score descending, document id ascending), with scores that strictly decrease in float32, so that every tool sees
-the same ranking. A judged query without results counts as 0.
+The tools disagree: trec_eval compares scores in float32 and puts the higher document id first among equals,
+others the lower; pytrec_eval leaves queries without results out of the mean. Here a run is first made
+canonical: sorted by (score descending, document id ascending), with scores that strictly decrease in float32,
+so that every tool sees the same ranking. A judged query without results counts as 0.
 """
 
 import math
@@ -37,6 +37,7 @@ _MEASURES = {
 _NAME = re.compile(r"([a-z]+)(?:@([1-9][0-9]*))?", re.IGNORECASE)
 # Named, because the default choice depends on what else is installed. pytrec_eval has no RR with a cut-off.
 _PROVIDER = FallbackProvider([ir_measures.pytrec_eval, ir_measures.msmarco])
+_LARGEST = float(np.finfo(np.float32).max)
 
 Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> grade; 0 or less is not relevant
 Run = Mapping[str, Mapping[str, float]]  # query id -> document id -> score; higher is better
@@ -47,22 +48,23 @@ def evaluate(
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Return (measure -> mean over the judged queries, query id -> measure -> value), under the names given.
 
-    Measures: nDCG, MAP, MRR, Recall, Precision, Success (and AP, RR, R, P, Rprec) with an optional `@k`, in any case;
-    gains are the grades themselves, discounts log2, relevant means a grade of 1 or more (trec_eval's definitions).
-    `drop_self_hits` leaves out a document with the query's own id, as BEIR does: for sets such as ArguAna whose
-    queries are documents of the corpus (Dataset.drop_self_hits says so), not where ids coincide by chance.
-    Raises UserError for an unknown measure or empty qrels, ValueError for a score that is not finite in float32.
+    Measures, in any case: nDCG, MAP (AP) and MRR (RR), each with or without @k; Recall@k (R), Precision@k
+    (P), Success@k; Rprec. As in trec_eval gains are the grades, discounts log2, and 1 or more is relevant.
+    `drop_self_hits` leaves out a document with the query's own id, as BEIR does: for sets such as ArguAna,
+    whose queries are documents of the corpus (Dataset.drop_self_hits), not where ids coincide by chance.
+    Raises UserError for an unknown measure or empty qrels, ValueError for a score not finite in float32.
     """
     if not qrels:
         raise UserError("There are no relevance judgements: check the dataset's qrels and split.")
     parsed = {name: _measure(name) for name in measures}
-    ranked = {query: canonical_scores(run[query], drop=(query,) * drop_self_hits) for query in qrels if query in run}
-    grades = {query: {document: max(grade, 0) for document, grade in judged.items()} for query, judged in qrels.items()}
+    ranked = {q: canonical_scores(run[q], drop=(q,) if drop_self_hits else ()) for q in qrels if q in run}
+    found = {q: scores for q, scores in ranked.items() if scores}
+    grades = {q: {d: max(grade, 0) for d, grade in judged.items()} for q, judged in qrels.items()}
     values = {measure: dict.fromkeys(qrels, 0.0) for measure in parsed.values()}
-    for result in _PROVIDER.iter_calc(list(values), grades, {query: scores for query, scores in ranked.items() if scores}):
+    for result in _PROVIDER.iter_calc(list(values), grades, found):
         values[result.measure][result.query_id] = float(result.value)
     means = {name: math.fsum(values[measure].values()) / len(qrels) for name, measure in parsed.items()}
-    return means, {query: {name: values[measure][query] for name, measure in parsed.items()} for query in qrels}
+    return means, {q: {name: values[measure][q] for name, measure in parsed.items()} for q in qrels}
 
 
 def canonical_scores(scores: Mapping[str, float], *, drop: Collection[str] = ()) -> dict[str, float]:
@@ -72,33 +74,32 @@ def canonical_scores(scores: Mapping[str, float], *, drop: Collection[str] = ())
     """
     canonical: dict[str, float] = {}
     previous = np.float32(np.inf)
-    for document in sorted(scores.keys() - set(drop), key=lambda document: (-scores[document], document)):
-        if not abs(scores[document]) <= _LARGEST:
-            raise ValueError(f"the score of document {document!r} is {scores[document]}, not finite in float32")
-        previous = min(np.float32(scores[document]), np.nextafter(previous, np.float32(-np.inf)))
+    for document in sorted(scores.keys() - set(drop), key=lambda d: (-scores[d], d)):
+        score, below = scores[document], np.nextafter(previous, np.float32(-np.inf))
+        if not abs(score) <= _LARGEST or np.isinf(below):
+            raise ValueError(f"the score {score} of {document!r} cannot be ranked in float32")
+        previous = min(np.float32(score), below)
         canonical[document] = float(previous)
     return canonical
 
 
-_LARGEST = float(np.finfo(np.float32).max) * 0.99  # room below for ties
-
-
 def _measure(name: str) -> Measure:
     match = _NAME.fullmatch(name)
-    measure = _MEASURES.get(match[1].lower()) if match else None
-    if measure is not None and match[2]:
-        measure = measure @ int(match[2])
-    if measure is None or not _PROVIDER.supports(measure):
-        examples = ", ".join((*DEFAULT_MEASURES, "Precision@5", "Success@1"))
-        raise UserError(f'There is no measure "{name}": choose from such as {examples}.')
-    return measure
+    if match and (measure := _MEASURES.get(match[1].lower())):
+        cutoff = measure.SUPPORTED_PARAMS.get("cutoff")  # None: takes none
+        if match[2] and cutoff:
+            return measure @ int(match[2])
+        if not match[2] and not (cutoff and cutoff.required):
+            return measure
+    examples = ", ".join((*DEFAULT_MEASURES, "Precision@5", "Success@1"))
+    raise UserError(f'There is no measure "{name}": choose from such as {examples}.')
 
 
 def write_trec_run(path: str | Path, run: Run, tag: str = "rag") -> None:
     """Write `run` as a TREC run file: query, Q0, document, rank from 1, score, tag, with tabs between.
 
-    The scores are canonical, so trec_eval gives the figures of `evaluate`. Tabs let document ids hold spaces, as
-    file names do (other tools then misread them). Raises UserError for an id with a tab or line break in it.
+    The scores are canonical, so trec_eval gives the figures of `evaluate`. Tabs let document ids hold spaces,
+    as file names do (tools that split at spaces misread those). UserError for an id with a tab or line break.
     """
     with atomic_file(path, "w") as file:
         for query, scores in run.items():
@@ -120,7 +121,9 @@ def read_trec_run(path: str | Path) -> dict[str, dict[str, float]]:
                 if content.strip():
                     query, document, score = _run_line(path, line, content.rstrip("\r\n"))
                     if document in run.setdefault(query, {}):
-                        raise UserError(f'{path}, line {line} repeats document "{document}" of "{query}": remove one.')
+                        raise UserError(
+                            f'{path}, line {line} repeats "{document}" for "{query}": remove one.'
+                        )
                     run[query][document] = score
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The run {path} cannot be read ({error}): give a TREC run file.") from error
