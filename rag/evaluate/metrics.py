@@ -75,10 +75,10 @@ def canonical_scores(scores: Mapping[str, float], *, drop: Collection[str] = ())
     canonical: dict[str, float] = {}
     previous = np.float32(np.inf)
     for document in sorted(scores.keys() - set(drop), key=lambda d: (-scores[d], d)):
-        score, below = scores[document], np.nextafter(previous, np.float32(-np.inf))
-        if not abs(score) <= _LARGEST or np.isinf(below):
+        score = scores[document]
+        if not abs(score) <= _LARGEST or previous <= -_LARGEST:
             raise ValueError(f"the score {score} of {document!r} cannot be ranked in float32")
-        previous = min(np.float32(score), below)
+        previous = min(np.float32(score), np.nextafter(previous, np.float32(-np.inf)))
         canonical[document] = float(previous)
     return canonical
 
