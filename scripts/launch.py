@@ -241,7 +241,7 @@ def build(config, **arguments: object):
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    _check(config)
+    check(config)
     try:
         # The arguments stay out of instantiate: it would copy them, and take dataclasses for configurations.
         make = instantiate(config, _convert_="all", _partial_=True)
@@ -252,7 +252,7 @@ def build(config, **arguments: object):
     return make(**arguments)
 
 
-def _check(config) -> None:
+def check(config) -> None:
     """Compare settings with the parameters of their target, and with the plain types that these declare.
 
     YAML and Hydra leave both open. Raises UserError for the first that does not fit.
@@ -263,7 +263,7 @@ def _check(config) -> None:
     if not isinstance(config, DictConfig):
         return
     for value in config.values():
-        _check(value)
+        check(value)
     if "_target_" not in config:
         return
     target = get_object(config._target_)
