@@ -24,18 +24,18 @@ from rag.types import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
-# Settings whose value is a person's text, by the last word of their key: `path` covers `corpus.path`.
+# Settings whose value is a person's text; a leading dot means the last word of any dotted key.
 FREE_TEXT = (
     "question",
-    "path",
-    "url",
-    "model",
-    "weights",
-    "system",
-    "user",
-    "passage",
-    "separator",
-    "abstain_answer",
+    ".path",
+    ".url",
+    ".model",
+    ".weights",
+    ".system",
+    ".user",
+    ".passage",
+    ".separator",
+    ".abstain_answer",
 )
 _DEVICES = {"auto": None, "cpu": "cpu", "gpu": "cuda,cpu"}  # what JAX_PLATFORMS calls them
 
@@ -128,7 +128,8 @@ def quote_overrides(arguments: Sequence[str], free_text: Sequence[str] = FREE_TE
     In a sweep, `path=choice(a,b)` keeps Hydra's meaning; a plain comma is part of the text.
     """
     sweep = "-m" in arguments or "--multirun" in arguments
-    override = re.compile(rf"(\+{{0,2}}(?:[\w./@-]+\.)?(?:{'|'.join(map(re.escape, free_text))})=)(.*)", re.S)
+    keys = "|".join((r"[\w./-]+" if key.startswith(".") else "") + re.escape(key) for key in free_text)
+    override = re.compile(rf"(\+{{0,2}}(?:{keys})=)(.*)", re.S)
 
     def quoted(argument: str) -> str:
         match = override.fullmatch(argument)
@@ -163,6 +164,8 @@ def _explain(error: Exception, config_name: str, config_dir: Path) -> str | None
             return f"{_first_line(error)}: {_first_line(cause)}"
         case HydraException() | OmegaConfBaseException():
             return str(error)
+        case OSError(filename=str(name)):
+            return f"Cannot make {name} ({error.strerror}): choose the run's folder with hydra.run.dir=DIR."
     return None
 
 

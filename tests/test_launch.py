@@ -162,6 +162,7 @@ def test_only_free_text_is_quoted():
         "--cfg",
         "job",
         "pathx=1",
+        "model=a,b",
     ]
     assert quote_overrides(others) == others
     assert quote_overrides(["question=a, b"]) == ["question='a, b'"]
@@ -214,6 +215,13 @@ def test_a_mistake_is_one_sentence(run, arguments, sentence):
     assert seen == []
     assert len(err.splitlines()) == 1
     assert re.search(sentence, err), err
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, seen, err = run(f"hydra.run.dir={tmp_path}/file/run")
+    assert (code, seen) == (2, [])
+    assert "file/run (Not a directory): choose the run's folder with hydra.run.dir=DIR" in err
 
 
 def test_all_that_is_missing_is_named_at_once(run):
