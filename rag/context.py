@@ -4,6 +4,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, get_args
 
 from rag.ingest.sentences import sentences
@@ -57,6 +58,7 @@ def build_context(
     a document's text by its id; with it chunks are also joined across the white space between them, without it only
     where they overlap or touch. Ties keep the order of `hits`.
     """
+    count_tokens, documents_text = cache(count_tokens), documents_text and cache(documents_text)
     ranked = sorted(hits, key=lambda hit: -hit.score)
     if options.min_score is not None:
         ranked = [hit for hit in ranked if hit.score >= options.min_score]
@@ -108,24 +110,29 @@ def cited(answer: str, context: Context) -> tuple[int, ...]:
 
 def _distinct(hits: Iterable[Hit]) -> list[Hit]:
     """The hits without those whose text came before."""
-    return list({hit.chunk.text: hit for hit in reversed(list(hits))}.values())[::-1]
+    first: dict[str, Hit] = {}
+    for hit in hits:
+        first.setdefault(hit.chunk.text, hit)
+    return list(first.values())
 
 
 def _unmerged(hits: Sequence[Hit], _: Callable[[str], str] | None) -> list[Hit]:
     return list(hits)
 
 
-def _merged(hits: Sequence[Hit], documents_text: Callable[[str], str] | None) -> list[Hit]:
-    """Overlapping and adjoining hits of a document as one, with the best of their scores; ranked by score."""
-    merged: list[Hit] = []
-    for hit in sorted(hits, key=lambda hit: (hit.chunk.document_id, hit.chunk.start, hit.chunk.end)):
-        union = _union(merged[-1].chunk, hit.chunk, documents_text) if merged else None
+def _merged(ranked: Sequence[Hit], documents_text: Callable[[str], str] | None) -> list[Hit]:
+    """Overlapping and adjoining hits of a document as one, with the score and the rank of the best of them."""
+    rank = {id(hit): position for position, hit in enumerate(ranked)}
+    merged: list[tuple[int, Hit]] = []
+    for hit in sorted(ranked, key=lambda hit: (hit.chunk.document_id, hit.chunk.start, hit.chunk.end)):
+        position = rank[id(hit)]
+        union = _union(merged[-1][1].chunk, hit.chunk, documents_text) if merged else None
         if union is None:
-            merged.append(hit)
+            merged.append((position, hit))
         else:
-            merged[-1] = Hit(union, max(merged[-1].score, hit.score))
-    rank = {id(hit): position for position, hit in enumerate(hits)}
-    return sorted(merged, key=lambda hit: (-hit.score, rank.get(id(hit), -1)))
+            best = min(position, merged[-1][0])
+            merged[-1] = best, Hit(union, ranked[best].score)
+    return [hit for _, hit in sorted(merged, key=lambda pair: pair[0])]
 
 
 def _union(left: Chunk, right: Chunk, documents_text: Callable[[str], str] | None) -> Chunk | None:
@@ -158,8 +165,10 @@ def _ordered(ranked: Sequence[Hit], order: Order) -> list[Hit]:
         case "reverse":
             return list(ranked[::-1])
         case "document":
-            first = {hit.chunk.document_id: -position for position, hit in reversed(list(enumerate(ranked)))}
-            return sorted(ranked, key=lambda hit: (-first[hit.chunk.document_id], hit.chunk.start))
+            first: dict[str, int] = {}
+            for position, hit in enumerate(ranked):
+                first.setdefault(hit.chunk.document_id, position)
+            return sorted(ranked, key=lambda hit: (first[hit.chunk.document_id], hit.chunk.start))
         case "sides":
             return [*ranked[::2], *ranked[1::2][::-1]]
         case _:
@@ -180,12 +189,16 @@ def _cut(source: Source, max_tokens: int, count_tokens: CountTokens, render: Ren
     def beginning(end: int) -> Source:
         return replace(source, end=source.start + end, text=source.text[:end])
 
+    def tokens(end: int) -> int:
+        return count_tokens(render(beginning(end)))
+
     def fitting(ends: Sequence[int]) -> int:
-        fit = bisect_right(ends, max_tokens, key=lambda end: count_tokens(render(beginning(end))))
+        fit = bisect_right(ends, max_tokens, key=tokens)
         return ends[fit - 1] if fit else 0
 
     word = fitting([match.end() for match in re.finditer(r"\S+", source.text)])
     longest = word or fitting(range(1, len(source.text) + 1))
     sentence = max((end for _, end in sentences(source.text) if end <= longest), default=0)
-    end = sentence if 2 * sentence >= longest else longest  # a short sentence is no reason to lose most of it
-    return beginning(end) if end else None
+    if 2 * sentence >= longest and tokens(sentence) <= max_tokens:  # for half a passage it is better cut in a sentence
+        return beginning(sentence) if sentence else None
+    return beginning(longest)

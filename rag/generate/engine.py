@@ -136,7 +136,7 @@ class Engine:
         """
         self._check(prompts, max_new_tokens)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        tokens = np.zeros((len(prompts), bucket(max(lengths))), np.int32)
+        tokens = np.zeros((len(prompts), bucket(max(map(len, prompts)))), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         keys = jax.vmap(jax.random.key)(np.asarray(seeds or [0] * len(prompts), np.uint32))

@@ -65,6 +65,7 @@ class _Page:
     marker: str = ""
     lists: list[int | None] = field(default_factory=list)  # the open lists: last number given, None if unordered
     row: int = 0  # len(pieces) where the open table row began
+    cell: int = -1  # len(pieces) where the open cell began, -1 outside rows
     preformatted: int = 0  # open <pre> elements
 
     def open(self, element: etree._Element) -> None:
@@ -76,10 +77,12 @@ class _Page:
                 self.marker += self._item()
             case "tr":
                 self.row = len(self.pieces)
-            case "td" | "th" if element.getprevious() is not None:
-                if len(self.pieces) > self.row:
+            case "td" | "th":
+                self.cell = len(self.pieces)
+                if self.cell > self.row:
                     self.breaks = 0  # the last cell's paragraph ends here, its row does not
-                self.marker += " | "
+                if element.getprevious() is not None:
+                    self.marker += " | "
             case "pre":
                 self.preformatted += 1
             case "br" if not self.marker:
@@ -92,7 +95,9 @@ class _Page:
             case "ul" | "ol":
                 self.lists.pop()
             case "li" | "tr":
+                self.cell = -1
                 self.marker = ""  # an empty item, or the empty cells that end a row
+                self.breaks = min(self.breaks, 1)  # a paragraph that ends inside makes no loose list
             case "pre":
                 self.preformatted -= 1
             case heading if heading in _HEADINGS:
@@ -115,7 +120,7 @@ class _Page:
             self.breaks, self.marker = 0, ""
 
     def _break(self, tag: str) -> None:
-        if self.marker:  # `<li><p>`: the paragraph begins on its item's line
+        if self.marker or self.cell == len(self.pieces):  # a paragraph begins on its item's line, or its cell's
             return
         if tag in _BLANK_LINE or (tag in ("ul", "ol") and not self.lists):
             self.breaks = 2

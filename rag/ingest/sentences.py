@@ -27,7 +27,7 @@ _STARTERS = frozenset(
 )
 _INITIALS = re.compile(r"(?:\w\.)*\w")
 _LIST_NUMBER = re.compile(r"\s*\d{1,3}")
-_WORD = re.compile(r"\W*(\w+)")
+_WORD = re.compile(r"[\s\"'“‘«(\[{¿¡*_]*(\w+)")  # after quotes, brackets and emphasis marks
 
 # The look-behind lets a run of stops be tried once, from its first; the possessive `*+` keeps it linear.
 _STOP = re.compile(

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in the half-split layout of Hugging Face.
 
-Letters: B batch, T tokens, H heads, D head dim.
+Letters: B batch, T tokens, H heads, D head dim, R = D/2 rotations.
 """
 
 import math
@@ -30,13 +30,13 @@ def _base_frequencies(head_dim: int, theta: float) -> np.ndarray:
 
 def rope_angles(
     positions: Int[Array, "B T"], head_dim: int, theta: float, factors: tuple[float, ...] | None = None
-) -> Float[Array, "B T D/2"]:
+) -> Float[Array, "B T R"]:
     """The rotation of every position and frequency, in radians, float32; `factors` divide the frequencies."""
     frequencies = _base_frequencies(head_dim, theta) / np.asarray(factors or 1.0)
     return positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
 
 
-def rotate(x: Float[Array, "B H T D"], angles: Float[Array, "B T D/2"]) -> Float[Array, "B H T D"]:
+def rotate(x: Float[Array, "B H T D"], angles: Float[Array, "B T R"]) -> Float[Array, "B H T D"]:
     """`x` with its pairs (i, i + D/2) rotated by the angles, computed in float32, in x's dtype."""
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

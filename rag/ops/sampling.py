@@ -35,7 +35,7 @@ class Sampling:
         _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
 
 
-def _check(name: str, value: float, right: bool, what: str) -> None:
+def _check(name: str, value: int | float, right: bool, what: str) -> None:
     if not right:
         raise UserError(f"sampling.{name} is {value}; give a number {what}")
 

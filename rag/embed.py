@@ -1,0 +1,285 @@
+"""Texts to unit vectors: a BERT-family encoder of ours, or counted words.
+
+Where an encoder's time goes on a CPU is padding and attention, so equal texts are embedded once and the others are
+sorted by length and cut into batches of about as many tokens each, padded to few lengths (each is a program to
+compile). A text's vector does not depend on its neighbours, up to the rounding of float32.
+
+Letters: N texts, B batch, T tokens, E embedding dim.
+"""
+
+import json
+import math
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Float64, Int
+
+from rag import cache
+from rag.models import bert, bert_checkpoint, hub
+from rag.types import UserError
+
+BERT_VERSION = 1  # part of fingerprints: raise it when the same weights begin to give other vectors
+BAG_OF_WORDS_VERSION = 1
+
+Progress = Callable[[int], None]  # texts done so far
+
+_BLOCK = 2048  # texts that are tokenised and sorted together
+_IN_FLIGHT = 8  # batches dispatched ahead of the one being waited for
+_VOCABULARY = "vocabulary.json"
+
+
+class Embedder(Protocol):
+    """What turns passages and questions into vectors that are compared by their dot product."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits; two embedders that share it give the same vectors."""
+        ...
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What an index says about the embedder that made it, JSON-able."""
+        ...
+
+    def encode(self, texts: Sequence[str], progress: Progress = ...) -> Float32[np.ndarray, "N E"]:
+        """The vectors of passages, in their order."""
+        ...
+
+    def encode_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
+        """The vectors of questions, in their order."""
+        ...
+
+    def token_spans(self, text: str) -> Int[np.ndarray, "n 2"]:
+        """Character offsets (start, end) of the text's tokens, which chunk sizes are counted in."""
+        ...
+
+    def fit(self, texts: Sequence[str]) -> Self:
+        """The embedder made ready for a corpus."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write into an index's folder what `fit` learned."""
+        ...
+
+    def restore(self, folder: Path) -> Self:
+        """The embedder as it was when it made the index in this folder."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of tokens that run together, and which texts they are; rows past len(texts) are filling."""
+
+    texts: Int[np.ndarray, "n"]
+    tokens: Int[np.ndarray, "B T"]
+    lengths: Int[np.ndarray, "B"]
+
+
+class BertEmbedder:
+    """Any checkpoint of the BERT family, by its URI (rag.models.hub), with the pooling that it asks for.
+
+    `max_length` tokens of a text are read, [CLS] and [SEP] included; None takes the checkpoint's own limit. Prompts
+    are written before every passage or question; None takes the checkpoint's. Vectors have unit length even where
+    the checkpoint would leave them longer, because an index compares by cosine.
+    Raises UserError for a checkpoint that cannot be loaded and a max_length beyond its positions.
+    """
+
+    def __init__(
+        self,
+        uri: str = hub.DEFAULT_EMBEDDER,
+        max_length: int | None = None,
+        tokens_per_batch: int = 1024,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
+    ):
+        path = hub.local_path(uri)
+        self._model, self._tokenizer, settings = bert_checkpoint.load(path)
+        config, wanted = settings.config, settings.pooling.max_length if max_length is None else max_length
+        longest = config.max_position_embeddings - config.position_offset
+        if not 3 <= wanted <= longest:
+            raise UserError(f"max_length={wanted} does not suit {uri}: choose from 3 to {longest} tokens")
+        if tokens_per_batch < 1:
+            raise UserError(f"tokens_per_batch={tokens_per_batch} holds no token: choose about 1024")
+        self._settings = replace(
+            settings,
+            pooling=replace(settings.pooling, normalize=True, max_length=wanted),
+            query_prompt=settings.query_prompt if query_prompt is None else query_prompt,
+            document_prompt=settings.document_prompt if document_prompt is None else document_prompt,
+        )
+        self._tokens_per_batch = tokens_per_batch
+        self.dim = config.hidden_size
+        self.spec = {"kind": "bert", "uri": uri, "dim": self.dim, **asdict(self._settings)}
+        digests = [cache.file_sha256(file) for file in bert_checkpoint.source_files(path)]
+        self.fingerprint = cache.content_key("bert", BERT_VERSION, digests, asdict(self._settings))
+
+    def encode(
+        self, texts: Sequence[str], progress: Progress = lambda done: None
+    ) -> Float32[np.ndarray, "N E"]:
+        return self._encode([self._settings.document_prompt + text for text in texts], progress)
+
+    def encode_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
+        return self._encode([self._settings.query_prompt + text for text in texts], lambda done: None)
+
+    def token_spans(self, text: str) -> Int[np.ndarray, "n 2"]:
+        return self._tokenizer.token_spans(text)
+
+    def fit(self, texts: Sequence[str]) -> Self:
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Nothing was learned."""
+
+    def restore(self, folder: Path) -> Self:
+        return self
+
+    def _encode(self, texts: Sequence[str], progress: Progress) -> Float32[np.ndarray, "N E"]:
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        unique = np.empty((len(place), self.dim), np.float32)
+        inverse = np.array([place[text] for text in texts], np.int64)
+        copies = np.bincount(inverse, minlength=len(place))
+        done = 0
+
+        def collect(rows: Int[np.ndarray, "n"], vectors: jax.Array) -> None:
+            nonlocal done
+            unique[rows] = np.asarray(vectors)[: len(rows)]
+            done += int(copies[rows].sum())
+            progress(done)
+
+        running: deque = deque()
+        for batch in self._batches(list(place)):
+            vectors = bert.embed(self._model, batch.tokens, batch.lengths, pooling=self._settings.pooling)
+            running.append((batch.texts, vectors))  # not waited for: the next is prepared meanwhile
+            if len(running) > _IN_FLIGHT:
+                collect(*running.popleft())
+        for rows, vectors in running:
+            collect(rows, vectors)
+        return unique[inverse]
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[Batch]:
+        limit = self._settings.pooling.max_length
+        for start in range(0, len(texts), _BLOCK):
+            block = texts[start : start + _BLOCK]
+            if self._settings.lower_case:
+                block = [text.lower() for text in block]
+            ids = self._tokenizer.encode_batch(block, max_length=limit)
+            lengths = np.array([len(row) for row in ids])
+            for rows, size, width in plan(lengths, self._tokens_per_batch, limit):
+                yield _batch([ids[row] for row in rows], rows + start, size, width)
+
+
+def plan(
+    lengths: Int[np.ndarray, "N"], tokens_per_batch: int, longest: int
+) -> Iterator[tuple[Int[np.ndarray, "n"], int, int]]:
+    """Which rows run together: (rows, B, T) with n <= B, longest rows first, each row once, B T <= tokens_per_batch
+    unless one row is longer. Few shapes: T as `padded_length` says, and B follows from T but in the last batch.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        width = padded_length(int(lengths[order[start]]), longest)
+        size = max(1, tokens_per_batch // width)
+        rows = order[start : start + size]
+        yield rows, min(size, 1 << (len(rows) - 1).bit_length()), width
+        start += size
+
+
+def padded_length(length: int, longest: int) -> int:
+    """The next multiple of 16 up to 128 tokens, of 32 up to 256, of 64 beyond, but no more than `longest`."""
+    grain = 16 if length <= 128 else 32 if length <= 256 else 64
+    return min(-(-length // grain) * grain, longest)
+
+
+def _batch(ids: Sequence[Sequence[int]], rows: Int[np.ndarray, "n"], size: int, width: int) -> Batch:
+    tokens = np.zeros((size, width), np.int32)
+    lengths = np.ones(size, np.int32)  # a filling row has one token, so that its mean is finite
+    for i, row in enumerate(ids):
+        tokens[i, : len(row)] = row
+        lengths[i] = len(row)
+    return Batch(rows, tokens, lengths)
+
+
+class BagOfWords:
+    """The cosine of word counts: lower-cased, split at each space, counted, divided by the norm of the counts.
+
+    Two spaces in a row enclose an empty word, which counts as any other; punctuation stays with its word. The
+    vocabulary is the corpus's, learned by `fit` and kept with the index. A question's words that the corpus lacks
+    have no dimension, but they do lengthen its norm, so every score is the cosine of the two full counts; a
+    question of such words alone is the zero vector and scores 0.
+    """
+
+    def __init__(self, max_bytes: int = 1 << 30, vocabulary: Sequence[str] = ()):
+        """`max_bytes`: the largest matrix of passages by words, float32, that `fit` lets an index have."""
+        self._max_bytes = max_bytes
+        self._place = {word: i for i, word in enumerate(vocabulary)}
+        self.dim = len(self._place)
+        self.spec = {"kind": "bag_of_words", "dim": self.dim}
+        self.fingerprint = cache.content_key(
+            "bag_of_words", BAG_OF_WORDS_VERSION
+        )  # the vocabulary is the index's
+
+    def encode(
+        self, texts: Sequence[str], progress: Progress = lambda done: None
+    ) -> Float32[np.ndarray, "N E"]:
+        if not self._place:
+            raise RuntimeError("a bag of words has no dimensions before fit() or restore()")
+        vectors = np.zeros((len(texts), self.dim), np.float32)
+        for i, text in enumerate(texts):
+            vectors[i] = self.vector(text)
+        progress(len(texts))
+        return vectors
+
+    def encode_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
+        return self.encode(texts)
+
+    def vector(self, text: str) -> Float64[np.ndarray, "E"]:
+        """One text's vector, not yet rounded to float32."""
+        counts = Counter(words(text))
+        norm = math.sqrt(sum(count**2 for count in counts.values()))
+        vector = np.zeros(self.dim)
+        for word, count in counts.items():
+            if word in self._place:
+                vector[self._place[word]] = count / norm
+        return vector
+
+    def token_spans(self, text: str) -> Int[np.ndarray, "n 2"]:
+        """The stretches between spaces; empty words have no span."""
+        return np.array([found.span() for found in re.finditer("[^ ]+", text)], np.int64).reshape(-1, 2)
+
+    def fit(self, texts: Sequence[str]) -> "BagOfWords":
+        """With the vocabulary of these texts. UserError when their matrix would be larger than `max_bytes`."""
+        vocabulary = sorted({word for text in texts for word in words(text)})
+        size = 4 * len(texts) * len(vocabulary)
+        if size > self._max_bytes:
+            raise UserError(
+                f"{len(texts)} passages of {len(vocabulary)} different words make a bag_of_words matrix of "
+                f"{size:,} bytes, more than embedder.max_bytes={self._max_bytes:,}: take embedder=minilm"
+            )
+        return BagOfWords(self._max_bytes, vocabulary)
+
+    def save(self, folder: Path) -> None:
+        (folder / _VOCABULARY).write_text(json.dumps(list(self._place), ensure_ascii=False), encoding="utf-8")
+
+    def restore(self, folder: Path) -> "BagOfWords":
+        """With the vocabulary that `save` wrote there. UserError when there is none."""
+        path = folder / _VOCABULARY
+        try:
+            vocabulary = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot read the index's words in {path} ({error}); ingest the corpus again"
+            ) from error
+        return BagOfWords(self._max_bytes, vocabulary)
+
+
+def words(text: str) -> list[str]:
+    """The words that are counted, empty ones included."""
+    return text.lower().split(" ")

@@ -1,0 +1,239 @@
+"""The BERT family of encoders: BERT (Devlin et al. 2018), MiniLM, BGE, E5, and by a position offset RoBERTa, XLM-R.
+
+Learned positions, full attention, normalisation after each residual sum. The modules are typed pytrees of weights
+under Hugging Face's names; the maths is in the functions below them, in reading order, and is jitted with the
+model as an argument.
+
+Letters: B batch, T tokens, H heads, D head dim, M width, F ffn, V vocab, E embedding dim (= M).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from rag.ops.attention import attention
+from rag.ops.linear import linear
+
+Activation = Literal["gelu", "gelu_new", "relu"]
+PoolingMode = Literal["mean", "cls"]
+
+
+@dataclass(frozen=True, slots=True)
+class BertConfig:
+    """A checkpoint's architecture, in Hugging Face's names; read from the checkpoint, never from YAML."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 512  # rows of the table of positions
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_act: Activation = "gelu"  # gelu is the exact one (erf), gelu_new its tanh approximation
+    position_offset: int = 0  # the row of the first token: padding_idx + 1 in RoBERTa
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """How token states become one vector, and how many tokens of a text are read ([CLS] and [SEP] included)."""
+
+    mode: PoolingMode
+    normalize: bool  # to unit length
+    max_length: int
+
+
+class Table(nnx.Module):
+    """weight [rows, M], looked up by row."""
+
+    def __init__(self, rows: int, width: int, rngs: nnx.Rngs):
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs(), (rows, width)))
+
+
+class Linear(nnx.Module):
+    """weight [out, in], bias [out]."""
+
+    def __init__(self, size_in: int, size_out: int, rngs: nnx.Rngs):
+        self.weight = nnx.Param(size_in**-0.5 * jax.random.normal(rngs(), (size_out, size_in)))
+        self.bias = nnx.Param(jnp.zeros(size_out))
+
+    def __call__(self, x: Float[Array, "*batch M"]) -> Float[Array, "*batch N"]:
+        return linear(x, self.weight[...], self.bias[...])
+
+
+class LayerNorm(nnx.Module):
+    """weight [M], bias [M] (Ba et al. 2016); statistics in float32."""
+
+    def __init__(self, size: int, eps: float):
+        self.weight = nnx.Param(jnp.ones(size))
+        self.bias = nnx.Param(jnp.zeros(size))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch M"]) -> Float[Array, "*batch M"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.eps)
+        return (normed * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+class Embeddings(nnx.Module):
+    """Words, positions and segments of the input."""
+
+    def __init__(self, c: BertConfig, rngs: nnx.Rngs):
+        self.word_embeddings = Table(c.vocab_size, c.hidden_size, rngs)
+        self.position_embeddings = Table(c.max_position_embeddings, c.hidden_size, rngs)
+        self.token_type_embeddings = Table(c.type_vocab_size, c.hidden_size, rngs)
+        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+
+class SelfAttention(nnx.Module):
+    """The projections to queries, keys and values."""
+
+    def __init__(self, c: BertConfig, rngs: nnx.Rngs):
+        self.query = Linear(c.hidden_size, c.hidden_size, rngs)
+        self.key = Linear(c.hidden_size, c.hidden_size, rngs)
+        self.value = Linear(c.hidden_size, c.hidden_size, rngs)
+
+
+class Output(nnx.Module):
+    """What closes both blocks: a projection to M, the residual sum, a normalisation."""
+
+    def __init__(self, size_in: int, c: BertConfig, rngs: nnx.Rngs):
+        self.dense = Linear(size_in, c.hidden_size, rngs)
+        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def __call__(self, x: Float[Array, "B T N"], residual: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+        return self.LayerNorm(residual + self.dense(x))
+
+
+class AttentionBlock(nnx.Module):
+    """`self` and `output`, as Hugging Face names them."""
+
+    def __init__(self, c: BertConfig, rngs: nnx.Rngs):
+        self.self = SelfAttention(c, rngs)
+        self.output = Output(c.hidden_size, c, rngs)
+
+
+class Intermediate(nnx.Module):
+    """The projection to F."""
+
+    def __init__(self, c: BertConfig, rngs: nnx.Rngs):
+        self.dense = Linear(c.hidden_size, c.intermediate_size, rngs)
+
+
+class Layer(nnx.Module):
+    """One post-norm transformer layer."""
+
+    def __init__(self, c: BertConfig, rngs: nnx.Rngs):
+        self.attention = AttentionBlock(c, rngs)
+        self.intermediate = Intermediate(c, rngs)
+        self.output = Output(c.intermediate_size, c, rngs)
+
+
+class Encoder(nnx.Module):
+    """The stack of layers."""
+
+    def __init__(self, c: BertConfig, rngs: nnx.Rngs):
+        self.layer = nnx.List([Layer(c, rngs) for _ in range(c.num_hidden_layers)])
+
+
+class Bert(nnx.Module):
+    """The weights of an encoder, without its pooler (a head of next-sentence prediction that embedding skips)."""
+
+    def __init__(self, config: BertConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embeddings = Embeddings(config, rngs)
+        self.encoder = Encoder(config, rngs)
+
+
+@partial(jax.jit, static_argnames="pooling")
+def embed(
+    model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], *, pooling: Pooling
+) -> Float[Array, "B E"]:
+    """One float32 vector a row of tokens; row b holds lengths[b] >= 1 tokens, then padding that changes nothing."""
+    return pool(forward(model, tokens, lengths), lengths, pooling)
+
+
+def forward(
+    model: Bert,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    token_types: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T M"]:
+    """Hidden states of the last layer; those past a row's length are meaningless. Token types are 0 unless given."""
+    c = model.config
+    x = _embed_tokens(model.embeddings, c, tokens, token_types)
+    for i, layer in enumerate(model.encoder.layer):
+        with jax.named_scope(f"layer_{i}"):
+            x = layer.attention.output(_attend(layer.attention.self, c, x, lengths), x)
+            x = layer.output(_expand(layer.intermediate, c, x), x)
+    return x
+
+
+def pool(hidden: Float[Array, "B T M"], lengths: Int[Array, "B"], pooling: Pooling) -> Float[Array, "B M"]:
+    """The first token's state or the mean over a row's tokens, float32, of unit length if so asked."""
+    with jax.named_scope("pool"):
+        hidden = hidden.astype(jnp.float32)
+        if pooling.mode == "cls":
+            vectors = hidden[:, 0]
+        else:
+            inside = jnp.arange(hidden.shape[1]) < lengths[:, None]
+            vectors = jnp.einsum("btm,bt->bm", hidden, inside.astype(jnp.float32)) / lengths[:, None]
+        if pooling.normalize:
+            vectors = vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+        return vectors
+
+
+def _embed_tokens(
+    layer: Embeddings, c: BertConfig, tokens: Int[Array, "B T"], token_types: Int[Array, "B T"] | None
+) -> Float[Array, "B T M"]:
+    with jax.named_scope("embeddings"):
+        first, count = c.position_offset, tokens.shape[1]
+        positions = layer.position_embeddings.weight[first : first + count]
+        types = layer.token_type_embeddings.weight
+        segments = types[0] if token_types is None else types[token_types]
+        return layer.LayerNorm(layer.word_embeddings.weight[tokens] + positions + segments)
+
+
+def _attend(
+    layer: SelfAttention, c: BertConfig, x: Float[Array, "B T M"], lengths: Int[Array, "B"]
+) -> Float[Array, "B T M"]:
+    with jax.named_scope("attention"):
+        q, k, v = (_heads(p(x), c.num_attention_heads) for p in (layer.query, layer.key, layer.value))
+        return _joined(attention(q, k, v, kv_length=lengths))
+
+
+def _heads(x: Float[Array, "B T M"], heads: int) -> Float[Array, "B H T D"]:
+    b, t, _ = x.shape
+    return x.reshape(b, t, heads, -1).transpose(0, 2, 1, 3)
+
+
+def _joined(x: Float[Array, "B H T D"]) -> Float[Array, "B T M"]:
+    b, _, t, _ = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(b, t, -1)
+
+
+def _expand(layer: Intermediate, c: BertConfig, x: Float[Array, "B T M"]) -> Float[Array, "B T F"]:
+    with jax.named_scope("mlp"):
+        return _activation(layer.dense(x), c.hidden_act)
+
+
+def _activation(x: Float[Array, "B T F"], name: Activation) -> Float[Array, "B T F"]:
+    match name:
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_new":
+            return jax.nn.gelu(x, approximate=True)
+        case "relu":
+            return jax.nn.relu(x)
+
+
+def abstract(config: BertConfig) -> Bert:
+    """The model's shapes without its weights, for `checkpoint.fill`."""
+    return nnx.eval_shape(lambda: Bert(config, nnx.Rngs(0)))

@@ -1,0 +1,261 @@
+"""BERT-family checkpoints: which tensor goes where, and what the files say of architecture and pooling.
+
+Hugging Face folders (config.json, safetensors, and the files that sentence-transformers adds) and GGUF files; both
+end up as the same module, kept converted (rag.models.checkpoint.keep) so that the second start maps memory.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rag.models import checkpoint
+from rag.models.bert import Bert, BertConfig, Pooling, abstract
+from rag.models.checkpoint import Rule
+from rag.models.tokenizer import Tokenizer, read_json
+from rag.types import UserError
+
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")  # model_type in config.json
+PREFIXES = ("bert.", "roberta.")  # where the encoder sits inside a model with a head
+
+# (Hugging Face's name, llama.cpp's name)
+NAMES = (
+    ("embeddings.word_embeddings", "token_embd"),
+    ("embeddings.position_embeddings", "position_embd"),
+    ("embeddings.token_type_embeddings", "token_types"),
+    ("embeddings.LayerNorm", "token_embd_norm"),
+    ("encoder.layer.{i}.attention.self.query", "blk.{i}.attn_q"),
+    ("encoder.layer.{i}.attention.self.key", "blk.{i}.attn_k"),
+    ("encoder.layer.{i}.attention.self.value", "blk.{i}.attn_v"),
+    ("encoder.layer.{i}.attention.output.dense", "blk.{i}.attn_output"),
+    ("encoder.layer.{i}.attention.output.LayerNorm", "blk.{i}.attn_output_norm"),
+    ("encoder.layer.{i}.intermediate.dense", "blk.{i}.ffn_up"),
+    ("encoder.layer.{i}.output.dense", "blk.{i}.ffn_down"),
+    ("encoder.layer.{i}.output.LayerNorm", "blk.{i}.layer_output_norm"),
+)
+
+# Known and not used: buffers, the pooler, and the heads of pre-training.
+UNUSED = (
+    "embeddings.position_ids",
+    "embeddings.token_type_ids",
+    "pooler.dense.weight",
+    "pooler.dense.bias",
+)
+UNUSED_HEADS = (
+    "cls.predictions.bias",
+    *(f"cls.predictions.transform.dense.{kind}" for kind in ("weight", "bias")),
+    *(f"cls.predictions.transform.LayerNorm.{kind}" for kind in ("weight", "bias", "gamma", "beta")),
+    *(f"cls.predictions.decoder.{kind}" for kind in ("weight", "bias")),
+    *(f"cls.seq_relationship.{kind}" for kind in ("weight", "bias")),
+    "lm_head.bias",
+    *(f"lm_head.{part}.{kind}" for part in ("dense", "layer_norm", "decoder") for kind in ("weight", "bias")),
+)
+
+_SETTINGS = "encoder.json"
+_GGUF_POOLING = {1: "mean", 2: "cls"}  # llama.cpp's enum llama_pooling_type
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a checkpoint says beside its weights."""
+
+    config: BertConfig
+    pooling: Pooling
+    query_prompt: str = ""  # what the checkpoint wants written before a question ...
+    document_prompt: str = ""  # ... and before a passage
+    lower_case: bool = False  # texts are lower-cased before the tokenizer sees them
+
+
+def load(path: Path) -> tuple[Bert, Tokenizer, Settings]:
+    """The encoder, tokenizer and settings of a Hugging Face folder or a GGUF file; float32, memory-mapped.
+
+    Raises UserError for another architecture, tensors that do not fit, and pooling that is not mean or CLS.
+    """
+    convert = _convert_gguf if checkpoint.is_gguf(path) else _convert_huggingface
+    folder = checkpoint.keep(source_files(path), partial(convert, path))
+    values = json.loads((folder / _SETTINGS).read_text())
+    config, pooling = BertConfig(**values.pop("config")), Pooling(**values.pop("pooling"))
+    model = checkpoint.load_module(abstract(config), folder)
+    return (
+        checkpoint.to_device(model, np.dtype(np.float32)),
+        Tokenizer.load(folder),
+        Settings(config, pooling, **values),
+    )
+
+
+def source_files(path: Path) -> list[Path]:
+    """Every file of the checkpoint that its embeddings depend on, in a fixed order; UserError if it is none."""
+    if checkpoint.is_gguf(path):
+        return [path]
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is neither a GGUF file nor a folder with a config.json; name an encoder's checkpoint"
+        )
+    return [*checkpoint.shards(path), *sorted(path.glob("*.json")), *sorted(path.glob("[0-9]_*/config.json"))]
+
+
+def _convert_huggingface(path: Path, folder: Path) -> None:
+    settings = settings_from_huggingface(path)
+    tensors = checkpoint.read_safetensors(path)
+    table = huggingface_table(prefix_of(tensors))
+    _write(
+        checkpoint.fill(abstract(settings.config), tensors, table, str(path)),
+        Tokenizer.from_folder(path),
+        settings,
+        folder,
+    )
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    metadata, tensors = checkpoint.read_gguf(path)
+    settings = settings_from_gguf(metadata, tensors)
+    model = checkpoint.fill(abstract(settings.config), tensors, gguf_table(), str(path))
+    _write(model, Tokenizer.from_gguf(metadata), settings, folder)
+
+
+def _write(model: Bert, tokenizer: Tokenizer, settings: Settings, folder: Path) -> None:
+    checkpoint.save_module(model, folder)
+    (folder / _SETTINGS).write_text(json.dumps(asdict(settings), indent=1))
+    tokenizer.save(folder)
+
+
+def prefix_of(names: Iterable[str]) -> str:
+    """What stands before the encoder's names: nothing, or the model's attribute in a model with a head."""
+    return next((prefix for name in names for prefix in PREFIXES if name.startswith(prefix)), "")
+
+
+def huggingface_table(prefix: str = "") -> Sequence[Rule]:
+    """Names in a Hugging Face checkpoint -> paths in the module.
+
+    gamma and beta are what the checkpoints of 2018 call a normalisation's weight and bias.
+    """
+    kinds = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
+    used = [
+        Rule(f"{prefix}{name}.{kind}", f"{name}.{ours}") for name, _ in NAMES for kind, ours in kinds.items()
+    ]
+    unused = [Rule(f"{prefix}{name}", None) for name in UNUSED]
+    return [*used, *unused, *(Rule(name, None) for name in UNUSED_HEADS)]
+
+
+def gguf_table() -> Sequence[Rule]:
+    """Names in a GGUF file of architecture `bert` -> paths in the module."""
+    used = [Rule(f"{gguf}.{kind}", f"{name}.{kind}") for name, gguf in NAMES for kind in ("weight", "bias")]
+    return [*used, *(Rule(f"cls.{kind}", None) for kind in ("weight", "bias"))]  # the pooler
+
+
+def settings_from_huggingface(path: Path) -> Settings:
+    """Architecture, pooling and prompts of a checkpoint folder; UserError for what this encoder cannot do.
+
+    Without the files of sentence-transformers: the mean over the tokens, of unit length.
+    """
+    config = config_from_huggingface(read_json(path / "config.json"), str(path))
+    sentence = read_json(path / "sentence_bert_config.json")
+    prompts = read_json(path / "config_sentence_transformers.json").get("prompts", {})
+    mode, normalize = "mean", True
+    if (path / "modules.json").is_file():
+        mode, normalize = _pooling_modules(path)
+    longest = config.max_position_embeddings - config.position_offset
+    tokenizer_says = read_json(path / "tokenizer_config.json").get("model_max_length", longest)
+    max_length = min(sentence.get("max_seq_length") or tokenizer_says, longest)
+    return Settings(
+        config,
+        Pooling(mode, normalize, max_length),
+        query_prompt=prompts.get("query", ""),
+        document_prompt=prompts.get("document", prompts.get("passage", "")),
+        lower_case=sentence.get("do_lower_case", False),
+    )
+
+
+def _pooling_modules(path: Path) -> tuple[str, bool]:
+    """(mode, normalize) from modules.json, sentence-transformers' list of what is applied in order."""
+    mode, normalize = None, False
+    for module in json.loads((path / "modules.json").read_text()):
+        match module["type"].rsplit(".", 1)[-1]:
+            case "Transformer":
+                pass
+            case "Pooling":
+                mode = _pooling_mode(path / module["path"] / "config.json")
+            case "Normalize":
+                normalize = True
+            case other:
+                raise UserError(
+                    f"{path}/modules.json asks for a module {other}, which this encoder does not have; "
+                    "take a checkpoint of Transformer, Pooling and Normalize only"
+                )
+    if mode is None:
+        raise UserError(f"{path}/modules.json names no Pooling module; take a sentence-embedding checkpoint")
+    return mode, normalize
+
+
+def _pooling_mode(path: Path) -> str:
+    values = read_json(path)
+    mode = values.get("pooling_mode")  # since version 5; before it one switch a mode
+    if mode is None:
+        on = [key for key, value in values.items() if key.startswith("pooling_mode_") and value]
+        known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+        mode = known.get(on[0], on[0]) if len(on) == 1 else " + ".join(on)
+    if mode not in ("mean", "cls"):
+        raise UserError(
+            f"{path} asks for pooling {mode!r}; only mean and cls are known, take another checkpoint"
+        )
+    return mode
+
+
+def config_from_huggingface(values: Mapping[str, Any], source: str) -> BertConfig:
+    """The architecture that a config.json describes; UserError for a family or a switch that is not this one."""
+    family = values.get("model_type", "bert")
+    if family not in FAMILIES:
+        raise UserError(
+            f"{source} is a {family!r} model, which the encoder does not know; take one of {', '.join(FAMILIES)}"
+        )
+    if values.get("position_embedding_type", "absolute") != "absolute":
+        raise UserError(
+            f"{source} has positions {values['position_embedding_type']!r}; only absolute ones are known"
+        )
+    activation = values.get("hidden_act", "gelu")
+    if activation not in ("gelu", "gelu_new", "relu"):
+        raise UserError(f"{source} has the activation {activation!r}; only gelu, gelu_new and relu are known")
+    return BertConfig(
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        num_hidden_layers=values["num_hidden_layers"],
+        num_attention_heads=values["num_attention_heads"],
+        intermediate_size=values["intermediate_size"],
+        max_position_embeddings=values["max_position_embeddings"],
+        type_vocab_size=values["type_vocab_size"],
+        layer_norm_eps=values["layer_norm_eps"],
+        hidden_act=activation,
+        position_offset=0 if family == "bert" else values["pad_token_id"] + 1,
+    )
+
+
+def settings_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Settings:
+    """Architecture and pooling of a GGUF file; its converter has cut RoBERTa's unused positions off."""
+    kind = metadata.get("general.architecture")
+    if kind != "bert":
+        name = metadata.get("general.name", "the GGUF file")
+        raise UserError(
+            f"{name} is of architecture {kind!r}, which the encoder does not know; take one of bert"
+        )
+    positions, width = tensors["position_embd.weight"].shape
+    pooling = metadata.get("bert.pooling_type", 1)
+    if pooling not in _GGUF_POOLING:
+        raise UserError(
+            f"the GGUF file asks for llama.cpp's pooling type {pooling}; only mean (1) and cls (2) are known"
+        )
+    config = BertConfig(
+        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
+        hidden_size=width,
+        num_hidden_layers=metadata["bert.block_count"],
+        num_attention_heads=metadata["bert.attention.head_count"],
+        intermediate_size=metadata["bert.feed_forward_length"],
+        max_position_embeddings=positions,
+        type_vocab_size=tensors["token_types.weight"].shape[0],
+        layer_norm_eps=metadata["bert.attention.layer_norm_epsilon"],
+    )
+    max_length = min(positions, metadata["bert.context_length"])
+    return Settings(config, Pooling(_GGUF_POOLING[pooling], True, max_length))

@@ -1,0 +1,154 @@
+"""The two sides of the laboratory, composed of its stages: `ingest` writes an index, `answer` reads from it."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rag.context import ContextOptions, build_context, trim
+from rag.embed import Embedder
+from rag.generate import Generator
+from rag.index import store
+from rag.ingest.chunk import Chunker, chunks_of
+from rag.ingest.load import Skipped, load_folder
+from rag.ops.sampling import Sampling
+from rag.prompt import PromptTemplate, render, render_passage
+from rag.retrieve.search import DenseRetriever
+from rag.types import Answer, Chunk, Context, Document, Message, Timings, Usage, UserError
+
+Progress = Callable[[str, int, int], None]  # stage, done, of how many
+
+
+@dataclass(frozen=True, slots=True)
+class IngestReport:
+    """What ingesting a folder came to."""
+
+    documents: int
+    chunks: int
+    tokens: int  # of all chunks, overlaps counted twice, by the embedder's tokenizer
+    seconds: float
+    skipped: tuple[Skipped, ...]
+
+
+def ingest(
+    corpus: Path, index: Path, chunker: Chunker, embedder: Embedder, progress: Progress = lambda *_: None
+) -> IngestReport:
+    """Load, chunk and embed a folder of files and write its index, replacing one that is there in one step.
+
+    Raises UserError when the folder is missing or holds nothing readable, and when `index` is a folder of
+    something else.
+    """
+    begin = time.perf_counter()
+    store.check_writable(index)
+    documents, skipped = _load(corpus, progress)
+    chunks = _chunk(documents, chunker, embedder, progress)
+    texts = [chunk.text for chunk in chunks]
+    embedder = embedder.fit(texts)
+    vectors = embedder.encode(texts, progress=lambda done: progress("embed", done, len(texts)))
+    store.write(index, documents, chunks, vectors, embedder)
+    tokens = sum(len(embedder.token_spans(text)) for text in texts)
+    return IngestReport(len(documents), len(chunks), tokens, time.perf_counter() - begin, skipped)
+
+
+def _load(corpus: Path, progress: Progress) -> tuple[list[Document], tuple[Skipped, ...]]:
+    documents, skipped = [], []
+    for item in load_folder(corpus):
+        (documents if isinstance(item, Document) else skipped).append(item)
+        progress("load", len(documents) + len(skipped), 0)
+    if not documents:
+        reasons = "; ".join(f"{item.path}: {item.reason}" for item in skipped[:3]) or "the folder is empty"
+        raise UserError(f"no document in {corpus} can be read ({reasons}); give a folder of txt, md or html files")
+    return documents, tuple(skipped)
+
+
+def _chunk(
+    documents: Sequence[Document], chunker: Chunker, embedder: Embedder, progress: Progress
+) -> list[Chunk]:
+    chunks: list[Chunk] = []
+    for done, document in enumerate(documents, 1):
+        chunks += chunks_of(document, chunker, embedder.token_spans)
+        progress("chunk", done, len(documents))
+    return chunks
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The stages that turn hits into an answer, and how long and by which draw the answer is written."""
+
+    generator: Generator
+    template: PromptTemplate
+    context: ContextOptions
+    sampling: Sampling = Sampling()
+    max_new_tokens: int = 128
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+def answer(
+    question: str, retriever: DenseRetriever, reader: Reader, history: Sequence[Message] = ()
+) -> Iterator[str | Answer]:
+    """Yield the answer's text piece by piece as it is decoded, then the whole Answer.
+
+    When no hit reaches the context's min_score, the template's abstaining sentence is the answer and the
+    model is not asked. A prompt that is too long loses its least relevant passages, and before the last of
+    them its oldest turns; a notice says so. Raises UserError when even the bare question does not fit.
+    """
+    generator, template = reader.generator, reader.template
+    room = generator.context_length - reader.max_new_tokens  # reads the weights, which is not retrieval
+    begin = time.perf_counter()
+    [hits] = retriever.search([question])
+    texts, show = retriever.index.document_text, partial(render_passage, template)
+    context = build_context(hits, texts, reader.context, generator.count, show)
+    retrieve_s = time.perf_counter() - begin
+    if not context.sources:
+        yield template.abstain_answer
+        yield Answer(question, template.abstain_answer, True, (), Timings(retrieve_s, 0.0, 0.0, 0, 0))
+        return
+    messages, shown, notices = _fit(question, context, history, reader, room)
+    pieces: list[str] = []
+    usage = Usage(0, 0, 0.0, 0.0)
+    for piece in generator.stream(messages, reader.sampling, reader.max_new_tokens, reader.seed, reader.stop):
+        if isinstance(piece, Usage):
+            usage = piece
+        else:
+            pieces.append(piece)
+            yield piece
+    timings = Timings(retrieve_s, usage.prefill_s, usage.decode_s, usage.prompt_tokens, usage.new_tokens)
+    text = "".join(pieces).strip()
+    yield Answer(question, text, False, shown.sources, timings, (*notices, *usage.notices))
+
+
+def _fit(
+    question: str, context: Context, history: Sequence[Message], reader: Reader, room: int
+) -> tuple[list[Message], Context, tuple[str, ...]]:
+    """Messages of at most `room` tokens, the context as shown in them, and what had to go."""
+    generator, template = reader.generator, reader.template
+    shown, turns = context, tuple(history)
+    while True:
+        messages = render(template, question, shown, turns)
+        excess = generator.prompt_tokens(messages) - room
+        if excess <= 0:
+            break
+        if shown.sources and (excess < shown.tokens or not turns):
+            budget = max(0, shown.tokens - excess)
+            shown = trim(shown, budget, generator.count, partial(render_passage, template))
+        elif turns:
+            turns = turns[2:]  # a question and its answer
+        else:
+            raise UserError(
+                f"the question alone is {excess} tokens too long for a context of {generator.context_length} with "
+                f"{reader.max_new_tokens} to answer in; shorten it, or lower answer.max_new_tokens"
+            )
+    return messages, shown, tuple(_notices(context, shown, len(history) - len(turns)))
+
+
+def _notices(context: Context, shown: Context, forgotten: int) -> Iterator[str]:
+    if shown.dropped > context.dropped:
+        yield (
+            f"The prompt was longer than the model's context: {len(shown.sources)} of {len(context.sources)} "
+            f"passages are shown, {shown.tokens} tokens of {context.tokens}."
+        )
+    if forgotten:
+        yield f"The oldest {forgotten} messages of the conversation no longer fit and were left out."
+

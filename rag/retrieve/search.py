@@ -1,0 +1,28 @@
+"""A question to its nearest chunks: embed, search, look the texts up."""
+
+from collections.abc import Sequence
+
+from rag.embed import Embedder
+from rag.index.dense import DenseIndex
+from rag.index.store import Index
+from rag.types import Hit, UserError
+
+
+class DenseRetriever:
+    """Exact cosine search over a stored index."""
+
+    def __init__(self, index: Index, embedder: Embedder, k: int = 5):
+        """`embedder` must be the one that made the index. Raises UserError for k below 1."""
+        if k < 1:
+            raise UserError(f"retriever.k is {k}; give 1 or more")
+        self.index, self.k = index, k
+        self._embedder = embedder
+        self._dense = DenseIndex(index.vectors)
+
+    def search(self, questions: Sequence[str]) -> list[list[Hit]]:
+        """The k best hits of each question, best first, ties to the chunk that was ingested first."""
+        scores, ids = self._dense.search(self._embedder.encode_queries(questions), self.k)
+        return [
+            [Hit(chunk, float(score)) for chunk, score in zip(self.index.chunks(row), best, strict=True)]
+            for row, best in zip(ids, scores, strict=True)
+        ]

@@ -1,0 +1,133 @@
+"""A question to a streamed, cited answer; without a question, an interactive session.
+
+    python scripts/generate.py index.path=.demo/index question="Who wrote the first log?"
+    python scripts/generate.py index.path=.demo/index question="Who wrote the first log?" output=json | python -m json.tool
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from launch import build, launch
+
+from rag import pipeline
+from rag.index.store import Index
+from rag.measure import environment
+from rag.pipeline import Reader
+from rag.retrieve.search import DenseRetriever
+from rag.types import Answer, Message, Source, UserError
+
+COMMANDS = "/sources  what the last answer was shown, /context  its passages in full, /quit  leave"
+
+
+def main(config) -> None:
+    if config.output not in ("text", "json"):
+        raise UserError(f"There is no output {config.output!r}: choose text or json.")
+    if config.question is None and config.output == "json":
+        raise UserError('output=json answers one question: give it as question="..."')
+    index = Index.open(Path(config.index.path))
+    retriever: DenseRetriever = build(config.retriever, index=index, embedder=build(config.embedder))
+    reader = Reader(
+        generator=build(config.generator),
+        template=build(config.prompt),
+        context=build(config.context),
+        sampling=build(config.sampling),
+        max_new_tokens=config.answer.max_new_tokens,
+        seed=config.answer.seed,
+        stop=tuple(config.answer.stop),
+    )
+    if config.question is None:
+        converse(retriever, reader)
+    elif config.output == "json":
+        print(as_json(ask(config.question, retriever, reader, echo=False)))
+    else:
+        show(ask(config.question, retriever, reader))
+
+
+def ask(
+    question: str, retriever: DenseRetriever, reader: Reader, history: Sequence[Message] = (), echo: bool = True
+) -> Answer:
+    """The answer, streamed to the terminal as it comes when `echo`."""
+    for piece in pipeline.answer(question, retriever, reader, history):
+        if isinstance(piece, Answer):
+            return piece
+        if echo:
+            print(piece, end="", flush=True)
+    raise RuntimeError("the pipeline ended without an Answer")
+
+
+def show(answer: Answer) -> None:
+    """What follows the streamed text: notices, sources, times."""
+    print("\n")
+    for notice in answer.notices:
+        print(notice)
+    show_sources(answer.sources)
+    t = answer.timings
+    parts = [f"retrieval {t.retrieve_s:.2f} s"]
+    if not answer.abstained:
+        parts += [
+            f"prefill {t.prompt_tokens} tokens in {t.prefill_s:.2f} s ({_rate(t.prompt_tokens, t.prefill_s)})",
+            f"decode {t.new_tokens} tokens in {t.decode_s:.2f} s ({_rate(t.new_tokens, t.decode_s)})",
+        ]
+    print("; ".join(parts))
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / seconds:.0f} tokens/s" if seconds > 0 else "no time taken"
+
+
+def show_sources(sources: Sequence[Source]) -> None:
+    for source in sources:
+        print(f"[{source.n}] {source.path}:{source.start}-{source.end}  score {source.score:.3f}")
+
+
+def as_json(answer: Answer) -> str:
+    """The one object of output=json."""
+    return json.dumps(asdict(answer) | {"environment": environment()}, ensure_ascii=False)
+
+
+def converse(retriever: DenseRetriever, reader: Reader) -> None:
+    """Questions from the terminal until /quit or the end of input; earlier turns stay in the prompt."""
+    print(f"Ask about {len(retriever.index)} chunks of {retriever.index.path}. {COMMANDS}", file=sys.stderr)
+    history: list[Message] = []
+    last: Answer | None = None
+    while (line := _read()) is not None:
+        match line:
+            case "":
+                continue
+            case "/quit":
+                return
+            case "/sources":
+                show_sources(last.sources if last else ())
+            case "/context":
+                for source in last.sources if last else ():
+                    print(f"[{source.n}] {source.path}:{source.start}-{source.end}\n{source.text}\n")
+            case _ if line.startswith("/"):
+                print(f"There is no command {line}. {COMMANDS}")
+            case question:
+                last = _turn(question, retriever, reader, history)
+
+
+def _turn(question: str, retriever: DenseRetriever, reader: Reader, history: list[Message]) -> Answer | None:
+    """Answer one question of a session; a question that cannot be answered does not end it."""
+    try:
+        answer = ask(question, retriever, reader, history)
+    except UserError as error:
+        print(error)
+        return None
+    show(answer)
+    history += [Message("user", question), Message("assistant", answer.answer)]
+    return answer
+
+
+def _read() -> str | None:
+    try:
+        return input("\n> ").strip()
+    except EOFError:
+        return None
+
+
+if __name__ == "__main__":
+    launch(main, "generate")

@@ -1,0 +1,95 @@
+"""Chat messages to streamed text, with a tiny checkpoint read through the real loading code."""
+
+import pytest
+
+from rag.generate.local import LocalGenerator, StoppedText
+from rag.ops.sampling import Sampling
+from rag.types import Message, Usage, UserError
+from tests.tiny import write_checkpoint
+
+CHATS = [[Message("user", "What is a seal?")], [Message("system", "Be brief."), Message("user", "Why?")]]
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        folder = tmp_path_factory.mktemp("checkpoint")
+        write_checkpoint(folder)
+        generator = LocalGenerator(str(folder))
+        assert generator.context_length == 512  # loads it, while the cache is ours
+        return generator
+
+
+def written(generator, chat, **options):
+    *pieces, usage = generator.stream(chat, **options)
+    assert isinstance(usage, Usage)
+    return "".join(pieces), usage
+
+
+def test_the_stream_is_the_decoded_tokens(generator):
+    text, usage = written(generator, CHATS[0], max_new_tokens=40)
+    prompt = generator.tokenizer.chat(CHATS[0])
+    [tokens] = generator.engine.generate([prompt], 40)
+    assert text == generator.tokenizer.decode(tokens)
+    assert (usage.prompt_tokens, usage.new_tokens) == (len(prompt), len(tokens))
+    assert usage.prefill_s > 0
+    assert generator.prompt_tokens(CHATS[0]) == len(prompt)
+
+
+def test_a_batch_gives_what_each_chat_gives_alone(generator):
+    alone = [written(generator, chat, max_new_tokens=24)[0] for chat in CHATS]
+    assert generator.generate(CHATS, max_new_tokens=24) == alone
+
+
+def test_a_stop_string_ends_the_text_before_itself(generator):
+    text, _ = written(generator, CHATS[0], max_new_tokens=40)
+    stop = text[10:13]
+    expected = text[: text.index(stop)]
+    assert written(generator, CHATS[0], max_new_tokens=40, stop=(stop,))[0] == expected
+    assert generator.generate(CHATS[:1], max_new_tokens=40, stop=(stop,)) == [expected]
+
+
+def test_the_seed_decides_the_draw(generator):
+    options = {"sampling": Sampling(temperature=1.0), "max_new_tokens": 12}
+    assert written(generator, CHATS[0], seed=3, **options)[0] == written(generator, CHATS[0], seed=3, **options)[0]
+    assert written(generator, CHATS[0], seed=3, **options)[0] != written(generator, CHATS[0], seed=4, **options)[0]
+
+
+class Letters:
+    """A token stream whose token n is the n-th letter."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def push(self, token):
+        return self.text[token]
+
+    def finish(self):
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [((), "abcabd"), (("zz",), "abcabd"), (("abd",), "abc"), (("bd", "ca"), "ab"), (("d",), "abcab"), (("",), "abcabd")],
+)
+def test_stop_strings_may_span_tokens(stop, expected):
+    text = StoppedText(Letters("abcabd"), stop)
+    pieces = [text.push(token) for token in range(6)]
+    assert "".join([*pieces, text.finish()]) == expected
+    assert text.stopped == (expected != "abcabd")
+
+
+def test_no_text_is_held_back_longer_than_it_must():
+    text = StoppedText(Letters("aXbXY"), ("XY",))
+    assert [text.push(token) for token in range(4)] == ["a", "", "Xb", ""]
+
+
+def test_settings_that_cannot_be_are_told(tmp_path):
+    with pytest.raises(UserError, match="dtype is 'int3'"):
+        LocalGenerator(dtype="int3")
+    with pytest.raises(UserError, match="steps_per_dispatch is 0"):
+        LocalGenerator(steps_per_dispatch=0)
+    (tmp_path / "notes.txt").write_text("no weights")
+    with pytest.raises(UserError, match="neither a GGUF file nor a folder"):
+        LocalGenerator(str(tmp_path / "notes.txt")).count("x")
