@@ -1,8 +1,8 @@
 """Texts to unit vectors: a BERT-family encoder of ours, or counted words.
 
-Where an encoder's time goes on a CPU is padding and attention, so equal texts are embedded once and the others are
-sorted by length and cut into batches of about as many tokens each, padded to few lengths (each is a program to
-compile). A text's vector does not depend on its neighbours, up to the rounding of float32.
+Where an encoder's time goes on a CPU is padding and attention, so equal texts are embedded once and the
+others are sorted by length and cut into batches of about as many tokens each, padded to few lengths (each is
+a program to compile). A text's vector does not depend on its neighbours, up to the rounding of float32.
 
 Letters: N texts, B batch, T tokens, E embedding dim.
 """
@@ -87,9 +87,9 @@ class Batch:
 class BertEmbedder:
     """Any checkpoint of the BERT family, by its URI (rag.models.hub), with the pooling that it asks for.
 
-    `max_length` tokens of a text are read, [CLS] and [SEP] included; None takes the checkpoint's own limit. Prompts
-    are written before every passage or question; None takes the checkpoint's. Vectors have unit length even where
-    the checkpoint would leave them longer, because an index compares by cosine.
+    `max_length` tokens of a text are read, [CLS] and [SEP] included; None takes the checkpoint's own limit.
+    Prompts are written before every passage or question; None takes the checkpoint's. Vectors have unit
+    length even where the checkpoint would leave them longer, because an index compares by cosine.
     Raises UserError for a checkpoint that cannot be loaded and a max_length beyond its positions.
     """
 
@@ -179,8 +179,10 @@ class BertEmbedder:
 def plan(
     lengths: Int[np.ndarray, "N"], tokens_per_batch: int, longest: int
 ) -> Iterator[tuple[Int[np.ndarray, "n"], int, int]]:
-    """Which rows run together: (rows, B, T) with n <= B, longest rows first, each row once, B T <= tokens_per_batch
-    unless one row is longer. Few shapes: T as `padded_length` says, and B follows from T but in the last batch.
+    """Which rows run together: (rows, B, T) with n <= B, the longest first, each row once.
+
+    B T <= tokens_per_batch unless one row alone is longer. The shapes are few: T is as `padded_length` says,
+    and B follows from it, or is the next power of two in the last batch.
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0
@@ -208,11 +210,11 @@ def _batch(ids: Sequence[Sequence[int]], rows: Int[np.ndarray, "n"], size: int, 
 
 
 class BagOfWords:
-    """The cosine of word counts: lower-cased, split at each space, counted, divided by the norm of the counts.
+    """The cosine of word counts: lower-cased, split at each space, counted, divided by the counts' norm.
 
     Two spaces in a row enclose an empty word, which counts as any other; punctuation stays with its word. The
-    vocabulary is the corpus's, learned by `fit` and kept with the index. A question's words that the corpus lacks
-    have no dimension, but they do lengthen its norm, so every score is the cosine of the two full counts; a
+    vocabulary is the corpus's, learned by `fit` and kept with the index. A question's words that the corpus
+    lacks have no dimension, but they do lengthen its norm, so every score is the cosine of all the counts; a
     question of such words alone is the zero vector and scores 0.
     """
 
@@ -255,7 +257,7 @@ class BagOfWords:
         return np.array([found.span() for found in re.finditer("[^ ]+", text)], np.int64).reshape(-1, 2)
 
     def fit(self, texts: Sequence[str]) -> "BagOfWords":
-        """With the vocabulary of these texts. UserError when their matrix would be larger than `max_bytes`."""
+        """With the vocabulary of these texts; UserError when their matrix would exceed `max_bytes`."""
         vocabulary = sorted({word for text in texts for word in words(text)})
         size = 4 * len(texts) * len(vocabulary)
         if size > self._max_bytes:

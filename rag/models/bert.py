@@ -1,8 +1,8 @@
-"""The BERT family of encoders: BERT (Devlin et al. 2018), MiniLM, BGE, E5, and by a position offset RoBERTa, XLM-R.
+"""The BERT family of encoders: BERT, MiniLM, BGE, E5, and by a position offset RoBERTa and XLM-R.
 
-Learned positions, full attention, normalisation after each residual sum. The modules are typed pytrees of weights
-under Hugging Face's names; the maths is in the functions below them, in reading order, and is jitted with the
-model as an argument.
+Learned positions, full attention, normalisation after each residual (Devlin et al. 2018, arXiv:1810.04805).
+The modules are typed pytrees of weights under Hugging Face's names; the maths is in the functions below them,
+in reading order, and is jitted with the model as an argument.
 
 Letters: B batch, T tokens, H heads, D head dim, M width, F ffn, V vocab, E embedding dim (= M).
 """
@@ -41,7 +41,7 @@ class BertConfig:
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """How token states become one vector, and how many tokens of a text are read ([CLS] and [SEP] included)."""
+    """How token states become one vector, and how many tokens a text may have, [CLS] and [SEP] included."""
 
     mode: PoolingMode
     normalize: bool  # to unit length
@@ -144,7 +144,7 @@ class Encoder(nnx.Module):
 
 
 class Bert(nnx.Module):
-    """The weights of an encoder, without its pooler (a head of next-sentence prediction that embedding skips)."""
+    """The weights of an encoder, without the pooler, which serves next-sentence prediction and heads."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         self.config = config
@@ -156,7 +156,7 @@ class Bert(nnx.Module):
 def embed(
     model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], *, pooling: Pooling
 ) -> Float[Array, "B E"]:
-    """One float32 vector a row of tokens; row b holds lengths[b] >= 1 tokens, then padding that changes nothing."""
+    """One float32 vector a row; row b holds lengths[b] >= 1 tokens, then padding that changes nothing."""
     return pool(forward(model, tokens, lengths), lengths, pooling)
 
 
@@ -166,7 +166,7 @@ def forward(
     lengths: Int[Array, "B"],
     token_types: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T M"]:
-    """Hidden states of the last layer; those past a row's length are meaningless. Token types are 0 unless given."""
+    """Hidden states of the last layer, meaningless past a row's length; token types are 0 unless given."""
     c = model.config
     x = _embed_tokens(model.embeddings, c, tokens, token_types)
     for i, layer in enumerate(model.encoder.layer):

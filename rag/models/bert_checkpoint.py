@@ -1,7 +1,7 @@
 """BERT-family checkpoints: which tensor goes where, and what the files say of architecture and pooling.
 
-Hugging Face folders (config.json, safetensors, and the files that sentence-transformers adds) and GGUF files; both
-end up as the same module, kept converted (rag.models.checkpoint.keep) so that the second start maps memory.
+Hugging Face folders (config.json, safetensors, and the files that sentence-transformers adds) and GGUF files;
+both end up as the same module, kept converted (rag.models.checkpoint.keep): the second start maps memory.
 """
 
 import json
@@ -88,7 +88,7 @@ def load(path: Path) -> tuple[Bert, Tokenizer, Settings]:
 
 
 def source_files(path: Path) -> list[Path]:
-    """Every file of the checkpoint that its embeddings depend on, in a fixed order; UserError if it is none."""
+    """Every file that the embeddings depend on, in a fixed order; UserError if this is no checkpoint."""
     if checkpoint.is_gguf(path):
         return [path]
     if not (path / "config.json").is_file():
@@ -102,12 +102,8 @@ def _convert_huggingface(path: Path, folder: Path) -> None:
     settings = settings_from_huggingface(path)
     tensors = checkpoint.read_safetensors(path)
     table = huggingface_table(prefix_of(tensors))
-    _write(
-        checkpoint.fill(abstract(settings.config), tensors, table, str(path)),
-        Tokenizer.from_folder(path),
-        settings,
-        folder,
-    )
+    model = checkpoint.fill(abstract(settings.config), tensors, table, str(path))
+    _write(model, Tokenizer.from_folder(path), settings, folder)
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:
@@ -206,11 +202,11 @@ def _pooling_mode(path: Path) -> str:
 
 
 def config_from_huggingface(values: Mapping[str, Any], source: str) -> BertConfig:
-    """The architecture that a config.json describes; UserError for a family or a switch that is not this one."""
+    """The architecture that a config.json describes; UserError for what this encoder is not."""
     family = values.get("model_type", "bert")
     if family not in FAMILIES:
         raise UserError(
-            f"{source} is a {family!r} model, which the encoder does not know; take one of {', '.join(FAMILIES)}"
+            f"{source} is a {family!r} model; the encoder knows only {', '.join(FAMILIES)}, take one of these"
         )
     if values.get("position_embedding_type", "absolute") != "absolute":
         raise UserError(
