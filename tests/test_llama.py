@@ -76,7 +76,7 @@ def as_gguf(config, weights, family):
 
 def test_unknown_architectures_and_scalings_are_told(goldens):
     config = json.loads(str(goldens["llama/config"]))
-    with pytest.raises(UserError, match="'gemma' .*take a checkpoint of llama"):
+    with pytest.raises(UserError, match="'gemma'.*take a checkpoint of llama"):
         llama_checkpoint.config_from_huggingface(config | {"model_type": "gemma"}, "here")
     with pytest.raises(UserError, match="'yarn'"):
         llama_checkpoint.config_from_huggingface(config | {"rope_scaling": {"rope_type": "yarn"}}, "here")

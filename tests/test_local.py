@@ -56,33 +56,19 @@ def test_the_seed_decides_the_draw(generator):
     assert written(generator, CHATS[0], seed=3, **options)[0] != written(generator, CHATS[0], seed=4, **options)[0]
 
 
-class Letters:
-    """A token stream whose token n is the n-th letter."""
-
-    def __init__(self, text):
-        self.text = text
-
-    def push(self, token):
-        return self.text[token]
-
-    def finish(self):
-        return ""
-
-
 @pytest.mark.parametrize(
     ("stop", "expected"),
     [((), "abcabd"), (("zz",), "abcabd"), (("abd",), "abc"), (("bd", "ca"), "ab"), (("d",), "abcab"), (("",), "abcabd")],
 )
 def test_stop_strings_may_span_tokens(stop, expected):
-    text = StoppedText(Letters("abcabd"), stop)
-    pieces = [text.push(token) for token in range(6)]
+    text = StoppedText(stop)
+    pieces = list(map(text.push, "abcabd"))
     assert "".join([*pieces, text.finish()]) == expected
     assert text.stopped == (expected != "abcabd")
 
 
 def test_no_text_is_held_back_longer_than_it_must():
-    text = StoppedText(Letters("aXbXY"), ("XY",))
-    assert [text.push(token) for token in range(4)] == ["a", "", "Xb", ""]
+    assert list(map(StoppedText(("XY",)).push, "aXbX")) == ["a", "", "Xb", ""]
 
 
 def test_settings_that_cannot_be_are_told(tmp_path):

@@ -7,7 +7,7 @@ costs nothing on CPU and hides the host's work between steps.
 Letters: B batch, T prompt tokens, V vocab.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -117,7 +117,7 @@ def bucket(length: int) -> int:
 class Engine:
     """A model with the ids that end its answers."""
 
-    def __init__(self, model: Llama, end_ids: Sequence[int], steps_per_dispatch: int = 4):
+    def __init__(self, model: Llama, end_ids: Collection[int], steps_per_dispatch: int = 4):
         self.model = model
         self.end_ids = tuple(sorted(end_ids))
         self.steps_per_dispatch = steps_per_dispatch

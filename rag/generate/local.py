@@ -73,15 +73,15 @@ class LocalGenerator:
         prompt = self.tokenizer.chat(messages)
         begin = time.perf_counter()
         decoding = self.engine.start([prompt], max_new_tokens, sampling, [seed])
-        text, new_tokens, prefilled = StoppedText(TextStream(self.tokenizer), stop), 0, None
+        decoder, text, new_tokens, prefilled = TextStream(self.tokenizer), StoppedText(stop), 0, None
         for [tokens] in decoding:
             prefilled = prefilled or time.perf_counter()
             new_tokens += len(tokens)
-            if piece := "".join(map(text.push, tokens)):
+            if piece := text.push("".join(map(decoder.push, tokens))):
                 yield piece
             if text.stopped:
                 break
-        if piece := text.finish():
+        if piece := text.push(decoder.finish()) + text.finish():
             yield piece
         end = time.perf_counter()
         yield Usage(len(prompt), new_tokens, prefilled - begin, end - prefilled)
@@ -97,37 +97,29 @@ class LocalGenerator:
         """The answers to a batch of conversations of any lengths, decoded together."""
         prompts = [self.tokenizer.chat(messages) for messages in conversations]
         decoding = self.engine.start(prompts, max_new_tokens, sampling, seeds)
-        texts = [StoppedText(TextStream(self.tokenizer), stop) for _ in prompts]
+        decoders, texts = [TextStream(self.tokenizer) for _ in prompts], [StoppedText(stop) for _ in prompts]
         answers = [""] * len(prompts)
         for new in decoding:
             for row, tokens in enumerate(new):
-                if not texts[row].stopped:
-                    answers[row] += "".join(map(texts[row].push, tokens))
-                    if texts[row].stopped:
-                        decoding.finish(row)
-        return [answer + text.finish() for answer, text in zip(answers, texts, strict=True)]
+                answers[row] += texts[row].push("".join(map(decoders[row].push, tokens)))
+                if tokens and texts[row].stopped:
+                    decoding.finish(row)
+        for row, (decoder, text) in enumerate(zip(decoders, texts, strict=True)):
+            answers[row] += text.push(decoder.finish()) + text.finish()
+        return answers
 
 
 class StoppedText:
-    """Detokenised text up to the first stop string; holds back a tail that may be a stop string's beginning."""
+    """Streamed text up to the first stop string; holds back a tail that may be a stop string's beginning."""
 
-    def __init__(self, stream: TextStream, stop: Sequence[str]):
-        self._stream, self._stop, self._held = stream, [s for s in stop if s], ""
+    def __init__(self, stop: Sequence[str]):
+        self._stop, self._held = [s for s in stop if s], ""
         self.stopped = False
 
-    def push(self, token: int) -> str:
+    def push(self, new: str) -> str:
         """The text that is now certain; empty once stopped."""
-        return "" if self.stopped else self._release(self._stream.push(token))
-
-    def finish(self) -> str:
-        """The tail that was held back for nothing."""
         if self.stopped:
             return ""
-        text = self._release(self._stream.finish()) + self._held
-        self._held = ""
-        return text
-
-    def _release(self, new: str) -> str:
         text = self._held + new
         ends = [at for at in map(text.find, self._stop) if at >= 0]
         if ends:
@@ -136,3 +128,7 @@ class StoppedText:
         keep = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """The tail that was held back for nothing."""
+        return self._held
