@@ -1,0 +1,1 @@
+"""Benchmarks of ours beside named peers; none imports Hydra, so each also runs where it is not installed."""
