@@ -14,6 +14,7 @@ import inspect
 import os
 import re
 import sys
+import types
 import typing
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +31,14 @@ FREE_TEXT = (
     ".path",
     ".url",
     ".model",
+    ".uri",
     ".weights",
     ".system",
     ".user",
     ".passage",
     ".separator",
+    ".query_prompt",
+    ".document_prompt",
     ".abstain_answer",
 )
 _DEVICES = {"auto": None, "cpu": "cpu", "gpu": "cuda,cpu"}  # what JAX_PLATFORMS calls them
@@ -276,13 +280,22 @@ def check(config) -> None:
         name = config._get_full_key(key)
         if key not in parameters and not key.startswith("_") and not open_ended:
             raise UserError(f"There is no setting {name!r}: {config._target_} takes {', '.join(parameters)}.")
-        if key in hints and (types := _mismatch(value, hints[key])):
-            raise UserError(f"{name}={value} is of the wrong type: it must be {types}.")
+        if key in hints and (wanted := _mismatch(value, hints[key])):
+            raise UserError(f"{name}={value} will not do: it must be {wanted}.")
 
 
 def _mismatch(value: object, hint: object) -> str:
-    """The types that `hint` asks for, if it names plain ones only and `value` is of none of them."""
-    allowed = set(typing.get_args(hint) or [hint])
+    """What `hint` asks for, if it names plain types or literals only and `value` is none of them."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "" if value in arguments else " or ".join(map(str, arguments))
+    allowed = (
+        {hint}
+        if origin is None
+        else set(arguments)
+        if origin in (typing.Union, types.UnionType)
+        else {object}
+    )
     if not allowed <= {int, float, bool, str, type(None)}:
         return ""
     allowed |= {int} if float in allowed else set()

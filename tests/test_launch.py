@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import launch as launch_module
 import pytest
@@ -75,6 +77,8 @@ class Stage:
     name: str | None = None
     inner: "Stage | None" = None
     words: tuple[str, ...] = ()
+    parts: Sequence[str] = ()
+    order: Literal["score", "reverse"] = "score"
 
     def __post_init__(self):
         if self.size < 0:
@@ -278,8 +282,10 @@ def composed(conf: Path, *overrides: str):
 
 def test_build_makes_plain_objects(conf):
     inner = Stage(size=1)
-    stage = build(composed(conf, "stage.ratio=1", "+stage.words=[a,b]"), name="x", inner=inner)
-    assert stage == Stage(128, 1, "x", inner, ["a", "b"])
+    stage = build(
+        composed(conf, "stage.ratio=1", "+stage.words=[a,b]", "+stage.parts=[c]"), name="x", inner=inner
+    )
+    assert stage == Stage(128, 1, "x", inner, ["a", "b"], ["c"])
     assert stage.inner is inner  # handed on, not copied
     assert type(stage.words) is list
     assert build(composed(conf, f"+stage.inner._target_={__name__}.Stage")).inner == Stage()
@@ -288,12 +294,13 @@ def test_build_makes_plain_objects(conf):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("stage.size=many", "stage.size=many is of the wrong type: it must be int"),
-        ("stage.size=1.5", "stage.size=1.5 is of the wrong type: it must be int"),
-        ("stage.size=true", "stage.size=True is of the wrong type: it must be int"),
-        ("stage.size=null", "stage.size=None is of the wrong type: it must be int"),
-        ("stage.ratio=x", "stage.ratio=x is of the wrong type: it must be float or int"),
-        ("+stage.name=3", "stage.name=3 is of the wrong type: it must be null or str"),
+        ("stage.size=many", "stage.size=many will not do: it must be int"),
+        ("stage.size=1.5", "stage.size=1.5 will not do: it must be int"),
+        ("stage.size=true", "stage.size=True will not do: it must be int"),
+        ("stage.size=null", "stage.size=None will not do: it must be int"),
+        ("stage.ratio=x", "stage.ratio=x will not do: it must be float or int"),
+        ("+stage.name=3", "stage.name=3 will not do: it must be null or str"),
+        ("+stage.order=up", "stage.order=up will not do: it must be score or reverse"),
         ("+stage.colour=red", r"no setting 'stage\.colour': .*Stage takes size, ratio"),
         (f"+stage.inner={{_target_:{__name__}.Stage,sise:1}}", r"no setting 'stage\.inner\.sise'"),
         (f"+stage.inner={{_target_:{__name__}.Stage,size:-1}}", "stage.size must be 0 or more"),
