@@ -12,7 +12,9 @@ from rag.types import Chunk, Context, Hit, Source, UserError
 
 Order = Literal["score", "reverse", "document", "sides"]
 CountTokens = Callable[[str], int]
-Render = Callable[[Source], str]  # a passage as the prompt shows it, so that markers and paths are counted too
+Render = Callable[
+    [Source], str
+]  # a passage as the prompt shows it, so that markers and paths are counted too
 
 _CITATION = re.compile(r"\[\s*(\d{1,4}(?:\s*[,;]\s*\d{1,4})*)\s*\]")
 
@@ -21,9 +23,9 @@ _CITATION = re.compile(r"\[\s*(\d{1,4}(?:\s*[,;]\s*\d{1,4})*)\s*\]")
 class ContextOptions:
     """How passages are chosen and laid out.
 
-    Orders: "score" best first; "reverse" best last, beside the question; "document" as they stand in their documents,
-    the document with the best passage first; "sides" the best at both ends and the weakest in the middle, where long
-    contexts are read least (Liu et al., "Lost in the Middle", 2023).
+    Orders: "score" best first; "reverse" best last, beside the question; "document" as they stand in their
+    documents, the document with the best passage first; "sides" the best at both ends and the weakest in the
+    middle, where long contexts are read least (Liu et al., "Lost in the Middle", 2023).
     """
 
     max_tokens: int = 1024  # of the rendered passages, by the generator's tokenizer
@@ -33,9 +35,13 @@ class ContextOptions:
 
     def __post_init__(self) -> None:
         if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
-            raise UserError(f"The context's max_tokens must be a whole number above 0, not {self.max_tokens!r}.")
+            raise UserError(
+                f"The context's max_tokens must be a whole number above 0, not {self.max_tokens!r}."
+            )
         if self.order not in get_args(Order):
-            raise UserError(f"The context's order must be one of {', '.join(get_args(Order))}, not {self.order!r}.")
+            raise UserError(
+                f"The context's order must be one of {', '.join(get_args(Order))}, not {self.order!r}."
+            )
 
 
 def text_of(source: Source) -> str:
@@ -53,10 +59,10 @@ def build_context(
     """Return the passages to show for `hits`; an empty context means that nothing relevant was found.
 
     Hits below `min_score` (and NaN with it) and repeated texts go. From the best on, each hit is taken if the
-    passages still fit `max_tokens` with it, merged with its neighbours; the best alone is cut at the end of a sentence
-    or word when it is too long, and the others are left out and counted in `Context.dropped`. `documents_text` gives
-    a document's text by its id; with it chunks are also joined across the white space between them, without it only
-    where they overlap or touch. Ties keep the order of `hits`.
+    passages still fit `max_tokens` with it, merged with its neighbours; the best alone is cut at the end of a
+    sentence or word when it is too long, and the others are left out and counted in `Context.dropped`.
+    `documents_text` gives a document's text by its id; with it chunks are also joined across the white space
+    between them, without it only where they overlap or touch. Ties keep the order of `hits`.
     """
     count_tokens, documents_text = cache(count_tokens), documents_text and cache(documents_text)
     ranked = sorted(hits, key=lambda hit: -hit.score)
@@ -76,14 +82,16 @@ def build_context(
             chosen.append(Hit(chunk, hit.score))
     sources = _numbered(join(chosen, documents_text), options.order)
     context = Context(sources, _total(sources, count_tokens, render), dropped)
-    return trim(context, options.max_tokens, count_tokens, render)  # renumbered passages may be a token longer
+    return trim(
+        context, options.max_tokens, count_tokens, render
+    )  # renumbered passages may be a token longer
 
 
 def trim(context: Context, max_tokens: int, count_tokens: CountTokens, render: Render = text_of) -> Context:
-    """Return `context` within `max_tokens`: its passages go from the least relevant on, and the last one is cut.
+    """Return `context` within `max_tokens`: the least relevant passages go, and the last one left is cut.
 
-    What is left keeps its order and is numbered anew from 1; `dropped` grows by what went or was cut. With `max_tokens`
-    below one word the result is empty. A context that fits is returned as it is.
+    What is left keeps its order and is numbered anew from 1; `dropped` grows by what went or was cut. With
+    `max_tokens` below one word the result is empty. A context that fits is returned as it is.
     """
     sources, dropped, tokens = context.sources, context.dropped, _total(context.sources, count_tokens, render)
     while sources and tokens > max_tokens:
@@ -121,7 +129,7 @@ def _unmerged(hits: Sequence[Hit], _: Callable[[str], str] | None) -> list[Hit]:
 
 
 def _merged(ranked: Sequence[Hit], documents_text: Callable[[str], str] | None) -> list[Hit]:
-    """Overlapping and adjoining hits of a document as one, with the score and the rank of the best of them."""
+    """Overlapping and adjoining hits of a document as one, with the score and rank of the best."""
     rank = {id(hit): position for position, hit in enumerate(ranked)}
     merged: list[tuple[int, Hit]] = []
     for hit in sorted(ranked, key=lambda hit: (hit.chunk.document_id, hit.chunk.start, hit.chunk.end)):
@@ -184,7 +192,7 @@ def _total(sources: Iterable[Source], count_tokens: CountTokens, render: Render)
 
 
 def _cut(source: Source, max_tokens: int, count_tokens: CountTokens, render: Render) -> Source | None:
-    """The longest beginning of a passage that fits: to a sentence's end, else a word's, else (no spaces) anywhere."""
+    """The longest beginning of a passage that fits: whole sentences, else words, else (no spaces) characters."""
 
     def beginning(end: int) -> Source:
         return replace(source, end=source.start + end, text=source.text[:end])
@@ -196,9 +204,12 @@ def _cut(source: Source, max_tokens: int, count_tokens: CountTokens, render: Ren
         fit = bisect_right(ends, max_tokens, key=tokens)
         return ends[fit - 1] if fit else 0
 
-    word = fitting([match.end() for match in re.finditer(r"\S+", source.text)])
-    longest = word or fitting(range(1, len(source.text) + 1))
+    longest = fitting([m.end() for m in re.finditer(r"\S+", source.text)]) or fitting(
+        range(1, len(source.text) + 1)
+    )
     sentence = max((end for _, end in sentences(source.text) if end <= longest), default=0)
-    if 2 * sentence >= longest and tokens(sentence) <= max_tokens:  # for half a passage it is better cut in a sentence
-        return beginning(sentence) if sentence else None
-    return beginning(longest)
+    if (
+        2 * sentence >= longest and tokens(sentence) <= max_tokens
+    ):  # no short sentence at the price of most of it
+        longest = sentence
+    return beginning(longest) if longest else None

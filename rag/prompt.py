@@ -1,4 +1,4 @@
-"""From a question and its context to chat messages, by templates that are data: nothing in them is ever evaluated."""
+"""Question and context to chat messages, by templates that are data: nothing in them is ever evaluated."""
 
 import re
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ _KNOWN = {
 class PromptTemplate:
     """The texts of a prompt, with placeholders in braces.
 
-    {question} and {context} stand in `system` and `user`; {n}, {text} and {path} in `passage`, which is rendered for
-    each source and joined by `separator` into {context}. Other braces are plain text. Raises UserError for a
-    placeholder that is none of these, or when {question} or {text} is nowhere.
+    {question} and {context} stand in `system` and `user`; {n}, {text} and {path} in `passage`, which is
+    rendered for each source and joined by `separator` into {context}. Other braces are plain text. Raises
+    UserError for a placeholder that is none of these, or when {question} or {text} is nowhere.
     """
 
     user: str
@@ -36,9 +36,13 @@ class PromptTemplate:
             for name in _PLACEHOLDER.findall(getattr(self, field)):
                 if name not in known:
                     allowed = " and ".join(f"{{{k}}}" for k in known) or "no placeholder"
-                    raise UserError(f"The prompt's {field} has the unknown placeholder {{{name}}}: it may hold {allowed}.")
+                    raise UserError(
+                        f"The prompt's {field} has the unknown placeholder {{{name}}}: it may hold {allowed}."
+                    )
         if "{question}" not in self.user + self.system:
-            raise UserError("The prompt shows the question nowhere: put {question} into its user or system text.")
+            raise UserError(
+                "The prompt shows the question nowhere: put {question} into its user or system text."
+            )
         if "{text}" not in self.passage:
             raise UserError("The prompt's passage shows no text: put {text} into it.")
 
@@ -46,10 +50,10 @@ class PromptTemplate:
 def render(
     template: PromptTemplate, question: str, context: Context, history: Sequence[Message] = ()
 ) -> list[Message]:
-    """Return the messages to send: the system text (unless it is blank), the earlier turns, then the user's turn.
+    """Return the messages to send: the system text unless it is blank, the earlier turns, the user's turn.
 
-    Each template is filled in one pass, so what looks like a placeholder in a question, a passage or a path stays as
-    it was written.
+    Each template is filled in one pass, so what looks like a placeholder in a question, a passage or a path
+    stays as it was written.
     """
     passages = template.separator.join(render_passage(template, source) for source in context.sources)
     values = {"question": question, "context": passages}

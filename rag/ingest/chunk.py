@@ -1,9 +1,9 @@
 """Documents to chunks: by fixed numbers of tokens, by sentences, or recursively by separators.
 
-Sizes and overlaps are in tokens of the embedder. A document is tokenised once, and the tokens of a span are those of
-the whole document that touch it (a token across a border counts on both sides), so counting costs two bisections
-and chunking is linear. The same characters tokenised alone can give a token or two more or fewer, for example where
-a chunk begins inside a word.
+Sizes and overlaps are in tokens of the embedder. A document is tokenised once, and the tokens of a span are
+those of the whole document that touch it (a token across a border counts on both sides), so counting costs
+two bisections and chunking is linear. The same characters tokenised alone can give a token or two more or
+fewer, for example where a chunk begins inside a word.
 """
 
 from bisect import bisect_left, bisect_right
@@ -25,10 +25,11 @@ TokenSpans = Callable[[str], Int[np.ndarray, "n 2"]]  # a text to the spans of i
 @runtime_checkable  # the run-time type check of the tests asks for it
 class Chunker(Protocol):
     def split(self, text: str, token_spans: TokenSpans) -> list[Span]:
-        """Return the spans of the chunks of `text`: starts and ends strictly increase, no white space at either end.
+        """Return the spans of the chunks of `text`, with starts and ends that strictly increase.
 
-        Every character that is not white space lies in a chunk, and no chunk has more than `size` tokens (but where
-        a single character is more tokens than that). Neighbours share at most `overlap` tokens.
+        Every character that is not white space lies in a chunk, and no chunk has more than `size` tokens (but
+        where a single character is more tokens than that). Neighbours share at most `overlap` tokens. A chunk
+        neither begins nor ends with white space.
         """
         ...
 
@@ -92,11 +93,11 @@ class SentenceChunker:
 
 @dataclass(frozen=True)
 class RecursiveChunker:
-    """Divide at the first separator; what is still longer than `size`, at the next; in the end between tokens.
+    """Divide at the first separator, then what is longer than `size` at the next, in the end between tokens.
 
-    Neighbouring pieces of one level that fit together become one chunk (LangChain's RecursiveCharacterTextSplitter,
-    counted in tokens). A separator stays with the text before it, but one that begins with a line break, such as
-    "\\n## ", leaves the rest of itself to the text after.
+    Neighbouring pieces of one level that fit together become one chunk (LangChain's
+    RecursiveCharacterTextSplitter, counted in tokens). A separator stays with the text before it, but one
+    that begins with a line break, such as "\\n## ", leaves the rest of itself to the text after.
     """
 
     size: int
@@ -150,7 +151,7 @@ class _Tokens:
         return self.last(span) - self.first(span)
 
     def units(self, span: Span) -> list[Span]:
-        """The span divided before each token; bytes of one character stay together. White space is left out."""
+        """The span divided before each token, without white space; bytes of one character stay together."""
         start, end = span
         inside = self.starts[bisect_right(self.starts, start) : bisect_left(self.starts, end)]
         return _trim_all(self.text, [start, *dict.fromkeys(inside), end])
@@ -194,5 +195,5 @@ def _check_sizes(size: int, overlap: int) -> None:
         raise UserError(f"The chunker's size must be a whole number of tokens above 0, not {size!r}.")
     if isinstance(overlap, bool) or not isinstance(overlap, int) or not 0 <= overlap < size:
         raise UserError(
-            f"The chunker's overlap must be a whole number from 0 to below its size ({size}), not {overlap!r}."
+            f"The chunker's overlap must be a whole number from 0 to below its size {size}, not {overlap!r}."
         )

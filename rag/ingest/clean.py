@@ -12,7 +12,7 @@ _TABLE: dict[int, str | None] = {
     code: None for code in (*range(0x20), *range(0x7F, 0xA0), 0xAD, 0xFEFF) if chr(code) not in "\t\n"
 }
 _TABLE |= {0xA0: " ", 0x202F: " "}  # no-break spaces
-_TABLE |= {code: "\N{REPLACEMENT CHARACTER}" for code in range(0xD800, 0xE000)}  # lone surrogates: not UTF-8
+_TABLE |= dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")  # lone surrogates: not UTF-8
 
 
 def clean(text: str) -> str:
@@ -20,8 +20,8 @@ def clean(text: str) -> str:
 
     Line ends become a newline, no-break spaces become spaces, control characters, soft hyphens and byte order
     marks go, lone surrogates become U+FFFD, lines lose their trailing white space, two or more blank lines
-    become one, and blank lines at either end go. `clean(clean(text)) == clean(text)`, and the result can always
-    be encoded as UTF-8. Time and memory are linear in the length of `text`.
+    become one, and blank lines at either end go. `clean(clean(text)) == clean(text)`, and the result can
+    always be encoded as UTF-8. Time and memory are linear in the length of `text`.
     """
     text = _NEWLINES.sub("\n", text).translate(_TABLE)
     text = unicodedata.normalize("NFC", text)

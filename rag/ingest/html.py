@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from lxml import etree
 
 _DROPPED = frozenset(
-    "script style nav noscript template head svg iframe object canvas audio video button select textarea".split()
+    "script style nav noscript template head svg iframe object canvas audio video button select "
+    "textarea".split()
 )
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 _BLANK_LINE = frozenset(  # a blank line before and after
-    "address article aside blockquote body details dl fieldset figure footer form header hr main p pre section "
-    "table".split()
+    "address article aside blockquote body details dl fieldset figure footer form header hr main p pre "
+    "section table".split()
 ) | frozenset(_HEADINGS)
 _NEW_LINE = frozenset("caption dd div dt figcaption legend li summary tr".split())
 _WHITE = re.compile("[ \t\n\r\f]+")  # what HTML collapses; no-break spaces are not among it
@@ -26,8 +27,8 @@ def html_text(source: str) -> tuple[str, str]:
     """Return the readable text of a page and its title ("" if it has none).
 
     Headings become `# ...`, list items `- ...` or `1. ...` (indented two spaces a level), table rows
-    `a | b | c`, and preformatted text stays as it is. Raises HtmlError where libxml2 stops before the end (elements
-    nested 2,048 deep), rather than returning half a page.
+    `a | b | c`, and preformatted text stays as it is. Raises HtmlError where libxml2 stops before the end
+    (elements nested 2,048 deep), rather than returning half a page.
     """
     # libxml2 forgets what follows an early </html>; without the two closing tags it reads on. Bytes, because
     # it refuses a str that begins with an XML declaration.
@@ -42,7 +43,9 @@ def html_text(source: str) -> tuple[str, str]:
     page = _Page()
     walk = etree.iterwalk(root, events=("start", "end"))
     for event, element in walk:
-        dropped = element.tag in _DROPPED or "hidden" in element.attrib or element.get("aria-hidden") == "true"
+        dropped = (
+            element.tag in _DROPPED or "hidden" in element.attrib or element.get("aria-hidden") == "true"
+        )
         if event == "start":
             if dropped:
                 walk.skip_subtree()
@@ -63,7 +66,9 @@ class _Page:
     pieces: list[str] = field(default_factory=list)
     breaks: int = 0
     marker: str = ""
-    lists: list[int | None] = field(default_factory=list)  # the open lists: last number given, None if unordered
+    lists: list[int | None] = field(
+        default_factory=list
+    )  # the open lists: last number given, None if unordered
     row: int = 0  # len(pieces) where the open table row began
     cell: int = -1  # len(pieces) where the open cell began, -1 outside rows
     preformatted: int = 0  # open <pre> elements
@@ -120,7 +125,9 @@ class _Page:
             self.breaks, self.marker = 0, ""
 
     def _break(self, tag: str) -> None:
-        if self.marker or self.cell == len(self.pieces):  # a paragraph begins on its item's line, or its cell's
+        if self.marker or self.cell == len(
+            self.pieces
+        ):  # a paragraph begins on its item's line, or its cell's
             return
         if tag in _BLANK_LINE or (tag in ("ul", "ol") and not self.lists):
             self.breaks = 2

@@ -25,10 +25,11 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# Left to itself charset-normalizer takes a short Latin-1 text for cp1006 or UTF-16. So: these only, and where it
-# holds two for equally likely, the one that comes first here.
+# Left to itself charset-normalizer takes a short Latin-1 text for cp1006 or UTF-16. So: these only, and where
+# it holds two for equally likely, the one that comes first here.
 _LEGACY_ENCODINGS = (
-    "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 koi8_r cp932 euc_jp gb18030 big5 euc_kr mac_roman".split()
+    "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 koi8_r "
+    "cp932 euc_jp gb18030 big5 euc_kr mac_roman".split()
 )
 _DECLARED = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 _FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
@@ -48,13 +49,14 @@ class _Unreadable(Exception):
 
 
 def load_folder(path: str | Path, *, extensions: Sequence[str] | None = None) -> Iterator[Document | Skipped]:
-    """Yield a Document, or a Skipped with its reason, for each file under `path`, in the order of their names.
+    """Yield a Document, or a Skipped with its reason, for each file under `path`, in order of name.
 
-    `path` is a folder or one file. Hidden files and folders are passed over; links are followed, but no folder is
-    read twice. With `extensions` (such as ["md", "html"]) all other files are passed over in silence.
-    `Document.id` and `.path` are the path relative to the folder, with `/`, so that they do not depend on the
-    machine; control characters and undecodable bytes in it are shown escaped. The text is cleaned (rag.ingest.clean).
-    Raises UserError at the call when `path` is missing or an extension is one that cannot be read.
+    `path` is a folder or one file. Hidden files and folders are passed over; links are followed, but no
+    folder is read twice. With `extensions` (such as ["md", "html"]) all other files are passed over in
+    silence. `Document.id` and `.path` are the path relative to the folder, with `/`, so that they do not
+    depend on the machine; control characters and undecodable bytes in it are shown escaped. The text is
+    cleaned (rag.ingest.clean). Raises UserError at the call when `path` is missing or an extension is one
+    that cannot be read.
     """
     name = os.fspath(path)
     root = Path(os.path.expanduser(name))
@@ -91,7 +93,10 @@ def _load_all(root: Path, wanted: frozenset[str] | None) -> Iterator[Document | 
 
 def _shown(path: Path, root: Path) -> str:
     relative = path.name if path == root else path.relative_to(root).as_posix()
-    escaped = (c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c for c in relative)
+    escaped = (
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c
+        for c in relative
+    )
     return "".join(escaped)
 
 
@@ -146,8 +151,8 @@ def _first_heading(text: str) -> str:
 def decode(data: bytes, declared: str = "") -> str:
     """Decode a file of text: by its byte order mark, else as UTF-8, else as `declared`, else by a guess.
 
-    UTF-8 goes before what a page declares, because text in another encoding is hardly ever valid UTF-8 by chance.
-    Raises a reason to skip the file when it is binary or its encoding cannot be told.
+    UTF-8 goes before what a page declares, because text in another encoding is hardly ever valid UTF-8 by
+    chance. Raises a reason to skip the file when it is binary or its encoding cannot be told.
     """
     for mark, encoding in _BYTE_ORDER_MARKS:
         if data.startswith(mark):

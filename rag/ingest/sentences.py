@@ -1,9 +1,9 @@
 """Where sentences end, by rules: no model, linear time, most languages.
 
-A full stop ends a sentence unless it belongs to an abbreviation, an initial, a number or a list marker, or the next
-word begins in lower case (after Grefenstette and Tapanainen, "What is a word, what is a sentence?", 1994). East Asian
-stops need no space after them. Headings, list items, table rows and paragraphs end where their lines do; any
-other line break is only a wrapped line.
+A full stop ends a sentence unless it belongs to an abbreviation, an initial, a number or a list marker, or
+the next word begins in lower case (after Grefenstette and Tapanainen, "What is a word, what is a sentence?",
+1994). East Asian stops need no space after them. Headings, list items, table rows and paragraphs end where
+their lines do; any other line break is only a wrapped line.
 """
 
 import re
@@ -11,19 +11,20 @@ from itertools import pairwise
 
 # Never the end of a sentence.
 _ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof st rev hon gen col sgt capt lt cmdr gov sen rep messrs mme mlle vs cf e.g i.e viz ca approx "
-    "incl resp bzw z.b d.h ggf".split()
+    "mr mrs ms dr prof st rev hon gen col sgt capt lt cmdr gov sen rep messrs mme mlle vs cf e.g i.e viz ca "
+    "approx incl resp bzw z.b d.h ggf".split()
 )
 # Not the end before a number: "No. 5", "Fig. 2", "et al. (2019)", "Jan. 3".
 _BEFORE_NUMBER = frozenset(
-    "no nos nr fig figs eq eqs sec secs ch chap vol vols p pp art tab ref refs al jan feb mar apr jun jul aug sep sept "
-    "oct nov dec".split()
+    "no nos nr fig figs eq eqs sec secs ch chap vol vols p pp art tab ref refs al jan feb mar apr jun jul "
+    "aug sep sept oct nov dec".split()
 )
-# The end only before a word that often begins a sentence; initials (J.) and acronyms (U.S., p.m.) are like them.
+# The end only before a word that often begins a sentence; initials (J.) and acronyms (U.S.) are like them.
 _AMBIGUOUS = frozenset("inc ltd co corp jr sr dept univ bros est".split())
 _STARTERS = frozenset(
-    "a an the this that these those it its he his she her they their we our you i in on at by for from to as if when "
-    "while after before since because although however but and so then there here what who how why".split()
+    "a an the this that these those it its he his she her they their we our you i in on at by for from to as "
+    "if when while after before since because although however but and so then there here what who how "
+    "why".split()
 )
 _INITIALS = re.compile(r"(?:\w\.)*\w")
 _LIST_NUMBER = re.compile(r"\s*\d{1,3}")
@@ -31,13 +32,13 @@ _WORD = re.compile(r"[\s\"'“‘«(\[{¿¡*_]*(\w+)")  # after quotes, brackets
 
 # The look-behind lets a run of stops be tried once, from its first; the possessive `*+` keeps it linear.
 _STOP = re.compile(
-    r"(?<![.!?…])[.!?…؟۔।॥።։]++(?:[\"'”’»)\]}]|\[\d{1,4}\])*+(?=\s)"
+    r"(?<![.!?…؟۔।॥።։])[.!?…؟۔।॥።։]++(?:[\"'”’»)\]}]|\[\d{1,4}\])*+(?=\s)"
     r"|[。！？｡]++[」』）”’》\"')]*+"
 )
 _STRUCTURE = r"#{1,6}\s|[-*+•‣◦]\s|\d{1,3}[.)]\s|>|\||```|~~~|={3,}|-{3,}|[^\n]* \| "
 _LINE_ENDS = re.compile(
     rf"\n(?=[^\S\n]*+(?:\n|{_STRUCTURE}))"  # before a blank line, a list item, a heading, a table row ...
-    r"|^[^\S\n]*+(?:#{1,6}\s|={3,}+|-{3,}+|```|~~~|\|)[^\n]*+\n",  # after a heading, a rule, a fence, a table row
+    r"|^[^\S\n]*+(?:#{1,6}\s|={3,}+|-{3,}+|```|~~~|\|)[^\n]*+\n",  # after a heading, a rule, a fence
     re.MULTILINE,
 )
 
@@ -70,7 +71,9 @@ def _ends_sentence(text: str, stop: re.Match) -> bool:
     if not stop[0].startswith(".") or stop[0].startswith(".."):
         return True
     before = text[max(0, stop.start() - 40) : stop.start()]
-    word = before.split()[-1].lstrip("([{\"'“‘«").lower() if before.strip() and not before[-1].isspace() else ""
+    word = (
+        before.split()[-1].lstrip("([{\"'“‘«").lower() if before.strip() and not before[-1].isspace() else ""
+    )
     if word in _ABBREVIATIONS:
         return False
     if word in _BEFORE_NUMBER and next_word[:1].isdigit():

@@ -1,0 +1,237 @@
+"""Chunkers against what every one of them promises, on texts and tokenisers made to break them."""
+
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from rag.ingest.chunk import FixedChunker, RecursiveChunker, SentenceChunker, chunks_of
+from rag.ingest.sentences import sentences
+from rag.types import Document, UserError
+
+
+def as_spans(pairs):
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def words(text):
+    """Like a word tokeniser: white space belongs to no token."""
+    return as_spans([match.span() for match in re.finditer(r"\S+", text)])
+
+
+def pieces(text):
+    """Like WordPiece: up to three letters a token, every other sign alone, joiners and marks in none."""
+    return as_spans([m.span() for m in re.finditer(r"[^\W_]{1,3}|[^\w\s\u200d\u0301\ufffd]", text)])
+
+
+def bytes_of(text):
+    """Like byte-level BPE: a token holds the space before it, a sign of several bytes is several tokens."""
+    spans = []
+    for match in re.finditer(r"\s?[a-zA-Z]+|\s?[^a-zA-Z]", text):
+        sign = match[0][-1].encode("utf-8", "replace")
+        spans += [match.span()] * len(sign)
+    return as_spans(spans)
+
+
+def split_on_spaces(text):
+    """Like the bag of words: what stands between spaces, so a token can cross a line break."""
+    return as_spans([match.span() for match in re.finditer("[^ ]+", text)])
+
+
+TOKENISERS = [words, pieces, bytes_of, split_on_spaces]
+# fmt: off
+PARTS = [
+    "word ", "Two words. ", "a", "\n", "\n\n", "# Head\n", "- item\n", ". ", "?! ", "e.g. ", "3.14 ", "Dr. No ",
+    "\t", "🤖", "👩\u200d👧 ", "e\u0301 ", "東京は首都。", "שלום ", "مرحبا. ", "\u200d", "\ufffd",
+    "| a | b |\n", "x" * 30, "   ",
+]
+# fmt: on
+TEXTS = st.lists(st.sampled_from(PARTS), max_size=40).map("".join)
+SIZES = st.integers(1, 12).flatmap(lambda size: st.tuples(st.just(size), st.integers(0, size - 1)))
+CHUNKERS = st.sampled_from([FixedChunker, SentenceChunker, RecursiveChunker])
+
+
+def tokens_inside(spans, start, end):
+    return int(((spans[:, 0] >= start) & (spans[:, 1] <= end)).sum())
+
+
+@given(TEXTS | st.text(max_size=60), CHUNKERS, SIZES, st.sampled_from(TOKENISERS))
+@example("🤖" * 3, SentenceChunker, (1, 0), bytes_of)
+@example("a\nb c", SentenceChunker, (1, 0), split_on_spaces)
+def test_what_every_chunker_promises(text, make, sizes, tokenise):
+    chunker, spans = make(*sizes), tokenise(text)
+    chunks = chunker.split(text, tokenise)
+    covered = np.zeros(len(text), bool)
+    for start, end in chunks:
+        assert 0 <= start < end <= len(text)
+        assert text[start:end] == text[start:end].strip() != ""
+        covered[start:end] = True
+        one_sign = len(np.unique(spans[(spans[:, 0] >= start) & (spans[:, 1] <= end)], axis=0)) <= 1
+        assert tokens_inside(spans, start, end) <= chunker.size or one_sign
+    assert all(sign.isspace() or seen for sign, seen in zip(text, covered, strict=True))
+    for (start, end), (next_start, next_end) in pairwise(chunks):
+        assert start < next_start and end < next_end
+        assert tokens_inside(spans, next_start, end) <= chunker.overlap
+
+
+@given(TEXTS, CHUNKERS, st.sampled_from(TOKENISERS))
+def test_chunks_of_a_document_are_its_text(text, make, tokenise):
+    chunker = make(5, 2)
+    document = Document(id="a/b.md", path="a/b.md", text=text)
+    chunks = chunks_of(document, chunker, tokenise)
+    assert [(c.start, c.end) for c in chunks] == chunker.split(text, tokenise)
+    for chunk in chunks:
+        assert chunk.text == text[chunk.start : chunk.end]
+        assert (chunk.document_id, chunk.path) == ("a/b.md", "a/b.md")
+        assert chunk.id == f"a/b.md:{chunk.start}-{chunk.end}"
+    assert len({chunk.id for chunk in chunks}) == len(chunks)
+
+
+@given(st.integers(0, 60), SIZES)
+def test_fixed_chunks_have_exactly_the_size_and_the_overlap(length, sizes):
+    size, overlap = sizes
+    text = " ".join(f"w{i}" for i in range(length))
+    chunks = [text[a:b].split() for a, b in FixedChunker(size, overlap).split(text, words)]
+    assert all(len(chunk) == size for chunk in chunks[:-1])
+    assert all(a[len(a) - overlap :] == b[:overlap] for a, b in pairwise(chunks))
+    assert len(chunks) == (0 if not length else max(0, -(-(length - size) // (size - overlap))) + 1)
+
+
+def split(chunker, text, tokenise=words):
+    return [text[start:end] for start, end in chunker.split(text, tokenise)]
+
+
+def test_sentence_chunks_hold_whole_sentences_and_repeat_whole_sentences():
+    text = "One two three. Four five. Six seven eight. Nine. Ten eleven."
+    assert split(SentenceChunker(5), text) == [
+        "One two three. Four five.",
+        "Six seven eight. Nine.",
+        "Ten eleven.",
+    ]
+    assert split(SentenceChunker(5, 2), text) == [
+        "One two three. Four five.",
+        "Four five. Six seven eight.",
+        "Nine. Ten eleven.",
+    ]
+
+
+def test_a_sentence_above_the_size_is_divided_at_lines_then_words_then_tokens():
+    assert split(SentenceChunker(2), "Go. One two\nthree four five. Six") == [
+        "Go.",
+        "One two",
+        "three four",
+        "five. Six",
+    ]
+    assert split(SentenceChunker(3), "abcdefghijklmno", pieces) == ["abcdefghi", "jklmno"]
+
+
+def test_recursive_chunks_keep_to_paragraphs_then_lines_then_words():
+    text = "a b c\n\nd e\n\nf g h i j\nk l\nm n o p q r s t\n\nu"
+    assert split(RecursiveChunker(5), text) == ["a b c\n\nd e", "f g h i j", "k l", "m n o p q", "r s t", "u"]
+    assert split(RecursiveChunker(100), text) == [text]
+
+
+def test_recursive_separators_are_a_choice():
+    text = "intro\n## One\na b\n## Two\nc d, e f"
+    by_heading = RecursiveChunker(4, 0, ("\n## ", ", "))
+    assert split(by_heading, text) == ["intro", "## One\na b", "## Two\nc d,", "e f"]
+    assert hash(RecursiveChunker(4, 0, ["\n", " "])) == hash(RecursiveChunker(4, 0, ("\n", " ")))
+
+
+@pytest.mark.parametrize("make", [FixedChunker, SentenceChunker, RecursiveChunker])
+@pytest.mark.parametrize(
+    "size, overlap, named",
+    [(0, 0, "size"), (-5, 0, "size"), (4, 4, "overlap"), (4, 9, "overlap"), (4, -1, "overlap")],
+)
+def test_impossible_sizes_are_errors_that_name_the_option(make, size, overlap, named):
+    with pytest.raises(
+        UserError, match=f"The chunker's {named} must be .* not {size if named == 'size' else overlap}"
+    ):
+        make(size, overlap)
+
+
+@pytest.mark.parametrize("separators", [("", " "), ["\n", ""]])
+def test_an_empty_separator_is_an_error(separators):
+    with pytest.raises(UserError, match="non-empty strings"):
+        RecursiveChunker(4, 0, separators)
+
+
+@pytest.mark.parametrize("text", ["", " \n\t "])
+@pytest.mark.parametrize("chunker", [FixedChunker(3), SentenceChunker(3), RecursiveChunker(3)])
+def test_no_text_no_chunks(chunker, text):
+    assert chunker.split(text, words) == []
+
+
+def test_a_document_is_tokenised_once():
+    calls = []
+
+    def counting(text):
+        calls.append(text)
+        return words(text)
+
+    text = "One two three. " * 50
+    for chunker in (FixedChunker(4), SentenceChunker(4, 1), RecursiveChunker(4, 1)):
+        chunker.split(text, counting)
+    assert calls == [text] * 3
+
+
+HOSTILE = [*'. |. |a| |\n|# |a\n|."|。|.[1]|   \n|-|=|```\n|\n#|1. |؟|e.g. '.split("|"), "| ", " |", "\n|"]
+
+
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_long_runs_are_linear(unit):
+    text = "\n" + unit * (40_000 // len(unit)) + "x"  # a quadratic pattern would not come back
+    assert sentences(text)[-1][1] == len(text)
+    for chunker in (SentenceChunker(64, 8), RecursiveChunker(64, 8)):
+        assert chunker.split(text[-4000:], words)[-1][1] == 4000
+
+
+# --- sentences ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "marked",  # a sentence ends at each ¦
+    [
+        "First one. ¦Second one! ¦Third one? ¦Last",
+        "Dr. Smith met Mrs. Jones vs. Prof. Lee. ¦They spoke.",
+        "Pi is 3.14 and e is 2.718. ¦Version 3.11.2 is out.",
+        "J. R. R. Tolkien wrote it. ¦C. S. Lewis did not.",
+        "He lives in the U.S. Senate building. ¦She came at 5 p.m. Monday.",
+        "He lives in the U.S. ¦The house is old. ¦Apple Inc. sells phones.",
+        "See Fig. 2, No. 5 and Smith et al. (2019). ¦On Jan. 3 it ended.",
+        "Did he say no. ¦He did.",
+        "It grew in 1999. ¦Then it fell by 5. ¦So it is.",
+        "Use tools, e.g. Python, i.e. code. ¦Done.",
+        '"Stop!" he said. ¦"Go!" ¦She left. ¦(It was late.) ¦"Why?" ¦End.',
+        "He said “no.” ¦She agreed.",
+        "Wait... what? ¦Well... ¦Yes?! ¦No.",
+        "It is known.[12] ¦So is this.[3][4] ¦End",
+        "Visit example.com/a.b?c=d. ¦It works.",
+        "A wrapped\nline goes on. ¦Next\nline.",
+        "# Heading ¦\nText here. ¦More. ¦\n\n## Next ¦\nText",
+        "intro: ¦\n- one ¦\n- two. ¦Three. ¦\n1. First step. ¦\n2. Second step. ¦\n\nafter",
+        "a | b ¦\nc | d ¦\n\ntext",
+        "Title ¦\n===== ¦\nText",
+        "東京は日本の首都です。¦人口は多い！¦「そうですか？」¦はい。",
+        "مرحبا بالعالم. ¦كيف حالك؟ ¦أنا بخير.",
+        "यह एक वाक्य है। ¦यह दूसरा है।",
+        "Привет, мир. ¦А. С. Пушкин писал. ¦Да.",
+        "Emoji end here. ¦🤖 beep. ¦OK 👩\u200d👧. ¦Fin.",
+        "no stop at all",
+    ],
+)
+def test_sentences_end_where_they_should(marked):
+    text = marked.replace("¦", "")
+    found = [text[start:end] for start, end in sentences(text)]
+    assert found == [part.strip() for part in marked.split("¦")]
+
+
+@given(TEXTS | st.text(max_size=80))
+def test_sentences_hold_every_visible_character_once(text):
+    spans = sentences(text)
+    assert "".join("".join(text[a:b].split()) for a, b in spans) == "".join(text.split())
+    assert all(a < b for a, b in spans)
+    assert all(b <= c for (_, b), (c, _) in pairwise(spans))

@@ -1,0 +1,139 @@
+"""Prompts: templates filled in one pass, so that no document and no question can act as a template."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rag.prompt import PromptTemplate, render, render_passage
+from rag.types import Context, Message, Source, UserError
+
+CONF = Path(__file__).parent.parent / "conf"
+TEMPLATE = PromptTemplate(
+    system="Be brief.", user="{context}\n\nQ: {question}", passage="[{n}] ({path}) {text}", separator="\n--\n"
+)
+
+
+def context_of(*passages):
+    sources = tuple(Source(n, path, 0, len(text), 1.0, text) for n, (path, text) in enumerate(passages, 1))
+    return Context(sources, tokens=0)
+
+
+def test_messages_in_the_order_that_a_chat_template_expects():
+    history = [Message("user", "Hi {context}"), Message("assistant", "Hello {question}")]
+    context = context_of(("a.md", "One."), ("b.md", "Two."))
+    assert render(TEMPLATE, "Why?", context, history) == [
+        Message("system", "Be brief."),
+        *history,
+        Message("user", "[1] (a.md) One.\n--\n[2] (b.md) Two.\n\nQ: Why?"),
+    ]
+
+
+def test_a_blank_system_text_gives_no_message():
+    template = PromptTemplate(user="{question}", system=" \n")
+    assert render(template, "Why?", context_of()) == [Message("user", "Why?")]
+
+
+def test_the_system_text_may_hold_the_context():
+    template = PromptTemplate(user="{question}", system="Use: {context}", passage="{text}")
+    assert render(template, "Q", context_of(("a", "A")))[0] == Message("system", "Use: A")
+
+
+def test_a_passage_alone():
+    assert render_passage(TEMPLATE, Source(7, "x/y.md", 3, 4, 0.5, "{n}{text}")) == "[7] (x/y.md) {n}{text}"
+
+
+BRACES = "{question} {context} {n} {text} {path} {{question}} {0} {} { \\1 \\g<0> %s $n {n!r} {n.__class__}"
+
+
+def test_what_looks_like_a_placeholder_in_data_is_left_alone():
+    (_, message) = render(TEMPLATE, BRACES, context_of((BRACES, BRACES)))
+    assert message.content == f"[1] ({BRACES}) {BRACES}\n\nQ: {BRACES}"
+
+
+ANY = st.text() | st.lists(
+    st.sampled_from(["{question}", "{context}", "{text}", "{n}", "{", "}", "\\1", "🤖"])
+).map("".join)
+
+
+@given(ANY, ANY, ANY)
+def test_any_question_and_passage_come_through_as_written(question, path, text):
+    messages = render(TEMPLATE, question, context_of((path, text)))
+    assert messages[-1].content == "[1] (" + path + ") " + text + "\n\nQ: " + question
+
+
+def test_braces_in_a_template_that_are_no_placeholder_are_plain_text():
+    template = PromptTemplate(user='Answer as {"a": [1, {}]} {{question}} { question } {1}', passage="{text}")
+    assert render(template, "Q", context_of())[-1].content == 'Answer as {"a": [1, {}]} {Q} { question } {1}'
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"user": "{question} {documents}"},
+            r"user has the unknown placeholder \{documents\}.*\{question\} and \{context\}",
+        ),
+        ({"user": "{question} {text}"}, r"unknown placeholder \{text\}"),
+        ({"system": "{user_input}"}, r"system has the unknown placeholder \{user_input\}"),
+        (
+            {"passage": "{text} {score}"},
+            r"passage has the unknown placeholder \{score\}.*\{n\} and \{text\} and \{path\}",
+        ),
+        ({"separator": "{n}"}, r"separator has the unknown placeholder \{n\}.*no placeholder"),
+        ({"abstain_answer": "No {context}"}, r"abstain_answer has the unknown placeholder"),
+        ({"user": "{context}"}, r"put \{question\} into"),
+        ({"passage": "[{n}]"}, r"put \{text\} into"),
+    ],
+)
+def test_a_template_that_cannot_work_is_an_error_when_it_is_made(fields, message):
+    with pytest.raises(UserError, match=message):
+        PromptTemplate(**({"user": "{question} {context}"} | fields))
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "prompt").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_templates_that_come_with_the_project(path):
+    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert fields.pop("_target_") == "rag.prompt.PromptTemplate"
+    template = PromptTemplate(**fields)
+    messages = render(template, "What is it?", context_of(("a.md", "It is a pump."), ("b.md", "It pumps.")))
+    shown = "\n".join(message.content for message in messages)
+    assert "What is it?" in shown and "It is a pump." in shown and "It pumps." in shown
+    assert template.abstain_answer == "The documents do not answer this question."
+    assert path.read_text(encoding="utf-8").startswith("# python scripts/generate.py ")
+
+
+def test_the_prompts_that_come_with_the_project():
+    assert {path.stem for path in (CONF / "prompt").glob("*.yaml")} == {"cited", "plain", "seed"}
+
+
+def test_the_seed_prompt_is_the_notebooks():
+    fields = yaml.safe_load((CONF / "prompt" / "seed.yaml").read_text(encoding="utf-8"))
+    del fields["_target_"]
+    assert render(PromptTemplate(**fields), "Why?", context_of(("d", "Because."))) == [
+        Message(
+            "user",
+            "\nYou are a helpful assistant. You answer in 2-3 sentences, the user input is: Why?\n"
+            "Answer accordingly to the user input based on this information: Because.\n",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*CONF.glob("chunker/*.yaml"), *CONF.glob("context/*.yaml")]),
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
+def test_chunker_and_context_groups_build_their_options(path):
+    import importlib
+
+    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "defaults" in fields:
+        base = yaml.safe_load((path.parent / f"{fields.pop('defaults')[0]}.yaml").read_text(encoding="utf-8"))
+        fields = base | fields
+    module, _, name = fields.pop("_target_").rpartition(".")
+    options = getattr(importlib.import_module(module), name)(**fields)
+    assert hash(options) == hash(getattr(importlib.import_module(module), name)(**fields))
+    assert path.read_text(encoding="utf-8").startswith("# python scripts/")
