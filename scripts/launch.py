@@ -265,18 +265,19 @@ def check(config) -> None:
     YAML and Hydra leave both open. Raises UserError for the first that does not fit.
     """
     from hydra.utils import get_object
-    from omegaconf import DictConfig
+    from omegaconf import DictConfig, OmegaConf
 
     if not isinstance(config, DictConfig):
         return
-    for value in config.values():
+    settings = {key: config[key] for key in config if not OmegaConf.is_missing(config, key)}
+    for value in settings.values():
         check(value)
     if "_target_" not in config:
         return
     target = get_object(config._target_)
     hints, parameters = typing.get_type_hints(target), inspect.signature(target).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for key, value in config.items():
+    for key, value in settings.items():
         name = config._get_full_key(key)
         if key not in parameters and not key.startswith("_") and not open_ended:
             raise UserError(f"There is no setting {name!r}: {config._target_} takes {', '.join(parameters)}.")
