@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -62,7 +62,7 @@ class Embedder(Protocol):
         """Character offsets (start, end) of the text's tokens, which chunk sizes are counted in."""
         ...
 
-    def fit(self, texts: Sequence[str]) -> Self:
+    def fit(self, texts: Sequence[str]) -> "Embedder":
         """The embedder made ready for a corpus."""
         ...
 
@@ -70,7 +70,7 @@ class Embedder(Protocol):
         """Write into an index's folder what `fit` learned."""
         ...
 
-    def restore(self, folder: Path) -> Self:
+    def restore(self, folder: Path) -> "Embedder":
         """The embedder as it was when it made the index in this folder."""
         ...
 
@@ -132,13 +132,13 @@ class BertEmbedder:
     def token_spans(self, text: str) -> Int[np.ndarray, "n 2"]:
         return self._tokenizer.token_spans(text)
 
-    def fit(self, texts: Sequence[str]) -> Self:
+    def fit(self, texts: Sequence[str]) -> "BertEmbedder":
         return self
 
     def save(self, folder: Path) -> None:
         """Nothing was learned."""
 
-    def restore(self, folder: Path) -> Self:
+    def restore(self, folder: Path) -> "BertEmbedder":
         return self
 
     def _encode(self, texts: Sequence[str], progress: Progress) -> Float32[np.ndarray, "N E"]:

@@ -1,5 +1,7 @@
 """Brute-force oracles, written as the formulas read, and the tolerances of the whole suite."""
 
+import math
+from collections import Counter
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,6 +21,10 @@ def attention_tolerance(dtype: str, backend: str) -> float:
 
 # Logits of a whole decoder against transformers, relative to the largest.
 DECODER_TOLERANCE = 1e-4
+
+# Hidden states of a whole encoder against transformers, and vectors of one text in different batches:
+# absolute, for results of the order of 1.
+ENCODER_TOLERANCE = 2e-5
 
 
 # --- attention ----------------------------------------------------------------------------------------------
@@ -185,3 +191,22 @@ def kept_by_filters(logits, top_k, top_p, min_p) -> tuple[np.ndarray, np.ndarray
         kept &= ratio >= min_p
         decided &= np.abs(ratio - min_p) > 1e-5
     return kept, decided
+
+
+# --- embedding ----------------------------------------------------------------------------------------------
+
+
+def pooling_oracle(hidden: np.ndarray, lengths: np.ndarray, mode: str, normalize: bool) -> np.ndarray:
+    """One vector a row of hidden [B, T, M], in float64."""
+    rows = hidden.astype(np.float64)
+    pairs = zip(rows, lengths, strict=True)
+    vectors = [row[0] if mode == "cls" else row[:length].mean(axis=0) for row, length in pairs]
+    return np.array([v / np.sqrt((v**2).sum()) if normalize else v for v in vectors])
+
+
+def counter_cosine(left: str, right: str) -> float:
+    """The cosine of two texts' word counts, as in the notebook that this project began with."""
+    a, b = Counter(left.lower().split(" ")), Counter(right.lower().split(" "))
+    dot = sum(a[word] * b[word] for word in a.keys() & b.keys())
+    norms = math.sqrt(sum(n**2 for n in a.values())) * math.sqrt(sum(n**2 for n in b.values()))
+    return dot / norms if norms else 0.0

@@ -1,0 +1,181 @@
+"""The encoder gives transformers' hidden states, and loads what checkpoints of its family look like."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rag.models import bert, bert_checkpoint, checkpoint
+from rag.models.bert import Bert, Pooling
+from rag.types import UserError
+from tests.reference import ENCODER_TOLERANCE, pooling_oracle
+from tests.tiny_encoder import CONFIG, tiny_tensors, write_checkpoint, write_gguf, write_sentence_files
+
+GOLDENS = Path(__file__).parent / "goldens" / "tiny_encoders.npz"
+FAMILIES = ("bert", "bert_gelu_new", "bert_relu", "roberta")
+MEAN = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False, "word_embedding_dimension": 16}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
+
+
+def golden(family: str) -> tuple[Bert, dict[str, np.ndarray]]:
+    with np.load(GOLDENS) as file:
+        arrays = {
+            name.removeprefix(f"{family}/"): file[name]
+            for name in file.files
+            if name.startswith(f"{family}/")
+        }
+    config = bert_checkpoint.config_from_huggingface(json.loads(str(arrays["config"])), family)
+    tensors = {name.removeprefix("weights/"): a for name, a in arrays.items() if name.startswith("weights/")}
+    module = checkpoint.fill(bert.abstract(config), tensors, bert_checkpoint.huggingface_table(), family)
+    return jax.tree.map(jnp.asarray, module), arrays
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_those_of_transformers(family):
+    model, arrays = golden(family)
+    hidden = bert.forward(
+        model, jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["lengths"]), jnp.asarray(arrays["types"])
+    )
+    assert hidden.dtype == jnp.float32
+    for ours, theirs, length in zip(hidden, arrays["hidden"], arrays["lengths"], strict=True):
+        np.testing.assert_allclose(ours[:length], theirs[:length], atol=ENCODER_TOLERANCE, rtol=0)
+
+
+def test_token_types_are_zero_unless_given():
+    model, arrays = golden("bert")
+    tokens, lengths = jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["lengths"])
+    given = bert.forward(model, tokens, lengths, jnp.zeros_like(tokens))
+    np.testing.assert_array_equal(bert.forward(model, tokens, lengths), given)
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_pooling(mode, normalize):
+    hidden = np.random.default_rng(0).normal(size=(3, 7, 5)).astype(np.float32)
+    lengths = np.array([7, 3, 1], np.int32)
+    ours = bert.pool(jnp.asarray(hidden), jnp.asarray(lengths), Pooling(mode, normalize, 7))
+    np.testing.assert_allclose(ours, pooling_oracle(hidden, lengths, mode, normalize), atol=ENCODER_TOLERANCE)
+
+
+def test_padding_changes_nothing():
+    model, arrays = golden("bert")
+    tokens, lengths = jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["lengths"])
+    pooling = Pooling("mean", True, 40)
+    expected = bert.embed(model, tokens, lengths, pooling=pooling)
+    wider = jnp.full((3, 32), 7).at[:, :21].set(tokens)  # padded with a token like any other
+    padded = bert.embed(model, wider, lengths, pooling=pooling)
+    np.testing.assert_allclose(padded, expected, atol=ENCODER_TOLERANCE)
+
+
+def test_weights_are_an_argument_of_the_program():
+    tokens, lengths, pooling = jnp.full((2, 8), 5), jnp.array([8, 4]), Pooling("mean", True, 8)
+    first, second = (Bert(CONFIG, nnx.Rngs(seed)) for seed in (0, 1))
+    vectors = bert.embed(first, tokens, lengths, pooling=pooling)
+    programs = bert.embed._cache_size()
+    others = bert.embed(second, tokens, lengths, pooling=pooling)
+    assert bert.embed._cache_size() == programs
+    assert not np.allclose(vectors, others, atol=0.01)
+    text = bert.embed.lower(first, tokens, lengths, pooling=pooling).as_text()
+    assert len(text) < 200_000  # weights that became constants would stand in it
+
+
+def test_a_folder_without_sentence_files(tmp_path):
+    model, tokenizer, settings = bert_checkpoint.load(write_checkpoint(tmp_path / "tiny"))
+    assert settings.config == CONFIG
+    assert settings.pooling == Pooling("mean", True, 70)  # 80 positions, but the tokenizer says 70
+    assert (settings.query_prompt, settings.document_prompt, settings.lower_case) == ("", "", False)
+    assert tokenizer.encode("ab c") == [2, 5, 32, 7, 3]
+    loaded = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    for name, array in tiny_tensors().items():
+        np.testing.assert_array_equal(loaded[name].get_value(), array)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "normalize", "expected"),
+    [
+        (MEAN, True, ("mean", True)),
+        (MEAN | {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, False, ("cls", False)),
+        ({"pooling_mode": "cls", "embedding_dimension": 16}, True, ("cls", True)),
+    ],
+)
+def test_sentence_files_are_obeyed(tmp_path, pooling, normalize, expected):
+    folder = write_checkpoint(tmp_path / "tiny")
+    write_sentence_files(folder, pooling, normalize=normalize)
+    settings = bert_checkpoint.settings_from_huggingface(folder)
+    assert settings.pooling == Pooling(*expected, max_length=50)
+    assert settings.query_prompt == "question "
+
+
+def test_what_this_encoder_cannot_do_is_told(tmp_path):
+    folder = write_checkpoint(tmp_path / "tiny")
+    write_sentence_files(folder, MEAN, modules=("Dense",))
+    with pytest.raises(UserError, match="module Dense"):
+        bert_checkpoint.load(folder)
+    write_sentence_files(folder, MEAN | {"pooling_mode_max_tokens": True})
+    with pytest.raises(UserError, match="pooling_mode_mean_tokens \\+ pooling_mode_max_tokens"):
+        bert_checkpoint.load(folder)
+    for change, told in (
+        ({"model_type": "mpnet"}, "'mpnet' model"),
+        ({"position_embedding_type": "relative_key"}, "relative_key"),
+        ({"hidden_act": "silu"}, "silu"),
+    ):
+        with pytest.raises(UserError, match=told):
+            bert_checkpoint.load(write_checkpoint(tmp_path / "other", **change))
+    with pytest.raises(UserError, match=r"neither a GGUF file nor a folder with a config\.json"):
+        bert_checkpoint.load(tmp_path)
+
+
+def test_an_encoder_inside_a_model_with_heads(tmp_path):
+    """The names of bert-base-uncased: a prefix, gamma and beta, a pooler, pre-training heads, a buffer."""
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    plain, named = tiny_tensors(), {}
+    for name, array in plain.items():
+        ending = next((end for end in old if name.endswith(end)), None)
+        named["bert." + (name.removesuffix(ending) + old[ending] if ending else name)] = array
+    named["bert.embeddings.position_ids"] = np.arange(80)[None]
+    named["bert.pooler.dense.weight"] = np.zeros((16, 16), np.float32)
+    named["cls.predictions.transform.LayerNorm.gamma"] = np.zeros(16, np.float32)
+    named["cls.predictions.decoder.weight"] = np.zeros((57, 16), np.float32)
+    model, _, _ = bert_checkpoint.load(write_checkpoint(tmp_path / "headed", named))
+    expected, _, _ = bert_checkpoint.load(write_checkpoint(tmp_path / "plain", plain))
+    jax.tree.map(np.testing.assert_array_equal, model, expected)
+
+
+def test_tensors_must_fit(tmp_path):
+    weight = "encoder.layer.1.attention.self.key.weight"
+    tensors = tiny_tensors()
+    with pytest.raises(UserError, match=r"1 unknown \(classifier\.weight\)"):
+        bert_checkpoint.load(
+            write_checkpoint(tmp_path / "a", tensors | {"classifier.weight": np.zeros((2, 16))})
+        )
+    with pytest.raises(UserError, match=f"holds {weight} with shape \\(16, 8\\)"):
+        bert_checkpoint.load(
+            write_checkpoint(tmp_path / "b", tensors | {weight: np.zeros((16, 8), np.float32)})
+        )
+    with pytest.raises(UserError, match=f"1 missing \\({weight}\\)"):
+        missing = {name: array for name, array in tensors.items() if name != weight}
+        bert_checkpoint.load(write_checkpoint(tmp_path / "c", missing))
+
+
+def test_a_gguf_file_is_the_same_model(tmp_path):
+    tensors = tiny_tensors()
+    ours, tokenizer, settings = bert_checkpoint.load(
+        write_gguf(tmp_path / "tiny.gguf", tensors, pooling_type=2)
+    )
+    expected, folder_tokenizer, _ = bert_checkpoint.load(write_checkpoint(tmp_path / "tiny", tensors))
+    assert settings.config == dataclasses.replace(CONFIG, layer_norm_eps=settings.config.layer_norm_eps)
+    assert settings.config.layer_norm_eps == pytest.approx(1e-12)  # float32 in the file
+    assert settings.pooling == Pooling("cls", True, 70)
+    assert tokenizer.encode("hello world") == folder_tokenizer.encode("hello world")
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(ours), nnx.state(expected))
+    with pytest.raises(UserError, match="pooling type 3"):
+        bert_checkpoint.load(write_gguf(tmp_path / "last.gguf", tensors, pooling_type=3))
