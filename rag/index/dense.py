@@ -1,11 +1,17 @@
 """Exact nearest neighbours by cosine: the inner product of unit vectors, every vector looked at.
 
     N vectors (rows, of which the first `live` count), Q queries, E embedding dim, k results
+    G groups of consecutive rows, C candidates
 
-The matrix product is nearly all of the work. It reads the vectors in place (a memory-mapped file is not
-copied), and is done for a block of queries at a time, so that scores never outgrow the vectors. On CPU a
-query's scores have the same bits whatever batch it comes in, and equal vectors score equally: XLA multiplies
-two or more queries by one kernel, and a lone query is padded to take it too.
+Reading the vectors is nearly all of the work for a few queries: all scores of a query are kept, and its best
+rows taken from them. For many queries multiplying is, and writing N x Q scores would cost as much again: the
+rows are taken in blocks that stay in the processor's cache, only the maxima of small groups of rows are kept,
+and the rows of the best groups are scored once more. Either way the vectors are read in place (a memory map
+is not copied), and the temporary memory is a small part of theirs.
+
+Which program serves a query depends on the batch it comes in, and XLA's product rounds differently from
+program to program. So the scores that are returned, and the order they give, always come from one small
+product, a query by its candidates: a result does not change with the batch, and equal vectors tie.
 """
 
 from functools import partial
@@ -13,28 +19,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from rag.ops.topk import two_level_top_k
+from rag.ops.topk import best_members, members, two_level_top_k
 from rag.types import UserError
 
 _BATCH = 256  # queries of one call to XLA
-_LEAST = 4  # queries of the smallest program: below, XLA's kernels differ, and int8 or bfloat16 fall off theirs
-_BLOCK = 64  # queries scored at once: enough to keep the multipliers busy
-_SCORES = 1 << 26  # float32 scores held at once, unless _LEAST queries already need more
+_LEAST = 4  # queries of the smallest program: below it int8 and bfloat16 products fall off their fast path
+_FEW = 32  # queries for which all scores are kept at once
+_ROWS = 2048  # rows of a block: with _BATCH queries their scores are 2 MiB
+_SPARE = 2  # candidates beyond k, for those that another rounding would have let in
 _CHECKED_ROWS = 1 << 14
-
-
-def search_one(
-    vectors: Float[Array, "N E"], query: Float[Array, "E"], live: Int[Array, ""], k: int
-) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
-    """The k best of vectors[:live] for one query: scores, best first, and row numbers; see two_level_top_k."""
-    with jax.named_scope("scores"):
-        scores = jnp.einsum(
-            "ne,e->n", vectors, query, precision="highest", preferred_element_type=jnp.float32
-        )
-    with jax.named_scope("top_k"):
-        return two_level_top_k(scores, live, k)
 
 
 @partial(jax.jit, static_argnames="k")
@@ -46,19 +41,77 @@ def search(
     Exact in float32; the lower row wins a tie. Only the first `live` rows count (None: all), whatever stands
     in the others; where live < k the last k - live results have score -inf and a meaningless row number.
     """
-    n = vectors.shape[0]
+    n = len(vectors)
+    k = min(k, n)
     live = jnp.asarray(n if live is None else live)
-    one = partial(search_one, vectors, live=live, k=min(k, n))
-    block = _queries_at_once(n)
-    if len(queries) <= block:
-        return jax.vmap(one)(queries)
-    return jax.lax.map(one, queries, batch_size=block)
+    if len(queries) <= _FEW:
+        return jax.vmap(partial(_search_one, vectors, live=live, k=k))(queries)
+    if n < max(1024 * k, _ROWS):  # scoring the best groups once more would cost too much
+        return jax.lax.map(partial(_search_one, vectors, live=live, k=k), queries, batch_size=_FEW)
+    group = 32 if n >= 16384 * k else 8  # rows: weighs choosing among maxima against scoring rows once more
+    maxima = _group_maxima(vectors, queries, group)
+    one = partial(_search_groups, vectors, live=live, k=k, group=group)
+    return jax.lax.map(lambda query: one(*query), (queries, maxima.T), batch_size=16)
 
 
-def _queries_at_once(n: int) -> int:
-    """The largest power of two, from _LEAST to _BLOCK, whose scores against n vectors stay within _SCORES."""
-    fitting = max(_SCORES // max(n, 1), 1)
-    return max(_LEAST, min(_BLOCK, 1 << (fitting.bit_length() - 1)))
+def _search_one(
+    vectors: Float[Array, "N E"], query: Float[Array, "E"], live: Int[Array, ""], k: int
+) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
+    """One query by way of all its scores."""
+    best, ids = two_level_top_k(_scores(vectors, query), live, min(k + _SPARE, len(vectors)))
+    order = jnp.argsort(ids)  # of ids, so that a tie goes to the lower one
+    return _rescored(vectors, query, ids[order], (best > -jnp.inf)[order], k)
+
+
+def _search_groups(
+    vectors: Float[Array, "N E"],
+    query: Float[Array, "E"],
+    maxima: Float[Array, "G"],
+    live: Int[Array, ""],
+    k: int,
+    group: int,
+) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
+    """One query by way of the maximum of its scores in each group of rows."""
+    _, winners = two_level_top_k(maxima, live // group, k + _SPARE)
+    ids, usable = members(winners, live, group)
+    return _rescored(vectors, query, ids, usable, k)
+
+
+def _scores(vectors: Float[Array, "N E"], query: Float[Array, "E"]) -> Float32[Array, "N"]:
+    with jax.named_scope("scores"):
+        return jnp.einsum("ne,e->n", vectors, query, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _rescored(
+    vectors: Float[Array, "N E"],
+    query: Float[Array, "E"],
+    ids: Int[Array, "C"],
+    usable: Bool[Array, "C"],
+    k: int,
+) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
+    """The k best of the candidates `ids`, which ascend, by scores that only the query and the row decide."""
+    with jax.named_scope("rescore"):
+        rows = vectors.at[ids].get(mode="clip")
+        # Twice the query: XLA's product with a single column rounds a row by where it stands.
+        scores = jax.vmap(_scores, in_axes=(None, 0))(rows, jnp.stack([query, query]))[0]
+        return best_members(scores, ids, usable, k)
+
+
+def _group_maxima(
+    vectors: Float[Array, "N E"], queries: Float[Array, "Q E"], group: int
+) -> Float32[Array, "G Q"]:
+    """The highest score in each whole group of consecutive rows; N >= _ROWS, a multiple of `group`."""
+    groups, step = len(vectors) // group, _ROWS // group
+
+    def block(i, maxima):
+        first = jnp.minimum(i * step, groups - step)  # the last block overlaps the one before
+        rows = jax.lax.dynamic_slice_in_dim(vectors, first * group, _ROWS)
+        one = lambda query: _scores(rows, query).reshape(step, group).max(axis=1)
+        found = jax.vmap(one, out_axes=1)(queries)
+        return jax.lax.dynamic_update_slice_in_dim(maxima, found, first, axis=0)
+
+    maxima = jnp.zeros((groups, len(queries)), jnp.float32)
+    return jax.lax.fori_loop(0, -(-groups // step), block, maxima)
 
 
 class DenseIndex:

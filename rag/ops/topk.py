@@ -1,19 +1,18 @@
 """The k best of many scores, as XLA runs it fast: exact, ties to the lower id, written for one query.
 
-    N vectors (scored ids)
+    N vectors (scored ids), G groups of consecutive ids, C candidates
 
 XLA finds the k best quickly only for float32, and only while nothing slices what it finds inside the same
 program: other types, and a slice, turn it into a sort of everything, about a hundred times slower. `top_k`
-casts and fences for that reason. `two_level_top_k` reads the scores once, as the maxima of groups: a group
-holding one of the k best is among the k groups of highest maximum, so only those are looked into.
+casts and fences for that reason. The other functions choose in two steps: a group that holds one of the k
+best is among the k groups of highest maximum, so only `members` of those need a look.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-# A group's maximum costs one read of each score; more in a group makes the second level longer.
-GROUP = 32
+GROUP = 32  # scores to a group: fewer leave more maxima to choose from, more leave more members
 
 
 def top_k(scores: Float[Array, "N"], k: int) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
@@ -29,21 +28,38 @@ def top_k(scores: Float[Array, "N"], k: int) -> tuple[Float[Array, "k"], Int[Arr
 def two_level_top_k(
     scores: Float[Array, "N"], live: Int[Array, ""], k: int
 ) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
-    """top_k of scores[:live], with `live` traced: a growing index needs no new program.
+    """top_k of scores[:live], where `live` is traced: a growing index needs no new program.
 
-    Scores at and past `live` are never read as such and may be anything. 0 <= k <= N; where live < k the last
-    k - live results have score -inf and a meaningless id.
+    What stands at and past `live` does not matter. 0 <= k <= N; where live < k the last k - live results
+    have score -inf and a meaningless id.
     """
-    n = scores.shape[0]
-    groups = n // GROUP
-    if 2 * k * GROUP >= n:  # the winning groups would be most of the scores
+    n = len(scores)
+    if 2 * k * GROUP >= n:  # the members would be most of the scores
         return top_k(jnp.where(jnp.arange(n) < live, scores, -jnp.inf), k)
-    full = live // GROUP  # groups that are live as a whole; the one after them always gets looked into
-    maxima = scores[: groups * GROUP].reshape(groups, GROUP).max(axis=1)
-    _, winners = top_k(jnp.where(jnp.arange(groups) < full, maxima, -jnp.inf), k)
-    winners = jnp.append(jnp.sort(winners), full)  # in the order of ids, so that ties stay with the lower one
-    ids = (winners[:, None] * GROUP + jnp.arange(GROUP)).ravel()
-    usable = jnp.repeat(jnp.append(winners[:-1] < full, True), GROUP) & (ids < live)
-    candidates = jnp.where(usable, scores.at[ids].get(mode="clip"), -jnp.inf)
-    best, positions = top_k(candidates, k)
+    maxima = scores[: n // GROUP * GROUP].reshape(-1, GROUP).max(axis=1)
+    whole = live // GROUP
+    _, winners = top_k(jnp.where(jnp.arange(len(maxima)) < whole, maxima, -jnp.inf), k)
+    ids, usable = members(winners, live, GROUP)
+    return best_members(scores.at[ids].get(mode="clip"), ids, usable, k)
+
+
+def members(
+    winners: Int[Array, "G"], live: Int[Array, ""], group: int
+) -> tuple[Int[Array, "C"], Bool[Array, "C"]]:
+    """The ids in the winning groups, ascending, and which of them count; group g has ids from g * group on.
+
+    A winner that is not wholly below `live` does not count; the group that `live` cuts always stands last.
+    """
+    whole = live // group
+    winners = jnp.append(jnp.sort(winners), whole)
+    ids = (winners[:, None] * group + jnp.arange(group)).ravel()
+    counts = (winners < whole).at[-1].set(True)
+    return ids, jnp.repeat(counts, group) & (ids < live)
+
+
+def best_members(
+    scores: Float[Array, "C"], ids: Int[Array, "C"], usable: Bool[Array, "C"], k: int
+) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
+    """The k best of the usable candidates: scores, best first, and ids; a tie goes to the one that stands first."""
+    best, positions = top_k(jnp.where(usable, scores, -jnp.inf), k)
     return best, ids[positions]
