@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rag.ops.flash import Blocks, flash_attention
+from rag.ops.flash import Blocks, Plan, flash_attention
 from rag.ops.visibility import Extent, Pattern, visible
 
 IMPLEMENTATIONS = ("reference", "flash", "xla")
 
 _MASKED = -1e30  # finite: no difference of two scores is NaN
+
+_flash = jax.jit(flash_attention, static_argnames="plan")
 
 
 def attention(
@@ -65,7 +67,7 @@ def attention(
         case "reference":
             out, lse = _reference(q, k, v, extent, pattern=pattern, scale=scale)
         case "flash":
-            out, lse = _flash(q, k, v, extent, pattern=pattern, scale=scale, blocks=blocks or _tiles(q))
+            out, lse = _flash(q, k, v, extent, plan=Plan(pattern, scale, blocks or _tiles(q)))
         case "xla":
             if return_lse:
                 raise NotImplementedError("jax.nn.dot_product_attention returns no log-sum-exp.")
@@ -103,13 +105,6 @@ def _best(q: Float[Array, "B H T D"], k: Float[Array, "B K S D"], return_lse: bo
 
 def _tiles(q: Float[Array, "B H T D"]) -> Blocks:
     return Blocks()
-
-
-@partial(jax.jit, static_argnames=("pattern", "scale", "blocks"))
-def _flash(
-    q: Array, k: Array, v: Array, extent: Extent, *, pattern: Pattern, scale: float, blocks: Blocks
-) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T"]]:
-    return flash_attention(q, k, v, pattern, extent, scale, blocks)
 
 
 @partial(jax.jit, static_argnames=("pattern", "scale"))

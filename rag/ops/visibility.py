@@ -81,7 +81,7 @@ def key_blocks(
         low, high = _segment_blocks(extent, i, block_q, block_k)
         start = jnp.maximum(start, low)
         stop = jnp.maximum(jnp.minimum(stop, high), start)
-        full_start = full_stop = stop
+        full_start = full_stop = start
     full_start = jnp.clip(full_start, start, stop)
     return KeyBlocks(start, full_start, jnp.clip(full_stop, full_start, stop), stop)
 
