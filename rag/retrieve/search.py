@@ -12,11 +12,11 @@ class DenseRetriever:
     """Exact cosine search over a stored index."""
 
     def __init__(self, index: Index, embedder: Embedder, k: int = 5):
-        """`embedder` must be the one that made the index. Raises UserError for k below 1."""
+        """Raises UserError for k below 1 and for an embedder other than the one that made the index."""
         if k < 1:
             raise UserError(f"retriever.k is {k}; give 1 or more")
         self.index, self.k = index, k
-        self._embedder = embedder
+        self._embedder = index.restore(embedder)
         self._dense = DenseIndex(index.vectors)
 
     def search(self, questions: Sequence[str]) -> list[list[Hit]]:
