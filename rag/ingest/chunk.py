@@ -50,6 +50,14 @@ def chunks_of(document: Document, chunker: Chunker, token_spans: TokenSpans) -> 
 
 
 @dataclass(frozen=True)
+class WholeChunker:
+    """The document as one chunk, whatever its length: for datasets whose documents are passages already."""
+
+    def split(self, text: str, token_spans: TokenSpans) -> list[Span]:
+        return _trim_all(text, [0, len(text)])
+
+
+@dataclass(frozen=True)
 class FixedChunker:
     """`size` tokens a chunk (fewer in the last), of which `overlap` are also in the chunk before."""
 
