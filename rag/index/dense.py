@@ -36,7 +36,7 @@ _CHECKED_ROWS = 1 << 14
 def search(
     vectors: Float[Array, "N E"], queries: Float[Array, "Q E"], k: int, live: Int[Array, ""] | None = None
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
-    """For each query the min(k, N) rows of highest inner product: scores, best first, and row numbers (int32).
+    """For each query the min(k, N) rows of highest inner product: scores, best first, and int32 row numbers.
 
     Exact in float32; the lower row wins a tie. Only the first `live` rows count (None: all), whatever stands
     in the others; where live < k the last k - live results have score -inf and a meaningless row number.
@@ -103,11 +103,13 @@ def _group_maxima(
     """The highest score in each whole group of consecutive rows; N >= _ROWS, a multiple of `group`."""
     groups, step = len(vectors) // group, _ROWS // group
 
+    def one(rows, query):
+        return _scores(rows, query).reshape(step, group).max(axis=1)
+
     def block(i, maxima):
         first = jnp.minimum(i * step, groups - step)  # the last block overlaps the one before
         rows = jax.lax.dynamic_slice_in_dim(vectors, first * group, _ROWS)
-        one = lambda query: _scores(rows, query).reshape(step, group).max(axis=1)
-        found = jax.vmap(one, out_axes=1)(queries)
+        found = jax.vmap(partial(one, rows), out_axes=1)(queries)
         return jax.lax.dynamic_update_slice_in_dim(maxima, found, first, axis=0)
 
     maxima = jnp.zeros((groups, len(queries)), jnp.float32)
@@ -130,15 +132,13 @@ class DenseIndex:
     def search(
         self, queries: Float[np.ndarray, "Q E"], k: int
     ) -> tuple[Float32[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-        """The min(k, len) best rows of each query: cosines, best first, and row numbers, lower ones first on ties.
+        """The min(k, len) best rows of each query: cosines, best first, and row numbers; lower ones win ties.
 
         UserError for queries of another width, for NaN or infinity in them, and for k < 1.
         """
         self._check(queries, k)
         k = min(k, self._live)
-        found = [
-            self._search(queries[start : start + _BATCH], k) for start in range(0, len(queries), _BATCH)
-        ]
+        found = [self._search(queries[start : start + _BATCH], k) for start in range(0, len(queries), _BATCH)]
         scores, ids = zip(*found, strict=True) if found else ([np.zeros((0, k))], [np.zeros((0, k))])
         return np.concatenate(scores).astype(np.float32), np.concatenate(ids).astype(np.int32)
 
@@ -161,7 +161,7 @@ class DenseIndex:
             raise UserError(f"Cannot return {k} results: ask for k of 1 or more.")
 
     def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
-        """Append rows. Room doubles when it is full; otherwise this neither copies nor compiles anything anew."""
+        """Append rows. Full room doubles; otherwise this neither copies nor compiles anything anew."""
         rows = np.zeros((_bucket(len(vectors)), vectors.shape[1]), np.float32)
         rows[: len(vectors)] = vectors
         needed = self._live + len(rows)  # the padding is written too: a later addition overwrites it

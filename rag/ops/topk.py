@@ -60,6 +60,6 @@ def members(
 def best_members(
     scores: Float[Array, "C"], ids: Int[Array, "C"], usable: Bool[Array, "C"], k: int
 ) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
-    """The k best of the usable candidates: scores, best first, and ids; a tie goes to the one that stands first."""
+    """The k best of the usable candidates: scores, best first, and ids; the first to stand wins a tie."""
     best, positions = top_k(jnp.where(usable, scores, -jnp.inf), k)
     return best, ids[positions]
