@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ _IN_FLIGHT = 8  # batches dispatched ahead of the one being waited for
 _VOCABULARY = "vocabulary.json"
 
 
+@runtime_checkable
 class Embedder(Protocol):
     """What turns passages and questions into vectors that are compared by their dot product."""
 

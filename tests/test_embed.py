@@ -1,4 +1,4 @@
-"""Vectors in the order of the texts, whatever runs beside them; and the first seed's cosine of counted words."""
+"""Vectors in the order of the texts, whatever runs beside them; and the cosine of counted words."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ TEXTS = [
     "a",
     "hello world",
     "z" * 60,
-    "the quick brown fox",
+    "the brown fox",
     "a b c " * 100,
     "   ",
     "hello",
@@ -173,8 +173,8 @@ def test_padded_lengths_are_few():
 # --- bag of words -------------------------------------------------------------------------------------------
 
 SEED = [
-    "The dominant sequence transduction models are based on complex recurrent or convolutional neural networks "
-    "that include an encoder and a decoder.",
+    "The dominant sequence transduction models are based on complex recurrent or convolutional neural "
+    "networks that include an encoder and a decoder.",
     "The best performing models also connect the encoder and decoder through an attention mechanism.",
     "The fundamental constraint of sequential computation, however, remains.",
     "In all but a few cases, such attention mechanisms are used in conjunction with a recurrent network.",

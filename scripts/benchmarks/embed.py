@@ -83,4 +83,5 @@ def _sentence_transformers(folder: str, batch_size: int) -> Encode | None:
         return None
     torch.set_num_threads(os.cpu_count() or 1)
     model = SentenceTransformer(folder, device="cpu")
-    return lambda texts: model.encode(texts, batch_size=batch_size, normalize_embeddings=True)
+    options = {"batch_size": batch_size, "normalize_embeddings": True, "show_progress_bar": False}
+    return lambda texts: model.encode(texts, **options)
