@@ -1,12 +1,13 @@
 """Messages in, a streamed answer out: our own engine, or a local Ollama server."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage
 
 
+@runtime_checkable
 class Generator(Protocol):
     """What the pipeline asks of a language model."""
 

@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class LocalGenerator:
-    """A Llama-family checkpoint run by rag.generate.engine; weights are read when they are first needed."""
+    """A Llama-family checkpoint run by rag.generate.engine; weights are fetched at once, read when first needed."""
 
     def __init__(
         self,
@@ -30,12 +30,12 @@ class LocalGenerator:
             raise UserError(f"generator.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
         if steps_per_dispatch < 1:
             raise UserError(f"generator.steps_per_dispatch is {steps_per_dispatch}; give 1 or more")
-        self.weights = weights
+        self._path = hub.local_path(weights)
         self._dtype, self._limit, self._steps = jnp.dtype(dtype), context_length, steps_per_dispatch
 
     @cached_property
     def _loaded(self) -> tuple[Engine, Tokenizer]:
-        model, tokenizer = llama_checkpoint.load(hub.local_path(self.weights))
+        model, tokenizer = llama_checkpoint.load(self._path)
         model = checkpoint.to_device(model, self._dtype)
         return Engine(model, tokenizer.eos_ids, self._steps), tokenizer
 

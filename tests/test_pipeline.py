@@ -1,0 +1,169 @@
+"""Files to answer through every stage, with counted words as the embedder and a generator that shows its prompt."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from rag import pipeline
+from rag.context import ContextOptions
+from rag.embed import BagOfWords
+from rag.index.store import Index
+from rag.ingest.chunk import SentenceChunker
+from rag.pipeline import Reader
+from rag.prompt import PromptTemplate
+from rag.retrieve.search import DenseRetriever
+from rag.types import Answer, Message, Usage, UserError
+
+FILES = {
+    "seal.txt": "A seal eats fish. It sleeps on ice.",
+    "krill.md": "# Krill\n\nKrill drift in swarms. A whale eats krill.",
+    "page.html": "<html><head><title>Gulls</title></head><body><p>A gull nests on a cliff.</p></body></html>",
+    "image.png": "\x89PNG",
+}
+TEMPLATE = PromptTemplate(user="{context}\n\nQ: {question}", passage="[{n}] {text}", separator="\n")
+
+
+@dataclass
+class Echo:
+    """A generator that answers with its number of messages, and keeps them. A token is a word."""
+
+    context_length: int = 1000
+    asked: list = field(default_factory=list)
+
+    def count(self, text: str) -> int:
+        return len(text.split())
+
+    def prompt_tokens(self, messages) -> int:
+        return sum(self.count(message.content) for message in messages)
+
+    def stream(self, messages, sampling, max_new_tokens, seed, stop):
+        self.asked.append(messages)
+        yield "see "
+        yield "[1]"
+        yield Usage(self.prompt_tokens(messages), 2, 0.5, 0.25)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name, text in FILES.items():
+        (folder / name).write_text(text, encoding="latin-1")
+    return folder
+
+
+@pytest.fixture
+def retriever(corpus, tmp_path):
+    pipeline.ingest(corpus, tmp_path / "index", SentenceChunker(8), BagOfWords())
+    return DenseRetriever(Index.open(tmp_path / "index"), BagOfWords(), k=3)
+
+
+def reader(generator, **context):
+    return Reader(generator, TEMPLATE, ContextOptions(**context), max_new_tokens=10)
+
+
+def asked(question, retriever, reader, history=()):
+    *pieces, answer = pipeline.answer(question, retriever, reader, history)
+    assert isinstance(answer, Answer)
+    return "".join(pieces), answer
+
+
+def test_ingest_reports_what_it_read_and_what_it_skipped(corpus, tmp_path):
+    seen = []
+    report = pipeline.ingest(
+        corpus, tmp_path / "index", SentenceChunker(8), BagOfWords(), lambda *step: seen.append(step)
+    )
+    assert (report.documents, report.chunks) == (3, 4)  # the last two sentences of krill.md are nine words
+    assert [skipped.path for skipped in report.skipped] == ["image.png"]
+    index = Index.open(tmp_path / "index")
+    texts = [chunk.text for chunk in index.chunks(range(len(index)))]
+    assert "A whale eats krill." in texts
+    assert report.tokens == sum(len(text.split(" ")) for text in texts)
+    assert {stage for stage, _, _ in seen} == {"load", "chunk", "embed"}
+    assert seen[-1] == ("embed", 4, 4)
+
+
+def test_ingesting_again_replaces_the_index(corpus, tmp_path):
+    pipeline.ingest(corpus, tmp_path / "index", SentenceChunker(8), BagOfWords())
+    (corpus / "seal.txt").unlink()
+    report = pipeline.ingest(corpus, tmp_path / "index", SentenceChunker(8), BagOfWords())
+    assert report.documents == Index.open(tmp_path / "index").documents == 2
+
+
+def test_a_folder_with_nothing_to_read_leaves_no_index(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.bin").write_bytes(b"\0")
+    with pytest.raises(UserError, match=r"no document in .*a\.bin"):
+        pipeline.ingest(tmp_path / "corpus", tmp_path / "index", SentenceChunker(8), BagOfWords())
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_folder_of_something_else_is_not_written_into(corpus, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match=r"letter\.txt"):
+        pipeline.ingest(corpus, home, SentenceChunker(8), BagOfWords())
+    assert [path.name for path in home.iterdir()] == ["letter.txt"]
+
+
+def test_the_answer_streams_and_its_sources_are_spans_of_the_documents(retriever):
+    generator = Echo()
+    text, answer = asked("what eats krill.", retriever, reader(generator))
+    assert text == answer.answer == "see [1]"
+    assert not answer.abstained
+    best = answer.sources[0]
+    assert best.path == "krill.md"
+    assert "A whale eats krill." in best.text
+    for source in answer.sources:
+        assert retriever.index.document_text(source.path)[source.start : source.end] == source.text
+        assert f"[{source.n}] {source.text}" in generator.asked[0][-1].content
+    assert (answer.timings.prefill_s, answer.timings.new_tokens) == (0.5, 2)
+
+
+def test_without_a_relevant_hit_no_model_is_asked(retriever):
+    generator = Echo()
+    text, answer = asked("quantum chromodynamics", retriever, reader(generator, min_score=0.2))
+    assert answer.abstained
+    assert text == answer.answer == TEMPLATE.abstain_answer
+    assert (answer.sources, generator.asked) == ((), [])
+
+
+def test_a_long_prompt_loses_passages_and_says_so(retriever):
+    _, whole = asked("a whale eats krill", retriever, reader(Echo()))
+    generator = Echo(context_length=whole.timings.prompt_tokens - 2 + 10)
+    _, answer = asked("a whale eats krill", retriever, reader(generator))
+    assert 0 < len(answer.sources) <= len(whole.sources)
+    assert answer.timings.prompt_tokens <= generator.context_length - 10
+    assert any("longer than the model's context" in notice for notice in answer.notices)
+    assert whole.notices == ()
+
+
+def test_old_turns_go_before_the_last_passage(retriever):
+    history = [Message("user", "old " * 30), Message("assistant", "older " * 30), Message("user", "new"), Message("assistant", "yes")]
+    generator = Echo(context_length=50)
+    _, answer = asked("a whale eats krill", retriever, reader(generator), history)
+    assert answer.sources
+    assert [message.content for message in generator.asked[0][:-1]] == ["new", "yes"]
+    assert any("oldest 2 messages" in notice for notice in answer.notices)
+
+
+def test_a_question_that_cannot_fit_is_told(retriever):
+    with pytest.raises(UserError, match="too long"):
+        asked("krill " * 100, retriever, reader(Echo(context_length=50)))
+
+
+def test_another_embedder_than_the_index_was_made_with_is_told(retriever):
+    class Other(BagOfWords):
+        def __init__(self):
+            super().__init__()
+            self.fingerprint = "another"
+
+    with pytest.raises(UserError, match="built by another embedder"):
+        DenseRetriever(Index.open(Path(retriever.index.path)), Other())
+
+
+def test_k_below_one_is_told(retriever):
+    with pytest.raises(UserError, match="retriever.k is 0"):
+        DenseRetriever(retriever.index, BagOfWords(), k=0)

@@ -1,0 +1,191 @@
+"""The scripts with a tiny checkpoint, counted words and a few files: most in this process, one as it is typed."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import eval as eval_script
+import generate
+import ingest
+import pytest
+from hydra import compose, initialize_config_dir
+from launch import CONF, quote_overrides
+
+from rag.types import UserError
+from tests.tiny import write_checkpoint
+
+FILES = {"seal.txt": "A seal eats fish on the ice.", "krill.md": "A whale eats krill.", "logo.png": "PNG"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with documents, an index of them, and a tiny decoder."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "documents").mkdir()
+    (home / "decoder").mkdir()
+    for name, text in FILES.items():
+        (home / "documents" / name).write_text(text)
+    write_checkpoint(home / "decoder")
+    return home
+
+
+@pytest.fixture
+def run(home, monkeypatch, capsys):
+    """run(script, *overrides) -> stdout, stderr. What launch adds has its own tests (test_launch.py)."""
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("RAG_CACHE", str(home / "cache"))
+
+    def run(script, *overrides):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose(script.__name__, quote_overrides(overrides))
+        script.main(config)
+        return capsys.readouterr()
+
+    return run
+
+
+WORDS = ("embedder=bag_of_words",)
+INDEX = ("index.path=index", *WORDS)
+ASK = (*INDEX, "generator.weights=decoder", "answer.max_new_tokens=8")
+
+
+@pytest.fixture
+def index(home, run):
+    if not (home / "index").exists():
+        out, err = run(ingest, "corpus.path=documents", *INDEX)
+        assert "2 documents, 2 chunks" in err
+        assert "skipped logo.png: unsupported type .png" in err
+        assert out == ""
+    return home / "index"
+
+
+def test_a_question_is_answered_with_sources_and_times(index, run):
+    out, _ = run(generate, *ASK, "question=What eats krill?")
+    assert "krill.md:0-19  score 0." in out
+    assert "tokens/s" in out
+
+
+QUESTIONS = [
+    r'''What's attention, (really)? [yes=no] #1 "x" 🤖''',
+    "a\\'b ${oc.env:HOME} {n} $x, y",
+    "null",
+    "???",
+]
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_json_is_one_object_with_the_question_as_typed(index, run, question):
+    out, _ = run(generate, *ASK, f"question={question}", "output=json")
+    answer = json.loads(out)
+    assert answer["question"] == question
+    assert set(answer) >= {"question", "answer", "abstained", "sources", "timings", "environment"}
+    assert set(answer["timings"]) == {"retrieve_s", "prefill_s", "decode_s", "prompt_tokens", "new_tokens"}
+    assert set(answer["sources"][0]) == {"n", "path", "start", "end", "score", "text"}
+    source = answer["sources"][0]
+    assert FILES[source["path"]][source["start"] : source["end"]] == source["text"]
+    assert 0 < answer["timings"]["new_tokens"] <= 8
+
+
+def test_nothing_relevant_means_abstaining(index, run):
+    out, _ = run(generate, *ASK, "question=quarks", "context.min_score=0.3", "output=json")
+    answer = json.loads(out)
+    assert (answer["abstained"], answer["sources"]) == (True, [])
+    assert answer["answer"] == "The documents do not answer this question."
+
+
+def test_a_session_keeps_history_and_knows_its_commands(index, run, monkeypatch):
+    lines = "What eats krill?\n/sources\n/context\n/nothing\nAnd a seal?\n/quit\nnever read\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    out, _ = run(generate, *ASK, "retriever.k=1")
+    assert out.count("krill.md:0-19") >= 3  # under the answer, /sources, /context
+    assert "A whale eats krill.\n" in out
+    assert "There is no command /nothing" in out
+    assert "never read" not in out
+    prompts = [int(line.split("prefill ")[1].split()[0]) for line in out.splitlines() if "prefill " in line]
+    assert prompts[1] > prompts[0]  # the first turn is part of the second prompt
+
+
+@pytest.mark.parametrize(
+    ("script", "overrides", "says"),
+    [
+        (generate, ("index.path=nowhere", "question=x"), "nowhere"),
+        (generate, (*INDEX, "question=x", "output=xml"), "choose text or json"),
+        (generate, (*INDEX, "output=json"), "question="),
+        (generate, (*INDEX, "question=x", "retriever.k=0"), "retriever.k"),
+        (generate, (*INDEX, "question=x", "generator.weights=/no/such.gguf"), "/no/such.gguf"),
+        (ingest, ("corpus.path=missing", *INDEX), "missing"),
+        (ingest, ("corpus.path=documents", "index.path=documents", *WORDS), "documents"),
+        (eval_script, ("dataset.path=documents", *WORDS), "documents"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(index, run, script, overrides, says):
+    with pytest.raises(UserError) as told:
+        run(script, *overrides)
+    assert says in str(told.value)
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_as_it_is_typed(home, index):
+    """A fresh process: the question arrives, stdout is one object, and a mistake is one sentence, exit code 2."""
+    script = Path(generate.__file__)
+    environment = os.environ | {"RAG_CACHE": str(home / "cache")}
+
+    def typed(*overrides):
+        command = [sys.executable, script, *ASK, f"question={QUESTIONS[0]}", *overrides]
+        return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
+
+    done = typed("output=json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["question"] == QUESTIONS[0]
+    wrong = typed("retreiver.k=3")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "retriever.k" in wrong.stderr
+    assert len(wrong.stderr.strip().splitlines()) == 1
+
+
+def test_an_index_of_another_embedder_is_told(home, index, run):
+    manifest = index / "manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole.replace(json.loads(whole)["embedder"]["fingerprint"], "0" * 64))
+    try:
+        with pytest.raises(UserError, match="another embedder"):
+            run(generate, *ASK, "question=x")
+    finally:
+        manifest.write_text(whole)
+
+
+@pytest.fixture
+def beir(home):
+    dataset = home / "beir"
+    (dataset / "qrels").mkdir(parents=True, exist_ok=True)
+    corpus = [{"_id": "d1", "title": "Seals", "text": "eat fish"}, {"_id": "d2", "title": "", "text": "whales eat krill"}]
+    queries = [{"_id": "q1", "text": "fish"}, {"_id": "q2", "text": "krill whales"}]
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        (dataset / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (dataset / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td1\t1\n")
+    return dataset
+
+
+def test_eval_writes_what_other_programs_rely_on(beir, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_script, "run_dir", lambda: tmp_path)
+    out, _ = run(eval_script, f"dataset.path={beir}", *WORDS)
+    assert "nDCG@10" in out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["MRR@10"] == pytest.approx((1 + 1 / 2) / 2)
+    assert set(metrics) == {"nDCG@10", "Recall@100", "MRR@10", "MAP", "environment"}
+    rows = [json.loads(line) for line in (tmp_path / "per_query.jsonl").read_text().splitlines()]
+    assert [(row["query"], row["MRR@10"]) for row in rows] == [("q1", 1.0), ("q2", 0.5)]
+    assert (tmp_path / "run.trec").read_text().split()[:3] == ["q1", "Q0", "d1"]
+    assert "rag.embed.BagOfWords" in (tmp_path / "config.yaml").read_text()
+
+
+def test_the_best_chunk_scores_for_its_document(beir, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_script, "run_dir", lambda: tmp_path)
+    words = ("chunker=fixed", "chunker.size=1", "chunker.overlap=0")
+    run(eval_script, f"dataset.path={beir}", *WORDS, *words)
+    first = (tmp_path / "run.trec").read_text().splitlines()[0].split()
+    assert first[2] == "d1"
+    assert float(first[4]) == pytest.approx(1.0)  # "fish" alone, of "Seals eat fish"
