@@ -210,3 +210,16 @@ def counter_cosine(left: str, right: str) -> float:
     dot = sum(a[word] * b[word] for word in a.keys() & b.keys())
     norms = math.sqrt(sum(n**2 for n in a.values())) * math.sqrt(sum(n**2 for n in b.values()))
     return dot / norms if norms else 0.0
+
+
+# --- search -------------------------------------------------------------------------------------------------
+
+# Float32 scores of unit vectors against float64.
+SEARCH_TOLERANCE = 1e-6
+
+
+def top_k_oracle(scores, k) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of each row of scores [Q, N], best first, and their columns; the lower column wins a tie."""
+    scores = np.asarray(scores, np.float64)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, axis=1), order

@@ -51,7 +51,7 @@ def search(
     group = 32 if n >= 16384 * k else 8  # rows: weighs choosing among maxima against scoring rows once more
     maxima = _group_maxima(vectors, queries, group)
     one = partial(_search_groups, vectors, live=live, k=k, group=group)
-    return jax.lax.map(lambda query: one(*query), (queries, maxima.T), batch_size=16)
+    return jax.lax.map(lambda query: one(*query), (queries, maxima), batch_size=16)
 
 
 def _search_one(
@@ -72,8 +72,8 @@ def _search_groups(
     group: int,
 ) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
     """One query by way of the maximum of its scores in each group of rows."""
-    _, winners = two_level_top_k(maxima, live // group, k + _SPARE)
-    ids, usable = members(winners, live, group)
+    best, winners = two_level_top_k(maxima, live // group, k + _SPARE)
+    ids, usable = members(jnp.where(best > -jnp.inf, winners, live // group), live, group)
     return _rescored(vectors, query, ids, usable, k)
 
 
@@ -99,7 +99,7 @@ def _rescored(
 
 def _group_maxima(
     vectors: Float[Array, "N E"], queries: Float[Array, "Q E"], group: int
-) -> Float32[Array, "G Q"]:
+) -> Float32[Array, "Q G"]:
     """The highest score in each whole group of consecutive rows; N >= _ROWS, a multiple of `group`."""
     groups, step = len(vectors) // group, _ROWS // group
 
@@ -109,10 +109,10 @@ def _group_maxima(
     def block(i, maxima):
         first = jnp.minimum(i * step, groups - step)  # the last block overlaps the one before
         rows = jax.lax.dynamic_slice_in_dim(vectors, first * group, _ROWS)
-        found = jax.vmap(partial(one, rows), out_axes=1)(queries)
-        return jax.lax.dynamic_update_slice_in_dim(maxima, found, first, axis=0)
+        found = jax.vmap(partial(one, rows))(queries)
+        return jax.lax.dynamic_update_slice_in_dim(maxima, found, first, axis=1)
 
-    maxima = jnp.zeros((groups, len(queries)), jnp.float32)
+    maxima = jnp.zeros((len(queries), groups), jnp.float32)
     return jax.lax.fori_loop(0, -(-groups // step), block, maxima)
 
 

@@ -10,19 +10,20 @@ best is among the k groups of highest maximum, so only `members` of those need a
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Num
 
 GROUP = 32  # scores to a group: fewer leave more maxima to choose from, more leave more members
 
 
-def top_k(scores: Float[Array, "N"], k: int) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
+def top_k(scores: Num[Array, "N"], k: int) -> tuple[Float32[Array, "k"], Int[Array, "k"]]:
     """The k highest scores in float32, best first, and their positions; the lower position wins a tie.
 
     0 <= k <= N. Zeros of both signs tie. NaN is not allowed: it would sort first.
     """
     scores = scores.astype(jnp.float32)
     # top_k orders by bits, so -0.0 would stand below 0.0.
-    return jax.lax.optimization_barrier(jax.lax.top_k(jnp.where(scores == 0, 0.0, scores), k))
+    best, ids = jax.lax.optimization_barrier(jax.lax.top_k(jnp.where(scores == 0, 0.0, scores), k))
+    return best, ids
 
 
 def two_level_top_k(
