@@ -58,7 +58,9 @@ def _load(corpus: Path, progress: Progress) -> tuple[list[Document], tuple[Skipp
         progress("load", len(documents) + len(skipped), 0)
     if not documents:
         reasons = "; ".join(f"{item.path}: {item.reason}" for item in skipped[:3]) or "the folder is empty"
-        raise UserError(f"no document in {corpus} can be read ({reasons}); give a folder of txt, md or html files")
+        raise UserError(
+            f"no document in {corpus} can be read ({reasons}); give a folder of txt, md or html files"
+        )
     return documents, tuple(skipped)
 
 
@@ -151,4 +153,3 @@ def _notices(context: Context, shown: Context, forgotten: int) -> Iterator[str]:
         )
     if forgotten:
         yield f"The oldest {forgotten} messages of the conversation no longer fit and were left out."
-

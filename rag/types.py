@@ -1,6 +1,6 @@
 """What the stages hand to one another: frozen records without logic, and the one error a person sees.
 
-    files -> Document -> Chunk -> (vectors, index) -> Hit -> Context(Source ...) -> Answer
+files -> Document -> Chunk -> (vectors, index) -> Hit -> Context(Source ...) -> Answer
 """
 
 from collections.abc import Sequence
@@ -106,4 +106,6 @@ class Answer:
     abstained: bool  # nothing relevant was retrieved, so no model was asked
     sources: tuple[Source, ...]
     timings: Timings
-    notices: Sequence[str] = field(default=())  # what the reader should know: a trimmed context, a full budget
+    notices: Sequence[str] = field(
+        default=()
+    )  # what the reader should know: a trimmed context, a full budget

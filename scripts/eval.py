@@ -1,6 +1,6 @@
 """Retrieval quality on a dataset in BEIR's layout.
 
-    python scripts/eval.py dataset.path=DIR
+python scripts/eval.py dataset.path=DIR
 """
 
 import json
@@ -37,7 +37,9 @@ def write(folder: Path, config, means: dict, per_query: dict, run: dict) -> None
 
     texts = {
         "metrics.json": json.dumps(means | {"environment": environment()}, indent=1),
-        "per_query.jsonl": "\n".join(json.dumps({"query": query} | values) for query, values in per_query.items()),
+        "per_query.jsonl": "\n".join(
+            json.dumps({"query": query} | values) for query, values in per_query.items()
+        ),
         "config.yaml": OmegaConf.to_yaml(config, resolve=True),
     }
     for name, text in texts.items():

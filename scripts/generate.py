@@ -1,7 +1,7 @@
 """A question to a streamed, cited answer; without a question, an interactive session.
 
-    python scripts/generate.py index.path=.demo/index question="Who wrote the first log?"
-    python scripts/generate.py index.path=.demo/index question="Who wrote the first log?" output=json | python -m json.tool
+python scripts/generate.py index.path=.demo/index question="Who wrote the first log?"
+python scripts/generate.py index.path=.demo/index question="Who wrote the first log?" output=json | python -m json.tool
 """
 
 import json
@@ -47,7 +47,11 @@ def main(config) -> None:
 
 
 def ask(
-    question: str, retriever: DenseRetriever, reader: Reader, history: Sequence[Message] = (), echo: bool = True
+    question: str,
+    retriever: DenseRetriever,
+    reader: Reader,
+    history: Sequence[Message] = (),
+    echo: bool = True,
 ) -> Answer:
     """The answer, streamed to the terminal as it comes when `echo`."""
     for piece in pipeline.answer(question, retriever, reader, history):

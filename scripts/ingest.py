@@ -1,6 +1,6 @@
 """A folder of files to an index.
 
-    python scripts/ingest.py corpus.path=data/sample/documents index.path=.demo/index
+python scripts/ingest.py corpus.path=data/sample/documents index.path=.demo/index
 """
 
 from pathlib import Path
@@ -30,14 +30,21 @@ def main(config) -> None:
         markup=False,
     )
     for skipped in report.skipped:
-        console.print(f"skipped {skipped.path}: {skipped.reason}", style="yellow", highlight=False, markup=False)
+        console.print(
+            f"skipped {skipped.path}: {skipped.reason}", style="yellow", highlight=False, markup=False
+        )
 
 
 class progress_bars:
     """A bar for each stage, as `progress(stage, done, total)` names them."""
 
     def __enter__(self):
-        columns = [TextColumn("{task.description:>6}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+        columns = [
+            TextColumn("{task.description:>6}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        ]
         self._bars, self._tasks = Progress(*columns, console=console), {}
         self._bars.start()
         return self._update

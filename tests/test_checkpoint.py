@@ -72,13 +72,20 @@ def test_saved_parameters_come_back_memory_mapped(toy, tensors, tmp_path):
     assert isinstance(loaded.norm.get_value(), np.memmap)
     on_device = checkpoint.to_device(loaded, jnp.dtype("bfloat16"))
     assert on_device.norm[...].dtype == jnp.bfloat16
-    for a, b in zip(jax.tree.leaves(filled), jax.tree.leaves(checkpoint.to_device(loaded, jnp.dtype("float32"))), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(filled),
+        jax.tree.leaves(checkpoint.to_device(loaded, jnp.dtype("float32"))),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
 
 
 def test_gguf_round_trip(tmp_path):
     rng = np.random.default_rng(0)
-    arrays = {"plain": rng.normal(size=(4, 32)).astype(np.float32), "half": rng.normal(size=(4, 32)).astype(np.float16)}
+    arrays = {
+        "plain": rng.normal(size=(4, 32)).astype(np.float32),
+        "half": rng.normal(size=(4, 32)).astype(np.float16),
+    }
     dense = rng.normal(size=(8, 64)).astype(np.float32)
     quantised = gguf.quants.quantize(dense, gguf.GGMLQuantizationType.Q8_0)
     path = tmp_path / "toy"
@@ -167,5 +174,5 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match="no"):
         checkpoint.keep([source], fail)
-    assert not [path for path in (cache.cache_root() / "converted").rglob("half")]
+    assert not list((cache.cache_root() / "converted").rglob("half"))
     assert (checkpoint.keep([source], lambda folder: (folder / "whole").touch()) / "whole").exists()

@@ -39,7 +39,11 @@ def test_logits_equal_transformers(goldens, family):
     config, weights = tiny(goldens, family)
     model = checkpoint.fill(abstract(config), weights, llama_checkpoint.huggingface_table(config), family)
     expected = goldens[f"{family}/logits"]
-    got = np.asarray(all_logits(checkpoint.to_device(model, jnp.dtype("float32")), jnp.asarray(goldens[f"{family}/tokens"])))
+    got = np.asarray(
+        all_logits(
+            checkpoint.to_device(model, jnp.dtype("float32")), jnp.asarray(goldens[f"{family}/tokens"])
+        )
+    )
     assert np.abs(got - expected).max() / np.abs(expected).max() < DECODER_TOLERANCE
 
 
@@ -76,7 +80,7 @@ def as_gguf(config, weights, family):
 
 def test_unknown_architectures_and_scalings_are_told(goldens):
     config = json.loads(str(goldens["llama/config"]))
-    with pytest.raises(UserError, match="'gemma'.*take a checkpoint of llama"):
+    with pytest.raises(UserError, match=r"'gemma'.*take a checkpoint of llama"):
         llama_checkpoint.config_from_huggingface(config | {"model_type": "gemma"}, "here")
     with pytest.raises(UserError, match="'yarn'"):
         llama_checkpoint.config_from_huggingface(config | {"rope_scaling": {"rope_type": "yarn"}}, "here")
@@ -107,7 +111,7 @@ def smollm2_goldens(request):
 
 @pytest.mark.weights
 def test_smollm2_logits_equal_transformers(smollm2, smollm2_goldens):
-    model, tokenizer = smollm2
+    model, _ = smollm2
     read = jax.jit(lambda model, tokens: forward(model, tokens, jnp.zeros(1, jnp.int32))[0])
     for case in smollm2_goldens["cases"]:
         prompt = case["prompt"]

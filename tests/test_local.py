@@ -52,13 +52,26 @@ def test_a_stop_string_ends_the_text_before_itself(generator):
 
 def test_the_seed_decides_the_draw(generator):
     options = {"sampling": Sampling(temperature=1.0), "max_new_tokens": 12}
-    assert written(generator, CHATS[0], seed=3, **options)[0] == written(generator, CHATS[0], seed=3, **options)[0]
-    assert written(generator, CHATS[0], seed=3, **options)[0] != written(generator, CHATS[0], seed=4, **options)[0]
+    assert (
+        written(generator, CHATS[0], seed=3, **options)[0]
+        == written(generator, CHATS[0], seed=3, **options)[0]
+    )
+    assert (
+        written(generator, CHATS[0], seed=3, **options)[0]
+        != written(generator, CHATS[0], seed=4, **options)[0]
+    )
 
 
 @pytest.mark.parametrize(
     ("stop", "expected"),
-    [((), "abcabd"), (("zz",), "abcabd"), (("abd",), "abc"), (("bd", "ca"), "ab"), (("d",), "abcab"), (("",), "abcabd")],
+    [
+        ((), "abcabd"),
+        (("zz",), "abcabd"),
+        (("abd",), "abc"),
+        (("bd", "ca"), "ab"),
+        (("d",), "abcab"),
+        (("",), "abcabd"),
+    ],
 )
 def test_stop_strings_may_span_tokens(stop, expected):
     text = StoppedText(stop)

@@ -141,7 +141,12 @@ def test_a_long_prompt_loses_passages_and_says_so(retriever):
 
 
 def test_old_turns_go_before_the_last_passage(retriever):
-    history = [Message("user", "old " * 30), Message("assistant", "older " * 30), Message("user", "new"), Message("assistant", "yes")]
+    history = [
+        Message("user", "old " * 30),
+        Message("assistant", "older " * 30),
+        Message("user", "new"),
+        Message("assistant", "yes"),
+    ]
     generator = Echo(context_length=50)
     _, answer = asked("a whale eats krill", retriever, reader(generator), history)
     assert answer.sources
@@ -165,5 +170,5 @@ def test_another_embedder_than_the_index_was_made_with_is_told(retriever):
 
 
 def test_k_below_one_is_told(retriever):
-    with pytest.raises(UserError, match="retriever.k is 0"):
+    with pytest.raises(UserError, match=r"retriever\.k is 0"):
         DenseRetriever(retriever.index, BagOfWords(), k=0)

@@ -91,7 +91,14 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_s
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": 1.0}, {"repetition_penalty": 0.0}],
+    [
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": 1.0},
+        {"repetition_penalty": 0.0},
+    ],
 )
 def test_values_outside_their_range_are_told(options):
     with pytest.raises(UserError, match=next(iter(options))):

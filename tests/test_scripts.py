@@ -69,7 +69,7 @@ def test_a_question_is_answered_with_sources_and_times(index, run):
 
 
 QUESTIONS = [
-    r'''What's attention, (really)? [yes=no] #1 "x" 🤖''',
+    r"""What's attention, (really)? [yes=no] #1 "x" 🤖""",
     "a\\'b ${oc.env:HOME} {n} $x, y",
     "null",
     "???",
@@ -161,7 +161,10 @@ def test_an_index_of_another_embedder_is_told(home, index, run):
 def beir(home):
     dataset = home / "beir"
     (dataset / "qrels").mkdir(parents=True, exist_ok=True)
-    corpus = [{"_id": "d1", "title": "Seals", "text": "eat fish"}, {"_id": "d2", "title": "", "text": "whales eat krill"}]
+    corpus = [
+        {"_id": "d1", "title": "Seals", "text": "eat fish"},
+        {"_id": "d2", "title": "", "text": "whales eat krill"},
+    ]
     queries = [{"_id": "q1", "text": "fish"}, {"_id": "q2", "text": "krill whales"}]
     for name, rows in (("corpus", corpus), ("queries", queries)):
         (dataset / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

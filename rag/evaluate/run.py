@@ -29,7 +29,9 @@ def retrieve(
     owners = [chunk.document_id for chunk in chunks]
     # no document has more chunks than `most`, so this many chunks hold at least `depth` documents
     most = max(Counter(owners).values())
-    scores, ids = DenseIndex(vectors).search(embedder.encode_queries(list(dataset.queries.values())), depth * most)
+    scores, ids = DenseIndex(vectors).search(
+        embedder.encode_queries(list(dataset.queries.values())), depth * most
+    )
     return {
         query: _best_chunks(owners, row, best, depth)
         for query, row, best in zip(dataset.queries, ids, scores, strict=True)

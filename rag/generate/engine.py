@@ -81,7 +81,9 @@ def decode(
         i, state, made = carry
         hidden, cache = forward(model, state.token[:, None], state.length, state.cache)
         length = jnp.where(state.finished, state.length, state.length + 1)
-        new = _advance(replace(state, cache=cache, length=length), logits(model, hidden[:, 0]), sampling, end_ids)
+        new = _advance(
+            replace(state, cache=cache, length=length), logits(model, hidden[:, 0]), sampling, end_ids
+        )
         return i + 1, new, made.at[i].set(jnp.where(state.finished, -1, new.token))
 
     def unfinished(carry):
@@ -93,7 +95,9 @@ def decode(
     return state, made
 
 
-def _advance(state: DecodeState, next_logits: Array, sampling: Sampling, end_ids: tuple[int, ...]) -> DecodeState:
+def _advance(
+    state: DecodeState, next_logits: Array, sampling: Sampling, end_ids: tuple[int, ...]
+) -> DecodeState:
     """The state with its next token chosen; a finished row keeps its last one."""
     keys = jax.vmap(jax.random.fold_in)(state.key, state.length)  # by position: steps a dispatch don't matter
     token = sample(next_logits, keys, state.seen, sampling)
@@ -153,7 +157,10 @@ class Engine:
         return Decoding(self, state, sampling)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = Sampling(),
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """The new tokens of every prompt, without the token that ended it."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rag.generate.engine import Engine
 from rag.models import checkpoint, hub, llama_checkpoint
-from rag.models.tokenizer import Tokenizer, TextStream
+from rag.models.tokenizer import TextStream, Tokenizer
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage, UserError
 

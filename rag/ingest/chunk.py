@@ -23,6 +23,7 @@ TokenSpans = Callable[[str], Int[np.ndarray, "n 2"]]  # a text to the spans of i
 
 
 @runtime_checkable  # the run-time type check of the tests asks for it
+@runtime_checkable
 class Chunker(Protocol):
     def split(self, text: str, token_spans: TokenSpans) -> list[Span]:
         """Return the spans of the chunks of `text`, with starts and ends that strictly increase.

@@ -116,7 +116,9 @@ def shards(path: Path) -> Sequence[Path]:
         return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
-    raise UserError(f"{path} holds neither model.safetensors nor model.safetensors.index.json; name a checkpoint folder")
+    raise UserError(
+        f"{path} holds neither model.safetensors nor model.safetensors.index.json; name a checkpoint folder"
+    )
 
 
 class GgufTensors(Mapping[str, np.ndarray]):

@@ -208,5 +208,3 @@ def _mlp(layer: MLP, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
 def abstract(config: LlamaConfig) -> Llama:
     """The model's shapes without its weights, for `checkpoint.fill`."""
     return nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
-
-

@@ -51,7 +51,9 @@ def load(path: Path) -> tuple[Llama, Tokenizer]:
         parts = [*checkpoint.shards(path), *sorted(path.glob("*.json")), *sorted(path.glob("*.jinja"))]
         folder = checkpoint.keep(parts, partial(_convert_huggingface, path))
     else:
-        raise UserError(f"{path} is neither a GGUF file nor a folder; name one, or a Hugging Face checkpoint folder")
+        raise UserError(
+            f"{path} is neither a GGUF file nor a folder; name one, or a Hugging Face checkpoint folder"
+        )
     values = json.loads((folder / "config.json").read_text())
     factors = values.pop("rope_factors")
     config = LlamaConfig(**values, rope_factors=tuple(factors) if factors else None)
@@ -62,7 +64,9 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     metadata, tensors = checkpoint.read_gguf(path)
     config = config_from_gguf(metadata, tensors)
     table = gguf_table(config, metadata["general.architecture"])
-    _write(checkpoint.fill(abstract(config), tensors, table, str(path)), Tokenizer.from_gguf(metadata), folder)
+    _write(
+        checkpoint.fill(abstract(config), tensors, table, str(path)), Tokenizer.from_gguf(metadata), folder
+    )
 
 
 def _convert_huggingface(path: Path, folder: Path) -> None:
@@ -143,7 +147,9 @@ def config_from_huggingface(values: Mapping[str, Any], source: str) -> LlamaConf
     )
 
 
-def _rope_factors(scaling: Mapping[str, Any], head_dim: int, theta: float, source: str) -> tuple[float, ...] | None:
+def _rope_factors(
+    scaling: Mapping[str, Any], head_dim: int, theta: float, source: str
+) -> tuple[float, ...] | None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return None
@@ -151,7 +157,9 @@ def _rope_factors(scaling: Mapping[str, Any], head_dim: int, theta: float, sourc
         return (float(scaling["factor"]),) * (head_dim // 2)
     if kind == "llama3":
         return llama3_factors(head_dim, theta, scaling)
-    raise UserError(f"{source} scales its rotary positions by {kind!r}; only linear and llama3 scaling can be loaded")
+    raise UserError(
+        f"{source} scales its rotary positions by {kind!r}; only linear and llama3 scaling can be loaded"
+    )
 
 
 def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> LlamaConfig:
@@ -163,7 +171,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarr
         return metadata.get(f"{kind}.{key}", default)
 
     heads, width = value("attention.head_count"), value("embedding_length")
-    factors = tensors["rope_freqs.weight"] if "rope_freqs.weight" in tensors else None
+    factors = tensors.get("rope_freqs.weight")
     return LlamaConfig(
         vocab_size=len(metadata["tokenizer.ggml.tokens"]),
         hidden_size=width,

@@ -25,7 +25,9 @@ class Sampling:
     top_k: int = 0  # keep the k most probable; 0 keeps all
     top_p: float = 1.0  # keep the most probable tokens that together reach this mass
     min_p: float = 0.0  # drop tokens below this share of the most probable one
-    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens seen (CTRL, 2019)
+    repetition_penalty: float = (
+        1.0  # divides positive, multiplies negative logits of tokens seen (CTRL, 2019)
+    )
 
     def __post_init__(self):
         _check("temperature", self.temperature, self.temperature >= 0, "0 or more")

@@ -21,7 +21,11 @@ SIZES = dict(
     num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.3,
 )  # fmt: skip
 SCALING = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
 )
 FAMILIES = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=False, rope_theta=500000.0, rope_scaling=SCALING),
@@ -67,7 +71,8 @@ def smollm2(gguf: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     cases = []
     for question in QUESTIONS:
-        chat = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        turns = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
+        chat = f"{turns}<|im_start|>assistant\n"
         prompt = tokenizer(chat, return_tensors="pt").input_ids
         with torch.no_grad():
             out = model.generate(
