@@ -30,7 +30,7 @@ SPEC_FILE = "tokenizer_spec.json"
 # Tokens that end a turn or a text in the checkpoints of the Llama family, whatever their metadata says.
 END_TEXTS = frozenset({
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>",
-    "</s>", "<eos>", "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek writes full-width bars)
+    "</s>", "<eos>", "<｜end▁of▁sentence｜>",  # DeepSeek writes full-width bars
 })  # fmt: skip
 
 Kind = Literal["byte_level", "sentencepiece", "wordpiece", "other"]
