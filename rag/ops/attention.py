@@ -4,10 +4,12 @@ Letters: B batch, T query tokens, S key tokens, H query heads, K kv heads, G = H
 Layout is head-major, which is the cache's: a head's keys lie together.
 """
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from rag.ops.flash import Blocks, Plan, flash_attention
@@ -16,6 +18,10 @@ from rag.ops.visibility import Extent, Pattern, visible
 IMPLEMENTATIONS = ("reference", "flash", "xla")
 
 _MASKED = -1e30  # finite: no difference of two scores is NaN
+
+_SHORT = 256  # keys up to which the whole matrix of scores is the fastest on a CPU
+_DECODE = 8  # queries up to which the time goes into reading K and V
+_MANY_BYTES = 1 << 30  # scores beyond this are never kept whole
 
 _flash = jax.jit(flash_attention, static_argnames="plan")
 
@@ -54,7 +60,7 @@ def attention(
     Raises NotImplementedError where the named one cannot serve, ValueError on an unknown name or on shapes
     and options that contradict one another.
     """
-    _check(q, k, v, q_segments, kv_segments, window)
+    _check(q, k, v, q_segments, kv_segments, window, implementation)
     pattern = Pattern(causal, window)
     extent = Extent(
         jnp.asarray(q_offset).reshape(-1),
@@ -62,26 +68,33 @@ def attention(
         q_segments,
         kv_segments,
     )
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    plan = Plan(pattern, q.shape[-1] ** -0.5 if scale is None else float(scale), blocks or _tiles(q, k))
     match implementation or _best(q, k, return_lse):
         case "reference":
-            out, lse = _reference(q, k, v, extent, pattern=pattern, scale=scale)
+            out, lse = _reference(q, k, v, extent, plan=plan)
         case "flash":
-            out, lse = _flash(q, k, v, extent, plan=Plan(pattern, scale, blocks or _tiles(q)))
-        case "xla":
+            out, lse = _flash(q, k, v, extent, plan=plan)
+        case "by length":
+            out, lse = _by_length(q, k, v, extent, plan=plan)
+        case _:
             if return_lse:
                 raise NotImplementedError("jax.nn.dot_product_attention returns no log-sum-exp.")
-            return _xla(q, k, v, extent, pattern=pattern, scale=scale)
-        case name:
-            raise ValueError(
-                f"Unknown attention implementation {name!r}: choose from {', '.join(IMPLEMENTATIONS)}."
-            )
+            return _xla(q, k, v, extent, plan=plan)
     return (out, lse) if return_lse else out
 
 
 def _check(
-    q: Array, k: Array, v: Array, q_segments: Array | None, kv_segments: Array | None, window: int | None
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segments: Array | None,
+    kv_segments: Array | None,
+    window: int | None,
+    implementation: str | None,
 ) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        names = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"Unknown attention implementation {implementation!r}: choose from {names}.")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} kv heads evenly.")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape != v.shape:
@@ -96,61 +109,101 @@ def _best(q: Float[Array, "B H T D"], k: Float[Array, "B K S D"], return_lse: bo
     """The fastest on this device for these shapes that can do what is asked."""
     tokens, keys = q.shape[2], k.shape[2]
     if jax.default_backend() == "cpu":
-        return "reference" if keys <= 256 else "flash"
+        if keys <= _SHORT:
+            return "reference"
+        return "by length" if tokens <= _DECODE else "flash"
     scores = 4 * q.shape[0] * q.shape[1] * tokens * keys  # bytes
-    if scores > 1 << 30:
+    if scores > _MANY_BYTES:
         return "flash"
     return "reference" if return_lse else "xla"
 
 
-def _tiles(q: Float[Array, "B H T D"]) -> Blocks:
-    return Blocks()
+def _tiles(q: Float[Array, "B H T D"], k: Float[Array, "B K S D"]) -> Blocks:
+    """Tile sizes for two to four CPU cores, measured.
+
+    XLA:CPU shares a matrix product among its threads only from about 512 x 256 on, and scores of more than
+    3 MiB fall out of the caches. So: long blocks, one kv head at a time, as many heads as it takes when the
+    sequences are short. A causal block wastes half of itself on the diagonal, which short sequences feel.
+    """
+    batch, heads, tokens, dim = q.shape
+    pairs, groups, keys = batch * k.shape[1], heads // k.shape[1], k.shape[2]
+    if tokens <= _DECODE:
+        return Blocks(tokens, 128)
+    longest = 256 if max(tokens, keys) < 1024 or dim > 64 else 512
+    block_q = max(64, min(longest, 1 << int(math.log2(1536 / groups))))
+    rows = groups * min(block_q, tokens)
+    together = max(n for n in range(1, pairs + 1) if pairs % n == 0 and (n == 1 or n * rows <= 1536))
+    return Blocks(block_q, longest, together)
 
 
-@partial(jax.jit, static_argnames=("pattern", "scale"))
+@partial(jax.jit, static_argnames="plan")
+def _by_length(
+    q: Float[Array, "B H T D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    extent: Extent,
+    *,
+    plan: Plan,
+) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T"]]:
+    """Few queries against a cache: all of it at once if it is nearly full, else only the blocks in use.
+
+    Taking blocks out of K and V is a copy on XLA:CPU, dearer than reading the rest for nothing.
+    """
+    used = extent.kv_length.max()
+    if plan.pattern.causal:
+        used = jnp.minimum(used, extent.q_offset.max() + q.shape[2])
+    dense, blocked = partial(_reference, plan=plan), partial(flash_attention, plan=plan)
+    return lax.cond(4 * used > 3 * k.shape[2], dense, blocked, q, k, v, extent)
+
+
+@partial(jax.jit, static_argnames="plan")
 def _reference(
     q: Float[Array, "B H T D"],
     k: Float[Array, "B K S D"],
     v: Float[Array, "B K S D"],
     extent: Extent,
     *,
-    pattern: Pattern,
-    scale: float,
+    plan: Plan,
 ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T"]]:
-    """The formula in float32, with the whole matrix of scores in memory."""
+    """The formula in float32, with the whole matrix of scores in memory.
+
+    P is (B, K) and R is (G, T) as one dimension each: with all five of them spelt out, XLA:CPU copies the
+    whole of K and V into another layout first, which takes longer than a decode step's attention.
+    """
     batch, heads, tokens, dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    q_by_kv = (q.astype(jnp.float32) * scale).reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
-    scores = jnp.einsum("bkgtd,bksd->bkgts", q_by_kv, k.astype(jnp.float32))
-    mask = visible(pattern, extent, (0, tokens), (0, keys))  # b t s
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    pairs, groups = batch * kv_heads, heads // kv_heads
+    rows = (q.astype(jnp.float32) * plan.scale).reshape(pairs, groups * tokens, dim)
+    k, v = (x.astype(jnp.float32).reshape(pairs, keys, dim) for x in (k, v))
+    mask = visible(plan.pattern, extent, (0, tokens), (0, keys))  # b t s
+    scores = jnp.einsum("prd,psd->prs", rows, k).reshape(batch, heads, tokens, keys)
+    scores = jnp.where(mask[:, None], scores, _MASKED)
     # Half of _MASKED, so that a row that sees nothing keeps exponentials of 0 and not of 1.
-    top = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1), _MASKED / 2))
+    top = lax.stop_gradient(jnp.maximum(scores.max(axis=-1), _MASKED / 2))
     weights = jnp.exp(scores - top[..., None])
     total = weights.sum(axis=-1)
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
-    out = jnp.einsum("bkgts,bksd->bkgtd", weights, v.astype(jnp.float32)) / total[..., None]
-    lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)
-    return out.astype(q.dtype).reshape(q.shape), lse.reshape(batch, heads, tokens)
+    out = jnp.einsum("prs,psd->prd", weights.reshape(pairs, groups * tokens, keys), v).reshape(q.shape)
+    out = out / total[..., None]
+    return out.astype(q.dtype), jnp.where(seen, top + jnp.log(total), -jnp.inf)
 
 
-@partial(jax.jit, static_argnames=("pattern", "scale"))
+@partial(jax.jit, static_argnames="plan")
 def _xla(
     q: Float[Array, "B H T D"],
     k: Float[Array, "B K S D"],
     v: Float[Array, "B K S D"],
     extent: Extent,
     *,
-    pattern: Pattern,
-    scale: float,
+    plan: Plan,
 ) -> Float[Array, "B H T D"]:
     """jax.nn.dot_product_attention, always with our mask.
 
     Its own `is_causal` puts the first query at the first key, wrong behind a cache, and it gives a row that
     sees nothing the mean of all values.
     """
-    mask = visible(pattern, extent, (0, q.shape[2]), (0, k.shape[2]))  # b t s
+    mask = visible(plan.pattern, extent, (0, q.shape[2]), (0, k.shape[2]))  # b t s
     q, k, v = (x.swapaxes(1, 2) for x in (q, k.astype(q.dtype), v.astype(q.dtype)))
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale)
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=plan.scale)
     return jnp.where(mask.any(axis=-1)[:, None, :, None], out.swapaxes(1, 2), 0)
