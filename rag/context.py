@@ -192,7 +192,7 @@ def _total(sources: Iterable[Source], count_tokens: CountTokens, render: Render)
 
 
 def _cut(source: Source, max_tokens: int, count_tokens: CountTokens, render: Render) -> Source | None:
-    """The longest beginning of a passage that fits: whole sentences, else words, else (no spaces) characters."""
+    """The longest beginning of a passage that fits: whole sentences, else words, else characters."""
 
     def beginning(end: int) -> Source:
         return replace(source, end=source.start + end, text=source.text[:end])
