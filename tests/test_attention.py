@@ -164,11 +164,27 @@ def test_best_for_a_cache(length):
     check(case, None, gradients=False, blocks=None)
 
 
-def test_best_for_long_sequences():
-    """Every option left to its default."""
-    case = Case(b=1, h=3, k=1, t=300, s=300)
+@pytest.mark.parametrize("tokens", [70, 300, 600])
+def test_best_without_a_cache(tokens):
+    """Every option left to its default: one block, unrolled blocks, loops."""
+    case = Case(b=1, h=3, k=1, t=tokens, s=tokens, d=16)
     q, k, v, dout, _ = inputs(case)
-    close(forward(q, k, v, causal=True), attention_oracle(q, k, v, dout=dout, causal=True).out)
+    want = attention_oracle(q, k, v, dout=dout, causal=True)
+    out, gradients = both_ways(q, k, v, dout, causal=True)
+    close(out, want.out)
+    for gradient, exact in zip(gradients, (want.dq, want.dk, want.dv), strict=True):
+        close(gradient, exact, relative=True)
+
+
+def test_unrolled_blocks_take_every_option():
+    case = Case(t=200, s=210, d=16, options={"kv_length": ints(210, 40), "window": 90})
+    segments = packed("0" * 90 + "1" * 100 + "-" * 10, "3" * 200)
+    options = case.options | {"q_segments": segments, "kv_segments": np.pad(segments, ((0, 0), (0, 10)))}
+    q, k, v, dout, _ = inputs(case)
+    want = attention_oracle(q, k, v, dout=dout, causal=True, **options)
+    out, lse = forward(q, k, v, causal=True, return_lse=True, implementation="flash", **options)
+    close(out, want.out)
+    close(lse, want.lse)
 
 
 @settings(max_examples=40, deadline=None)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from rag.ops.visibility import Extent, Pattern, key_blocks, visible
+from rag.ops.visibility import Extent, Pattern, Span, key_blocks, visible
 
 # Finite, so that no difference of two of them is NaN. The running maximum starts at half of it: then the
 # exponential of a masked score is 0 even in a row that has seen no key yet.
@@ -46,6 +46,7 @@ class Plan:
     pattern: Pattern
     scale: float
     blocks: Blocks
+    prefix: int | None = None  # forward in unrolled blocks of so many queries; causal, and q_offset must be 0
 
 
 def flash_attention(
@@ -63,10 +64,11 @@ def flash_attention(
     """
     batch, heads, tokens, dim = q.shape
     pairs = batch * k.shape[1]
-    blocks = _fit(plan.blocks, pairs, tokens, k.shape[2])
+    plan = _fit(plan, pairs, tokens, k.shape[2])
+    blocks = plan.blocks
     rows = _pad(q.reshape(pairs, -1, tokens, dim), blocks.q, axis=2)
     k, v = (_pad(x.reshape(pairs, -1, dim), blocks.k, axis=1) for x in (k, v))
-    out, lse = _flash(replace(plan, blocks=blocks), rows, k, v, _by_pair(extent, pairs, blocks))
+    out, lse = _flash(plan, rows, k, v, _by_pair(extent, pairs, blocks))
     out, lse = (x[:, :, :tokens].reshape(batch, heads, tokens, *x.shape[3:]) for x in (out, lse))
     return out, lse
 
@@ -81,7 +83,8 @@ def _flash(
 ) -> tuple[Float[Array, "P G T D"], Float[Array, "P G T"]]:
     """Output in q's dtype and float32 log-sum-exp; T and S are multiples of the blocks."""
     with jax.named_scope("flash_forward"):
-        return _in_turns(partial(_forward, plan), plan.blocks.pairs, (q, k, v, extent))
+        together = q.shape[0] if plan.prefix else plan.blocks.pairs
+        return _in_turns(partial(_forward, plan), together, (q, k, v, extent))
 
 
 def _flash_saving(plan: Plan, q: Array, k: Array, v: Array, extent: Extent) -> tuple:
@@ -105,24 +108,38 @@ def _forward(
     extent: Extent,
 ) -> tuple[Float[Array, "P G T D"], Float[Array, "P G T"]]:
     """Each block of queries takes in the blocks of keys that it sees, one by one."""
-    pairs, groups, tokens, _ = q.shape
-    blocks = plan.blocks
+    tokens, blocks = q.shape[2], plan.blocks
 
     def query_block(i: Int[Array, ""]) -> tuple[Float[Array, "P R D"], Float[Array, "P R"]]:
-        q_i = _scaled_rows(plan, q, i)
+        rows = (i * blocks.q, blocks.q)
+        q_i = _scaled_rows(plan, q, rows)
 
         def step(j: Int[Array, ""], carry: tuple, masked: bool) -> tuple:
-            scores = _scores(plan, extent, q_i, k, (i, j), masked)
-            return _absorb(carry, scores, _columns(v, j, blocks.k))
+            columns = (j * blocks.k, blocks.k)
+            return _absorb(carry, _scores(plan, extent, q_i, k, rows, columns, masked), _columns(v, columns))
 
-        nothing = jnp.zeros((pairs, groups * blocks.q))
-        out, lse = _normalise(
-            *_sweep(plan, extent, i, step, (jnp.zeros_like(q_i), nothing + _MASKED / 2, nothing))
-        )
-        return out.astype(q.dtype), lse
+        return _normalise(*_sweep(plan, extent, i, step, _nothing(q_i)))
 
-    out, lse = lax.map(query_block, jnp.arange(tokens // blocks.q))
-    return _unblock(out, groups), _unblock(lse, groups)
+    def query_prefix(start: int) -> tuple[Float[Array, "P R D"], Float[Array, "P R"]]:
+        rows, columns = (start, plan.prefix), (0, min(start + plan.prefix, k.shape[1]))
+        q_i = _scaled_rows(plan, q, rows)
+        scores = _scores(plan, extent, q_i, k, rows, columns, masked=True)
+        return _normalise(*_absorb(_nothing(q_i), scores, _columns(v, columns)))
+
+    if plan.prefix:
+        parts = [query_prefix(start) for start in range(0, tokens, plan.prefix)]
+        out, lse = (jnp.stack(x) for x in zip(*parts, strict=True))
+    else:
+        out, lse = lax.map(query_block, jnp.arange(tokens // blocks.q))
+    return _unblock(out, q.shape[1]).astype(q.dtype), _unblock(lse, q.shape[1])
+
+
+def _nothing(
+    q_i: Float[Array, "P R D"],
+) -> tuple[Float[Array, "P R D"], Float[Array, "P R"], Float[Array, "P R"]]:
+    """(accumulator, maximum, denominator) before the first key."""
+    nothing = jnp.zeros(q_i.shape[:2])
+    return jnp.zeros_like(q_i), nothing + _MASKED / 2, nothing
 
 
 def _absorb(
@@ -174,19 +191,21 @@ def _backward(
     dlse = jnp.where(seen, dlse, 0.0)
 
     def query_block(sums: tuple, i: Int[Array, ""]) -> tuple:
-        q_i = _scaled_rows(plan, q, i)
-        out_i, dout_i, lse_i, dlse_i = (_rows(x, i, blocks.q) for x in (out, dout, lse, dlse))
+        rows = (i * blocks.q, blocks.q)
+        q_i = _scaled_rows(plan, q, rows)
+        out_i, dout_i, lse_i, dlse_i = (_rows(x, rows) for x in (out, dout, lse, dlse))
         delta_i = (dout_i * out_i).sum(axis=-1) - dlse_i
         q_t, dout_t = q_i.swapaxes(1, 2), dout_i.swapaxes(1, 2)  # P D R
 
         def step(j: Int[Array, ""], carry: tuple, masked: bool) -> tuple:
             dq, dk, dv = carry
-            weights = _exp2(_scores(plan, extent, q_i, k, (i, j), masked) - lse_i[..., None])
-            dweights = jnp.einsum("prd,pcd->prc", dout_i, _columns(v, j, blocks.k))
+            columns = (j * blocks.k, blocks.k)
+            weights = _exp2(_scores(plan, extent, q_i, k, rows, columns, masked) - lse_i[..., None])
+            dweights = jnp.einsum("prd,pcd->prc", dout_i, _columns(v, columns))
             dscores = weights * (dweights - delta_i[..., None])
             dv = _add_block(dv, j, jnp.einsum("pdr,prc->pdc", dout_t, weights))
             dk = _add_block(dk, j, jnp.einsum("pdr,prc->pdc", q_t, dscores))
-            return dq + jnp.einsum("prc,pcd->prd", dscores, _columns(k, j, blocks.k)), dk, dv
+            return dq + jnp.einsum("prc,pcd->prd", dscores, _columns(k, columns)), dk, dv
 
         dq, dk, dv = _sweep(plan, extent, i, step, (jnp.zeros_like(q_i), *sums))
         return (dk, dv), (dq * plan.scale).astype(q.dtype)
@@ -225,14 +244,14 @@ def _scores(
     extent: Extent,
     q_i: Float[Array, "P R D"],
     k: Float[Array, "P S D"],
-    tile: tuple[Int[Array, ""], Int[Array, ""]],
+    rows: Span,
+    columns: Span,
     masked: bool,
 ) -> Float[Array, "P R C"]:
-    (i, j), blocks = tile, plan.blocks
-    scores = jnp.einsum("prd,pcd->prc", q_i, _columns(k, j, blocks.k))
+    scores = jnp.einsum("prd,pcd->prc", q_i, _columns(k, columns))
     if not masked:
         return scores
-    mask = visible(plan.pattern, extent, (i * blocks.q, blocks.q), (j * blocks.k, blocks.k))
+    mask = visible(plan.pattern, extent, rows, columns)
     by_head = scores.reshape(mask.shape[0], -1, *mask.shape[1:])  # P G block_q C
     return jnp.where(mask[:, None], by_head, _MASKED).reshape(scores.shape)
 
@@ -252,19 +271,19 @@ def _exp2(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(power + 1, jnp.int32) + exponent, jnp.float32)
 
 
-def _scaled_rows(plan: Plan, q: Float[Array, "P G T D"], i: Int[Array, ""]) -> Float[Array, "P R D"]:
-    return _rows(q, i, plan.blocks.q) * (plan.scale * _LOG2_E)
+def _scaled_rows(plan: Plan, q: Float[Array, "P G T D"], rows: Span) -> Float[Array, "P R D"]:
+    return _rows(q, rows) * (plan.scale * _LOG2_E)
 
 
-def _rows(x: Float[Array, "P G T *D"], i: Int[Array, ""], size: int) -> Float[Array, "P R *D"]:
-    """Query block i in float32, its G heads folded into rows."""
-    block = lax.dynamic_slice_in_dim(x, i * size, size, axis=2).astype(jnp.float32)
-    return block.reshape(x.shape[0], x.shape[1] * size, *x.shape[3:])
+def _rows(x: Float[Array, "P G T *D"], rows: Span) -> Float[Array, "P R *D"]:
+    """A block of queries in float32, its G heads folded into rows."""
+    block = lax.dynamic_slice_in_dim(x, *rows, axis=2).astype(jnp.float32)
+    return block.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _columns(x: Float[Array, "P S D"], j: Int[Array, ""], size: int) -> Float[Array, "P C D"]:
-    """Key block j, in float32 whatever the cache holds."""
-    return lax.dynamic_slice_in_dim(x, j * size, size, axis=1).astype(jnp.float32)
+def _columns(x: Float[Array, "P S D"], columns: Span) -> Float[Array, "P C D"]:
+    """A block of keys in float32, whatever the cache holds."""
+    return lax.dynamic_slice_in_dim(x, *columns, axis=1).astype(jnp.float32)
 
 
 def _add_block(
@@ -281,10 +300,15 @@ def _unblock(x: Float[Array, "n P R *D"], groups: int) -> Float[Array, "P G T *D
     return x.reshape(p, groups, n * (r // groups), *rest)
 
 
-def _fit(blocks: Blocks, pairs: int, tokens: int, keys: int) -> Blocks:
+def _fit(plan: Plan, pairs: int, tokens: int, keys: int) -> Plan:
     """Blocks no larger than the arrays; a number of pairs that does not divide all pairs takes all."""
-    together = blocks.pairs if blocks.pairs and pairs % blocks.pairs == 0 else pairs
-    return Blocks(min(blocks.q, tokens), min(blocks.k, keys), together)
+    wanted = plan.blocks
+    prefix = plan.prefix and min(plan.prefix, tokens)
+    if prefix:
+        tokens += -tokens % prefix
+    together = wanted.pairs if wanted.pairs and pairs % wanted.pairs == 0 else pairs
+    blocks = Blocks(min(wanted.q, tokens), min(wanted.k, keys), together)
+    return replace(plan, blocks=blocks, prefix=prefix if prefix and blocks.q % prefix == 0 else None)
 
 
 def _pad(x: Array, multiple: int, axis: int, value: int = 0) -> Array:

@@ -29,6 +29,9 @@ class Extent(NamedTuple):
     kv_segments: Int[Array, "B S"] | None = None
 
 
+Span = tuple[int | Int[Array, ""], int]  # (start, size): only the size has to be static
+
+
 class KeyBlocks(NamedTuple):
     """Key blocks of one query block: [full_start, full_stop) is wholly visible, the rest needs the mask."""
 
@@ -38,13 +41,8 @@ class KeyBlocks(NamedTuple):
     stop: Int[Array, ""]
 
 
-def visible(
-    pattern: Pattern,
-    extent: Extent,
-    rows: tuple[int | Int[Array, ""], int],
-    columns: tuple[int | Int[Array, ""], int],
-) -> Bool[Array, "b t s"]:
-    """The mask of a tile; `rows` and `columns` are (start, size), where only the size is static."""
+def visible(pattern: Pattern, extent: Extent, rows: Span, columns: Span) -> Bool[Array, "b t s"]:
+    """The mask of a tile of queries and keys."""
     i = extent.q_offset[:, None, None] + (rows[0] + jnp.arange(rows[1]))[:, None]  # b t 1
     j = columns[0] + jnp.arange(columns[1])  # s
     mask = j < extent.kv_length[:, None, None]
