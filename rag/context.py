@@ -30,7 +30,8 @@ class ContextOptions:
 
     max_tokens: int = 1024  # of the rendered passages, by the generator's tokenizer
     order: Order = "score"
-    min_score: float | None = None  # hits below it are not relevant; its scale is the retriever's
+    # hits below it are not relevant; its scale is the retriever's, and "auto" is for the pipeline to fill in from there
+    min_score: float | Literal["auto"] | None = None
     merge: bool = True  # overlapping or adjoining chunks of a document become one passage
 
     def __post_init__(self) -> None:
@@ -66,6 +67,8 @@ def build_context(
     """
     count_tokens, documents_text = cache(count_tokens), documents_text and cache(documents_text)
     ranked = sorted(hits, key=lambda hit: -hit.score)
+    if options.min_score == "auto":
+        raise ValueError("min_score is still 'auto': only the retriever knows its scores' scale")
     if options.min_score is not None:
         ranked = [hit for hit in ranked if hit.score >= options.min_score]
     join = _merged if options.merge else _unmerged

@@ -47,6 +47,11 @@ class Embedder(Protocol):
         ...
 
     @property
+    def relevant_from(self) -> float | None:
+        """The score from which a passage is likely to be about the question; None where that is not known."""
+        ...
+
+    @property
     def spec(self) -> dict[str, Any]:
         """What an index says about the embedder that made it, JSON-able."""
         ...
@@ -101,6 +106,7 @@ class BertEmbedder:
         tokens_per_batch: int = 1024,
         query_prompt: str | None = None,
         document_prompt: str | None = None,
+        relevant_from: float | None = None,
     ):
         path = hub.local_path(uri)
         self._model, self._tokenizer, settings = bert_checkpoint.load(path)
@@ -117,6 +123,7 @@ class BertEmbedder:
             document_prompt=settings.document_prompt if document_prompt is None else document_prompt,
         )
         self._tokens_per_batch = tokens_per_batch
+        self.relevant_from = relevant_from
         self.dim = config.hidden_size
         self.spec = {"kind": "bert", "uri": uri, "dim": self.dim, **asdict(self._settings)}
         digests = [cache.file_sha256(file) for file in bert_checkpoint.source_files(path)]
@@ -219,9 +226,15 @@ class BagOfWords:
     question of such words alone is the zero vector and scores 0.
     """
 
-    def __init__(self, max_bytes: int = 1 << 30, vocabulary: Sequence[str] = ()):
+    def __init__(
+        self,
+        max_bytes: int = 1 << 30,
+        relevant_from: float | None = None,
+        vocabulary: Sequence[str] = (),
+    ):
         """`max_bytes`: the largest matrix of passages by words, float32, that `fit` lets an index have."""
         self._max_bytes = max_bytes
+        self.relevant_from = relevant_from
         self._place = {word: i for i, word in enumerate(vocabulary)}
         self.dim = len(self._place)
         self.spec = {"kind": "bag_of_words", "dim": self.dim}
@@ -266,7 +279,7 @@ class BagOfWords:
                 f"{len(texts)} passages of {len(vocabulary)} different words make a bag_of_words matrix of "
                 f"{size:,} bytes, more than embedder.max_bytes={self._max_bytes:,}: take embedder=minilm"
             )
-        return BagOfWords(self._max_bytes, vocabulary)
+        return BagOfWords(self._max_bytes, self.relevant_from, vocabulary)
 
     def save(self, folder: Path) -> None:
         (folder / _VOCABULARY).write_text(json.dumps(list(self._place), ensure_ascii=False), encoding="utf-8")
@@ -280,7 +293,7 @@ class BagOfWords:
             raise UserError(
                 f"cannot read the index's words in {path} ({error}); ingest the corpus again"
             ) from error
-        return BagOfWords(self._max_bytes, vocabulary)
+        return BagOfWords(self._max_bytes, self.relevant_from, vocabulary)
 
 
 def words(text: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from rag.ingest.load import Skipped, load_folder
 from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate, render, render_passage
 from rag.retrieve.search import DenseRetriever
-from rag.types import Answer, Chunk, Context, Document, Message, Timings, Usage, UserError
+from rag.types import Answer, Chunk, Context, Document, Message, Source, Timings, Usage, UserError
 
 Progress = Callable[[str, int, int], None]  # stage, done, of how many
 
@@ -100,8 +100,11 @@ def answer(
     room = generator.context_length - reader.max_new_tokens  # reads the weights, which is not retrieval
     begin = time.perf_counter()
     [hits] = retriever.search([question])
-    texts, show = retriever.index.document_text, partial(render_passage, template)
-    context = build_context(hits, texts, reader.context, generator.count, show)
+    options = reader.context
+    if options.min_score == "auto":
+        options = replace(options, min_score=retriever.relevant_from)
+    texts, show = retriever.index.document_text, partial(_shown, template)
+    context = build_context(hits, texts, options, generator.count, show)
     retrieve_s = time.perf_counter() - begin
     if not context.sources:
         yield template.abstain_answer
@@ -121,6 +124,11 @@ def answer(
     yield Answer(question, text, False, shown.sources, timings, (*notices, *usage.notices))
 
 
+def _shown(template: PromptTemplate, source: Source) -> str:
+    """A source as it stands in the prompt, to count its tokens."""
+    return render_passage(template, source) + template.separator
+
+
 def _fit(
     question: str, context: Context, history: Sequence[Message], reader: Reader, room: int
 ) -> tuple[list[Message], Context, tuple[str, ...]]:
@@ -134,7 +142,7 @@ def _fit(
             break
         if shown.sources and (excess < shown.tokens or not turns):
             budget = max(0, shown.tokens - excess)
-            shown = trim(shown, budget, generator.count, partial(render_passage, template))
+            shown = trim(shown, budget, generator.count, partial(_shown, template))
         elif turns:
             turns = turns[2:]  # a question and its answer
         else:

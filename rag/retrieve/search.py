@@ -19,6 +19,11 @@ class DenseRetriever:
         self._embedder = index.restore(embedder)
         self._dense = DenseIndex(index.vectors)
 
+    @property
+    def relevant_from(self) -> float | None:
+        """The score from which a hit is likely to be about the question; None where that is not known."""
+        return self._embedder.relevant_from
+
     def search(self, questions: Sequence[str]) -> list[list[Hit]]:
         """The k best hits of each question, best first, ties to the chunk that was ingested first."""
         scores, ids = self._dense.search(self._embedder.encode_queries(questions), self.k)
