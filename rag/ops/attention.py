@@ -118,6 +118,7 @@ def _best(q: Float[Array, "B H T D"], k: Float[Array, "B K S D"], plan: Plan, re
         if keys <= _SHORT and not plan.prefix:
             return "reference"
         return "by length" if tokens <= _DECODE else "flash"
+    # Elsewhere the whole matrix is the fastest while it fits: few large kernels instead of many small steps.
     scores = 4 * q.shape[0] * q.shape[1] * tokens * keys  # bytes
     if scores > _MANY_BYTES:
         return "flash"
@@ -125,7 +126,7 @@ def _best(q: Float[Array, "B H T D"], k: Float[Array, "B K S D"], plan: Plan, re
 
 
 def _tiles(q: Float[Array, "B H T D"], k: Float[Array, "B K S D"]) -> Blocks:
-    """Tile sizes for two to four CPU cores, measured.
+    """Tile sizes, measured on two CPU cores.
 
     XLA:CPU shares a matrix product among its threads only from about 512 x 256 on, and scores of more than
     3 MiB fall out of the caches. So: long blocks, one kv head at a time, as many heads as it takes when the

@@ -83,8 +83,7 @@ def _flash(
 ) -> tuple[Float[Array, "P G T D"], Float[Array, "P G T"]]:
     """Output in q's dtype and float32 log-sum-exp; T and S are multiples of the blocks."""
     with jax.named_scope("flash_forward"):
-        together = q.shape[0] if plan.prefix else plan.blocks.pairs
-        return _in_turns(partial(_forward, plan), together, (q, k, v, extent))
+        return _in_turns(partial(_forward, plan), plan.blocks.pairs, (q, k, v, extent))
 
 
 def _flash_saving(plan: Plan, q: Array, k: Array, v: Array, extent: Extent) -> tuple:
