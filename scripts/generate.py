@@ -1,7 +1,7 @@
 """A question to a streamed, cited answer; without a question, an interactive session.
 
-python scripts/generate.py index.path=.demo/index question="Who wrote the first log?"
-python scripts/generate.py index.path=.demo/index question="Who wrote the first log?" output=json | python -m json.tool
+python scripts/generate.py index.path=.demo/index question="Why was Halden Island closed in 2023?"
+python scripts/generate.py index.path=.demo/index question="Why was Halden Island closed in 2023?" output=json | python -m json.tool
 """
 
 import json

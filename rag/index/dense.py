@@ -14,7 +14,7 @@ program to program. So the scores that are returned, and the order they give, al
 product, a query by its candidates: a result does not change with the batch, and equal vectors tie.
 """
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,9 @@ from rag.types import UserError
 
 _BATCH = 256  # queries of one call to XLA
 _LEAST = 4  # queries of the smallest program: below it int8 and bfloat16 products fall off their fast path
-_FEW = 32  # queries for which all scores are kept at once
+_FEW = 16  # queries for which all scores are kept at once
 _ROWS = 2048  # rows of a block: with _BATCH queries their scores are 2 MiB
+_GROUP = 8  # rows of a group: fewer leave more maxima to choose from, more leave more rows to score again
 _SPARE = 2  # candidates beyond k, for those that another rounding would have let in
 _CHECKED_ROWS = 1 << 14
 
@@ -48,10 +49,9 @@ def search(
         return jax.vmap(partial(_search_one, vectors, live=live, k=k))(queries)
     if n < max(1024 * k, _ROWS):  # scoring the best groups once more would cost too much
         return jax.lax.map(partial(_search_one, vectors, live=live, k=k), queries, batch_size=_FEW)
-    group = 32 if n >= 16384 * k else 8  # rows: weighs choosing among maxima against scoring rows once more
-    maxima = _group_maxima(vectors, queries, group)
-    one = partial(_search_groups, vectors, live=live, k=k, group=group)
-    return jax.lax.map(lambda query: one(*query), (queries, maxima), batch_size=16)
+    one = partial(_search_groups, vectors, live=live, k=k)
+    # One query after the other: the rows of a query's best groups fit the processor's cache, a batch's do not.
+    return jax.lax.map(lambda query: one(*query), (queries, _group_maxima(vectors, queries).T))
 
 
 def _search_one(
@@ -69,11 +69,11 @@ def _search_groups(
     maxima: Float[Array, "G"],
     live: Int[Array, ""],
     k: int,
-    group: int,
 ) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
     """One query by way of the maximum of its scores in each group of rows."""
-    best, winners = two_level_top_k(maxima, live // group, k + _SPARE)
-    ids, usable = members(jnp.where(best > -jnp.inf, winners, live // group), live, group)
+    whole = live // _GROUP
+    best, winners = two_level_top_k(maxima, whole, k + _SPARE)
+    ids, usable = members(jnp.where(best > -jnp.inf, winners, whole), live, _GROUP)
     return _rescored(vectors, query, ids, usable, k)
 
 
@@ -97,22 +97,22 @@ def _rescored(
         return best_members(scores, ids, usable, k)
 
 
-def _group_maxima(
-    vectors: Float[Array, "N E"], queries: Float[Array, "Q E"], group: int
-) -> Float32[Array, "Q G"]:
-    """The highest score in each whole group of consecutive rows; N >= _ROWS, a multiple of `group`."""
-    groups, step = len(vectors) // group, _ROWS // group
+def _group_maxima(vectors: Float[Array, "N E"], queries: Float[Array, "Q E"]) -> Float32[Array, "G Q"]:
+    """The highest score in each whole group of _GROUP consecutive rows; N >= _ROWS."""
+    groups, step = len(vectors) // _GROUP, _ROWS // _GROUP
 
     def one(rows, query):
-        return _scores(rows, query).reshape(step, group).max(axis=1)
+        scores = _scores(rows, query)  # the first of every group, then the second of every group, ...
+        return reduce(jnp.maximum, [scores[i * step : (i + 1) * step] for i in range(_GROUP)])
 
     def block(i, maxima):
         first = jnp.minimum(i * step, groups - step)  # the last block overlaps the one before
-        rows = jax.lax.dynamic_slice_in_dim(vectors, first * group, _ROWS)
-        found = jax.vmap(partial(one, rows))(queries)
-        return jax.lax.dynamic_update_slice_in_dim(maxima, found, first, axis=1)
+        rows = jax.lax.dynamic_slice_in_dim(vectors, first * _GROUP, _ROWS)
+        rows = rows.reshape(step, _GROUP, -1).swapaxes(0, 1).reshape(_ROWS, -1)
+        found = jax.vmap(partial(one, rows), out_axes=1)(queries)
+        return jax.lax.dynamic_update_slice_in_dim(maxima, found, first, axis=0)
 
-    maxima = jnp.zeros((len(queries), groups), jnp.float32)
+    maxima = jnp.zeros((groups, len(queries)), jnp.float32)
     return jax.lax.fori_loop(0, -(-groups // step), block, maxima)
 
 
