@@ -9,8 +9,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from rag import pipeline
+from rag.context import ContextOptions
+from rag.embed import BagOfWords
 from rag.generate.ollama import OllamaGenerator
+from rag.index.store import Index
+from rag.ingest.chunk import WholeChunker
 from rag.ops.sampling import Sampling
+from rag.pipeline import Reader
+from rag.prompt import PromptTemplate
+from rag.retrieve.search import DenseRetriever
 from rag.types import Message, Usage, UserError
 
 MESSAGES = [Message("system", "Be brief."), Message("user", "What is attention? \u00e9\U0001f916")]
@@ -188,3 +196,19 @@ def test_only_web_addresses(url):
 @pytest.mark.parametrize(("text", "count"), [("", 0), ("abc", 1), ("abcd", 2), ("\u6ce8\u610f", 2)])
 def test_count_is_a_third_of_the_bytes(text, count):
     assert OllamaGenerator().count(text) == count
+
+
+def test_the_pipeline_answers_through_it(tmp_path):
+    (tmp_path / "seal.txt").write_text("A seal eats fish.")
+    pipeline.ingest(tmp_path / "seal.txt", tmp_path / "index", WholeChunker(), BagOfWords())
+    retriever = DenseRetriever(Index.open(tmp_path / "index"), BagOfWords(), k=1)
+    template = PromptTemplate(user="{context} {question}")
+    with server(said("Fish"), said(" [1]"), line(LAST)) as (url, asked):
+        reader = Reader(OllamaGenerator(url=url), template, ContextOptions(), max_new_tokens=16)
+        *pieces, answer = pipeline.answer("what does a seal eat", retriever, reader)
+    assert pieces == ["Fish", " [1]"]
+    assert answer.answer == "Fish [1]"
+    assert answer.timings.prompt_tokens == 31
+    assert asked[0][1]["messages"] == [
+        {"role": "user", "content": "[1] A seal eats fish. what does a seal eat"}
+    ]

@@ -50,6 +50,10 @@ class OllamaGenerator:
         """
         return -(-len(text.encode()) // 3)
 
+    def prompt_tokens(self, messages: Sequence[Message]) -> int:
+        """An estimate of a conversation's tokens: its texts', and eight a turn for the chat format."""
+        return sum(self.count(message.content) + 8 for message in messages)
+
     def stream(
         self,
         messages: Sequence[Message],
