@@ -23,16 +23,12 @@ def main(config) -> None:
             build(config.embedder),
             update,
         )
-    console.print(
+    print(
         f"{report.documents} documents, {report.chunks} chunks, {report.tokens} tokens "
-        f"in {report.seconds:.1f} s -> {config.index.path}",
-        highlight=False,
-        markup=False,
+        f"in {report.seconds:.1f} s -> {config.index.path}"
     )
     for skipped in report.skipped:
-        console.print(
-            f"skipped {skipped.path}: {skipped.reason}", style="yellow", highlight=False, markup=False
-        )
+        print(f"skipped {skipped.path}: {skipped.reason}")
 
 
 class progress_bars:
