@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from rag.context import ContextOptions, build_context, trim
+from rag.context import ContextOptions, build_context, cited, trim
 from rag.embed import Embedder
 from rag.generate import Generator
 from rag.index import store
@@ -46,7 +46,7 @@ def ingest(
     texts = [chunk.text for chunk in chunks]
     embedder = embedder.fit(texts)
     vectors = embedder.encode(texts, progress=lambda done: progress("embed", done, len(texts)))
-    store.write(index, documents, chunks, vectors, embedder)
+    store.write(index, documents, chunks, vectors, embedder, {"chunker": repr(chunker)})
     tokens = sum(len(embedder.token_spans(text)) for text in texts)
     return IngestReport(len(documents), len(chunks), tokens, time.perf_counter() - begin, skipped)
 
@@ -75,16 +75,34 @@ def _chunk(
 
 
 @dataclass(frozen=True)
+class AnswerOptions:
+    """How long an answer may be, by which draw it is written, and what ends it. UserError for what cannot be."""
+
+    max_new_tokens: int = 128
+    seed: int = 0  # of sampling; greedy has no use for it
+    stop: Sequence[str] = ()  # the answer ends before the first of these
+
+    def __post_init__(self):
+        if isinstance(self.stop, str):
+            raise UserError(
+                f"answer.stop={self.stop} is one text: write a list, answer.stop='[\"{self.stop}\"]'"
+            )
+        object.__setattr__(self, "stop", tuple(self.stop))  # a YAML list must become hashable
+        if self.max_new_tokens < 1:
+            raise UserError(f"answer.max_new_tokens is {self.max_new_tokens}; ask for at least one token")
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"answer.seed is {self.seed}; give a number from 0 to 4294967295")
+
+
+@dataclass(frozen=True)
 class Reader:
-    """The stages that turn hits into an answer, and how long and by which draw the answer is written."""
+    """The stages that turn hits into an answer."""
 
     generator: Generator
     template: PromptTemplate
     context: ContextOptions
     sampling: Sampling = Sampling()
-    max_new_tokens: int = 128
-    seed: int = 0
-    stop: tuple[str, ...] = ()
+    options: AnswerOptions = AnswerOptions()
 
 
 def answer(
@@ -94,17 +112,14 @@ def answer(
 
     When no hit reaches the context's min_score, the template's abstaining sentence is the answer and the
     model is not asked. A prompt that is too long loses its least relevant passages, and before the last of
-    them its oldest turns; a notice says so. Raises UserError when even the bare question does not fit.
+    them its oldest turns; a notice says so. Raises UserError when not even one passage fits beside the question.
     """
     generator, template = reader.generator, reader.template
-    room = generator.context_length - reader.max_new_tokens  # reads the weights, which is not retrieval
+    room = (
+        generator.context_length - reader.options.max_new_tokens
+    )  # reads the weights, which is not retrieval
     begin = time.perf_counter()
-    [hits] = retriever.search([question])
-    options = reader.context
-    if options.min_score == "auto":
-        options = replace(options, min_score=retriever.relevant_from)
-    texts, show = retriever.index.document_text, partial(_shown, template)
-    context = build_context(hits, texts, options, generator.count, show)
+    context = _relevant(question, retriever, reader)
     retrieve_s = time.perf_counter() - begin
     if not context.sources:
         yield template.abstain_answer
@@ -113,7 +128,10 @@ def answer(
     messages, shown, notices = _fit(question, context, history, reader, room)
     pieces: list[str] = []
     usage = Usage(0, 0, 0.0, 0.0)
-    for piece in generator.stream(messages, reader.sampling, reader.max_new_tokens, reader.seed, reader.stop):
+    options = reader.options
+    for piece in generator.stream(
+        messages, reader.sampling, options.max_new_tokens, options.seed, options.stop
+    ):
         if isinstance(piece, Usage):
             usage = piece
         else:
@@ -121,7 +139,18 @@ def answer(
             yield piece
     timings = Timings(retrieve_s, usage.prefill_s, usage.decode_s, usage.prompt_tokens, usage.new_tokens)
     text = "".join(pieces).strip()
-    yield Answer(question, text, False, shown.sources, timings, (*notices, *usage.notices))
+    marked = cited(text, shown)
+    yield Answer(question, text, False, shown.sources, timings, marked, (*notices, *usage.notices))
+
+
+def _relevant(question: str, retriever: DenseRetriever, reader: Reader) -> Context:
+    """The passages for a question, none when none is relevant."""
+    options = reader.context
+    if options.min_score == "auto":
+        options = replace(options, min_score=retriever.relevant_from)
+    [hits] = retriever.search([question])
+    show = partial(_shown, reader.template)
+    return build_context(hits, retriever.index.document_text, options, reader.generator.count, show)
 
 
 def _shown(template: PromptTemplate, source: Source) -> str:
@@ -138,19 +167,18 @@ def _fit(
     while True:
         messages = render(template, question, shown, turns)
         excess = generator.prompt_tokens(messages) - room
-        if excess <= 0:
-            break
+        if excess <= 0 and shown.sources:
+            return messages, shown, tuple(_notices(context, shown, len(history) - len(turns)))
         if shown.sources and (excess < shown.tokens or not turns):
             budget = max(0, shown.tokens - excess)
             shown = trim(shown, budget, generator.count, partial(_shown, template))
         elif turns:
-            turns = turns[2:]  # a question and its answer
+            shown, turns = context, turns[2:]  # a question and its answer go
         else:
             raise UserError(
-                f"the question alone is {excess} tokens too long for a context of {generator.context_length} with "
-                f"{reader.max_new_tokens} to answer in; shorten it, or lower answer.max_new_tokens"
+                f"the question leaves no room for a passage in a context of {generator.context_length} tokens with "
+                f"{reader.options.max_new_tokens} to answer in; shorten it, or lower answer.max_new_tokens"
             )
-    return messages, shown, tuple(_notices(context, shown, len(history) - len(turns)))
 
 
 def _notices(context: Context, shown: Context, forgotten: int) -> Iterator[str]:

@@ -106,6 +106,7 @@ class Answer:
     abstained: bool  # nothing relevant was retrieved, so no model was asked
     sources: tuple[Source, ...]
     timings: Timings
+    cited: tuple[int, ...] = ()  # the numbers of the sources that the answer itself marks, as [n]
     notices: Sequence[str] = field(
         default=()
     )  # what the reader should know: a trimmed context, a full budget

@@ -1,23 +1,25 @@
 """A question to a streamed, cited answer; without a question, an interactive session.
 
 python scripts/generate.py index.path=.demo/index question="Why was Halden Island closed in 2023?"
-python scripts/generate.py index.path=.demo/index question="Why was Halden Island closed in 2023?" output=json | python -m json.tool
+python scripts/generate.py index.path=.demo/index question="..." output=json | python -m json.tool
 """
+
+from __future__ import annotations  # the types below are imported in main: a typo should not wait for JAX
 
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch import build, launch
 
-from rag import pipeline
-from rag.index.store import Index
-from rag.measure import environment
-from rag.pipeline import Reader
-from rag.retrieve.search import DenseRetriever
 from rag.types import Answer, Message, Source, UserError
+
+if TYPE_CHECKING:
+    from rag.pipeline import Reader
+    from rag.retrieve.search import DenseRetriever
 
 COMMANDS = "/sources  what the last answer was shown, /context  its passages in full, /quit  leave"
 
@@ -27,17 +29,13 @@ def main(config) -> None:
         raise UserError(f"There is no output {config.output!r}: choose text or json.")
     if config.question is None and config.output == "json":
         raise UserError('output=json answers one question: give it as question="..."')
-    index = Index.open(Path(config.index.path))
-    retriever: DenseRetriever = build(config.retriever, index=index, embedder=build(config.embedder))
-    reader = Reader(
-        generator=build(config.generator),
-        template=build(config.prompt),
-        context=build(config.context),
-        sampling=build(config.sampling),
-        max_new_tokens=config.answer.max_new_tokens,
-        seed=config.answer.seed,
-        stop=tuple(config.answer.stop),
-    )
+    from rag.index.store import Index
+    from rag.pipeline import Reader
+
+    index = Index.open(Path(config.index.path).expanduser())
+    retriever = build(config.retriever, index=index, embedder=build(config.embedder))
+    stages = (build(config[name]) for name in ("generator", "prompt", "context", "sampling", "answer"))
+    reader = Reader(*stages)
     if config.question is None:
         converse(retriever, reader)
     elif config.output == "json":
@@ -54,6 +52,8 @@ def ask(
     echo: bool = True,
 ) -> Answer:
     """The answer, streamed to the terminal as it comes when `echo`."""
+    from rag import pipeline
+
     for piece in pipeline.answer(question, retriever, reader, history):
         if isinstance(piece, Answer):
             return piece
@@ -73,13 +73,14 @@ def show(answer: Answer) -> None:
     if not answer.abstained:
         parts += [
             f"prefill {t.prompt_tokens} tokens in {t.prefill_s:.2f} s ({_rate(t.prompt_tokens, t.prefill_s)})",
-            f"decode {t.new_tokens} tokens in {t.decode_s:.2f} s ({_rate(t.new_tokens, t.decode_s)})",
+            f"decode {t.new_tokens} tokens in {t.decode_s:.2f} s ({_rate(t.new_tokens - 1, t.decode_s)})",
         ]
     print("; ".join(parts))
 
 
 def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens / seconds:.0f} tokens/s" if seconds > 0 else "no time taken"
+    """Of decode without its first token, which prefill has paid for."""
+    return f"{tokens / seconds:.0f} tokens/s" if tokens > 0 and seconds > 0 else "no rate"
 
 
 def show_sources(sources: Sequence[Source]) -> None:
@@ -89,7 +90,9 @@ def show_sources(sources: Sequence[Source]) -> None:
 
 def as_json(answer: Answer) -> str:
     """The one object of output=json."""
-    return json.dumps(asdict(answer) | {"environment": environment()}, ensure_ascii=False)
+    from rag.measure import environment
+
+    return json.dumps(asdict(answer) | {"environment": environment()})
 
 
 def converse(retriever: DenseRetriever, reader: Reader) -> None:
@@ -111,7 +114,7 @@ def converse(retriever: DenseRetriever, reader: Reader) -> None:
             case _ if line.startswith("/"):
                 print(f"There is no command {line}. {COMMANDS}")
             case question:
-                last = _turn(question, retriever, reader, history)
+                last = _turn(question, retriever, reader, history) or last
 
 
 def _turn(question: str, retriever: DenseRetriever, reader: Reader, history: list[Message]) -> Answer | None:

@@ -19,6 +19,7 @@ def attention_tolerance(dtype: str, backend: str) -> float:
     """The largest error allowed for inputs of `dtype` on `backend`."""
     return ATTENTION_TOLERANCE.get(backend, ATTENTION_TOLERANCE_ACCELERATOR)[dtype]
 
+
 # Logits of a whole decoder against transformers, relative to the largest.
 DECODER_TOLERANCE = 1e-4
 

@@ -1,6 +1,5 @@
 """Exact search against a stable sort of float64 scores, through every program that a batch can take."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -187,7 +186,11 @@ def test_vectors_without_a_cosine_are_told(monkeypatch):
     monkeypatch.setattr(dense, "_CHECKED_ROWS", 16)
     check_vectors(_units(50))
     check_vectors(np.zeros((0, 8), np.float32))
-    for value, message in ((np.nan, "holds NaN"), (np.inf, "holds NaN or infinity"), (0.0, "has length 0 inst")):
+    for value, message in (
+        (np.nan, "holds NaN"),
+        (np.inf, "holds NaN or infinity"),
+        (0.0, "has length 0 inst"),
+    ):
         vectors = _units(50)
         vectors[37] = value
         with pytest.raises(UserError, match=f"Vector 37 of 50 {message}"):

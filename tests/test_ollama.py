@@ -16,7 +16,7 @@ from rag.generate.ollama import OllamaGenerator
 from rag.index.store import Index
 from rag.ingest.chunk import WholeChunker
 from rag.ops.sampling import Sampling
-from rag.pipeline import Reader
+from rag.pipeline import AnswerOptions, Reader
 from rag.prompt import PromptTemplate
 from rag.retrieve.search import DenseRetriever
 from rag.types import Message, Usage, UserError
@@ -204,7 +204,9 @@ def test_the_pipeline_answers_through_it(tmp_path):
     retriever = DenseRetriever(Index.open(tmp_path / "index"), BagOfWords(), k=1)
     template = PromptTemplate(user="{context} {question}")
     with server(said("Fish"), said(" [1]"), line(LAST)) as (url, asked):
-        reader = Reader(OllamaGenerator(url=url), template, ContextOptions(), max_new_tokens=16)
+        reader = Reader(
+            OllamaGenerator(url=url), template, ContextOptions(), options=AnswerOptions(max_new_tokens=16)
+        )
         *pieces, answer = pipeline.answer("what does a seal eat", retriever, reader)
     assert pieces == ["Fish", " [1]"]
     assert answer.answer == "Fish [1]"

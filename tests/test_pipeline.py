@@ -10,7 +10,7 @@ from rag.context import ContextOptions
 from rag.embed import BagOfWords
 from rag.index.store import Index
 from rag.ingest.chunk import SentenceChunker
-from rag.pipeline import Reader
+from rag.pipeline import AnswerOptions, Reader
 from rag.prompt import PromptTemplate
 from rag.retrieve.search import DenseRetriever
 from rag.types import Answer, Message, Usage, UserError
@@ -60,7 +60,7 @@ def retriever(corpus, tmp_path):
 
 
 def reader(generator, **context):
-    return Reader(generator, TEMPLATE, ContextOptions(**context), max_new_tokens=10)
+    return Reader(generator, TEMPLATE, ContextOptions(**context), options=AnswerOptions(max_new_tokens=10))
 
 
 def asked(question, retriever, reader, history=()):
@@ -120,6 +120,7 @@ def test_the_answer_streams_and_its_sources_are_spans_of_the_documents(retriever
         assert retriever.index.document_text(source.path)[source.start : source.end] == source.text
         assert f"[{source.n}] {source.text}" in generator.asked[0][-1].content
     assert (answer.timings.prefill_s, answer.timings.new_tokens) == (0.5, 2)
+    assert answer.cited == (1,)
 
 
 def test_without_a_relevant_hit_no_model_is_asked(retriever):
@@ -155,7 +156,7 @@ def test_old_turns_go_before_the_last_passage(retriever):
 
 
 def test_a_question_that_cannot_fit_is_told(retriever):
-    with pytest.raises(UserError, match="too long"):
+    with pytest.raises(UserError, match="leaves no room for a passage"):
         asked("krill " * 100, retriever, reader(Echo(context_length=50)))
 
 
@@ -172,3 +173,9 @@ def test_another_embedder_than_the_index_was_made_with_is_told(retriever):
 def test_k_below_one_is_told(retriever):
     with pytest.raises(UserError, match=r"retriever\.k is 0"):
         DenseRetriever(retriever.index, BagOfWords(), k=0)
+
+
+@pytest.mark.parametrize("options", [{"stop": "END"}, {"seed": -1}, {"seed": 1 << 32}, {"max_new_tokens": 0}])
+def test_answer_options_that_cannot_be_are_told(options):
+    with pytest.raises(UserError, match=f"answer.{next(iter(options))}"):
+        AnswerOptions(**options)

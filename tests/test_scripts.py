@@ -191,3 +191,43 @@ def test_the_best_chunk_scores_for_its_document(beir, run, tmp_path, monkeypatch
     first = (tmp_path / "run.trec").read_text().splitlines()[0].split()
     assert first[2] == "d1"
     assert float(first[4]) == pytest.approx(1.0)  # "fish" alone, of "Seals eat fish"
+
+
+def test_one_long_document_does_not_crowd_the_others_out(home, run, tmp_path, monkeypatch):
+    """Twenty chunks of one document score best; the other two documents are found all the same."""
+    dataset = home / "long"
+    (dataset / "qrels").mkdir(parents=True, exist_ok=True)
+    texts = {"long": "krill " * 20, "a": "krill whale", "b": "krill seal ice"}
+    rows = [json.dumps({"_id": name, "title": "", "text": text.strip()}) for name, text in texts.items()]
+    (dataset / "corpus.jsonl").write_text("\n".join(rows))
+    (dataset / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "krill"}))
+    (dataset / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\tb\t1\n")
+    monkeypatch.setattr(eval_script, "run_dir", lambda: tmp_path)
+    chunks = ("chunker=fixed", "chunker.size=1", "chunker.overlap=0", "evaluation.depth=3")
+    run(eval_script, f"dataset.path={dataset}", *WORDS, *chunks)
+    ranking = [line.split()[2] for line in (tmp_path / "run.trec").read_text().splitlines()]
+    assert sorted(ranking) == ["a", "b", "long"]
+
+
+@pytest.mark.weights
+def test_the_main_job_with_the_real_weights(embedder_weights, generator_weights, capsys, tmp_path):
+    """The sample, ingested and asked with the defaults: the right passage is shown, and something is answered."""
+
+    def compose_and_run(script, *overrides):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            script.main(compose(script.__name__, quote_overrides(overrides)))
+        return capsys.readouterr().out
+
+    sample = CONF.parent / "data" / "sample" / "documents"
+    compose_and_run(ingest, f"corpus.path={sample}", f"index.path={tmp_path / 'index'}")
+    question = "question=Why was Halden Island closed to everybody in 2023?"
+    limits = ("output=json", "answer.max_new_tokens=24")
+    answer = json.loads(compose_and_run(generate, f"index.path={tmp_path / 'index'}", question, *limits))
+    assert not answer["abstained"]
+    assert "king-penguins-of-halden.html" in [source["path"] for source in answer["sources"]]
+    assert "island" in answer["answer"].lower()
+    assert 0 < answer["timings"]["new_tokens"] <= 24
+    far = json.loads(
+        compose_and_run(generate, f"index.path={tmp_path / 'index'}", "question=zebra tax law", *limits)
+    )
+    assert far["abstained"]

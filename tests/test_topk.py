@@ -67,7 +67,9 @@ def test_only_live_scores_count(rubbish):
     scores = _many_ties(2, n)
     search = jax.jit(jax.vmap(partial(two_level_top_k, k=k), in_axes=(0, None)))
     for live in (0, 1, 4, 5, GROUP - 1, GROUP, GROUP + 1, 3 * GROUP, 20 * GROUP + 3, n - 7, n - 1, n):
-        best, ids = search(np.where(np.arange(n) < live, scores, rubbish).astype(np.float32), jnp.asarray(live))
+        best, ids = search(
+            np.where(np.arange(n) < live, scores, rubbish).astype(np.float32), jnp.asarray(live)
+        )
         found = min(k, live)
         _assert_same((best[:, :found], ids[:, :found]), top_k_oracle(scores[:, :live], found))
         assert np.all(np.asarray(best)[:, found:] == -np.inf)

@@ -43,7 +43,7 @@ def load_beir(path: str | Path, split: str = "test", *, strict: bool = True) -> 
     contradicts another one or the "answerable" flag, and a judgement of an unknown query or document. Some
     published sets have the last: with `strict=False` it is left out and listed in `problems`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_dir():
         raise UserError(f"There is no folder {path}: give one with queries.jsonl and qrels/{split}.tsv.")
     problems: list[str] = []
@@ -159,7 +159,7 @@ def _qrels(
             repeated.append(f"line {line}")
     if dangling and strict:
         raise UserError(
-            f"{file} judges the unknown {_named(dangling)}: remove this or load with strict=false."
+            f"{file} judges the unknown {_named(dangling)}: remove this or load with dataset.strict=false."
         )
     if dangling:
         problems.append(f"{file} judges the unknown {_named(dangling)}, which is left out.")

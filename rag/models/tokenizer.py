@@ -165,9 +165,7 @@ class Tokenizer:
         Raises UserError when the checkpoint has no template, or its template rejects the messages.
         """
         if self.spec.chat_template is None:
-            raise UserError(
-                "the checkpoint has no chat template; choose an instruction-tuned one, or a plain prompt"
-            )
+            raise UserError("the checkpoint has no chat template; choose an instruction-tuned one")
         mark = _unused_character(messages)
         masked = [replace(message, content=self._mask(message.content, mark)) for message in messages]
         text = self._template(masked, add_generation_prompt)
