@@ -94,6 +94,11 @@ def read_roof() -> float:
     return matrix.nbytes / timing.minimum
 
 
+def roofs() -> dict[str, float]:
+    """What no program here can beat, for a benchmark's record: {"gemm_flops", "read_bytes_per_s"}."""
+    return {"gemm_flops": gemm_roof(), "read_bytes_per_s": read_roof()}
+
+
 def compiled_temp_bytes(fn: Callable[..., object], *args: object) -> int:
     """Bytes of temporary memory that XLA plans for `fn(*args)`, beside its arguments and results."""
     import jax
@@ -110,7 +115,7 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         **_cpu(),
-        "cores": _cores(),
+        "cores": cores(),
         "device": jax.devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "load_average": [round(load, 2) for load in os.getloadavg()],
@@ -152,7 +157,7 @@ def _cpu() -> dict[str, object]:
     return {"cpu": name, "cpu_flags": simd}
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use, which a container may limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -199,7 +204,11 @@ def _short(value: float | int) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
-def bench_json(bench: str, rows: Sequence[Row]) -> str:
-    """A benchmark's one JSON line: {"bench", "machine", "rows": [{"case", "ours", "peers", "ratio"}]}."""
-    record = {"bench": bench, "machine": environment(), "rows": [asdict(row) for row in rows]}
+def bench_json(bench: str, rows: Sequence[Row], roofs: Mapping[str, float]) -> str:
+    """A benchmark's one JSON line: {"bench", "machine", "rows": [{"case", "ours", "peers", "ratio"}]}.
+
+    `machine` is environment() with what roofs() said before the benchmark.
+    """
+    machine = environment() | {"roofs": dict(roofs)}
+    record = {"bench": bench, "machine": machine, "rows": [asdict(row) for row in rows]}
     return json.dumps(record, allow_nan=False)

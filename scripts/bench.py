@@ -8,15 +8,20 @@ A ratio above 1: ours is better. Peers that are not installed are named and left
 
 from launch import build, launch
 
-from rag.measure import bench_json, print_table
+from rag.measure import bench_json, print_table, roofs
 
 
 def main(config) -> None:
     benchmark = build(config.bench)
+    machine = roofs()
     rows = benchmark.run()
     name = type(benchmark).__module__.rpartition(".")[2]
+    print(
+        f"roofs: {machine['gemm_flops'] / 1e9:.4g} GFLOP/s of float32 matrix products, "
+        f"{machine['read_bytes_per_s'] / 1e9:.4g} GB/s read from memory"
+    )
     print_table(rows, title=name)
-    print(bench_json(name, rows))
+    print(bench_json(name, rows, machine))
 
 
 if __name__ == "__main__":

@@ -275,33 +275,42 @@ def check(config) -> None:
     if "_target_" not in config:
         return
     target = get_object(config._target_)
-    hints, parameters = typing.get_type_hints(target), inspect.signature(target).parameters
+    parameters = inspect.signature(target, eval_str=True).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in settings.items():
         name = config._get_full_key(key)
-        if key not in parameters and not key.startswith("_") and not open_ended:
+        if key in parameters:
+            if wanted := _mismatch(name, value, parameters[key].annotation):
+                raise UserError(f"{name}={value} will not do: it must be {wanted}.")
+        elif not key.startswith("_") and not open_ended:
             raise UserError(f"There is no setting {name!r}: {config._target_} takes {', '.join(parameters)}.")
-        if key in hints and (wanted := _mismatch(value, hints[key])):
-            raise UserError(f"{name}={value} will not do: it must be {wanted}.")
 
 
-def _mismatch(value: object, hint: object) -> str:
-    """What `hint` asks for, if it names plain types or literals only and `value` is none of them."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+def _mismatch(name: str, value: object, hint: object) -> str:
+    """What `hint` asks of the setting `name`; "" if `value` is that, or if `hint` is no type of plain values."""
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        wanted = [_mismatch(name, value, kind) for kind in arguments]
+        return "" if "" in wanted else " or ".join(sorted(wanted))
     if origin is typing.Literal:
         return "" if value in arguments else " or ".join(map(str, arguments))
-    allowed = (
-        {hint}
-        if origin is None
-        else set(arguments)
-        if origin in (typing.Union, types.UnionType)
-        else {object}
-    )
-    if not allowed <= {int, float, bool, str, type(None)}:
-        return ""
-    allowed |= {int} if float in allowed else set()
-    names = sorted("null" if kind is type(None) else kind.__name__ for kind in allowed)
-    return "" if type(value) in allowed else " or ".join(names)
+    if origin in (list, tuple, Sequence):
+        return _list_mismatch(name, value, [kind for kind in arguments if kind is not ...])
+    if origin is float:
+        return "" if type(value) in (float, int) else "float or int"
+    if origin in (int, bool, str, type(None)):
+        return "" if type(value) is origin else "null" if origin is type(None) else origin.__name__
+    return ""
+
+
+def _list_mismatch(name: str, value: object, kinds: Sequence[object]) -> str:
+    """As _mismatch, for a list whose elements are each of one of `kinds`, or of any kind if there is none."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        wrong = [[_mismatch(name, item, kind) for kind in kinds] for item in value]
+        if all(not wanted or "" in wanted for wanted in wrong):
+            return ""
+    example = "[10,100]" if int in kinds else "[0.1,0.9]" if float in kinds else "[a,b]"
+    return f"a list, as in {name}={example}"
 
 
 def run_dir() -> Path:
@@ -335,8 +344,10 @@ def _choose_device(device: str) -> None:
 
 
 @contextlib.contextmanager
-def _profile(wanted: bool) -> Iterator[None]:
-    """Record a JAX trace of the run into its folder, if wanted, and say where."""
+def _profile(wanted: object) -> Iterator[None]:
+    """Record a JAX trace of the run into its folder, if wanted, and say where. Raises UserError for no bool."""
+    if not isinstance(wanted, bool):  # yes and no are text to Hydra, and any text would count as true
+        raise UserError(f"profile={wanted} will not do: it must be true or false.")
     if not wanted:
         yield
         return

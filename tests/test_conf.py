@@ -7,6 +7,8 @@ from hydra import compose, initialize_config_dir
 from launch import CONF, check
 from omegaconf import OmegaConf
 
+from rag.types import UserError
+
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "shared")
 
 
@@ -53,6 +55,39 @@ def test_a_choice_fits_its_target(primary, group, choice):
     stage = composed(primary, f"{group}={choice}")[group]
     assert "_target_" in stage
     check(stage)
+
+
+@pytest.mark.parametrize(
+    ("primary", "overrides", "wanted"),
+    [
+        ("bench", ["bench=search", "bench.k=10"], r"bench\.k=10 .* a list, as in bench\.k=\[10,100\]"),
+        ("bench", ["bench=search", "bench.queries=null"], r"a list, as in bench\.queries=\[10,100\]"),
+        ("bench", ["bench=attention", "bench.head_dims=many"], r"a list, as in bench\.head_dims="),
+        ("bench", ["bench=attention", "bench.tokens=[512,x]"], r"a list, as in bench\.tokens="),
+        ("ingest", ["embedder=bag_of_words", "+embedder.vocabulary=word"], r"embedder\.vocabulary=\[a,b\]"),
+        ("generate", ["context.min_score=high"], r"min_score=high .* auto or float or int or null\."),
+        ("generate", ["generator.steps_per_dispatch=few"], r"steps_per_dispatch=few .* int\."),
+    ],
+)
+def test_a_value_of_another_type_is_named(primary, overrides, wanted):
+    group = overrides[-1].lstrip("+").partition(".")[0]
+    with pytest.raises(UserError, match=wanted):
+        check(composed(primary, *overrides)[group])
+
+
+@pytest.mark.parametrize("override", ["bench.k=[5]", "bench.k=[]", "bench.index=folder"])
+def test_a_value_that_fits_passes(override):
+    check(composed("bench", "bench=search", override).bench)
+
+
+@pytest.mark.parametrize("score", ["auto", "null", "1", "0.5"])
+def test_a_choice_of_types_takes_each(score):
+    check(composed("generate", f"context.min_score={score}").context)
+
+
+def test_benchmarks_take_the_default_weights():
+    assert composed("bench", "bench=generate").bench.weights == composed("generate").generator.weights
+    assert composed("bench", "bench=embed").bench.weights == composed("ingest").embedder.uri
 
 
 @pytest.mark.parametrize(

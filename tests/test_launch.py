@@ -210,6 +210,7 @@ def test_sweeps_over_other_keys_stay(run):
         (["n=${nowhere}"], "Cannot read the setting n: .*nowhere"),
         (["+n=4"], "already at 'n'"),
         (["device=tpu"], "no device 'tpu': choose one of auto, cpu, gpu"),
+        (["profile=no"], "profile=no will not do: it must be true or false"),
         (["--config-name=nowhere"], "nowhere"),
     ],
 )
@@ -384,10 +385,11 @@ def test_a_reader_that_leaves_is_no_error(command):
     assert "BrokenPipe" not in err
 
 
-def test_a_mistake_costs_no_jax(command):
-    environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
-    done = subprocess.run([*command, "stage=medium"], capture_output=True, text=True, env=environment)
+def test_a_mistake_costs_no_jax(tmp_path):
+    command = [sys.executable, str(CONF.parent / "scripts" / "generate.py"), "generator=medium"]
+    environment = os.environ | {"PYTHONPATH": str(CONF.parent), "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "no stage 'medium'" in done.stderr.splitlines()[-1]
+    assert "no generator 'medium'" in done.stderr.splitlines()[-1]
     assert not any(line.endswith(("| jax", "| flax")) for line in done.stderr.splitlines())

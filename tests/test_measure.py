@@ -5,7 +5,9 @@ import math
 import os
 import pathlib
 import subprocess
+from types import SimpleNamespace
 
+import bench
 import jax
 import jax.numpy as jnp
 import pytest
@@ -61,8 +63,20 @@ def test_ratio_above_one_means_ours_is_faster():
 def test_roofs_are_rates(monkeypatch):
     monkeypatch.setattr(measure, "_GEMM_SIZE", 64)
     monkeypatch.setattr(measure, "_READ_BYTES", 1 << 18)
-    assert 0 < measure.gemm_roof() < math.inf
-    assert 0 < measure.read_roof() < math.inf
+    roofs = measure.roofs()
+    assert roofs.keys() == {"gemm_flops", "read_bytes_per_s"}
+    assert all(0 < rate < math.inf for rate in roofs.values())
+
+
+def test_a_benchmark_tells_the_roofs_it_ran_under(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "_GEMM_SIZE", 64)
+    monkeypatch.setattr(measure, "_READ_BYTES", 1 << 18)
+    monkeypatch.setattr(bench, "build", lambda config: SimpleNamespace(run=lambda: ROWS))
+    bench.main(SimpleNamespace(bench=None))
+    first, *_, last = capsys.readouterr().out.splitlines()
+    roofs = json.loads(last)["machine"]["roofs"]
+    assert first.startswith(f"roofs: {roofs['gemm_flops'] / 1e9:.4g} GFLOP/s")
+    assert f" {roofs['read_bytes_per_s'] / 1e9:.4g} GB/s" in first
 
 
 def test_compiled_temp_bytes_sees_an_intermediate():
@@ -79,7 +93,7 @@ def test_environment_says_what_ran_on_what():
     assert record["versions"].keys() == {"jax", "jaxlib", "flax", "numpy"}
     assert record["device"] == jax.devices()[0].device_kind
     assert record["xla_flags"] == os.environ.get("XLA_FLAGS", "")
-    assert record["cores"] >= 1
+    assert record["cores"] == measure.cores() >= 1
     assert record["peak_memory_bytes"] > 10_000_000
     assert record["cpu_flags"] == sorted(set(record["cpu_flags"]))
     assert {"commit", "dirty", "python", "cpu", "load_average", "date"} <= record.keys()
@@ -151,11 +165,12 @@ def test_the_table_shows_every_figure_uncut(capsys):
 
 
 def test_the_json_line():
-    line = bench_json("attention", ROWS)
+    line = bench_json("attention", ROWS, {"gemm_flops": 2e9})
     assert "\n" not in line
     record = json.loads(line)
     assert record.keys() == {"bench", "machine", "rows"}
     assert record["bench"] == "attention"
+    assert record["machine"]["roofs"] == {"gemm_flops": 2e9}
     assert record["machine"]["device"] == jax.devices()[0].device_kind
     assert record["rows"][0] == {
         "case": "T=512 [causal]",
@@ -167,4 +182,4 @@ def test_the_json_line():
 
 def test_a_figure_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="JSON"):
-        bench_json("attention", [Row("x", {"ms": math.nan})])
+        bench_json("attention", [Row("x", {"ms": math.nan})], {})

@@ -6,7 +6,6 @@ Causal, float32, the same arrays for all. FLOP/s count the products that the cau
 Letters: B batch, T tokens, H query heads, K kv heads, D head dim.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rag.measure import Row, Timing, alternate, compiled_temp_bytes, ratio
+from rag.measure import Row, Timing, alternate, compiled_temp_bytes, cores, ratio
 from rag.ops.attention import attention
 
 Call = Callable[[], object]
@@ -99,9 +98,7 @@ def _torch(q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray, way: s
     except ImportError:
         print("torch is not installed: its columns are left out (make bench-setup)", file=sys.stderr)
         return {}
-    torch.set_num_threads(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    torch.set_num_threads(cores())
     q, k, v, dout = (torch.from_numpy(x) for x in (q, k, v, dout))
     attend = torch.nn.functional.scaled_dot_product_attention
 

@@ -3,7 +3,6 @@
 The texts are stretches of the sample documents, their lengths drawn from a log-normal distribution.
 """
 
-import os
 import random
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rag.embed import BertEmbedder
-from rag.measure import Row, Timing, alternate, ratio
+from rag.measure import Row, Timing, alternate, cores, ratio
 from rag.models import hub
 
 Encode = Callable[[list[str]], np.ndarray]  # texts -> unit vectors, N x E
@@ -81,7 +80,7 @@ def _sentence_transformers(folder: str, batch_size: int) -> Encode | None:
     except ImportError:
         print(f"{_PEER} is not installed: its column is left out (make bench-setup)", file=sys.stderr)
         return None
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     model = SentenceTransformer(folder, device="cpu")
     options = {"batch_size": batch_size, "normalize_embeddings": True, "show_progress_bar": False}
     return lambda texts: model.encode(texts, **options)

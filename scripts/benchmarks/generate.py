@@ -3,7 +3,6 @@
 Prefill is timed to the first new token, decode from there to the last; both decode greedily to the exact budget.
 """
 
-import os
 import statistics
 import sys
 import time
@@ -14,7 +13,7 @@ import numpy as np
 
 from rag.generate.engine import Engine
 from rag.generate.local import LocalGenerator
-from rag.measure import Row
+from rag.measure import Row, cores
 from rag.models import hub
 
 Run = Callable[[list[int], int], tuple[float, float]]  # prompt, new tokens -> seconds of prefill, of decode
@@ -83,8 +82,9 @@ def _llama_cpp(path: str, context: int) -> Run | None:
     except ImportError:
         print("llama-cpp-python is not installed: its column is left out (make bench-setup)", file=sys.stderr)
         return None
-    cores = os.cpu_count()
-    model = Llama(path, n_ctx=context, n_threads=cores, n_threads_batch=cores, n_batch=2048, verbose=False)
+    model = Llama(
+        path, n_ctx=context, n_threads=cores(), n_threads_batch=cores(), n_batch=2048, verbose=False
+    )
 
     def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
         model.reset()

@@ -8,7 +8,6 @@ Letters: N vectors, Q queries, E embedding dim.
 """
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from jaxtyping import Float32, Float64
 
 from rag.index.dense import DenseIndex
 from rag.index.store import Index
-from rag.measure import Row, alternate, ratio
+from rag.measure import Row, alternate, cores, ratio
 
 Find = Callable[[np.ndarray, int], np.ndarray]  # queries [Q, E], k -> ids [Q, k]
 
@@ -39,7 +38,9 @@ class Search:
     repeats: int = 7
 
     def run(self) -> list[Row]:
-        vectors = Index.open(Path(self.index)).vectors if self.index else _units(self.vectors, self.dim, seed=0)
+        vectors = (
+            Index.open(Path(self.index)).vectors if self.index else _units(self.vectors, self.dim, seed=0)
+        )
         questions = _questions(vectors, max(self.queries))
         best = _kth_scores(vectors, questions, max(self.k))
         ours = DenseIndex(vectors)
@@ -56,7 +57,9 @@ class Search:
         }
         mine = figures.pop("ours")
         ratios = {name: ratio(timings["ours"], timings[name]) for name in figures}
-        return Row(f"N={len(vectors)} E={vectors.shape[1]} k={k} queries={len(questions)}", mine, figures, ratios)
+        return Row(
+            f"N={len(vectors)} E={vectors.shape[1]} k={k} queries={len(questions)}", mine, figures, ratios
+        )
 
 
 def _units(count: int, dim: int, seed: int) -> Float32[np.ndarray, "N E"]:
@@ -71,7 +74,9 @@ def _questions(vectors: Float32[np.ndarray, "N E"], count: int) -> Float32[np.nd
     return questions / np.linalg.norm(questions, axis=1, keepdims=True)
 
 
-def _kth_scores(vectors: Float32[np.ndarray, "N E"], questions: Float32[np.ndarray, "Q E"], k: int) -> np.ndarray:
+def _kth_scores(
+    vectors: Float32[np.ndarray, "N E"], questions: Float32[np.ndarray, "Q E"], k: int
+) -> np.ndarray:
     """The k highest scores of each question, best first, by brute force in float64: [Q, k]."""
     best: Float64[np.ndarray, "Q k"] = np.full((len(questions), k), -np.inf)
     for start in range(0, len(vectors), _BLOCK):
@@ -91,7 +96,7 @@ def _faiss(vectors: Float32[np.ndarray, "N E"]) -> dict[str, Find]:
     except ImportError:
         print("faiss is not installed: its columns are left out (make bench-setup)", file=sys.stderr)
         return {}
-    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    faiss.omp_set_num_threads(cores())
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(np.ascontiguousarray(vectors))
 
