@@ -84,7 +84,7 @@ def _tagged(value: object) -> tuple[bytes, bytes]:
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes (64 hex digits), remembered by path, size, mtime and inode.
 
-    A large file is read once; a changed or replaced one is read again. Raises OSError as open() does.
+    A large file is read once; a changed or replaced one is read again. Raises OSError when it cannot be read.
     """
     path = Path(path).resolve()
     stat = path.stat()
@@ -98,9 +98,22 @@ def file_sha256(path: str | Path) -> str:
     after = path.stat()
     unchanged = (after.st_size, after.st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
     if unchanged and time.time_ns() - stat.st_mtime_ns > _RACY_NS:
-        with atomic_file(memory, "w") as file:
+        # A cache that cannot be written (read-only, full) costs the next start a reading, and no more.
+        with contextlib.suppress(OSError), atomic_file(memory, "w") as file:
             json.dump({"path": str(path), "sha256": digest.hexdigest()}, file)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Make an OSError in the block, which writes to the cache, a UserError that says what to do about it."""
+    try:
+        yield
+    except OSError as error:  # numpy's short writes have no strerror
+        raise UserError(
+            f"cannot write to the cache folder {cache_root()} ({error.strerror or error}); make room and "
+            "permission there, or set RAG_CACHE to another folder"
+        ) from error
 
 
 @contextlib.contextmanager

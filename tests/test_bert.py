@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -113,6 +114,33 @@ def test_sentence_files_are_obeyed(tmp_path, pooling, normalize, expected):
     settings = bert_checkpoint.settings_from_huggingface(folder)
     assert settings.pooling == Pooling(*expected, max_length=50)
     assert settings.query_prompt == "question "
+
+
+def test_bfloat16_weights_are_kept_as_float32(tmp_path):
+    halves = {name: array.astype(ml_dtypes.bfloat16) for name, array in tiny_tensors().items()}
+    folder = write_checkpoint(tmp_path / "half", halves)
+    for _ in range(2):  # converted, then read back
+        model, _, _ = bert_checkpoint.load(folder)
+        loaded = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+        for name, array in halves.items():
+            np.testing.assert_array_equal(loaded[name].get_value(), array.astype(np.float32))
+
+
+def test_files_that_are_damaged_are_told(tmp_path):
+    folder = write_checkpoint(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_attention_heads"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="lacks the setting 'num_attention_heads'"):
+        bert_checkpoint.load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+        bert_checkpoint.load(folder)
+    folder = write_checkpoint(tmp_path / "other")
+    for damaged in ("[", "{}", "[1]", '[{"path": ""}]'):
+        (folder / "modules.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"modules\.json (is no list of modules|names no Pooling)"):
+            bert_checkpoint.load(folder)
 
 
 def test_what_this_encoder_cannot_do_is_told(tmp_path):

@@ -1,6 +1,7 @@
 """Content keys, locks, atomic files and folders."""
 
 import dataclasses
+import errno
 import hashlib
 import math
 import os
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rag.cache import atomic_file, atomic_folder, cache_root, content_key, file_sha256, locked
+from rag import cache
+from rag.cache import atomic_file, atomic_folder, cache_root, content_key, file_sha256, locked, writing
 from rag.types import UserError
 
 PLAIN = st.recursive(
@@ -152,6 +154,31 @@ def test_file_sha256_remembers_by_size_time_and_inode(tmp_path):
     os.utime(other, (2000, 2000))
     os.replace(other, path)
     assert file_sha256(path) == hashlib.sha256(b"six").hexdigest()
+
+
+def test_file_sha256_needs_no_memory(tmp_path, monkeypatch):
+    path, tried = tmp_path / "weights", []
+
+    def read_only(memory, mode):
+        tried.append(memory)
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(cache, "atomic_file", read_only)
+    path.write_bytes(b"one")
+    os.utime(path, (1000, 1000))
+    assert file_sha256(path) == hashlib.sha256(b"one").hexdigest()
+    assert len(tried) == 1
+    with pytest.raises(FileNotFoundError):
+        file_sha256(tmp_path / "nothing")
+
+
+def test_a_failure_to_write_is_a_users_error(tmp_path):
+    with pytest.raises(UserError, match=r"folder .*cache \(Read-only file system\).*RAG_CACHE"), writing():
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    with pytest.raises(UserError, match=r"\(10 requested and 4 written\)"), writing():
+        raise OSError("10 requested and 4 written")  # as numpy does
+    with pytest.raises(KeyError), writing():
+        raise KeyError("ours")
 
 
 def test_atomic_file_replaces_whole(tmp_path):

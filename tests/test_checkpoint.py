@@ -1,7 +1,10 @@
 """Tables are strict, GGUF and safetensors files give the same weights, and conversion happens once."""
 
+import errno
 import json
+import os
 from functools import partial
+from types import SimpleNamespace
 
 import gguf
 import jax
@@ -112,6 +115,13 @@ def test_gguf_round_trip(tmp_path):
     assert all(tensor.dtype == np.float32 for tensor in tensors.values())
 
 
+def test_to_ask_whether_a_gguf_has_a_tensor_does_not_read_it(monkeypatch):
+    tensors = checkpoint.GgufTensors(SimpleNamespace(tensors=[SimpleNamespace(name="here")]))
+    monkeypatch.setattr(gguf, "dequantize", lambda *_: pytest.fail("it was dequantised"))
+    assert "here" in tensors
+    assert "there" not in tensors
+
+
 def test_a_file_that_is_no_gguf_is_told(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + b"\0" * 3)
@@ -146,6 +156,38 @@ def test_safetensors_that_are_missing_or_damaged_are_told(tmp_path):
         checkpoint.read_safetensors(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("index", "told"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "holds no JSON object"),
+        ("{}", "holds no weight_map"),
+        ('{"weight_map": {"a": 1}}', "holds no weight_map"),
+        (
+            '{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}',
+            r"1 missing \(two\.safetensors\)",
+        ),
+    ],
+)
+def test_a_shard_index_that_is_wrong_is_told(tmp_path, index, told):
+    (tmp_path / "one.safetensors").touch()
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=told):
+        checkpoint.read_safetensors(tmp_path)
+
+
+def test_a_configuration_that_is_missing_or_incomplete_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        checkpoint.read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"a": ')
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+        checkpoint.read_config(tmp_path)
+    values = checkpoint.Values({"a": 1}, "here")
+    assert (values["a"], values.get("b")) == (1, None)
+    with pytest.raises(UserError, match="here lacks the setting 'b'"):
+        values["b"]
+
+
 def test_the_same_bytes_are_converted_once(tmp_path, monkeypatch):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
     source, calls = tmp_path / "source", []
@@ -155,12 +197,29 @@ def test_the_same_bytes_are_converted_once(tmp_path, monkeypatch):
         (folder / "out").write_text(label)
 
     source.write_text("weights")
-    first = checkpoint.keep([source], partial(convert, "first"))
-    assert checkpoint.keep([source], partial(convert, "second")) == first
+    first = checkpoint.keep("toy", [source], partial(convert, "first"))
+    assert checkpoint.keep("toy", [source], partial(convert, "second")) == first
     assert (first / "out").read_text() == "first"
     source.write_text("other weights")
-    assert (checkpoint.keep([source], partial(convert, "third")) / "out").read_text() == "third"
-    assert calls == ["first", "third"]
+    assert (checkpoint.keep("toy", [source], partial(convert, "third")) / "out").read_text() == "third"
+    other = checkpoint.keep("another toy", [source], partial(convert, "as another"))
+    assert (other / "out").read_text() == "as another"
+    assert calls == ["first", "third", "as another"]
+
+
+def test_a_cache_that_cannot_be_written_is_told_unless_all_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    source.write_text("weights")
+
+    def fill_the_disk(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match=r"cache folder .*cache \(No space left.*RAG_CACHE"):
+        checkpoint.keep("toy", [source], fill_the_disk)
+    folder = checkpoint.keep("toy", [source], lambda folder: None)
+    monkeypatch.setattr(cache, "locked", lambda path: pytest.fail("a lock is a file in the cache"))
+    assert checkpoint.keep("toy", [source], fill_the_disk) == folder
 
 
 def test_a_failed_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -173,6 +232,6 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
         raise UserError("no")
 
     with pytest.raises(UserError, match="no"):
-        checkpoint.keep([source], fail)
+        checkpoint.keep("toy", [source], fail)
     assert not list((cache.cache_root() / "converted").rglob("half"))
-    assert (checkpoint.keep([source], lambda folder: (folder / "whole").touch()) / "whole").exists()
+    assert (checkpoint.keep("toy", [source], lambda folder: (folder / "whole").touch()) / "whole").exists()

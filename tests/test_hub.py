@@ -100,6 +100,18 @@ def test_placed_by_hand_needs_no_network(index, tmp_path):
     assert index.asked == []
 
 
+def test_what_is_there_needs_no_lock(index, monkeypatch):
+    path = hub.local_path(FILE_URI)
+    monkeypatch.setattr(cache, "locked", lambda path: pytest.fail("a lock is a file in the cache"))
+    assert hub.local_path(FILE_URI) == path
+
+
+def test_a_cache_that_cannot_be_written(index, tmp_path):
+    (tmp_path / "cache/weights/tiny-weights-1.0.lock").mkdir(parents=True)  # no file can be opened there
+    with pytest.raises(UserError, match=r"cannot write to the cache folder .*cache \(Is a dir.*RAG_CACHE"):
+        hub.local_path(FILE_URI)
+
+
 def test_unchanged_files_are_not_hashed_again(index, monkeypatch):
     path = hub.local_path(FILE_URI)
     hashed = []
@@ -327,6 +339,10 @@ def test_plain_paths(tmp_path, monkeypatch):
     assert hub.local_path(str(tmp_path)) == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     assert hub.local_path("~") == tmp_path
+    (tmp_path / "model.gguf").touch()
+    assert hub.local_path("~/model.gguf") == tmp_path / "model.gguf"
+    with pytest.raises(UserError, match="no weights at ~nobody-of-this-name/x"):
+        hub.local_path("~nobody-of-this-name/x")
     (tmp_path / "odd:name").touch()
     assert hub.local_path(str(tmp_path / "odd:name")) == tmp_path / "odd:name"
     with pytest.raises(UserError, match=r"no weights at .*nothing.*pypi:"):

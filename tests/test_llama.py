@@ -86,6 +86,73 @@ def test_unknown_architectures_and_scalings_are_told(goldens):
         llama_checkpoint.config_from_huggingface(config | {"rope_scaling": {"rope_type": "yarn"}}, "here")
 
 
+def test_activations_and_windows_that_are_not_known_are_told(goldens):
+    config = json.loads(str(goldens["qwen2/config"]))
+    with pytest.raises(UserError, match="activation 'gelu'"):
+        llama_checkpoint.config_from_huggingface(config | {"hidden_act": "gelu"}, "here")
+    with pytest.raises(UserError, match="sliding window"):
+        llama_checkpoint.config_from_huggingface(config | {"use_sliding_window": True}, "here")
+
+
+def test_settings_that_are_missing_are_told(goldens, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
+    config = json.loads(str(goldens["llama/config"]))
+    with pytest.raises(UserError, match="rope_scaling, lacks the setting 'factor'"):
+        llama_checkpoint.config_from_huggingface(config | {"rope_scaling": {"type": "linear"}}, "here")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        llama_checkpoint.load(tmp_path)
+    del config["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="lacks the setting 'hidden_size'"):
+        llama_checkpoint.load(tmp_path)
+
+
+GGUF = {
+    "general.architecture": "llama",
+    "tokenizer.ggml.tokens": ["a", "b"],
+    "llama.embedding_length": 16,
+    "llama.attention.head_count": 2,
+    "llama.feed_forward_length": 32,
+    "llama.block_count": 1,
+    "llama.context_length": 64,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.dimension_count": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "tensor", "factors"),
+    [
+        ({}, None, None),
+        ({}, [1, 1, 2, 8], (1, 1, 2, 8)),
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, None, (4, 4, 4, 4)),
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, [1, 1, 2, 8], (4, 4, 8, 32)),
+        ({"scaling.type": "linear"}, None, None),
+        ({"scaling.factor": 0.0}, None, None),
+        ({"scale_linear": 2.0}, None, (2, 2, 2, 2)),  # before there were types
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None, None),
+    ],
+)
+def test_rope_scaling_of_gguf_files(scaling, tensor, factors):
+    metadata = GGUF | {f"llama.rope.{key}": value for key, value in scaling.items()}
+    tensors = {} if tensor is None else {"rope_freqs.weight": np.array(tensor, np.float32)}
+    assert llama_checkpoint.config_from_gguf(metadata, tensors).rope_factors == factors
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "'yarn'"),
+        ({"llama.rope.scaling.type": "longrope"}, "'longrope'"),
+        ({"llama.rope.dimension_count": 4}, "rotates 4 of its heads' 8 dimensions"),
+    ],
+)
+def test_rotations_of_gguf_files_that_are_not_known_are_told(change, told):
+    with pytest.raises(UserError, match=told):
+        llama_checkpoint.config_from_gguf(GGUF | change, {})
+
+
 def test_rotation_depends_on_the_distance_alone():
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))

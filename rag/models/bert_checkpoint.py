@@ -76,7 +76,7 @@ def load(path: Path) -> tuple[Bert, Tokenizer, Settings]:
     Raises UserError for another architecture, tensors that do not fit, and pooling that is not mean or CLS.
     """
     convert = _convert_gguf if checkpoint.is_gguf(path) else _convert_huggingface
-    folder = checkpoint.keep(source_files(path), partial(convert, path))
+    folder = checkpoint.keep("bert", source_files(path), partial(convert, path))
     values = json.loads((folder / _SETTINGS).read_text())
     config, pooling = BertConfig(**values.pop("config")), Pooling(**values.pop("pooling"))
     model = checkpoint.load_module(abstract(config), folder)
@@ -100,7 +100,9 @@ def source_files(path: Path) -> list[Path]:
 
 def _convert_huggingface(path: Path, folder: Path) -> None:
     settings = settings_from_huggingface(path)
-    tensors = checkpoint.read_safetensors(path)
+    tensors = {
+        name: np.asarray(array, np.float32) for name, array in checkpoint.read_safetensors(path).items()
+    }
     table = huggingface_table(prefix_of(tensors))
     model = checkpoint.fill(abstract(settings.config), tensors, table, str(path))
     _write(model, Tokenizer.from_folder(path), settings, folder)
@@ -148,7 +150,7 @@ def settings_from_huggingface(path: Path) -> Settings:
 
     Without the files of sentence-transformers: the mean over the tokens, of unit length.
     """
-    config = config_from_huggingface(read_json(path / "config.json"), str(path))
+    config = config_from_huggingface(checkpoint.read_config(path), str(path))
     sentence = read_json(path / "sentence_bert_config.json")
     prompts = read_json(path / "config_sentence_transformers.json").get("prompts", {})
     mode, normalize = "mean", True
@@ -169,12 +171,12 @@ def settings_from_huggingface(path: Path) -> Settings:
 def _pooling_modules(path: Path) -> tuple[str, bool]:
     """(mode, normalize) from modules.json, sentence-transformers' list of what is applied in order."""
     mode, normalize = None, False
-    for module in json.loads((path / "modules.json").read_text()):
-        match module["type"].rsplit(".", 1)[-1]:
+    for kind, place in _listed_modules(path / "modules.json"):
+        match kind:
             case "Transformer":
                 pass
             case "Pooling":
-                mode = _pooling_mode(path / module["path"] / "config.json")
+                mode = _pooling_mode(path / place / "config.json")
             case "Normalize":
                 normalize = True
             case other:
@@ -185,6 +187,15 @@ def _pooling_modules(path: Path) -> tuple[str, bool]:
     if mode is None:
         raise UserError(f"{path}/modules.json names no Pooling module; take a sentence-embedding checkpoint")
     return mode, normalize
+
+
+def _listed_modules(path: Path) -> list[tuple[str, str]]:
+    """(class, folder) of every module in the list."""
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+        return [(module["type"].rsplit(".", 1)[-1], module.get("path", "")) for module in modules]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no list of modules ({error!r}); fetch the file again") from error
 
 
 def _pooling_mode(path: Path) -> str:
@@ -203,6 +214,7 @@ def _pooling_mode(path: Path) -> str:
 
 def config_from_huggingface(values: Mapping[str, Any], source: str) -> BertConfig:
     """The architecture that a config.json describes; UserError for what this encoder is not."""
+    values = checkpoint.Values(values, source)
     family = values.get("model_type", "bert")
     if family not in FAMILIES:
         raise UserError(
@@ -231,9 +243,10 @@ def config_from_huggingface(values: Mapping[str, Any], source: str) -> BertConfi
 
 def settings_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Settings:
     """Architecture and pooling of a GGUF file; its converter has cut RoBERTa's unused positions off."""
+    name = metadata.get("general.name", "the GGUF file")
+    metadata = checkpoint.Values(metadata, name)
     kind = metadata.get("general.architecture")
     if kind != "bert":
-        name = metadata.get("general.name", "the GGUF file")
         raise UserError(
             f"{name} is of architecture {kind!r}, which the encoder does not know; take one of bert"
         )

@@ -8,7 +8,6 @@ Reading and dequantising a GGUF costs seconds, so what was read once is kept as 
 (float32, memory-mapped when it is read again) in the cache folder, under the source file's SHA-256.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,12 @@ import numpy as np
 from flax import nnx
 
 from rag import cache
+from rag.models.tokenizer import read_json
 from rag.types import UserError
 
 M = TypeVar("M", bound=nnx.Module)
 
-CONVERTED_FORMAT = 1  # part of the cache's key: raise it when what `keep` writes changes meaning
+CONVERTED_FORMAT = 2  # part of the cache's key: raise it when what `keep` writes changes meaning
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +113,43 @@ def shards(path: Path) -> Sequence[Path]:
         return [path]
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return _indexed_shards(index)
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     raise UserError(
         f"{path} holds neither model.safetensors nor model.safetensors.index.json; name a checkpoint folder"
     )
+
+
+def _indexed_shards(index: Path) -> Sequence[Path]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index} holds no weight_map from tensors to files; fetch the file again")
+    found = [index.parent / name for name in sorted(set(places.values()))]
+    if absent := [shard.name for shard in found if not shard.is_file()]:
+        raise UserError(f"{index} names files that are not there: {_some('missing', absent)}; fetch them")
+    return found
+
+
+class Values(dict[str, Any]):
+    """What a configuration says; to ask for a required setting (`[]`) that it lacks is a UserError."""
+
+    def __init__(self, values: Mapping[str, Any], source: str):
+        super().__init__(values)
+        self._source = source
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(
+            f"{self._source} lacks the setting {key!r}; fetch its configuration again, or take another checkpoint"
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face folder; UserError if it is missing or damaged."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no config.json; name a complete Hugging Face checkpoint folder")
+    return read_json(path)
 
 
 class GgufTensors(Mapping[str, np.ndarray]):
@@ -138,6 +169,9 @@ class GgufTensors(Mapping[str, np.ndarray]):
                 f"tensor {name} is quantised as {tensor.tensor_type.name}, which the gguf library cannot "
                 "dequantise; take another quantisation of this model"
             ) from error
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would dequantise the tensor
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -168,13 +202,16 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def keep(sources: Sequence[Path], convert: Callable[[Path], None]) -> Path:
-    """The cache's folder for what `convert(folder)` makes of the source files, made once for the same bytes."""
+def keep(kind: str, sources: Sequence[Path], convert: Callable[[Path], None]) -> Path:
+    """The cache's folder for what `convert(folder)` makes of the source files, made once for the same bytes.
+
+    `kind` names what they are read as, since one file may be read as several. UserError if the cache cannot be
+    written.
+    """
     digests = [cache.file_sha256(path) for path in sources]
-    folder = cache.cache_root() / "converted" / cache.content_key(digests, CONVERTED_FORMAT)
+    folder = cache.cache_root() / "converted" / cache.content_key(kind, digests, CONVERTED_FORMAT)
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with cache.locked(folder):
+        with cache.writing(), cache.locked(folder):
             if not folder.exists():  # another process may have made it while this one waited
                 with cache.atomic_folder(folder) as unfinished:
                     convert(unfinished)

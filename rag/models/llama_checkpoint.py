@@ -46,10 +46,10 @@ def load(path: Path) -> tuple[Llama, Tokenizer]:
     Raises UserError for another architecture and for tensors that do not fit.
     """
     if checkpoint.is_gguf(path):
-        folder = checkpoint.keep([path], partial(_convert_gguf, path))
+        folder = checkpoint.keep("llama", [path], partial(_convert_gguf, path))
     elif path.is_dir():
         parts = [*checkpoint.shards(path), *sorted(path.glob("*.json")), *sorted(path.glob("*.jinja"))]
-        folder = checkpoint.keep(parts, partial(_convert_huggingface, path))
+        folder = checkpoint.keep("llama", parts, partial(_convert_huggingface, path))
     else:
         raise UserError(
             f"{path} is neither a GGUF file nor a folder; name one, or a Hugging Face checkpoint folder"
@@ -70,7 +70,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
 
 
 def _convert_huggingface(path: Path, folder: Path) -> None:
-    config = config_from_huggingface(json.loads((path / "config.json").read_text()), str(path))
+    config = config_from_huggingface(checkpoint.read_config(path), str(path))
     tensors = {
         name: np.asarray(array, np.float32) for name, array in checkpoint.read_safetensors(path).items()
     }
@@ -122,8 +122,15 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def config_from_huggingface(values: Mapping[str, Any], source: str) -> LlamaConfig:
     """The architecture that a config.json describes; UserError for a family that is not this one."""
+    values = checkpoint.Values(values, source)
     kind = values.get("model_type")
     _check_architecture(kind, source)
+    if (activation := values.get("hidden_act", "silu")) != "silu":
+        raise UserError(
+            f"{source} has the activation {activation!r}; only silu is known, take another checkpoint"
+        )
+    if values.get("use_sliding_window"):
+        raise UserError(f"{source} attends in a sliding window, which is not known; take another checkpoint")
     heads, width = values["num_attention_heads"], values["hidden_size"]
     head_dim = values.get("head_dim") or width // heads
     # transformers 5 moved theta into the scaling record
@@ -151,6 +158,7 @@ def _rope_factors(
     scaling: Mapping[str, Any], head_dim: int, theta: float, source: str
 ) -> tuple[float, ...] | None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    scaling = checkpoint.Values(scaling, f"{source}, in its rope_scaling,")
     if kind == "default":
         return None
     if kind == "linear":
@@ -164,30 +172,53 @@ def _rope_factors(
 
 def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> LlamaConfig:
     """The architecture that a GGUF file's metadata describes; UserError for a family that is not this one."""
-    kind = metadata.get("general.architecture")
-    _check_architecture(kind, metadata.get("general.name", "the GGUF file"))
-
-    def value(key: str, default: Any = None) -> Any:
-        return metadata.get(f"{kind}.{key}", default)
-
-    heads, width = value("attention.head_count"), value("embedding_length")
-    factors = tensors.get("rope_freqs.weight")
+    kind, source = metadata.get("general.architecture"), metadata.get("general.name", "the GGUF file")
+    _check_architecture(kind, source)
+    values = checkpoint.Values(
+        {key.removeprefix(f"{kind}."): value for key, value in metadata.items()}, source
+    )
+    heads, width = values["attention.head_count"], values["embedding_length"]
+    head_dim = values.get("attention.key_length", width // heads)
     return LlamaConfig(
-        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
+        vocab_size=len(values["tokenizer.ggml.tokens"]),
         hidden_size=width,
-        intermediate_size=value("feed_forward_length"),
-        num_hidden_layers=value("block_count"),
+        intermediate_size=values["feed_forward_length"],
+        num_hidden_layers=values["block_count"],
         num_attention_heads=heads,
-        num_key_value_heads=value("attention.head_count_kv", heads),
-        head_dim=value("attention.key_length", width // heads),
-        max_position_embeddings=value("context_length"),
-        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
-        rope_theta=value("rope.freq_base", 10000.0),
-        rope_factors=None if factors is None else tuple(np.asarray(factors, np.float64).tolist()),
+        num_key_value_heads=values.get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=values["context_length"],
+        rms_norm_eps=values["attention.layer_norm_rms_epsilon"],
+        rope_theta=values.get("rope.freq_base", 10000.0),
+        rope_factors=_gguf_rope_factors(values, tensors.get("rope_freqs.weight"), head_dim, source),
         tie_word_embeddings="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
     )
+
+
+def _gguf_rope_factors(
+    values: Mapping[str, Any], tensor: np.ndarray | None, head_dim: int, source: str
+) -> tuple[float, ...] | None:
+    """Llama 3's factors, which are a tensor, times the linear factor, as llama.cpp applies them."""
+    if (turned := values.get("rope.dimension_count", head_dim)) != head_dim:
+        raise UserError(
+            f"{source} rotates {turned} of its heads' {head_dim} dimensions; only whole heads are known, "
+            "take another checkpoint"
+        )
+    kind = values.get("rope.scaling.type", "linear")  # llama.cpp's default, of files that say a factor alone
+    if kind not in ("none", "linear"):
+        raise UserError(
+            f"{source} scales its rotary positions by {kind!r}; only linear scaling and rope_freqs can be "
+            "loaded, take another checkpoint"
+        )
+    factor = values.get("rope.scaling.factor", values.get("rope.scale_linear", 0.0))
+    if kind == "none" or factor == 0.0:  # 0 is how llama.cpp says: not scaled
+        factor = 1.0
+    if tensor is None and factor == 1.0:
+        return None
+    each = np.ones(head_dim // 2) if tensor is None else np.asarray(tensor, np.float64)
+    return tuple((each * factor).tolist())
 
 
 def _check_architecture(kind: str | None, source: str) -> None:
