@@ -13,6 +13,7 @@ import functools
 import inspect
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -52,6 +53,8 @@ def launch(
     Exit codes: 0; 2 for what a person can put right (one sentence on stderr); 130 after Ctrl-C; 141 when the
     reader of stdout went away. Any other exception is a bug of ours: it keeps its traceback and exits with 1.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as by nohup
+        signal.signal(signal.SIGINT, _ctrl_c)
     sys.exit(_exit_code(main, config_name, config_dir, free_text))
 
 
@@ -85,6 +88,17 @@ def _exit_code(main: Callable, config_name: str, config_dir: Path, free_text: Se
     except Exception as error:
         return _tell(error, _explain(error, config_name, config_dir))
     return 0
+
+
+def _ctrl_c(number: int, frame: types.FrameType | None) -> None:
+    """KeyboardInterrupt, except during an import, where extensions swallow it or crash: there, leave at once."""
+    caller = frame
+    while caller is not None:
+        if caller.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, b"\nInterrupted.\n")
+            os._exit(130)
+        caller = caller.f_back
+    signal.default_int_handler(number, frame)
 
 
 def _tell(error: BaseException, sentence: str | None) -> int:

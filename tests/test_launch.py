@@ -157,17 +157,9 @@ def test_a_sweep_passes_text_on_as_it_is(text):
 
 def test_only_free_text_is_quoted():
     others = [
-        "stage=large",
-        "n=1,2",
-        "chunker.size=128",
-        "questions=[a,b]",
-        "~question",
-        "-m",
-        "--cfg",
-        "job",
-        "pathx=1",
-        "model=a,b",
-    ]
+        "stage=large", "n=1,2", "chunker.size=128", "questions=[a,b]", "~question", "-m",
+        "--cfg", "job", "pathx=1", "model=a,b",
+    ]  # fmt: skip
     assert quote_overrides(others) == others
     assert quote_overrides(["question=a, b"]) == ["question='a, b'"]
     assert quote_overrides(["++question=x y", "+index.path=a=b"]) == ["++question='x y'", "+index.path='a=b'"]
@@ -342,8 +334,6 @@ def command(conf, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    text = (conf / "stage" / "small.yaml").read_text()
-    (conf / "stage" / "small.yaml").write_text(text)
     return [sys.executable, str(tmp_path / "tiny.py")]
 
 
@@ -371,6 +361,16 @@ def test_ctrl_c_ends_cleanly(command):
     assert process.returncode == 130
     assert err.splitlines()[-1] == "Interrupted."
     assert "Traceback" not in err
+
+
+def test_ctrl_c_ends_an_import_that_would_swallow_it(command, tmp_path):
+    (tmp_path / "swallower.py").write_text(
+        "import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: pass\n"
+    )
+    script = tmp_path / "tiny.py"
+    script.write_text(script.read_text().replace("jax.numpy as jnp", "swallower"))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nInterrupted.\n")
 
 
 def test_a_reader_that_leaves_is_no_error(command):
