@@ -137,7 +137,9 @@ def answer(
         else:
             pieces.append(piece)
             yield piece
-    timings = Timings(retrieve_s, usage.prefill_s, usage.decode_s, usage.prompt_tokens, usage.new_tokens)
+    timings = Timings(
+        retrieve_s, usage.prefill_s, usage.decode_s, usage.prompt_tokens, usage.new_tokens, usage.prepare_s
+    )
     text = "".join(pieces).strip()
     marked = cited(text, shown)
     yield Answer(question, text, False, shown.sources, timings, marked, (*notices, *usage.notices))

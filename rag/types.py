@@ -83,6 +83,7 @@ class Usage:
     new_tokens: int
     prefill_s: float  # reading the prompt, seconds
     decode_s: float  # writing the answer, seconds
+    prepare_s: float = 0.0  # compiling programs or loading a model, counted in neither
     notices: tuple[str, ...] = ()  # what the reader should know
 
 
@@ -95,6 +96,7 @@ class Timings:
     decode_s: float
     prompt_tokens: int
     new_tokens: int
+    prepare_s: float = 0.0  # compiling programs or loading a model, counted in none of the others
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,8 @@ def show(answer: Answer) -> None:
             f"prefill {t.prompt_tokens} tokens in {t.prefill_s:.2f} s ({_rate(t.prompt_tokens, t.prefill_s)})",
             f"decode {t.new_tokens} tokens in {t.decode_s:.2f} s ({_rate(t.new_tokens - 1, t.decode_s)})",
         ]
+    if t.prepare_s:
+        parts.append(f"before that, {t.prepare_s:.2f} s to make or load its programs")
     print("; ".join(parts))
 
 

@@ -88,7 +88,12 @@ def answer(url: str, **settings) -> list:
 def test_streams_the_pieces_then_the_usage():
     with server(said("It "), said("weighs "), said("\u00e9\U0001f916"), line(LAST)) as (url, _):
         pieces = answer(url)
-    assert pieces == ["It ", "weighs ", "\u00e9\U0001f916", Usage(31, 5, prefill_s=2.0, decode_s=0.25)]
+    assert pieces == [
+        "It ",
+        "weighs ",
+        "\u00e9\U0001f916",
+        Usage(31, 5, prefill_s=1.5, decode_s=0.25, prepare_s=0.5),
+    ]
 
 
 def test_asks_for_what_was_set():

@@ -81,7 +81,14 @@ def test_json_is_one_object_with_the_question_as_typed(index, run, question):
     answer = json.loads(out)
     assert answer["question"] == question
     assert set(answer) >= {"question", "answer", "abstained", "sources", "timings", "environment"}
-    assert set(answer["timings"]) == {"retrieve_s", "prefill_s", "decode_s", "prompt_tokens", "new_tokens"}
+    assert set(answer["timings"]) == {
+        "retrieve_s",
+        "prefill_s",
+        "decode_s",
+        "prompt_tokens",
+        "new_tokens",
+        "prepare_s",
+    }
     assert set(answer["sources"][0]) == {"n", "path", "start", "end", "score", "text"}
     source = answer["sources"][0]
     assert FILES[source["path"]][source["start"] : source["end"]] == source["text"]

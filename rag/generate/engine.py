@@ -7,6 +7,7 @@ costs nothing on CPU and hides the host's work between steps.
 Letters: B batch, T prompt tokens, V vocab.
 """
 
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -144,6 +145,7 @@ class Engine:
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         keys = jax.vmap(jax.random.key)(np.asarray(seeds or [0] * len(prompts), np.uint32))
+        begin = time.perf_counter()
         state = prefill(
             self.model,
             tokens,
@@ -154,7 +156,7 @@ class Engine:
             sampling=sampling,
             end_ids=self.end_ids,
         )
-        return Decoding(self, state, sampling)
+        return Decoding(self, state, sampling, time.perf_counter() - begin)
 
     def generate(
         self,
@@ -186,11 +188,16 @@ class Engine:
 
 
 class Decoding:
-    """A batch being decoded: iterate for each row's new tokens; `finish(row)` ends a row early (a stop string)."""
+    """A batch being decoded: iterate for each row's new tokens; `finish(row)` ends a row early (a stop string).
 
-    def __init__(self, engine: Engine, state: DecodeState, sampling: Sampling):
+    `prefill_prepare_s` and `decode_prepare_s` are the seconds that the first call of each program took to return:
+    tracing and compiling it, or reading it from the compilation cache; the device works on after that.
+    """
+
+    def __init__(self, engine: Engine, state: DecodeState, sampling: Sampling, prefill_prepare_s: float):
         self._engine, self._state, self._sampling = engine, state, sampling
         self._first = True
+        self.prefill_prepare_s, self.decode_prepare_s = prefill_prepare_s, 0.0
 
     def finish(self, row: int) -> None:
         """Make no more tokens for this row."""
@@ -206,7 +213,7 @@ class Decoding:
             return self._rows(np.asarray(self._state.token)[None])
         if np.asarray(self._state.finished).all():
             raise StopIteration
-        engine = self._engine
+        engine, begin = self._engine, time.perf_counter()
         self._state, made = decode(
             engine.model,
             self._state,
@@ -214,6 +221,7 @@ class Decoding:
             sampling=self._sampling,
             end_ids=engine.end_ids,
         )
+        self.decode_prepare_s = self.decode_prepare_s or time.perf_counter() - begin
         return self._rows(np.asarray(made))
 
     def _rows(self, made: np.ndarray) -> list[list[int]]:

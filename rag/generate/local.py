@@ -83,8 +83,10 @@ class LocalGenerator:
                 break
         if piece := text.push(decoder.finish()) + text.finish():
             yield piece
-        end = time.perf_counter()
-        yield Usage(len(prompt), new_tokens, prefilled - begin, end - prefilled)
+        prefill_s = prefilled - begin - decoding.prefill_prepare_s
+        decode_s = time.perf_counter() - prefilled - decoding.decode_prepare_s
+        prepare_s = decoding.prefill_prepare_s + decoding.decode_prepare_s
+        yield Usage(len(prompt), new_tokens, prefill_s, decode_s, prepare_s)
 
     def generate(
         self,

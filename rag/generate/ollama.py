@@ -151,6 +151,7 @@ def _usage(last: dict) -> Usage:
     return Usage(
         prompt_tokens=last.get("prompt_eval_count", 0),
         new_tokens=last.get("eval_count", 0),
-        prefill_s=(last.get("load_duration", 0) + last.get("prompt_eval_duration", 0)) / 1e9,
+        prefill_s=last.get("prompt_eval_duration", 0) / 1e9,
         decode_s=last.get("eval_duration", 0) / 1e9,
+        prepare_s=last.get("load_duration", 0) / 1e9,
     )
