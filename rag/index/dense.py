@@ -1,20 +1,21 @@
 """Exact nearest neighbours by cosine: the inner product of unit vectors, every vector looked at.
 
     N vectors (rows, of which the first `live` count), Q queries, E embedding dim, k results
-    G groups of consecutive rows, C candidates
+    G groups of consecutive rows, R rows of a block, C candidates
 
 Reading the vectors is nearly all of the work for a few queries: all scores of a query are kept, and its best
 rows taken from them. For many queries multiplying is, and writing N x Q scores would cost as much again: the
-rows are taken in blocks that stay in the processor's cache, only the maxima of small groups of rows are kept,
-and the rows of the best groups are scored once more. Either way the vectors are read in place (a memory map
-is not copied), and the temporary memory is a small part of theirs.
+rows are taken in blocks whose scores stay in the processor's cache, only the maxima of small groups of rows
+are kept, and the rows of the best groups are scored once more. Either way the vectors are read in place (a
+memory map is not copied), and the temporary memory is a small part of theirs.
 
 Which program serves a query depends on the batch it comes in, and XLA's product rounds differently from
 program to program. So the scores that are returned, and the order they give, always come from one small
 product, a query by its candidates: a result does not change with the batch, and equal vectors tie.
 """
 
-from functools import partial, reduce
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ from rag.types import UserError
 _BATCH = 256  # queries of one call to XLA
 _LEAST = 4  # queries of the smallest program: below it int8 and bfloat16 products fall off their fast path
 _FEW = 16  # queries for which all scores are kept at once
-_ROWS = 2048  # rows of a block: with _BATCH queries their scores are 2 MiB
+_ROWS = 4096  # rows of a block: with _BATCH queries their scores are 4 MiB
+_BLOCKS = 64  # blocks that one program takes: it grows with them
 _GROUP = 8  # rows of a group: fewer leave more maxima to choose from, more leave more rows to score again
 _SPARE = 2  # candidates beyond k, for those that another rounding would have let in
 _CHECKED_ROWS = 1 << 14
@@ -45,36 +47,62 @@ def search(
     n = len(vectors)
     k = min(k, n)
     live = jnp.asarray(n if live is None else live)
-    if len(queries) <= _FEW:
-        return jax.vmap(partial(_search_one, vectors, live=live, k=k))(queries)
-    if n < max(1024 * k, _ROWS):  # scoring the best groups once more would cost too much
-        return jax.lax.map(partial(_search_one, vectors, live=live, k=k), queries, batch_size=_FEW)
-    one = partial(_search_groups, vectors, live=live, k=k)
-    # One query after the other: the rows of a query's best groups fit the processor's cache, a batch's do not.
-    return jax.lax.map(lambda query: one(*query), (queries, _group_maxima(vectors, queries).T))
+    if _by_groups(n, len(queries), k):
+        return _search_groups(vectors, queries, _maxima(vectors, queries), k, live)
+    one = partial(_best_scores, vectors, k=min(k + _SPARE, n), live=live)
+    return _in_blocks(lambda block: _rescored(vectors, block, *jax.vmap(one)(block), k), _FEW, queries)
 
 
-def _search_one(
-    vectors: Float[Array, "N E"], query: Float[Array, "E"], live: Int[Array, ""], k: int
-) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
-    """One query by way of all its scores."""
-    best, ids = two_level_top_k(_scores(vectors, query), live, min(k + _SPARE, len(vectors)))
-    order = jnp.argsort(ids)  # of ids, so that a tie goes to the lower one
-    return _rescored(vectors, query, ids[order], (best > -jnp.inf)[order], k)
+def _by_groups(n: int, queries: int, k: int) -> bool:
+    """Whether group maxima pay: not for few queries, nor if the best groups are a good part of all rows."""
+    return queries > _FEW and n >= max(1024 * k, _ROWS)
+
+
+def _best_scores(
+    vectors: Float[Array, "N E"], query: Float[Array, "E"], k: int, live: Int[Array, ""]
+) -> tuple[Int[Array, "k"], Bool[Array, "k"]]:
+    """The rows of one query's k highest scores, ascending, and which of them count."""
+    best, ids = two_level_top_k(_scores(vectors, query), live, k)
+    order = jnp.argsort(ids)
+    return ids[order], (best > -jnp.inf)[order]
+
+
+def _best_groups(
+    maxima: Float[Array, "G"], k: int, live: Int[Array, ""]
+) -> tuple[Int[Array, "C"], Bool[Array, "C"]]:
+    """The rows of the k groups of highest maximum for one query, ascending, and which of them count."""
+    whole = live // _GROUP
+    best, winners = two_level_top_k(maxima, whole, k)
+    return members(jnp.where(best > -jnp.inf, winners, whole), live, _GROUP)
 
 
 def _search_groups(
     vectors: Float[Array, "N E"],
-    query: Float[Array, "E"],
-    maxima: Float[Array, "G"],
-    live: Int[Array, ""],
+    queries: Float[Array, "Q E"],
+    maxima: Float[Array, "Q G"],
     k: int,
-) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
-    """One query by way of the maximum of its scores in each group of rows."""
-    whole = live // _GROUP
-    best, winners = two_level_top_k(maxima, whole, k + _SPARE)
-    ids, usable = members(jnp.where(best > -jnp.inf, winners, whole), live, _GROUP)
-    return _rescored(vectors, query, ids, usable, k)
+    live: Int[Array, ""],
+) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
+    """Each query by way of the highest scores in the groups of rows."""
+    one = partial(_best_groups, k=k + _SPARE, live=live)
+
+    def block(queries, maxima):
+        return _rescored(vectors, queries, *jax.vmap(one)(maxima), k)
+
+    return _in_blocks(block, _LEAST, queries, maxima)  # few at once: their rows fit the processor's cache
+
+
+def _in_blocks(
+    search: Callable[..., tuple[Array, Array]], size: int, *arrays: Float[Array, "Q _"]
+) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
+    """`search` of the arrays, at most `size` rows at a time."""
+    count = len(arrays[0])
+    if count <= size:
+        return search(*arrays)
+    padded = [jnp.pad(array, ((0, -count % size), (0, 0))) for array in arrays]
+    blocks = [array.reshape(-1, size, array.shape[1]) for array in padded]
+    scores, ids = jax.lax.map(lambda block: search(*block), blocks)
+    return jax.lax.collapse(scores, 0, 2)[:count], jax.lax.collapse(ids, 0, 2)[:count]
 
 
 def _scores(vectors: Float[Array, "N E"], query: Float[Array, "E"]) -> Float32[Array, "N"]:
@@ -84,36 +112,58 @@ def _scores(vectors: Float[Array, "N E"], query: Float[Array, "E"]) -> Float32[A
 
 def _rescored(
     vectors: Float[Array, "N E"],
-    query: Float[Array, "E"],
-    ids: Int[Array, "C"],
-    usable: Bool[Array, "C"],
+    queries: Float[Array, "Q E"],
+    ids: Int[Array, "Q C"],
+    usable: Bool[Array, "Q C"],
     k: int,
-) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
-    """The k best of the candidates `ids`, which ascend, by scores that only the query and the row decide."""
+) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
+    """The k best of each query's candidates, by scores that only the query and the row decide.
+
+    XLA is slow to multiply each query by rows of its own, and rounds a row by where it stands if there is only
+    one query. So all rows are multiplied by all queries, of which there are at least two, and each query
+    keeps its own.
+    """
     with jax.named_scope("rescore"):
-        rows = vectors.at[ids].get(mode="clip")
-        # Twice the query: XLA's product with a single column rounds a row by where it stands.
-        scores = jax.vmap(_scores, in_axes=(None, 0))(rows, jnp.stack([query, query]))[0]
-        return best_members(scores, ids, usable, k)
+        count, width = ids.shape
+        rows = vectors.at[ids.ravel()].get(mode="clip")
+        scores = jax.vmap(partial(_scores, rows), out_axes=1)(queries).reshape(count, width, count)
+        own = scores[jnp.arange(count), :, jnp.arange(count)]
+        return jax.vmap(partial(best_members, k=k))(own, ids, usable)
 
 
-def _group_maxima(vectors: Float[Array, "N E"], queries: Float[Array, "Q E"]) -> Float32[Array, "G Q"]:
-    """The highest score in each whole group of _GROUP consecutive rows; N >= _ROWS."""
+def _maxima(vectors: Float[Array, "N E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q G"]:
+    """The highest score in each whole group of consecutive rows; N >= _ROWS."""
     groups, step = len(vectors) // _GROUP, _ROWS // _GROUP
-
-    def one(rows, query):
-        scores = _scores(rows, query)  # the first of every group, then the second of every group, ...
-        return reduce(jnp.maximum, [scores[i * step : (i + 1) * step] for i in range(_GROUP)])
 
     def block(i, maxima):
         first = jnp.minimum(i * step, groups - step)  # the last block overlaps the one before
         rows = jax.lax.dynamic_slice_in_dim(vectors, first * _GROUP, _ROWS)
-        rows = rows.reshape(step, _GROUP, -1).swapaxes(0, 1).reshape(_ROWS, -1)
-        found = jax.vmap(partial(one, rows), out_axes=1)(queries)
-        return jax.lax.dynamic_update_slice_in_dim(maxima, found, first, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(maxima, _block_maxima(rows, queries), first, axis=1)
 
-    maxima = jnp.zeros((groups, len(queries)), jnp.float32)
-    return jax.lax.fori_loop(0, -(-groups // step), block, maxima)
+    return jax.lax.fori_loop(0, -(-groups // step), block, jnp.zeros((len(queries), groups), jnp.float32))
+
+
+def _block_maxima(rows: Float[Array, "R E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q G"]:
+    return jax.vmap(lambda query: _scores(rows, query).reshape(-1, _GROUP).max(axis=1))(queries)
+
+
+@jax.jit
+def _maxima_of_blocks(
+    blocks: Sequence[Float[Array, "_ E"]], queries: Float[Array, "Q E"]
+) -> Float32[Array, "Q G"]:
+    """_maxima of the blocks one below the other: as arrays of their own they need not be copied out of one."""
+    return jnp.concatenate([_block_maxima(rows, queries) for rows in blocks], axis=1)
+
+
+@partial(jax.jit, static_argnames="k")
+def _search_pieces(
+    vectors: Float[Array, "N E"],
+    queries: Float[Array, "Q E"],
+    maxima: Sequence[Float[Array, "Q _"]],
+    k: int,
+    live: Int[Array, ""],
+) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
+    return _search_groups(vectors, queries, jnp.concatenate(maxima, axis=1), k, live)
 
 
 class DenseIndex:
@@ -145,8 +195,25 @@ class DenseIndex:
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         padded = np.zeros((_bucket(len(queries)), queries.shape[1]), np.float32)
         padded[: len(queries)] = queries
-        scores, ids = search(self._rows, padded, k, np.int32(self._live))
+        live = np.int32(self._live)
+        if self._blocks and _by_groups(self._live, len(padded), k):
+            pieces = [self._blocks[i : i + _BLOCKS] for i in range(0, len(self._blocks), _BLOCKS)]
+            maxima = [_maxima_of_blocks(piece, padded) for piece in pieces]
+            scores, ids = _search_pieces(self._rows, padded, maxima, k, live)
+        else:
+            scores, ids = search(self._rows, padded, k, live)
         return np.asarray(scores)[: len(queries)], np.asarray(ids)[: len(queries)]
+
+    @cached_property
+    def _blocks(self) -> list[Array]:
+        """The whole groups of rows, in blocks that share their memory; none where they would be copies."""
+        if next(iter(self._rows.devices())).platform != "cpu":
+            return []
+        rows = np.asarray(self._rows)[: self._live // _GROUP * _GROUP]
+        return [
+            jax.device_put(rows[start : start + _ROWS], may_alias=True)
+            for start in range(0, len(rows), _ROWS)
+        ]
 
     def _check(self, queries: np.ndarray, k: int) -> None:
         width = self._rows.shape[1]
@@ -165,6 +232,7 @@ class DenseIndex:
         rows = np.zeros((_bucket(len(vectors)), vectors.shape[1]), np.float32)
         rows[: len(vectors)] = vectors
         needed = self._live + len(rows)  # the padding is written too: a later addition overwrites it
+        self._blocks = []  # they cannot share memory that is about to be written to
         if needed > len(self._rows):  # so always before the first addition: the caller's memory is not ours
             self._rows = _grown(self._rows, max(needed, 2 * self._live))
         self._rows = _append(self._rows, rows, np.int32(self._live))

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Num
 
-GROUP = 32  # scores to a group: fewer leave more maxima to choose from, more leave more members
-
 
 def top_k(scores: Num[Array, "N"], k: int) -> tuple[Float32[Array, "k"], Int[Array, "k"]]:
     """The k highest scores in float32, best first, and their positions; the lower position wins a tie.
@@ -35,13 +33,19 @@ def two_level_top_k(
     have score -inf and a meaningless id.
     """
     n = len(scores)
-    if 2 * k * GROUP >= n:  # the members would be most of the scores
+    group = _group(n, k)
+    if 2 * k * group >= n:  # the members would be most of the scores
         return top_k(jnp.where(jnp.arange(n) < live, scores, -jnp.inf), k)
-    maxima = scores[: n // GROUP * GROUP].reshape(-1, GROUP).max(axis=1)
-    whole = live // GROUP
+    maxima = scores[: n // group * group].reshape(-1, group).max(axis=1)
+    whole = live // group
     _, winners = top_k(jnp.where(jnp.arange(len(maxima)) < whole, maxima, -jnp.inf), k)
-    ids, usable = members(winners, live, GROUP)
+    ids, usable = members(winners, live, group)
     return best_members(scores.at[ids].get(mode="clip"), ids, usable, k)
+
+
+def _group(n: int, k: int) -> int:
+    """About the square root of n / k, so that there are as many maxima as members to choose from."""
+    return 1 << ((n // max(k, 1)).bit_length() // 2)
 
 
 def members(
