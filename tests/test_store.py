@@ -21,6 +21,7 @@ class Stub:
 
     words: tuple[str, ...] = ()
     fingerprint: str = "abc"
+    relevant_from: float | None = None
     dim: int = 8
 
     @property
