@@ -56,6 +56,8 @@ def _load(corpus: Path, progress: Progress) -> tuple[list[Document], tuple[Skipp
     for item in load_folder(corpus):
         (documents if isinstance(item, Document) else skipped).append(item)
         progress("load", len(documents) + len(skipped), 0)
+    count = len(documents) + len(skipped)
+    progress("load", count, count)
     if not documents:
         reasons = "; ".join(f"{item.path}: {item.reason}" for item in skipped[:3]) or "the folder is empty"
         raise UserError(
