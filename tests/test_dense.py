@@ -14,7 +14,7 @@ from tests.test_topk import on_cpu, sorted_lengths, topk_operands
 # N, Q, k: all scores kept; in blocks of queries; by group maxima, of one block of rows, of several, with rest.
 CASES = [
     (0, 3, 5), (0, 40, 5), (1, 1, 1), (3, 1, 10), (31, 5, 4), (2500, 9, 10), (2500, 40, 10), (300, 33, 300),
-    (4096, 33, 2), (5003, 33, 2), (12007, 70, 10), (20011, 300, 1),
+    (4096, 9, 16), (5003, 33, 2), (12007, 70, 10), (20011, 300, 1),
 ]  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_a_result_does_not_depend_on_the_batch():
     vectors, questions = _units(12007, 384), _units(300, 384, seed=1)
     index = DenseIndex(vectors)
     whole_scores, whole_ids = index.search(questions, 10)
-    for size in (1, 2, 5, 16, 17, 33, 100):
+    for size in (1, 2, 5, 8, 9, 33, 100):
         scores, ids = index.search(questions[:size], 10)
         np.testing.assert_array_equal(ids, whole_ids[:size])
         np.testing.assert_array_equal(scores, whole_scores[:size])
@@ -87,8 +87,8 @@ def test_a_result_does_not_depend_on_the_batch():
 @pytest.mark.parametrize("queries", [1, 40])
 def test_equal_vectors_tie(queries):
     """Also where another rounding could tell them apart: among thousands of others, at every alignment."""
-    vectors = _units(3001, 384)
-    copies = np.arange(7, 3001, 331)
+    vectors = _units(5001, 384)
+    copies = np.arange(7, 5001, 551)
     question = _units(1, 384, seed=2)
     vectors[copies] = question * np.float32(0.9999)
     scores, ids = DenseIndex(vectors).search(np.repeat(question, queries, axis=0), len(copies))

@@ -27,7 +27,7 @@ from rag.types import UserError
 
 _BATCH = 256  # queries of one call to XLA
 _LEAST = 4  # queries of the smallest program: below it int8 and bfloat16 products fall off their fast path
-_FEW = 16  # queries for which all scores are kept at once
+_FEW = 8  # queries for which all scores are kept at once
 _ROWS = 4096  # rows of a block: with _BATCH queries their scores are 4 MiB
 _BLOCKS = 64  # blocks that one program takes: it grows with them
 _GROUP = 8  # rows of a group: fewer leave more maxima to choose from, more leave more rows to score again
@@ -55,7 +55,7 @@ def search(
 
 def _by_groups(n: int, queries: int, k: int) -> bool:
     """Whether group maxima pay: not for few queries, nor if the best groups are a good part of all rows."""
-    return queries > _FEW and n >= max(1024 * k, _ROWS)
+    return queries > _FEW and n >= max(256 * k, _ROWS)
 
 
 def _best_scores(
