@@ -124,6 +124,26 @@ def environment() -> dict[str, object]:
     }
 
 
+@functools.cache
+def _compile_clock() -> list[float]:
+    """Seconds that JAX has spent tracing, lowering, compiling and fetching programs since the first call."""
+    import jax
+
+    clock = [0.0]
+
+    def add(event: str, seconds: float, **_: object) -> None:
+        if event.startswith("/jax/core/compile/"):
+            clock[0] += seconds
+
+    jax.monitoring.register_event_duration_secs_listener(add)
+    return clock
+
+
+def compile_seconds() -> float:
+    """Seconds spent making programs so far, from the first call on: take differences."""
+    return _compile_clock()[0]
+
+
 def peak_memory_bytes() -> int:
     """The most memory that this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

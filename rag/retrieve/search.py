@@ -1,33 +1,63 @@
-"""A question to its nearest chunks: embed, search, look the texts up."""
+"""Retrieval methods: dense, lexical, and those made of others: hybrid, reranked, transformed.
 
-from collections.abc import Sequence
+Each is a frozen dataclass of options whose `search` asks the collection for what is heavy. Methods nest, and each
+level is searched through `collection.search`, so that an arm of a hybrid is the same kept result as the arm alone.
+"""
 
-from rag.embed import Embedder
-from rag.index.dense import DenseIndex
-from rag.index.store import Index
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import ClassVar
+
+from rag.index import analyzer, dense, fusion, lexical
+from rag.index.analyzer import Analyzer
+from rag.index.fusion import Convex, ReciprocalRank
+from rag.index.lexical import BM25Weights, TfIdfWeights
+from rag.ops import topk
+from rag.retrieve.collection import Collection, Reranker, Retriever, Transform
 from rag.types import Hit, UserError
 
 
-class DenseRetriever:
-    """Exact cosine search over a stored index."""
+@dataclass(frozen=True)
+class Dense:
+    """Exact cosine search over the embedder's vectors."""
 
-    def __init__(self, index: Index, embedder: Embedder, k: int = 5):
-        """Raises UserError for k below 1 and for an embedder other than the one that made the index."""
-        if k < 1:
-            raise UserError(f"retriever.k is {k}; give 1 or more")
-        self.index, self.k = index, k
-        self._embedder = index.restore(embedder)
-        self._dense = DenseIndex(index.vectors)
+    uses: ClassVar = ("embedder",)
+    code: ClassVar = (dense, topk)
+    lowest: ClassVar = -1.0  # that a score can be
 
-    @property
-    def relevant_from(self) -> float | None:
-        """The score from which a hit is likely to be about the question; None where that is not known."""
-        return self._embedder.relevant_from
+    def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
+        scores, rows = collection.dense.search(collection.embedder.encode_queries(questions), k)
+        return [collection.hits(*found) for found in zip(rows, scores, strict=True)]
 
-    def search(self, questions: Sequence[str]) -> list[list[Hit]]:
-        """The k best hits of each question, best first, ties to the chunk that was ingested first."""
-        scores, ids = self._dense.search(self._embedder.encode_queries(questions), self.k)
-        return [
-            [Hit(chunk, float(score)) for chunk, score in zip(self.index.chunks(row), best, strict=True)]
-            for row, best in zip(ids, scores, strict=True)
-        ]
+
+@dataclass(frozen=True)
+class BM25:
+    """Okapi BM25 and its variants over an inverted index (Robertson et al. 1994; Kamphuis et al. 2020)."""
+
+    weights: BM25Weights = BM25Weights()
+    analyzer: Analyzer = Analyzer()
+
+    uses: ClassVar = ()
+    code: ClassVar = (lexical, analyzer)
+    lowest: ClassVar = 0.0
+
+    def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
+        found = collection.lexical(self.analyzer).search(questions, k, self.weights)
+        return [collection.hits(rows, scores) for scores, rows in found]
+
+
+@dataclass(frozen=True)
+class TfIdf:
+    """The cosine of TF-IDF vectors (Salton and Buckley 1988)."""
+
+    weights: TfIdfWeights = TfIdfWeights()
+    analyzer: Analyzer = Analyzer()
+
+    uses: ClassVar = ()
+    code: ClassVar = (lexical, analyzer)
+    lowest: ClassVar = 0.0
+
+    def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
+        found = collection.lexical(self.analyzer).search(questions, k, self.weights)
+        return [collection.hits(rows, scores) for scores, rows in found]

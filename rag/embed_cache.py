@@ -1,0 +1,125 @@
+"""Vectors kept on disk by (embedder, text): nothing that was embedded once is embedded again.
+
+    vectors/<embedder's fingerprint>/<batch>.npy      a row a text: its hash, its vector, the seconds it took
+    vectors/<embedder's fingerprint>/<request>.todo   which of a request's texts were missing when it first came
+
+A batch is written whole. What a request lacks is written down before its first batch is computed: after a kill the
+same batches are formed again, so a resumed run gets the same vectors to the bit.
+
+Letters: N texts, E embedding dim.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from rag.cache import atomic_file, cache_root, content_key, locked, writing
+from rag.embed import Embedder, Progress
+
+_BATCH = 256  # texts of a file: what a kill can lose
+
+
+class CachedEmbedder:
+    """An embedder whose vectors are kept; not for one that `fit` changes, whose vectors depend on the corpus too."""
+
+    def __init__(self, embedder: Embedder, folder: Path | None = None):
+        """`folder`: where vectors are kept, by default the cache's."""
+        self._embedder = embedder
+        self._folder = (folder or cache_root() / "vectors") / embedder.fingerprint
+        self.seconds = 0.0  # that the vectors given so far took to compute, in this run or before
+        self.texts = self.reused = 0  # given so far, and of them found on disk
+        # What Embedder's protocol asks for, as the embedder has it.
+        self.dim, self.fingerprint, self.spec = embedder.dim, embedder.fingerprint, embedder.spec
+        self.relevant_from, self.token_spans = embedder.relevant_from, embedder.token_spans
+        self.save = embedder.save
+
+    def encode(
+        self, texts: Sequence[str], progress: Progress = lambda done: None
+    ) -> Float32[np.ndarray, "N E"]:
+        """The vectors of passages, in their order."""
+        return self._kept("passage", texts, self._embedder.encode, progress)
+
+    def encode_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
+        """The vectors of questions, in their order."""
+        return self._kept("question", texts, lambda texts, progress: self._embedder.encode_queries(texts))
+
+    def missing(self, texts: Sequence[str]) -> int:
+        """How many different passages would have to be computed."""
+        return len(_hashes("passage", texts).keys() - self._rows().keys())
+
+    def fit(self, texts: Sequence[str]) -> "CachedEmbedder":
+        return self
+
+    def restore(self, folder: Path) -> "CachedEmbedder":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """What a particular kind of embedder offers beyond the protocol."""
+        return getattr(self._embedder, name)
+
+    def _kept(
+        self, kind: str, texts: Sequence[str], encode: Callable, progress: Progress = lambda done: None
+    ) -> Float32[np.ndarray, "N E"]:
+        unique = _hashes(kind, texts)
+        rows = self._rows()
+        known = unique.keys() & rows.keys()
+        if len(known) < len(unique):
+            with writing(), locked(self._folder / "vectors"):
+                self._compute(unique, encode, lambda done: progress(len(known) + done))
+            rows = self._rows()
+        progress(len(texts))
+        found = {text: rows[key] for key, text in unique.items()}
+        self.texts += len(unique)
+        self.reused += len(known)
+        self.seconds += sum(float(row["seconds"]) for row in found.values())
+        vectors = np.empty((len(texts), self.dim), np.float32)
+        for i, text in enumerate(texts):
+            vectors[i] = found[text]["vector"]
+        return vectors
+
+    def _compute(self, unique: dict[bytes, str], encode: Callable, progress: Progress) -> None:
+        """Write what is missing of `unique`, in the batches that were planned when this request first came."""
+        keys, rows = list(unique), self._rows()
+        plan = self._folder / f"{content_key(keys)}.todo"
+        if not plan.exists():
+            with atomic_file(plan, "w") as file:
+                json.dump([i for i, key in enumerate(keys) if key not in rows], file)
+        todo = json.loads(plan.read_text())
+        for start in range(0, len(todo), _BATCH):
+            batch = [keys[i] for i in todo[start : start + _BATCH]]
+            if any(key not in rows for key in batch):
+                self._write(batch, [unique[key] for key in batch], partial(encode, progress=progress))
+        plan.unlink()
+
+    def _write(self, keys: list[bytes], texts: list[str], encode: Callable) -> None:
+        begin = time.perf_counter()
+        made = np.empty(len(texts), self._row)
+        made["vector"] = encode(texts)
+        made["seconds"] = (time.perf_counter() - begin) / len(texts)
+        made["text"] = np.frombuffer(b"".join(keys), "V32")
+        with atomic_file(self._folder / f"{content_key(keys)}.npy") as file:
+            np.save(file, made)
+
+    @property
+    def _row(self) -> np.dtype:
+        return np.dtype([("text", "V32"), ("seconds", np.float32), ("vector", np.float32, (self.dim,))])
+
+    def _rows(self) -> dict[bytes, np.void]:
+        """Every text's row on disk, mapped into memory, by its hash."""
+        rows: dict[bytes, np.void] = {}
+        for path in sorted(self._folder.glob("*.npy")):
+            batch = np.load(path, mmap_mode="r", allow_pickle=False)
+            rows |= zip((key.tobytes() for key in batch["text"]), batch, strict=True)
+        return rows
+
+
+def _hashes(kind: str, texts: Sequence[str]) -> dict[bytes, str]:
+    """Each different text by its hash, in the order of first appearance."""
+    return {hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).digest(): text for text in texts}

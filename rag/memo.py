@@ -1,0 +1,135 @@
+"""Results of stages kept on disk by what they mean, so that a sweep never computes the same thing twice.
+
+A stage is a function of items: questions to hits, conversations to answers. Its results are kept in batches, each a
+file that is written whole: a killed run loses one batch at most, and a second process waits for a batch that the
+first is computing, then finds it done. The key of a batch is made of the stage's meaning (its settings, the
+fingerprints of what it reads, its code) and of the items themselves; names, paths and thread counts are not in it.
+
+Batches are cut by position, so that a resumed run computes exactly the batches that the killed one would have:
+results that depend on their batch in the last bit of a float are the same bit again.
+"""
+
+import ast
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from rag.cache import atomic_file, content_key, locked, writing
+from rag.measure import compile_seconds
+from rag.types import UserError
+
+
+@dataclass(slots=True)
+class Cost:
+    """What a stage took: seconds as they were measured when each batch was computed, in this run or before."""
+
+    seconds: float = 0.0  # without the stages inside it and without compiling
+    compile_s: float = 0.0
+    items: int = 0
+    reused: int = 0  # of `items`: found on disk
+
+
+class _Clock(NamedTuple):
+    """Seconds by the wall, and of them making programs."""
+
+    wall: float
+    compiling: float
+
+    @staticmethod
+    def now() -> "_Clock":
+        return _Clock(time.perf_counter(), compile_seconds())
+
+    def __add__(self, other: tuple) -> "_Clock":
+        return _Clock(self.wall + other[0], self.compiling + other[1])
+
+    def __sub__(self, other: "_Clock") -> "_Clock":
+        return _Clock(self.wall - other.wall, self.compiling - other.compiling)
+
+
+class Memo:
+    """Batches of results below `folder`. With `dry`, nothing is computed: what is missing is counted, and given as None."""
+
+    def __init__(self, folder: Path, *, dry: bool = False):
+        self._folder, self._dry = folder, dry
+        self.costs: dict[str, Cost] = {}
+        self._inner: list[_Clock] = []  # spent in other stages by each stage that is running, outermost first
+
+    def map(
+        self,
+        stage: str,
+        meaning: str,
+        items: Sequence[Any],
+        compute: Callable[[Sequence[Any]], Sequence[Any]],
+        batch: int = 64,
+    ) -> list[Any]:
+        """compute(items), a batch at a time, each taken from disk if it is there.
+
+        `meaning` identifies all that the results depend on beside the items; items and results are JSON-able.
+        """
+        begin, results = _Clock.now(), []
+        for start in range(0, len(items), batch):
+            results += self._batch(stage, meaning, items[start : start + batch], compute)
+        if self._inner:
+            self._inner[-1] += _Clock.now() - begin
+        return results
+
+    def _batch(self, stage: str, meaning: str, items: Sequence[Any], compute: Callable) -> list[Any]:
+        folder = self._folder / stage / meaning
+        path = folder / f"{content_key(list(items))}.json"
+        cost = self.costs.setdefault(stage, Cost())
+        cost.items += len(items)
+        if (kept := _read(path)) is None:
+            if self._dry:
+                return [None] * len(items)
+            with writing(), locked(folder / "batch"):
+                if (kept := _read(path)) is None:  # else another process was faster
+                    kept = self._computed(items, compute)
+                    with atomic_file(path, "w") as file:
+                        json.dump(kept, file, allow_nan=False)
+                    cost.reused -= len(items)
+        cost.reused += len(items)
+        cost.seconds += kept["seconds"]
+        cost.compile_s += kept["compile_s"]
+        return kept["results"]
+
+    def _computed(self, items: Sequence[Any], compute: Callable) -> dict[str, Any]:
+        begin = _Clock.now()
+        self._inner.append(_Clock(0.0, 0.0))
+        try:
+            results = list(compute(items))
+        finally:
+            inner = self._inner.pop()
+        if len(results) != len(items):
+            raise ValueError(f"a stage made {len(results)} results of {len(items)} items")
+        own = _Clock.now() - begin - inner
+        seconds = max(0.0, own.wall - own.compiling)
+        return {"seconds": seconds, "compile_s": own.compiling, "results": json.loads(json.dumps(results))}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"The kept results {path} are damaged ({error}): remove that file.") from error
+
+
+@cache
+def code_version(*modules: ModuleType) -> str:
+    """A hash of what the modules' code does: comments, docstrings and layout may change, nothing else."""
+    return content_key([_normal(Path(module.__file__)) for module in modules])
+
+
+def _normal(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()

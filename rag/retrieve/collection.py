@@ -1,0 +1,201 @@
+"""What retrieval methods search: passages with their vectors, postings and models, each made when first needed.
+
+A method is a frozen dataclass of options, so that its fields are its meaning: it can be compared, hashed into a key
+and written in YAML. All that is large or loaded lives here instead, and is shared by the methods that use it.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache, cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from rag.cache import content_key
+from rag.embed import Embedder
+from rag.generate import Generator
+from rag.index.analyzer import Analyzer
+from rag.index.dense import DenseIndex
+from rag.index.lexical import LexicalIndex
+from rag.index.memory import MemoryIndex
+from rag.index.store import Index
+from rag.memo import Memo, code_version
+from rag.types import Chunk, Hit
+
+
+@runtime_checkable
+class Retriever(Protocol):
+    """A frozen dataclass that finds passages for questions."""
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Which of "embedder" and "generator" the results depend on, beside the passages."""
+        ...
+
+    def search(self, collection: "Collection", questions: Sequence[str], k: int) -> list[list[Hit]]:
+        """At most k hits for each question, best first, ties to the passage that was ingested first."""
+        ...
+
+
+@runtime_checkable
+class Reranker(Protocol):
+    """A frozen dataclass that puts found passages into a better order."""
+
+    @property
+    def uses(self) -> tuple[str, ...]: ...
+
+    def rerank(
+        self, collection: "Collection", questions: Sequence[str], hits: Sequence[Sequence[Hit]]
+    ) -> list[list[Hit]]:
+        """The same passages with new scores, best first; passages may be left out, none is added."""
+        ...
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """A frozen dataclass that writes other texts to search for in place of a question."""
+
+    @property
+    def uses(self) -> tuple[str, ...]: ...
+
+    def expand(self, collection: "Collection", questions: Sequence[str]) -> list[list[str]]:
+        """One text or more for each question, the most important first."""
+        ...
+
+
+class Collection:
+    """Passages and the models that methods may use; results are kept on disk where there is a memo."""
+
+    def __init__(
+        self,
+        index: Index | MemoryIndex,
+        embedder: Embedder,
+        generator: Callable[[], Generator] | None = None,
+        memo: Memo | None = None,
+    ):
+        """`embedder` is the one that made the index's vectors; `generator` is called when a method first needs one."""
+        self.index, self.embedder, self._generator, self._memo = index, embedder, generator, memo
+        self._lexical: dict[Analyzer, LexicalIndex] = {}
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The language model. Raises RuntimeError when the collection was made without one."""
+        if self._generator is None:
+            raise RuntimeError("this collection has no generator, and a method asks for one")
+        return self._generator()
+
+    @cached_property
+    def dense(self) -> DenseIndex:
+        """The passages' vectors, ready to be searched."""
+        return DenseIndex(self.index.vectors)
+
+    def lexical(self, analyzer: Analyzer) -> LexicalIndex:
+        """The passages' postings under an analyzer."""
+        if analyzer not in self._lexical:
+            chunks = self.index.chunks(range(len(self.index)))
+            self._lexical[analyzer] = LexicalIndex.build([chunk.text for chunk in chunks], analyzer)
+        return self._lexical[analyzer]
+
+    def row(self, chunk: Chunk) -> int:
+        """The number of one of the index's chunks."""
+        return self._row_of[chunk.id]
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {chunk.id: row for row, chunk in enumerate(self.index.chunks(range(len(self.index))))}
+
+    def hits(self, rows: Sequence[int] | np.ndarray, scores: Sequence[float] | np.ndarray) -> list[Hit]:
+        """Rows and their scores as hits."""
+        chunks = self.index.chunks(rows)
+        return [Hit(chunk, float(score)) for chunk, score in zip(chunks, scores, strict=True)]
+
+    def search(self, method: Retriever, questions: Sequence[str], k: int) -> list[list[Hit]]:
+        """method.search, kept: at most k hits for each question, best first."""
+
+        def compute(questions: Sequence[str]) -> list[list[tuple[int, float]]]:
+            return [self._packed(hits) for hits in method.search(self, questions, k)]
+
+        found = self.keep(f"search {type(method).__name__}", (method, k), questions, compute)
+        return [self._unpacked(rows) for rows in found]
+
+    def rerank(
+        self, method: Reranker, questions: Sequence[str], hits: Sequence[Sequence[Hit]]
+    ) -> list[list[Hit]]:
+        """method.rerank, kept."""
+
+        def compute(items: Sequence) -> list[list[tuple[int, float]]]:
+            questions, packed = zip(*items, strict=True)
+            return [
+                self._packed(best)
+                for best in method.rerank(self, questions, [self._unpacked(rows) for rows in packed])
+            ]
+
+        items = [[question, self._packed(found)] for question, found in zip(questions, hits, strict=True)]
+        found = self.keep(f"rerank {type(method).__name__}", method, items, compute, batch=16)
+        return [self._unpacked(rows) for rows in found]
+
+    def expand(self, method: Transform, questions: Sequence[str]) -> list[list[str]]:
+        """method.expand, kept."""
+        name = f"transform {type(method).__name__}"
+        # What a transform writes does not depend on the passages, so other corpora share it.
+        texts = self.keep(name, method, questions, lambda q: method.expand(self, q), batch=16, passages=False)
+        return [written or [] for written in texts]
+
+    def keep(
+        self,
+        stage: str,
+        method: Any,
+        items: Sequence[Any],
+        compute: Callable[[Sequence[Any]], list[Any]],
+        *,
+        batch: int = 64,
+        passages: bool = True,
+    ) -> list[Any]:
+        """compute(items), kept under what `method`, a frozen dataclass or a tuple with some, means here.
+
+        Items and results are JSON-able. `passages`: whether the results depend on the passages.
+        """
+        if self._memo is None:
+            return compute(items)
+        return self._memo.map(stage, self.meaning(method, passages), items, compute, batch)
+
+    def meaning(self, method: Any, passages: bool = True) -> str:
+        """A key of all that a method's results depend on: options, models, passages, code."""
+        parts = list(_dataclasses(method))
+        models = sorted({name for part in parts for name in getattr(part, "uses", ())})
+        return content_key(
+            method,
+            {name: getattr(self, name).fingerprint for name in models},
+            self.index.fingerprint if passages else None,
+            _code(tuple(dict.fromkeys(type(part) for part in parts))),
+        )
+
+    def _packed(self, hits: Sequence[Hit]) -> list[tuple[int, float]]:
+        return [(self.row(hit.chunk), hit.score) for hit in hits]
+
+    def _unpacked(self, rows: Sequence[Sequence] | None) -> list[Hit]:
+        """Hits of what _packed made; none of what a dry memo did not compute."""
+        return self.hits(*zip(*rows, strict=True)) if rows else []
+
+
+def _dataclasses(value: Any) -> Iterator[Any]:
+    """Every dataclass in a value of dataclasses, tuples and dicts, itself included."""
+    if is_dataclass(value):
+        yield value
+        for field in fields(value):
+            yield from _dataclasses(getattr(value, field.name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _dataclasses(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _dataclasses(item)
+
+
+@cache
+def _code(kinds: tuple[type, ...]) -> str:
+    """The version of the code behind the classes: their modules, and those that they name in `code`."""
+    modules = [sys.modules[kind.__module__] for kind in kinds]
+    modules += [module for kind in kinds for module in getattr(kind, "code", ())]
+    return code_version(*dict.fromkeys(modules))
