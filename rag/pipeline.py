@@ -14,8 +14,8 @@ from rag.ingest.chunk import Chunker, chunks_of
 from rag.ingest.load import Skipped, load_folder
 from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate, render, render_passage
-from rag.retrieve.search import DenseRetriever
-from rag.types import Answer, Chunk, Context, Document, Message, Source, Timings, Usage, UserError
+from rag.retrieve.search import Search
+from rag.types import Answer, Chunk, Context, Document, Hit, Message, Source, Timings, Usage, UserError
 
 Progress = Callable[[str, int, int], None]  # stage, done, of how many
 
@@ -108,7 +108,7 @@ class Reader:
 
 
 def answer(
-    question: str, retriever: DenseRetriever, reader: Reader, history: Sequence[Message] = ()
+    question: str, search: Search, reader: Reader, history: Sequence[Message] = ()
 ) -> Iterator[str | Answer]:
     """Yield the answer's text piece by piece as it is decoded, then the whole Answer.
 
@@ -117,17 +117,16 @@ def answer(
     them its oldest turns; a notice says so. Raises UserError when not even one passage fits beside the question.
     """
     generator, template = reader.generator, reader.template
-    room = (
-        generator.context_length - reader.options.max_new_tokens
-    )  # reads the weights, which is not retrieval
+    _ = generator.context_length  # reads the weights, which is not retrieval
     begin = time.perf_counter()
-    context = _relevant(question, retriever, reader)
+    hits = search(question)
+    context = relevant(hits, search.collection.index.document_text, search.relevant_from, reader)
     retrieve_s = time.perf_counter() - begin
     if not context.sources:
         yield template.abstain_answer
         yield Answer(question, template.abstain_answer, True, (), Timings(retrieve_s, 0.0, 0.0, 0, 0))
         return
-    messages, shown, notices = _fit(question, context, history, reader, room)
+    messages, shown, notices = fit(question, context, reader, history)
     pieces: list[str] = []
     usage = Usage(0, 0, 0.0, 0.0)
     options = reader.options
@@ -147,14 +146,14 @@ def answer(
     yield Answer(question, text, False, shown.sources, timings, marked, (*notices, *usage.notices))
 
 
-def _relevant(question: str, retriever: DenseRetriever, reader: Reader) -> Context:
-    """The passages for a question, none when none is relevant."""
+def relevant(
+    hits: Sequence[Hit], document_text: Callable[[str], str], relevant_from: float | None, reader: Reader
+) -> Context:
+    """The passages to show for these hits, none when none is relevant; `relevant_from` is min_score "auto"."""
     options = reader.context
     if options.min_score == "auto":
-        options = replace(options, min_score=retriever.relevant_from)
-    [hits] = retriever.search([question])
-    show = partial(_shown, reader.template)
-    return build_context(hits, retriever.index.document_text, options, reader.generator.count, show)
+        options = replace(options, min_score=relevant_from)
+    return build_context(hits, document_text, options, reader.generator.count, partial(_shown, reader.template))
 
 
 def _shown(template: PromptTemplate, source: Source) -> str:
@@ -162,11 +161,15 @@ def _shown(template: PromptTemplate, source: Source) -> str:
     return render_passage(template, source) + template.separator
 
 
-def _fit(
-    question: str, context: Context, history: Sequence[Message], reader: Reader, room: int
+def fit(
+    question: str, context: Context, reader: Reader, history: Sequence[Message] = ()
 ) -> tuple[list[Message], Context, tuple[str, ...]]:
-    """Messages of at most `room` tokens, the context as shown in them, and what had to go."""
+    """Messages that leave room for an answer, the context as shown in them, and what had to go.
+
+    Raises UserError when not even one passage fits beside the question.
+    """
     generator, template = reader.generator, reader.template
+    room = generator.context_length - reader.options.max_new_tokens
     shown, turns = context, tuple(history)
     while True:
         messages = render(template, question, shown, turns)

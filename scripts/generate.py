@@ -19,7 +19,7 @@ from rag.types import Answer, Message, Source, UserError
 
 if TYPE_CHECKING:
     from rag.pipeline import Reader
-    from rag.retrieve.search import DenseRetriever
+    from rag.retrieve.search import Search
 
 COMMANDS = "/sources  what the last answer was shown, /context  its passages in full, /quit  leave"
 
@@ -29,24 +29,29 @@ def main(config) -> None:
         raise UserError(f"There is no output {config.output!r}: choose text or json.")
     if config.question is None and config.output == "json":
         raise UserError('output=json answers one question: give it as question="..."')
+    from stages import method_of
+
     from rag.index.store import Index
     from rag.pipeline import Reader
+    from rag.retrieve.collection import Collection
+    from rag.retrieve.search import Search
 
     index = Index.open(Path(config.index.path).expanduser())
-    retriever = build(config.retriever, index=index, embedder=build(config.embedder))
     stages = (build(config[name]) for name in ("generator", "prompt", "context", "sampling", "answer"))
     reader = Reader(*stages)
+    collection = Collection(index, index.restore(build(config.embedder)), lambda: reader.generator)
+    search = Search(collection, method_of(config), config.k)
     if config.question is None:
-        converse(retriever, reader)
+        converse(search, reader)
     elif config.output == "json":
-        print(as_json(ask(config.question, retriever, reader, echo=False)))
+        print(as_json(ask(config.question, search, reader, echo=False)))
     else:
-        show(ask(config.question, retriever, reader))
+        show(ask(config.question, search, reader))
 
 
 def ask(
     question: str,
-    retriever: DenseRetriever,
+    search: Search,
     reader: Reader,
     history: Sequence[Message] = (),
     echo: bool = True,
@@ -54,7 +59,7 @@ def ask(
     """The answer, streamed to the terminal as it comes when `echo`."""
     from rag import pipeline
 
-    for piece in pipeline.answer(question, retriever, reader, history):
+    for piece in pipeline.answer(question, search, reader, history):
         if isinstance(piece, Answer):
             return piece
         if echo:
@@ -97,9 +102,9 @@ def as_json(answer: Answer) -> str:
     return json.dumps(asdict(answer) | {"environment": environment()})
 
 
-def converse(retriever: DenseRetriever, reader: Reader) -> None:
+def converse(search: Search, reader: Reader) -> None:
     """Questions from the terminal until /quit or the end of input; earlier turns stay in the prompt."""
-    print(f"Ask about {len(retriever.index)} chunks of {retriever.index.path}. {COMMANDS}", file=sys.stderr)
+    print(f"Ask about {len(search.collection.index)} chunks of {search.collection.index.path}. {COMMANDS}", file=sys.stderr)
     history: list[Message] = []
     last: Answer | None = None
     while (line := _read()) is not None:
@@ -116,13 +121,13 @@ def converse(retriever: DenseRetriever, reader: Reader) -> None:
             case _ if line.startswith("/"):
                 print(f"There is no command {line}. {COMMANDS}")
             case question:
-                last = _turn(question, retriever, reader, history) or last
+                last = _turn(question, search, reader, history) or last
 
 
-def _turn(question: str, retriever: DenseRetriever, reader: Reader, history: list[Message]) -> Answer | None:
+def _turn(question: str, search: Search, reader: Reader, history: list[Message]) -> Answer | None:
     """Answer one question of a session; a question that cannot be answered does not end it."""
     try:
-        answer = ask(question, retriever, reader, history)
+        answer = ask(question, search, reader, history)
     except UserError as error:
         print(error)
         return None

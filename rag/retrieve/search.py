@@ -6,12 +6,13 @@ level is searched through `collection.search`, so that an arm of a hybrid is the
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import ClassVar
 
-from rag.index import analyzer, dense, fusion, lexical
+from rag.index import analyzer as analysis
+from rag.index import dense, lexical
+from rag.index import fusion as fusing
 from rag.index.analyzer import Analyzer
-from rag.index.fusion import Convex, ReciprocalRank
+from rag.index.fusion import Fusion, ReciprocalRank
 from rag.index.lexical import BM25Weights, TfIdfWeights
 from rag.ops import topk
 from rag.retrieve.collection import Collection, Reranker, Retriever, Transform
@@ -22,9 +23,9 @@ from rag.types import Hit, UserError
 class Dense:
     """Exact cosine search over the embedder's vectors."""
 
-    uses: ClassVar = ("embedder",)
+    uses: ClassVar[tuple[str, ...]] = ("embedder",)
     code: ClassVar = (dense, topk)
-    lowest: ClassVar = -1.0  # that a score can be
+    lowest: ClassVar[float] = -1.0  # that a score can be
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
         scores, rows = collection.dense.search(collection.embedder.encode_queries(questions), k)
@@ -32,15 +33,15 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class BM25:
-    """Okapi BM25 and its variants over an inverted index (Robertson et al. 1994; Kamphuis et al. 2020)."""
+class Lexical:
+    """Search by the words that question and passage share: BM25, or the cosine of TF-IDF vectors, by `weights`."""
 
-    weights: BM25Weights = BM25Weights()
+    weights: BM25Weights | TfIdfWeights = BM25Weights()
     analyzer: Analyzer = Analyzer()
 
-    uses: ClassVar = ()
-    code: ClassVar = (lexical, analyzer)
-    lowest: ClassVar = 0.0
+    uses: ClassVar[tuple[str, ...]] = ()
+    code: ClassVar = (lexical, analysis)
+    lowest: ClassVar[float] = 0.0
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
         found = collection.lexical(self.analyzer).search(questions, k, self.weights)
@@ -48,16 +49,126 @@ class BM25:
 
 
 @dataclass(frozen=True)
-class TfIdf:
-    """The cosine of TF-IDF vectors (Salton and Buckley 1988)."""
+class Hybrid:
+    """Several methods' results made one by a fusion; each arm gives its `depth` best.
 
-    weights: TfIdfWeights = TfIdfWeights()
-    analyzer: Analyzer = Analyzer()
+    The arms stand in the order of their names, and so do a fusion's weights.
+    """
 
-    uses: ClassVar = ()
-    code: ClassVar = (lexical, analyzer)
-    lowest: ClassVar = 0.0
+    arms: Mapping[str, Retriever] = field(default_factory=lambda: {"dense": Dense(), "lexical": Lexical()})
+    fusion: Fusion = ReciprocalRank()
+    depth: int = 100
+
+    code: ClassVar = (fusing,)
+
+    def __post_init__(self):
+        if len(self.arms) < 2:
+            raise UserError(f"retriever.arms has {len(self.arms)} method: a hybrid needs two or more")
+        if self.depth < 1:
+            raise UserError(f"retriever.depth is {self.depth}; give 1 or more")
+        object.__setattr__(self, "arms", dict(sorted(self.arms.items())))
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for arm in self.arms.values() for name in arm.uses))
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        found = collection.lexical(self.analyzer).search(questions, k, self.weights)
-        return [collection.hits(rows, scores) for scores, rows in found]
+        arms = [collection.search(arm, questions, max(k, self.depth)) for arm in self.arms.values()]
+        lows = [getattr(arm, "lowest", None) for arm in self.arms.values()]
+        return _fused(collection, list(zip(*arms, strict=True)), self.fusion, None if None in lows else lows, k)
+
+
+@dataclass(frozen=True)
+class Reranked:
+    """The reranker's order of the retriever's `depth` best; the rest follows as it was, with scores below."""
+
+    retriever: Retriever
+    reranker: Reranker
+    depth: int = 50
+
+    def __post_init__(self):
+        if self.depth < 1:
+            raise UserError(f"reranker.depth is {self.depth}; give 1 or more")
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.retriever.uses, *self.reranker.uses)))
+
+    def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
+        found = collection.search(self.retriever, questions, max(k, self.depth))
+        best = collection.rerank(self.reranker, questions, [hits[: self.depth] for hits in found])
+        return [
+            [*top, *_below(top, hits[self.depth :])][:k] for top, hits in zip(best, found, strict=True)
+        ]
+
+
+def _below(top: Sequence[Hit], rest: Sequence[Hit]) -> list[Hit]:
+    """The rest with its scores moved below the last of the top."""
+    if not top or not rest:
+        return list(rest)
+    shift = top[-1].score - 1.0 - rest[0].score
+    return [Hit(hit.chunk, hit.score + shift) for hit in rest]
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """A search for the texts that the transform writes in place of each question, their results fused."""
+
+    retriever: Retriever
+    transform: Transform
+    fusion: Fusion = ReciprocalRank()
+    depth: int = 100  # of each text
+
+    code: ClassVar = (fusing,)
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.retriever.uses, *self.transform.uses)))
+
+    def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
+        texts = collection.expand(self.transform, questions)
+        flat = [text for written in texts for text in written]
+        found = iter(collection.search(self.retriever, flat, max(k, self.depth)))
+        arms = [[next(found) for _ in written] for written in texts]
+        fused = _fused(collection, arms, self.fusion, None, k)
+        return [hits[0][:k] if len(hits) == 1 else mixed for hits, mixed in zip(arms, fused, strict=True)]
+
+
+def _fused(
+    collection: Collection,
+    arms: Sequence[Sequence[Sequence[Hit]]],
+    fusion: Fusion,
+    lows: Sequence[float] | None,
+    k: int,
+) -> list[list[Hit]]:
+    """For each question the k best of its arms' hits."""
+    rankings = [
+        [[(collection.row(hit.chunk), hit.score) for hit in hits] for hits in question] for question in arms
+    ]
+    results = fusion.fuse_batch(rankings, lows)
+    return [
+        collection.hits([row for row, _ in found[:k]], [score for _, score in found[:k]]) for found in results
+    ]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A method over a collection, for the pipeline: the k best passages for a question."""
+
+    collection: Collection
+    method: Retriever
+    k: int = 3
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise UserError(f"k is {self.k}; give 1 or more")
+
+    def __call__(self, question: str) -> list[Hit]:
+        """At most k hits, best first."""
+        [hits] = self.collection.search(self.method, [question], self.k)
+        return hits
+
+    @property
+    def relevant_from(self) -> float | None:
+        """The score from which a hit is likely to be about the question; None where that is not known."""
+        return self.collection.embedder.relevant_from if isinstance(self.method, Dense) else None
