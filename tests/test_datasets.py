@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rag.evaluate.datasets import load_beir
+from rag.evaluate.datasets import Evidence, load_beir, load_sample
 from rag.types import Document, UserError
 
 CORPUS = [
@@ -165,6 +165,15 @@ def test_queries_that_are_documents_make_self_hits(write):
             r'queries\.jsonl, line 1: "answers" must be a list',
         ),
         ({"queries": [{**QUERIES[0], "answers": [1]}]}, r'queries\.jsonl, line 1: "answers" must be a list'),
+        (
+            {"queries": [{**QUERIES[0], "answers": ["x", " "]}]},
+            r'line 1: an answer of the query "q1" is empty',
+        ),
+        ({"queries": [{**QUERIES[0], "evidence": "d1"}]}, r'line 1: "evidence" must be a list of objects'),
+        (
+            {"queries": [*QUERIES[:2], {**QUERIES[2], "evidence": [{"document": "d1", "quote": "tide"}]}]},
+            r'line 3: query "q3" is flagged unanswerable but has evidence',
+        ),
         ({"queries": [{**QUERIES[0], "answerable": "no"}]}, r'queries\.jsonl, line 1: "answerable" must be'),
         (
             {"queries": [{**QUERIES[0], "answerable": False}]},
@@ -202,3 +211,130 @@ def test_missing_and_unreadable_files_are_named(write, tmp_path):
     (path / "corpus.jsonl").unlink()
     with pytest.raises(UserError, match=r"neither corpus\.jsonl nor documents/"):
         load_beir(path)
+
+
+# --- evidence, samples, fingerprints
+
+
+def with_evidence(*items):
+    return [{**QUERIES[0], "evidence": list(items)}, *QUERIES[1:]]
+
+
+def test_evidence_is_found_in_the_text_as_loaded(write):
+    items = [
+        {"document": "d1", "quote": "tide turns"},
+        {"document": "d1", "start": 0, "end": 5},
+        {"document": "d2", "quote": "Ice", "start": 0, "end": 3},
+        {"document": "d1", "quote": "Tides"},  # the second span again
+    ]
+    dataset = load_beir(write(queries=with_evidence(*items)))
+    assert dataset.evidence == {"q1": (Evidence("d1", 10, 20), Evidence("d1", 0, 5), Evidence("d2", 0, 3))}
+    assert dataset.corpus[0].text[10:20] == "tide turns"
+    [problem] = dataset.problems
+    assert "does not judge the evidence of q1 relevant" in problem  # d2 has grade 0
+
+
+def test_a_quote_from_a_file_is_found_after_cleaning(write):
+    quote = "caf\u0065\u0301\u00a0noir"
+    path = write(
+        queries=with_evidence({"document": "a.txt", "quote": quote}), qrels=["q1\ta.txt\t1", "q2\ta.txt\t1"]
+    )
+    (path / "corpus.jsonl").unlink()
+    (path / "documents").mkdir()
+    (path / "documents" / "a.txt").write_text(f"One\r\n{quote} two", encoding="utf-8", newline="")
+    [span] = load_beir(path).evidence["q1"]
+    assert load_beir(path).corpus[0].text[span.start : span.end] == "caf\u00e9 noir"
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"document": "d9", "quote": "tide"}, r'the unknown document "d9" \(line 1, query "q1"\)'),
+        ({"quote": "tide"}, r'the unknown document "None"'),
+        ({"document": "d1", "quote": "moon"}, r'"moon", which does not occur once in document "d1"'),
+        ({"document": "d1", "quote": "t"}, r'"t", which does not occur once in document "d1"'),
+        ({"document": "d1", "quote": " "}, r'an empty quote of document "d1"'),
+        ({"document": "d1"}, r"the span None to None of the 27 characters"),
+        ({"document": "d1", "start": 5, "end": 5}, r"the span 5 to 5 of the 27 characters"),
+        ({"document": "d1", "start": 0, "end": 28}, r"the span 0 to 28 of the 27 characters"),
+        ({"document": "d1", "start": -1, "end": 3}, r"the span -1 to 3 of the 27 characters"),
+        ({"document": "d1", "start": False, "end": 3}, r"the span False to 3 of the 27 characters"),
+        ({"document": "d1", "start": 0, "end": 4, "quote": "Ice"}, r"not what stands at 0 to 4 of"),
+    ],
+)
+def test_evidence_that_is_not_there_is_an_error_or_with_strict_off_left_out(write, item, message):
+    path = write(queries=with_evidence(item, {"document": "d1", "quote": "twice"}))
+    with pytest.raises(UserError, match=r"queries\.jsonl gives evidence that is not there: .*" + message):
+        load_beir(path)
+    dataset = load_beir(path, strict=False)
+    assert dataset.evidence == {"q1": (Evidence("d1", 21, 26),)}
+    assert len(dataset.problems) == 1
+    assert "left out" in dataset.problems[0]
+
+
+def many(count):
+    queries = [{"_id": f"q{i}", "text": f"Question {i}?", "answers": [f"{i}"]} for i in range(count)]
+    queries += [{"_id": f"u{i}", "text": f"Unknown {i}?", "answerable": False} for i in range(count // 5)]
+    return queries, [f"q{i}\td1\t1" for i in range(count)]
+
+
+def test_a_sample_has_the_same_queries_whatever_their_order(write):
+    queries, qrels = many(40)
+    whole = load_beir(write(queries=queries, qrels=qrels))
+    sample = whole.sample(10, seed=3)
+    assert len(sample.queries) == len(sample.qrels) == 10
+    assert sample.corpus == whole.corpus
+    assert (sample.limit, sample.seed, whole.limit) == (10, 3, None)
+    assert [q for q in whole.queries if q in sample.queries] == list(sample.queries)  # in file order
+    assert len(sample.unanswerable_queries) == len(sample.unanswerable) == 2  # a quarter of 8
+    assert sample.unjudged == sample.unanswerable_queries
+    assert sample.answers.keys() == sample.queries.keys()
+    turned = load_beir(write(queries=queries[::-1], qrels=qrels[::-1]), limit=10, seed=3)
+    assert turned.queries == sample.queries
+    assert turned.unanswerable == sample.unanswerable
+    assert whole.sample(10, seed=4).queries != sample.queries
+    assert sample.queries.items() <= whole.sample(11, seed=3).queries.items()
+    assert whole.sample(40) is whole.sample(None) is whole
+
+
+@pytest.mark.parametrize("limit", [0, -1, True])
+def test_a_sample_of_nothing_is_an_error(write, limit):
+    with pytest.raises(UserError, match=rf"dataset\.limit is {limit}"):
+        load_beir(write(), limit=limit)
+
+
+def test_every_query_is_drawn_about_as_often(write):
+    queries, qrels = many(10)
+    whole = load_beir(write(queries=queries, qrels=qrels))
+    drawn = [query for seed in range(300) for query in whole.sample(3, seed).queries]
+    counts = {query: drawn.count(query) for query in whole.queries}
+    assert all(60 <= count <= 120 for count in counts.values()), counts  # 90 expected, deviation 8
+
+
+def test_the_fingerprint_is_of_contents_not_of_places(write, tmp_path_factory):
+    fingerprint = load_beir(write()).fingerprint
+    assert len(fingerprint) == 64
+    elsewhere = tmp_path_factory.mktemp("other")
+    for file in ("corpus.jsonl", "queries.jsonl"):
+        (elsewhere / file).write_bytes((write() / file).read_bytes())
+    (elsewhere / "qrels").mkdir()
+    (elsewhere / "qrels" / "dev.tsv").write_bytes((write() / "qrels" / "test.tsv").read_bytes())
+    assert load_beir(elsewhere, "dev").fingerprint == fingerprint
+    changes = [
+        {"corpus": [*CORPUS[:2], {"_id": "d3", "text": "Wind is air!"}]},
+        {"corpus": CORPUS[::-1]},
+        {"queries": [{**QUERIES[0], "text": "What?"}, *QUERIES[1:]]},
+        {"queries": [{**QUERIES[0], "answers": ["tide"]}, *QUERIES[1:]]},
+        {"queries": with_evidence({"document": "d1", "quote": "tide"})},
+        {"queries": [*QUERIES[:2], {**QUERIES[2], "text": "Who knows it?"}]},
+        {"qrels": [*QRELS[:2], "q2\td2\t2"]},
+    ]
+    changed = [load_beir(write(**change)).fingerprint for change in changes]
+    assert len({fingerprint, *changed}) == len(changes) + 1
+    assert load_beir(write()).sample(1).fingerprint != fingerprint
+
+
+def test_the_sample_set_needs_no_path():
+    dataset = load_sample()
+    assert (len(dataset.corpus), len(dataset.queries), len(dataset.unanswerable_queries)) == (34, 90, 10)
+    assert len(load_sample(limit=9).queries) == 9

@@ -73,6 +73,13 @@ def test_every_quote_stands_in_its_document_once(texts, rows):
             assert texts[item["document"]].count(item["quote"]) == 1, (row["_id"], item["quote"])
 
 
+def test_the_dataset_knows_every_quote_as_a_span(dataset, texts, rows):
+    for row in rows:
+        spans = dataset.evidence.get(row["_id"], ())
+        quotes = [texts[span.document][span.start : span.end] for span in spans]
+        assert quotes == [item["quote"] for item in row["evidence"]], row["_id"]
+
+
 def test_every_answer_is_short_and_stands_in_a_quote(rows):
     for row in rows:
         quotes = [item["quote"] for item in row["evidence"]]

@@ -1,24 +1,32 @@
-"""Evaluation sets: a corpus, queries, relevance judgements and gold answers, checked when they are loaded.
+"""Evaluation sets: a corpus, queries, relevance judgements, gold answers and evidence, checked when they are loaded.
 
     path/corpus.jsonl         {"_id", "title" (optional), "text"}, or path/documents/: a folder of files
-    path/queries.jsonl        {"_id", "text", "answers" (optional), "answerable" (optional)}
+    path/queries.jsonl        {"_id", "text"} and optionally "answers", "answerable", "evidence"
     path/qrels/<split>.tsv    query-id, corpus-id, score: integers; 0 or less means judged irrelevant
 
-This is the layout of BEIR (Thakur et al. 2021, arXiv:2104.08663) with two additions: "answers" and
-"answerable", at top level or under "metadata", and documents that may be plain files. What would make a
-figure wrong is an error that names file, line and id; what is merely worth knowing goes into `problems`.
+This is the layout of BEIR (Thakur et al. 2021, arXiv:2104.08663) with these additions: "answers", "answerable"
+and "evidence", at top level or under "metadata", and documents that may be plain files. Evidence is a list of
+{"document", "quote"}, the quote standing in the loaded text once, or of {"document", "start", "end"}, characters
+of the loaded text (which begins with the title where there is one). Other layouts: rag.evaluate.dataset_formats.
+
+What would make a figure wrong is an error that names file, line and id; what is merely worth knowing goes into
+`problems`.
 """
 
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
+from rag.cache import content_key
+from rag.evaluate.questions import Evidence, Question, json_rows, leave_out, lines_of, named, read_questions
 from rag.ingest.load import Skipped, load_folder
 from rag.types import Document, UserError
 
+SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample"
+
 _HEADER = ["query-id", "corpus-id", "score"]
-_NAMED = 5  # ids spelled out in a message before "and N more"
 
 
 @dataclass(frozen=True)
@@ -34,64 +42,112 @@ class Dataset:
     unanswerable: frozenset[str]  # of `unjudged`: flagged as having no answer in the corpus
     drop_self_hits: bool  # queries are documents of the corpus themselves: pass it on to metrics.evaluate
     problems: tuple[str, ...]  # what is odd but tolerable, one sentence each
+    evidence: dict[str, tuple[Evidence, ...]] = field(
+        default_factory=dict
+    )  # only queries that come with some
+    limit: int | None = None  # of a sample: how many queries were drawn; None for the whole set
+    seed: int = 0  # of a sample
+
+    @property
+    def unanswerable_queries(self) -> dict[str, str]:
+        """Query id -> text of those flagged unanswerable, in file order: what a reader should abstain from."""
+        return {query: text for query, text in self.unjudged.items() if query in self.unanswerable}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits of what figures depend on: contents and their order, not the set's name or place."""
+        evidence = {q: [(e.document, e.start, e.end) for e in spans] for q, spans in self.evidence.items()}
+        corpus = [(document.id, document.text) for document in self.corpus]
+        queries, unanswerable = list(self.queries.items()), list(self.unanswerable_queries.items())
+        return content_key(
+            "dataset", corpus, queries, self.qrels, self.answers, evidence, unanswerable, self.drop_self_hits
+        )
+
+    def sample(self, limit: int | None, seed: int = 0) -> "Dataset":
+        """The set with `limit` of its queries, drawn by `seed`, and its whole corpus; itself if it has no more.
+
+        The same ids are drawn whatever their order in the file, and a smaller sample is part of a larger one.
+        Of the unanswerable queries the same share stays, at least one. UserError for a limit below 1.
+        """
+        if limit is None:
+            return self
+        if isinstance(limit, bool) or limit < 1:
+            raise UserError(f"dataset.limit is {limit}; give 1 or more queries, or null for all of them")
+        if limit >= len(self.queries):
+            return self
+        share = math.ceil(limit * len(self.unanswerable) / len(self.queries))
+        unanswerable = _drawn(self.unanswerable, share, seed)
+        kept = _drawn(self.queries, limit, seed) | unanswerable
+
+        def of_kept(values: Mapping) -> dict:
+            return {query: value for query, value in values.items() if query in kept}
+
+        return replace(
+            self,
+            queries=of_kept(self.queries),
+            qrels=of_kept(self.qrels),
+            answers=of_kept(self.answers),
+            unjudged=of_kept(self.unjudged),
+            unanswerable=unanswerable,
+            evidence=of_kept(self.evidence),
+            limit=limit,
+            seed=seed,
+        )
 
 
-def load_beir(path: str | Path, split: str = "test", *, strict: bool = True) -> Dataset:
-    """Load and check the set in folder `path`.
+def _drawn(ids: Iterable[str], count: int, seed: int) -> frozenset[str]:
+    return frozenset(sorted(ids, key=lambda id: content_key("sample", seed, id))[:count])
+
+
+# --- the layout of BEIR
+
+
+def load_sample(limit: int | None = None, seed: int = 0) -> Dataset:
+    """The sample set of this project (data/sample), or `limit` of its queries."""
+    return load_beir(SAMPLE, limit=limit, seed=seed)
+
+
+def load_beir(
+    path: str | Path, split: str = "test", *, strict: bool = True, limit: int | None = None, seed: int = 0
+) -> Dataset:
+    """Load and check the set in folder `path`, or `limit` of its queries.
 
     Raises UserError for a missing or malformed file, a duplicate id, an empty query, a judgement that
-    contradicts another one or the "answerable" flag, and a judgement of an unknown query or document. Some
-    published sets have the last: with `strict=False` it is left out and listed in `problems`.
+    contradicts another one or the "answerable" flag, a judgement of an unknown query or document, and evidence
+    that does not stand in its document. Some published sets have the last two: with `strict=False` these are
+    left out and listed in `problems`.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
         raise UserError(f"There is no folder {path}: give one with queries.jsonl and qrels/{split}.tsv.")
     problems: list[str] = []
-    corpus = _corpus(path, problems)
-    documents = {document.id: document for document in corpus}
-    queries = [_query(path / "queries.jsonl", line, row) for line, row in _rows(path / "queries.jsonl")]
-    texts = {query.id: query.text for query in queries}
-    qrels = _qrels(path / "qrels" / f"{split}.tsv", texts, documents, strict, problems)
-    for query in queries:
-        if not query.answerable and query.id in qrels:
-            raise UserError(f'Query "{query.id}" of {path} is flagged unanswerable but judged: drop one.')
-    return Dataset(
+    source, corpus = _corpus(path, problems)
+    texts = {document.id: document.text for document in corpus}
+    questions = read_questions(path / "queries.jsonl", texts, strict, problems)
+    dataset = assemble(
         name=path.resolve().name,
         corpus=corpus,
-        queries={query: text for query, text in texts.items() if query in qrels},
-        qrels={query: qrels[query] for query in texts if query in qrels},
-        answers={query.id: query.answers for query in queries if query.answers},
-        unjudged={query: text for query, text in texts.items() if query not in qrels},
-        unanswerable=frozenset(query.id for query in queries if not query.answerable),
-        drop_self_hits=any(q in documents and _same_text(t, documents[q].text) for q, t in texts.items()),
-        problems=tuple(problems),
+        questions=questions,
+        judgements=_judgements(path / "qrels" / f"{split}.tsv"),
+        source=str(path / "qrels" / f"{split}.tsv"),
+        corpus_source=str(source),
+        strict=strict,
+        problems=problems,
     )
+    return dataset.sample(limit, seed)
 
 
-# --- corpus
-
-
-def _corpus(path: Path, problems: list[str]) -> tuple[Document, ...]:
+def _corpus(path: Path, problems: list[str]) -> tuple[Path, tuple[Document, ...]]:
     source = path / "corpus.jsonl"
     if source.exists():
-        corpus = tuple(_document(source, line, row) for line, row in _rows(source))
-    elif (source := path / "documents").is_dir():
-        loaded = list(load_folder(source))
-        skipped = (item for item in loaded if isinstance(item, Skipped))
-        problems.extend(f"{source / item.path} is left out: {item.reason}." for item in skipped)
-        corpus = tuple(item for item in loaded if isinstance(item, Document))
-    else:
+        return source, tuple(_document(source, line, row) for line, row in json_rows(source))
+    source = path / "documents"
+    if not source.is_dir():
         raise UserError(f"The dataset {path} has neither corpus.jsonl nor documents/: add one of them.")
-    if not corpus:
-        raise UserError(f"The corpus {source} is empty: add documents.")
-    first: dict[str, str] = {}
-    empty = [document.id for document in corpus if not document.text]
-    repeated = [d.id for d in corpus if d.text and first.setdefault(d.text, d.id) != d.id]
-    if empty:
-        problems.append(f"{source} has no text for {_named(empty)}.")
-    if repeated:
-        problems.append(f"{source} repeats the text of an earlier document in {_named(repeated)}.")
-    return corpus
+    loaded = list(load_folder(source))
+    skipped = (item for item in loaded if isinstance(item, Skipped))
+    problems.extend(f"{source / item.path} is left out: {item.reason}." for item in skipped)
+    return source, tuple(item for item in loaded if isinstance(item, Document))
 
 
 def _document(file: Path, line: int, row: Mapping) -> Document:
@@ -101,28 +157,96 @@ def _document(file: Path, line: int, row: Mapping) -> Document:
     return Document(id=row["_id"], path=row["_id"], text=f"{title} {row['text']}".strip(), title=title)
 
 
-# --- queries
+def _judgements(file: Path) -> Iterator["Judgement"]:
+    if not file.exists():
+        found = ", ".join(sorted(other.stem for other in file.parent.glob("*.tsv"))) or "none"
+        raise UserError(f"{file} is missing: add it, or choose a split that is there ({found}).")
+    lines = lines_of(file)
+    if next(lines, (1, ""))[1].split("\t") != _HEADER:
+        raise UserError(f"{file} must begin with the line {' '.join(_HEADER)}, with tabs between: add it.")
+    for line, content in lines:
+        fields = content.split("\t")
+        if len(fields) != 3 or not all(field.strip() for field in fields):
+            raise UserError(f"{file}, line {line} is not query id, tab, document id, tab, score: correct it.")
+        try:
+            yield Judgement(f"line {line}", fields[0], fields[1], int(fields[2]))
+        except ValueError as error:
+            raise UserError(
+                f'{file}, line {line}: score "{fields[2]}" is not an integer: correct it.'
+            ) from error
+
+
+# --- what all layouts share: records, and the checks that join them
 
 
 @dataclass(frozen=True, slots=True)
-class _Query:
-    id: str
-    text: str
-    answers: tuple[str, ...]
-    answerable: bool
+class Judgement:
+    """A grade as its file tells it, and where: "line 3"."""
+
+    where: str
+    query: str
+    document: str
+    grade: int
 
 
-def _query(file: Path, line: int, row: Mapping) -> _Query:
-    if not row["text"].strip():
-        raise UserError(f'{file}, line {line}: the query "{row["_id"]}" is empty: write it or remove it.')
-    metadata = row.get("metadata") or {}
-    fields = {**metadata, **row} if isinstance(metadata, dict) else row
-    answers, answerable = fields.get("answers") or [], fields.get("answerable", True)
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f'{file}, line {line}: "answers" must be a list of strings: correct it.')
-    if not isinstance(answerable, bool):
-        raise UserError(f'{file}, line {line}: "answerable" must be true or false: correct it.')
-    return _Query(row["_id"], row["text"], tuple(answers), answerable)
+def assemble(
+    name: str,
+    corpus: Sequence[Document],
+    questions: Sequence[Question],
+    judgements: Iterable[Judgement],
+    source: str,
+    corpus_source: str,
+    strict: bool,
+    problems: Sequence[str],
+) -> Dataset:
+    """The Dataset of parts whose ids are unique, checked against each other.
+
+    `source` and `corpus_source` say in messages where judgements and documents come from. Raises UserError for
+    an empty corpus or query, judgements that contradict each other or the flag, none at all, and, when `strict`,
+    for those of unknown ids.
+    """
+    problems = [*problems, *_corpus_problems(corpus, corpus_source)]
+    documents = {document.id: document.text for document in corpus}
+    texts = {question.id: question.text for question in questions}
+    qrels = _qrels(judgements, source, texts, documents, strict, problems)
+    for question in questions:
+        if not question.text.strip():
+            raise UserError(f'The query "{question.id}" of {name} is empty: write it or remove it.')
+        if not question.answerable and question.id in qrels:
+            raise UserError(
+                f'Query "{question.id}" of {source} is flagged unanswerable but judged: drop one.'
+            )
+    unjudged_evidence = [
+        q.id
+        for q in questions
+        if q.id in qrels and any(qrels[q.id].get(e.document, 0) < 1 for e in q.evidence)
+    ]
+    if unjudged_evidence:
+        problems.append(f"{source} does not judge the evidence of {named(unjudged_evidence)} relevant.")
+    return Dataset(
+        name=name,
+        corpus=tuple(corpus),
+        queries={query: text for query, text in texts.items() if query in qrels},
+        qrels={query: qrels[query] for query in texts if query in qrels},
+        answers={question.id: question.answers for question in questions if question.answers},
+        unjudged={query: text for query, text in texts.items() if query not in qrels},
+        unanswerable=frozenset(question.id for question in questions if not question.answerable),
+        drop_self_hits=any(q in documents and _same_text(t, documents[q]) for q, t in texts.items()),
+        problems=tuple(problems),
+        evidence={question.id: question.evidence for question in questions if question.evidence},
+    )
+
+
+def _corpus_problems(corpus: Sequence[Document], source: str) -> Iterator[str]:
+    if not corpus:
+        raise UserError(f"The corpus {source} is empty: add documents.")
+    first: dict[str, str] = {}
+    empty = [document.id for document in corpus if not document.text.strip()]
+    repeated = [d.id for d in corpus if d.text.strip() and first.setdefault(d.text, d.id) != d.id]
+    if empty:
+        yield f"{source} has no text for {named(empty)}."
+    if repeated:
+        yield f"{source} repeats the text of an earlier document in {named(repeated)}."
 
 
 def _same_text(query: str, document: str) -> bool:
@@ -131,88 +255,35 @@ def _same_text(query: str, document: str) -> bool:
     return bool(words) and passage.endswith(words)
 
 
-# --- judgements
-
-
 def _qrels(
-    file: Path, queries: Collection[str], documents: Collection[str], strict: bool, problems: list[str]
+    judgements: Iterable[Judgement],
+    source: str,
+    queries: Collection[str],
+    documents: Collection[str],
+    strict: bool,
+    problems: list[str],
 ) -> dict[str, dict[str, int]]:
-    if not file.exists():
-        found = ", ".join(sorted(other.stem for other in file.parent.glob("*.tsv"))) or "none"
-        raise UserError(f"{file} is missing: add it, or choose a split that is there ({found}).")
-    lines = _lines(file)
-    if next(lines, (1, ""))[1].split("\t") != _HEADER:
-        raise UserError(f"{file} must begin with the line {' '.join(_HEADER)}, with tabs between: add it.")
     qrels: dict[str, dict[str, int]] = {}
     dangling, repeated = [], []
-    for line, content in lines:
-        query, document, grade = _judgement(file, line, content)
-        if query not in queries:
-            dangling.append(f'query "{query}" (line {line})')
-        elif document not in documents:
-            dangling.append(f'document "{document}" (line {line})')
-        elif (known := qrels.get(query, {}).get(document)) is None:
-            qrels.setdefault(query, {})[document] = grade
-        elif known != grade:
-            raise UserError(f'{file}, line {line} grades "{document}" {grade} after {known}: keep one.')
+    for item in judgements:
+        if item.query not in queries:
+            dangling.append(f'query "{item.query}" ({item.where})')
+        elif item.document not in documents:
+            dangling.append(f'document "{item.document}" ({item.where})')
+        elif (known := qrels.get(item.query, {}).get(item.document)) is None:
+            qrels.setdefault(item.query, {})[item.document] = item.grade
+        elif known != item.grade:
+            raise UserError(
+                f'{source}, {item.where} grades "{item.document}" {item.grade} after {known} for the query '
+                f'"{item.query}": keep one.'
+            )
         else:
-            repeated.append(f"line {line}")
-    if dangling and strict:
-        raise UserError(
-            f"{file} judges the unknown {_named(dangling)}: remove this or load with dataset.strict=false."
-        )
-    if dangling:
-        problems.append(f"{file} judges the unknown {_named(dangling)}, which is left out.")
+            repeated.append(item.where)
+    leave_out(dangling, f"{source} judges the unknown", strict, problems)
     if repeated:
-        problems.append(f"{file} repeats earlier judgements in {_named(repeated)}.")
+        problems.append(f"{source} repeats earlier judgements in {named(repeated)}.")
     if not qrels:
-        raise UserError(f"{file} judges no query: add judgements.")
+        raise UserError(f"{source} judges no query: add judgements.")
     if hopeless := [query for query, judged in qrels.items() if max(judged.values()) <= 0]:
-        problems.append(f"{file} has no relevant document for {_named(hopeless)}, which count as 0.")
+        problems.append(f"{source} has no relevant document for {named(hopeless)}, which count as 0.")
     return qrels
-
-
-def _judgement(file: Path, line: int, content: str) -> tuple[str, str, int]:
-    fields = content.split("\t")
-    if len(fields) != 3 or not all(field.strip() for field in fields):
-        raise UserError(f"{file}, line {line} is not query id, tab, document id, tab, score: correct it.")
-    try:
-        return fields[0], fields[1], int(fields[2])
-    except ValueError as error:
-        raise UserError(f'{file}, line {line}: score "{fields[2]}" is not an integer: correct it.') from error
-
-
-# --- files
-
-
-def _rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """(line from 1, row) of a JSON lines file whose rows have a unique, non-empty "_id" and a "text"."""
-    seen: dict[str, int] = {}
-    for line, content in _lines(file):
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {line} is not valid JSON ({error.msg}): correct it.") from error
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("_id", "text")):
-            raise UserError(f'{file}, line {line} has no strings "_id" and "text": correct it.')
-        if not row["_id"].strip():
-            raise UserError(f'{file}, line {line} has an empty "_id": give it one.')
-        if (first := seen.setdefault(row["_id"], line)) != line:
-            raise UserError(f'{file}, line {line} repeats the id "{row["_id"]}" of line {first}: remove one.')
-        yield line, row
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, content) of the lines that are not blank."""
-    try:
-        with open(file, encoding="utf-8-sig") as stream:
-            yield from ((n, line.rstrip("\n")) for n, line in enumerate(stream, 1) if line.strip())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not valid UTF-8 ({error.reason}): convert it.") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): put it there.") from error
-
-
-def _named(ids: Sequence[str]) -> str:
-    more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
-    return ", ".join(ids[:_NAMED]) + more
