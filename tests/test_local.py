@@ -1,7 +1,10 @@
 """Chat messages to streamed text, with a tiny checkpoint read through the real loading code."""
 
+import json
+
 import pytest
 
+from rag.generate.engine import bucket
 from rag.generate.local import LocalGenerator, StoppedText
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage, UserError
@@ -40,6 +43,58 @@ def test_the_stream_is_the_decoded_tokens(generator):
 def test_a_batch_gives_what_each_chat_gives_alone(generator):
     alone = [written(generator, chat, max_new_tokens=24)[0] for chat in CHATS]
     assert generator.generate(CHATS, max_new_tokens=24) == alone
+
+
+MANY = [[Message("user", "why? " * n)] for n in (1, 9, 3, 40, 2, 1, 17)]
+
+
+def test_any_number_of_chats_in_batches_within_a_budget(generator, monkeypatch):
+    expected = [generator.generate([chat], max_new_tokens=8)[0] for chat in MANY]
+    assert len(set(expected)) > 3
+    shapes, start = [], generator.engine.start
+
+    def spy(prompts, *others):
+        shapes.append((len(prompts), bucket(bucket(max(map(len, prompts))) + 8)))
+        return start(prompts, *others)
+
+    monkeypatch.setattr(generator.engine, "start", spy)
+    monkeypatch.setattr(generator, "_tokens_per_batch", 300)
+    assert generator.generate(MANY, max_new_tokens=8) == expected
+    assert len(shapes) >= 4
+    assert all(rows == 1 or rows * width <= 300 for rows, width in shapes)
+    assert generator.generate([], max_new_tokens=8) == []
+
+
+def test_each_chat_has_its_own_seed_and_their_order_changes_nothing(generator):
+    options = {"sampling": Sampling(temperature=1.0), "max_new_tokens": 8}
+    seeds = list(range(len(MANY)))
+    texts = generator.generate(MANY, seeds=seeds, **options)
+    assert texts[0] != texts[5]  # the same chat
+    assert texts[5] == written(generator, MANY[5], seed=5, **options)[0]
+    backwards = generator.generate(MANY[::-1], seeds=seeds[::-1], **options)
+    assert backwards == texts[::-1]
+    assert generator.generate(MANY[:1], **options) == generator.generate(MANY[:1], seeds=[0], **options)
+
+
+def test_the_fingerprint_is_of_the_contents(tmp_path):
+    places = [tmp_path / name for name in ("one", "two", "three")]
+    for place in places:
+        place.mkdir()
+        write_checkpoint(place)
+    config = json.loads((places[2] / "config.json").read_text())
+    (places[2] / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
+    one, two, three = (LocalGenerator(str(place)) for place in places)
+    assert one.fingerprint == two.fingerprint
+    assert (
+        one.fingerprint
+        == LocalGenerator(str(places[0]), steps_per_dispatch=1, tokens_per_batch=9).fingerprint
+    )
+    half, short = (
+        LocalGenerator(str(places[0]), **o) for o in ({"dtype": "bfloat16"}, {"context_length": 64})
+    )
+    assert len({one.fingerprint, three.fingerprint, half.fingerprint, short.fingerprint}) == 4
+    assert len(one.fingerprint) == 64
+    assert "_loaded" not in vars(one)  # no weights were read for it
 
 
 def test_a_stop_string_ends_the_text_before_itself(generator):
@@ -87,8 +142,11 @@ def test_no_text_is_held_back_longer_than_it_must():
 def test_settings_that_cannot_be_are_told(tmp_path):
     with pytest.raises(UserError, match="dtype is 'int3'"):
         LocalGenerator(dtype="int3")
+    with pytest.raises(UserError, match="tokens_per_batch is 0"):
+        LocalGenerator(tokens_per_batch=0)
     with pytest.raises(UserError, match="steps_per_dispatch is 0"):
         LocalGenerator(steps_per_dispatch=0)
     (tmp_path / "notes.txt").write_text("no weights")
-    with pytest.raises(UserError, match="neither a GGUF file nor a folder"):
-        LocalGenerator(str(tmp_path / "notes.txt")).count("x")
+    for use in (lambda other: other.count("x"), lambda other: other.fingerprint):
+        with pytest.raises(UserError, match="neither a GGUF file nor a folder"):
+            use(LocalGenerator(str(tmp_path / "notes.txt")))

@@ -31,6 +31,13 @@ LAST = {
     "eval_count": 5,
     "eval_duration": 250_000_000,
 }
+TAGS = {
+    "models": [
+        {"name": "llama3.2:latest", "model": "llama3.2:latest", "digest": "a80c4f17"},
+        {"name": "llama3.2:1b", "model": "llama3.2:1b", "digest": "baf6a787"},
+        {"name": "hf.co/some/model:latest", "model": "hf.co/some/model:latest", "digest": "c0ffee00"},
+    ]
+}
 
 
 def line(value: object) -> bytes:
@@ -47,6 +54,15 @@ def server(*writes: bytes, status: int = 200, finish: bool = True, pause: float 
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            asked.append((self.path, None))
+            reply = line(TAGS)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+            self.close_connection = True
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -203,6 +219,39 @@ def test_count_is_a_third_of_the_bytes(text, count):
     assert OllamaGenerator().count(text) == count
 
 
+def test_the_fingerprint_is_of_the_models_content():
+    with server() as (url, asked):
+        prints = {
+            name: OllamaGenerator(model=name, url=url).fingerprint
+            for name in ("llama3.2", "llama3.2:latest", "llama3.2:1b", "hf.co/some/model")
+        }
+        shorter = OllamaGenerator(url=url, context_length=512).fingerprint
+        with pytest.raises(UserError, match=r"no model 'nope'.*`ollama pull nope`"):
+            _ = OllamaGenerator(model="nope", url=url).fingerprint
+    assert {path for path, _ in asked} == {"/api/tags"}
+    assert prints["llama3.2"] == prints["llama3.2:latest"]
+    assert len({*prints.values(), shorter}) == 4
+    assert all(len(value) == 64 for value in prints.values())
+
+
+def test_a_batch_is_asked_one_after_the_other():
+    with server(said("one "), said("two"), line(LAST)) as (url, asked):
+        generator = OllamaGenerator(url=url)
+        answers = generator.generate([MESSAGES, MESSAGES[1:]], max_new_tokens=9, seeds=[4, 5], stop=["\n"])
+        assert generator.generate([]) == []
+    assert answers == ["one two", "one two"]
+    assert [len(body["messages"]) for _, body in asked] == [2, 1]
+    assert [body["options"]["seed"] for _, body in asked] == [4, 5]
+    assert {(body["options"]["num_predict"], *body["options"]["stop"]) for _, body in asked} == {(9, "\n")}
+
+
+def test_no_likelihood_of_a_given_text():
+    with pytest.raises(UserError, match=r"generator=local.*weights=ollama:llama3\.2"):
+        OllamaGenerator().log_likelihood([(MESSAGES, "four")])
+    with pytest.raises(UserError, match="generator=local"):
+        OllamaGenerator().text_log_likelihood([("2 + 2 =", " 4")])
+
+
 def test_the_pipeline_answers_through_it(tmp_path):
     (tmp_path / "seal.txt").write_text("A seal eats fish.")
     pipeline.ingest(tmp_path / "seal.txt", tmp_path / "index", WholeChunker(), BagOfWords())
@@ -216,6 +265,5 @@ def test_the_pipeline_answers_through_it(tmp_path):
     assert pieces == ["Fish", " [1]"]
     assert answer.answer == "Fish [1]"
     assert answer.timings.prompt_tokens == 31
-    assert asked[0][1]["messages"] == [
-        {"role": "user", "content": "[1] A seal eats fish. what does a seal eat"}
-    ]
+    [body] = [body for path, body in asked if path == "/api/chat"]
+    assert body["messages"] == [{"role": "user", "content": "[1] A seal eats fish. what does a seal eat"}]

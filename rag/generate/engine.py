@@ -8,7 +8,7 @@ Letters: B batch, T prompt tokens, V vocab.
 """
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -117,6 +117,23 @@ def bucket(length: int) -> int:
     """The padded length for `length` tokens: steps of 64 to 512, of 128 to 2,048, then of 512."""
     step = 64 if length <= 512 else 128 if length <= 2048 else 512
     return max(step, -(-length // step) * step)
+
+
+def batches(
+    lengths: Sequence[int], tokens_per_batch: int, new_tokens: int = 0
+) -> Iterator[tuple[slice, int]]:
+    """Which of the prompts run together, for lengths that stand longest first: (a slice of them, rows to run).
+
+    Rows times the padded length with its new tokens stay within `tokens_per_batch` unless one row alone is
+    longer. The number of rows is a power of two, so that few programs are compiled; rows may exceed the slice.
+    """
+    start = 0
+    while start < len(lengths):
+        width = bucket(lengths[start]) if not new_tokens else bucket(bucket(lengths[start]) + new_tokens)
+        most = 1 << (max(1, tokens_per_batch // width).bit_length() - 1)
+        count = min(most, len(lengths) - start)
+        yield slice(start, start + count), 1 << (count - 1).bit_length()
+        start += count
 
 
 class Engine:

@@ -1,18 +1,24 @@
-"""Our own engine behind the generator's interface: chat messages in, text out, piece by piece."""
+"""Our own engine behind the generator's interface: chat messages in, text or its likelihood out."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import jax.numpy as jnp
 
-from rag.generate.engine import Engine
+from rag import cache
+from rag.generate import LogLikelihood
+from rag.generate.engine import Decoding, Engine, batches
+from rag.generate.likelihood import log_probs
 from rag.models import checkpoint, hub, llama_checkpoint
 from rag.models.tokenizer import TextStream, Tokenizer
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage, UserError
 
 DTYPES = ("float32", "bfloat16")
+GENERATOR_VERSION = 1  # part of fingerprints: raise it when the same weights begin to write other answers
 
 
 class LocalGenerator:
@@ -24,12 +30,20 @@ class LocalGenerator:
         dtype: str = "float32",
         context_length: int | None = None,
         steps_per_dispatch: int = 4,
+        tokens_per_batch: int = 4096,
     ):
-        """`weights` is a URI of rag.models.hub; `context_length` None takes the checkpoint's own."""
+        """`weights` is a URI of rag.models.hub; `context_length` None takes the checkpoint's own.
+
+        `tokens_per_batch` bounds the padded tokens, new ones included, that `generate` and the likelihoods hold
+        at once; it changes their speed and memory, and results no more than float rounding does.
+        """
         if dtype not in DTYPES:
             raise UserError(f"generator.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
         if steps_per_dispatch < 1:
             raise UserError(f"generator.steps_per_dispatch is {steps_per_dispatch}; give 1 or more")
+        if tokens_per_batch < 1:
+            raise UserError(f"generator.tokens_per_batch is {tokens_per_batch}; give about 4096")
+        self._tokens_per_batch = tokens_per_batch
         self._path = hub.local_path(weights)
         self._dtype, self._limit, self._steps = jnp.dtype(dtype), context_length, steps_per_dispatch
 
@@ -38,6 +52,12 @@ class LocalGenerator:
         model, tokenizer = llama_checkpoint.load(self._path)
         model = checkpoint.to_device(model, self._dtype)
         return Engine(model, tokenizer.eos_ids, self._steps), tokenizer
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits of the weights' bytes, dtype and context length; nothing is loaded for it."""
+        digests = [cache.file_sha256(file) for file in _source_files(self._path)]
+        return cache.content_key("llama", GENERATOR_VERSION, digests, self._dtype.name, self._limit)
 
     @property
     def engine(self) -> Engine:
@@ -96,19 +116,75 @@ class LocalGenerator:
         seeds: Sequence[int] | None = None,
         stop: Sequence[str] = (),
     ) -> list[str]:
-        """The answers to a batch of conversations of any lengths, decoded together."""
+        """The answers to any number of conversations of any lengths, in their order.
+
+        Those of like lengths are decoded together, as many as `tokens_per_batch` allows; which do depends on the
+        conversations and not on their order.
+        """
         prompts = [self.tokenizer.chat(messages) for messages in conversations]
-        decoding = self.engine.start(prompts, max_new_tokens, sampling, seeds)
-        decoders, texts = [TextStream(self.tokenizer) for _ in prompts], [StoppedText(stop) for _ in prompts]
+        each = [0] * len(prompts) if seeds is None else list(seeds)
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], each[i]))
         answers = [""] * len(prompts)
+        lengths = [len(prompts[i]) for i in order]
+        for some, size in batches(lengths, self._tokens_per_batch, max_new_tokens):
+            members = order[some]
+            filled = [*members, *members[-1:] * (size - len(members))]  # copies, ended at once
+            decoding = self.engine.start(
+                [prompts[i] for i in filled], max_new_tokens, sampling, [each[i] for i in filled]
+            )
+            for row in range(len(members), size):
+                decoding.finish(row)
+            for i, text in zip(members, self._texts(decoding, len(members), stop), strict=True):
+                answers[i] = text
+        return answers
+
+    def _texts(self, decoding: Decoding, count: int, stop: Sequence[str]) -> list[str]:
+        """What the first `count` rows of a batch write."""
+        decoders, texts = (
+            [TextStream(self.tokenizer) for _ in range(count)],
+            [StoppedText(stop) for _ in range(count)],
+        )
+        answers = [""] * count
         for new in decoding:
-            for row, tokens in enumerate(new):
+            for row, tokens in enumerate(new[:count]):
                 answers[row] += texts[row].push("".join(map(decoders[row].push, tokens)))
                 if tokens and texts[row].stopped:
                     decoding.finish(row)
         for row, (decoder, text) in enumerate(zip(decoders, texts, strict=True)):
             answers[row] += text.push(decoder.finish()) + text.finish()
         return answers
+
+    def log_likelihood(self, pairs: Sequence[tuple[Sequence[Message], str]]) -> list[LogLikelihood]:
+        """log p(text | conversation) of each pair, in order: how likely the model's answer would be that text.
+
+        Conversation and text become tokens apart, so that the text's do not depend on what stands before it;
+        the token that would end the answer is not counted. Raises UserError for a pair beyond the context.
+        """
+        return self._likelihoods([(self.tokenizer.chat(messages), text) for messages, text in pairs])
+
+    def text_log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+        """log p(second text | first text) of each pair, in order, without a chat format.
+
+        The two become tokens apart: a space between them belongs at the beginning of the second, as byte-level
+        tokens carry it. Raises UserError for a pair beyond the context, and for a first text without tokens.
+        """
+        return self._likelihoods([(self.tokenizer.encode(prompt), text) for prompt, text in pairs])
+
+    def _likelihoods(self, pairs: Sequence[tuple[list[int], str]]) -> list[LogLikelihood]:
+        ids = [(prompt, self.tokenizer.encode(text, special=False)) for prompt, text in pairs]
+        found = log_probs(self.engine.model, ids, self._tokens_per_batch)
+        return [LogLikelihood(math.fsum(values.tolist()), len(values)) for values in found]
+
+
+def _source_files(path: Path) -> list[Path]:
+    """Every file that the answers depend on, in a fixed order."""
+    if checkpoint.is_gguf(path):
+        return [path]
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is neither a GGUF file nor a folder; name one, or a Hugging Face checkpoint folder"
+        )
+    return [*checkpoint.shards(path), *sorted(path.glob("*.json")), *sorted(path.glob("*.jinja"))]
 
 
 class StoppedText:

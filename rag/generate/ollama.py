@@ -2,6 +2,7 @@
 
 The protocol (Ollama's docs/api.md, "Generate a chat completion"): POST /api/chat answers with one JSON object
 a line, pieces of text first; the last line says "done" and carries the counts, and times in nanoseconds.
+GET /api/tags ("List local models") names each model's content by a digest.
 """
 
 import http.client
@@ -13,6 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import NoReturn
 from urllib.parse import urlsplit
 
+from rag.cache import content_key
+from rag.generate import LogLikelihood
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage, UserError
 
@@ -41,6 +44,11 @@ class OllamaGenerator:
             valid = False
         if not valid or any(map(str.isspace, self.url)):
             raise UserError(f"generator.url={self.url!r} is no web address: write it as http://host:port")
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits of the model's digest and the context length; asks the server, which must answer."""
+        return content_key("ollama", self._digest(), self.context_length)
 
     def count(self, text: str) -> int:
         """An estimate of the tokens of `text`: one for three UTF-8 bytes.
@@ -78,7 +86,7 @@ class OllamaGenerator:
             options["stop"] = list(stop)
         turns = [asdict(message) for message in messages]
         body = {"model": self.model, "messages": turns, "stream": True, "options": options}
-        for line in self._lines(body):
+        for line in self._lines("/api/chat", body):
             if text := line.get("message", {}).get("content"):
                 yield text
             if line.get("done"):
@@ -86,12 +94,58 @@ class OllamaGenerator:
                 return
         raise UserError(f"The answer of Ollama at {self.url} broke off before its end; try again.")
 
-    def _lines(self, body: dict) -> Iterator[dict]:
+    def generate(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        sampling: Sampling = Sampling(),
+        max_new_tokens: int = 256,
+        seeds: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """The answers to several conversations, asked for one after the other."""
+        each = [0] * len(conversations) if seeds is None else seeds
+        return [
+            "".join(
+                piece
+                for piece in self.stream(messages, sampling, max_new_tokens, seed, stop)
+                if isinstance(piece, str)
+            )
+            for messages, seed in zip(conversations, each, strict=True)
+        ]
+
+    def log_likelihood(self, pairs: Sequence[tuple[Sequence[Message], str]]) -> list[LogLikelihood]:
+        """Raises UserError: the protocol gives the likelihood of no text that it is handed."""
+        self._no_likelihood()
+
+    def text_log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+        """Raises UserError, as `log_likelihood` does."""
+        self._no_likelihood()
+
+    def _no_likelihood(self) -> NoReturn:
+        raise UserError(
+            "Ollama tells no likelihood of a given text: set generator=local, which can read the same file as "
+            f"generator.weights=ollama:{self.model}"
+        )
+
+    def _digest(self) -> str:
+        """What the server names the model's content by; a name without a tag means its tag `latest`."""
+        [listed] = self._lines("/api/tags")
+        wanted = self.model if ":" in self.model.rpartition("/")[2] else f"{self.model}:latest"
+        try:
+            digests = {model["name"]: model["digest"] for model in listed["models"]}
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"What answers at {self.url} does not speak Ollama's protocol: {str(listed)[:80]}"
+            ) from error
+        if wanted not in digests:
+            raise UserError(self._absent())
+        return digests[wanted]
+
+    def _lines(self, path: str, body: dict | None = None) -> Iterator[dict]:
         """The objects of the server's answer, each as soon as its line is complete."""
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/api/chat", json.dumps(body).encode(), headers
-        )
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", data, headers)
         try:
             with _direct.open(request, timeout=self.timeout_s) as response:
                 for line in response:
@@ -136,11 +190,14 @@ class OllamaGenerator:
                 f"{self.url} answers with HTTP status {error.code}: is it an Ollama server?"
             ) from error
         if error.code == 404:
-            raise UserError(
-                f"Ollama at {self.url} has no model {self.model!r}: fetch it with `ollama pull "
-                f"{self.model}`, or set generator.model to one that `ollama list` shows."
-            ) from error
+            raise UserError(self._absent()) from error
         raise UserError(f"Ollama at {self.url} reports: {reason}") from error
+
+    def _absent(self) -> str:
+        return (
+            f"Ollama at {self.url} has no model {self.model!r}: fetch it with `ollama pull "
+            f"{self.model}`, or set generator.model to one that `ollama list` shows."
+        )
 
     def _silent(self) -> str:
         return f"Ollama at {self.url} was silent for {self.timeout_s:g} s: set generator.timeout_s higher."
