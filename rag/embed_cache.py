@@ -31,10 +31,10 @@ class CachedEmbedder:
 
     def __init__(self, embedder: Embedder, folder: Path | None = None):
         """`folder`: where vectors are kept, by default the cache's."""
-        self._embedder = embedder
+        self.uncached = embedder
         self._folder = (folder or cache_root() / "vectors") / embedder.fingerprint
-        self.seconds = 0.0  # that the vectors given so far took to compute, in this run or before
-        self.texts = self.reused = 0  # given so far, and of them found on disk
+        self.passages_s = 0.0  # that the passages' vectors took to compute, in this run or before
+        self.passages = self.reused = 0  # given so far, and of them found on disk
         # What Embedder's protocol asks for, as the embedder has it.
         self.dim, self.fingerprint, self.spec = embedder.dim, embedder.fingerprint, embedder.spec
         self.relevant_from, self.token_spans = embedder.relevant_from, embedder.token_spans
@@ -44,11 +44,16 @@ class CachedEmbedder:
         self, texts: Sequence[str], progress: Progress = lambda done: None
     ) -> Float32[np.ndarray, "N E"]:
         """The vectors of passages, in their order."""
-        return self._kept("passage", texts, self._embedder.encode, progress)
+        rows, new = self._kept("passage", texts, self.uncached.encode, progress)
+        self.passages += len(rows)
+        self.reused += len(rows) - new
+        self.passages_s += sum(float(row["seconds"]) for row in rows.values())
+        return self._stacked(rows, texts)
 
     def encode_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
         """The vectors of questions, in their order."""
-        return self._kept("question", texts, lambda texts, progress: self._embedder.encode_queries(texts))
+        rows, _ = self._kept("question", texts, lambda texts, progress: self.uncached.encode_queries(texts))
+        return self._stacked(rows, texts)
 
     def missing(self, texts: Sequence[str]) -> int:
         """How many different passages would have to be computed."""
@@ -62,26 +67,25 @@ class CachedEmbedder:
 
     def __getattr__(self, name: str) -> Any:
         """What a particular kind of embedder offers beyond the protocol."""
-        return getattr(self._embedder, name)
+        return getattr(self.uncached, name)
 
     def _kept(
         self, kind: str, texts: Sequence[str], encode: Callable, progress: Progress = lambda done: None
-    ) -> Float32[np.ndarray, "N E"]:
-        unique = _hashes(kind, texts)
-        rows = self._rows()
-        known = unique.keys() & rows.keys()
-        if len(known) < len(unique):
+    ) -> tuple[dict[str, np.void], int]:
+        """Each different text's row, and how many of them had to be computed."""
+        unique, rows = _hashes(kind, texts), self._rows()
+        known = len(unique.keys() & rows.keys())
+        if known < len(unique):
             with writing(), locked(self._folder / "vectors"):
-                self._compute(unique, encode, lambda done: progress(len(known) + done))
+                self._compute(unique, encode, lambda done: progress(known + done))
             rows = self._rows()
         progress(len(texts))
-        found = {text: rows[key] for key, text in unique.items()}
-        self.texts += len(unique)
-        self.reused += len(known)
-        self.seconds += sum(float(row["seconds"]) for row in found.values())
+        return {text: rows[key] for key, text in unique.items()}, len(unique) - known
+
+    def _stacked(self, rows: dict[str, np.void], texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
         vectors = np.empty((len(texts), self.dim), np.float32)
         for i, text in enumerate(texts):
-            vectors[i] = found[text]["vector"]
+            vectors[i] = rows[text]["vector"]
         return vectors
 
     def _compute(self, unique: dict[bytes, str], encode: Callable, progress: Progress) -> None:

@@ -1,59 +1,112 @@
-"""Retrieval quality on a dataset in BEIR's layout.
+"""One evaluation, or with -m a sweep of them, on a dataset: quality with its uncertainty, and what it cost.
 
-python scripts/eval.py dataset.path=DIR
+python scripts/eval.py dataset=sample retriever=bm25
+python scripts/eval.py -m dataset=sample retriever=dense,bm25,hybrid chunker=sentence chunker.size=64,128
 """
 
+import functools
 import json
-from pathlib import Path
+import shutil
 
-from launch import build, launch, run_dir
+from launch import build, label, launch, overrides, run_dir
 
 
 def main(config) -> None:
     from terminal import print_problem, progress_bars
 
-    from rag.evaluate import metrics
-    from rag.evaluate.run import retrieve
-
-    dataset, evaluation = build(config.dataset), build(config.evaluation)
-    for problem in dataset.problems:
+    job = job_of(config)
+    for problem in job.dataset.problems:
         print_problem(problem)
+    if config.plan:
+        return show_plan(job)
     with progress_bars() as update:
-        run = retrieve(dataset, build(config.chunker), build(config.embedder), evaluation.depth, update)
-    means, per_query = metrics.evaluate(dataset.qrels, run, evaluation.measures)
-    write(run_dir(), config, means, per_query)
-    metrics.write_trec_run(run_dir() / "run.trec", run)
-    show(f"{dataset.name}: {len(dataset.queries)} queries, {len(dataset.corpus)} documents", means)
-    print(f"-> {run_dir()}")
+        kept = job.done(update)
+    folder = run_dir()
+    shutil.copytree(kept, folder, dirs_exist_ok=True)
+    metrics = describe(folder, config)
+    show(metrics)
+    print(f"-> {folder}")
 
 
-def write(folder: Path, config, means: dict[str, float], per_query: dict[str, dict[str, float]]) -> None:
-    """metrics.json, per_query.jsonl and config.yaml, each whole or not at all."""
+def job_of(config):
+    """The evaluation that a config describes."""
+    from stages import method_of
+
+    from rag.evaluate.job import Job
+
+    tuning = config.get("tuning")
+    return Job(
+        dataset=_shared(config.dataset),
+        chunker=build(config.chunker),
+        embedder=_shared(config.embedder),
+        method=method_of(config),
+        generator=lambda: _shared(config.generator),
+        evaluation=build(config.evaluation),
+        statistics=build(config.statistics),
+        tuning=build(tuning) if tuning else None,
+        reading=build(config.reading),
+        prompt=build(config.prompt),
+        closed_book=build(config.closed_book),
+        context=build(config.context),
+        sampling=build(config.sampling),
+        options=build(config.answer),
+    )
+
+
+def _shared(config):
+    """What a config builds; the jobs of a sweep that ask for the same get the same, since loading takes its time."""
+    from omegaconf import OmegaConf
+
+    return _built(json.dumps(OmegaConf.to_container(config, resolve=True), sort_keys=True))
+
+
+@functools.cache
+def _built(settings: str):
+    from omegaconf import OmegaConf
+
+    return build(OmegaConf.create(json.loads(settings)))
+
+
+def describe(folder, config) -> dict:
+    """Add to a result what this run calls it and how it was asked for; return its metrics."""
     from omegaconf import OmegaConf
 
     from rag.cache import atomic_file
-    from rag.measure import environment
 
-    rows = [json.dumps({"query": query} | values) for query, values in per_query.items()]
+    metrics = {"label": label()} | json.loads((folder / "metrics.json").read_text())
     texts = {
-        "metrics.json": json.dumps(means | {"environment": environment()}, indent=1),
-        "per_query.jsonl": "\n".join(rows),
-        "config.yaml": OmegaConf.to_yaml(config, resolve=True).rstrip("\n"),
+        "config.yaml": OmegaConf.to_yaml(config, resolve=True),
+        "overrides.yaml": OmegaConf.to_yaml(overrides()),
+        "metrics.json": json.dumps(metrics, indent=1, ensure_ascii=False) + "\n",
     }
     for name, text in texts.items():
         with atomic_file(folder / name, "w") as file:
-            file.write(text + "\n")
+            file.write(text)
+    return metrics
 
 
-def show(title: str, means: dict[str, float]) -> None:
+def show(metrics: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
-    for name in means:
-        table.add_column(name, justify="right")
-    table.add_row(*(f"{value:.4f}" for value in means.values()))
+    d = metrics["dataset"]
+    sample = f", a sample by seed {d['seed']}" if d["limit"] else ""
+    table = Table(title=f"{metrics['label']}\n{d['name']}: {d['queries']} queries{sample}")
+    for heading in ("measure", "mean", f"{metrics['statistics']['confidence']:.0%} interval"):
+        table.add_column(heading, justify="left" if heading == "measure" else "right")
+    for name, mean in metrics["means"].items():
+        bounds = metrics["intervals"][name]
+        between = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "-"
+        table.add_row(name, "-" if mean is None else f"{mean:.4f}", between)
     Console().print(table)
+
+
+def show_plan(job) -> None:
+    """Each stage, and how much of it is there already."""
+    print(label())
+    for stage, items, reused in job.plan():
+        todo = "reused" if reused == items else f"{items - reused} of {items} to run"
+        print(f"  {stage}: {todo}")
 
 
 if __name__ == "__main__":

@@ -1,83 +1,101 @@
-"""A dataset through the retrieval stages: what each query finds, as a run that metrics can judge."""
+"""A dataset through the retrieval stages: its passages, and what each question finds among them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
+from rag.cache import content_key
 from rag.embed import Embedder
+from rag.embed_cache import CachedEmbedder
 from rag.evaluate.datasets import Dataset
-from rag.evaluate.metrics import DEFAULT_MEASURES
-from rag.index.dense import DenseIndex
+from rag.generate import Generator
+from rag.index.memory import MemoryIndex
+from rag.ingest import chunk, sentences
 from rag.ingest.chunk import Chunker, chunks_of
-from rag.types import UserError
+from rag.memo import Memo, code_version
+from rag.retrieve.collection import Collection, Retriever
+from rag.types import Chunk, Document, Hit, UserError
+
+Progress = Callable[[str, int, int], None]  # stage, done, of how many
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """How deep to look, and what to measure. UserError for what cannot be."""
-
-    depth: int = 100  # documents retrieved for each query
-    measures: Sequence[str] = DEFAULT_MEASURES
-
-    def __post_init__(self):
-        if isinstance(self.measures, str):
-            raise UserError(
-                f"evaluation.measures={self.measures} is one name: write a list, [{self.measures}]"
-            )
-        object.__setattr__(self, "measures", tuple(self.measures))  # a YAML list must become hashable
-        if self.depth < 1:
-            raise UserError(f"evaluation.depth is {self.depth}; give 1 or more")
-
-
-def retrieve(
+def collect(
     dataset: Dataset,
     chunker: Chunker,
     embedder: Embedder,
-    depth: int = 100,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> dict[str, dict[str, float]]:
-    """Query id -> document id -> score, the `depth` best documents of each query, exactly.
-
-    A document scores as its best chunk (MaxP; Dai and Callan 2019). Where queries are documents of the corpus,
-    none finds itself. Raises UserError when no document has text.
-    """
-    chunks = [c for document in dataset.corpus for c in chunks_of(document, chunker, embedder.token_spans)]
+    generator: Callable[[], Generator] | None = None,
+    memo: Memo | None = None,
+    progress: Progress = lambda *_: None,
+) -> Collection:
+    """The dataset's corpus in chunks, ready to be searched. UserError when no document has text."""
+    chunks = _chunks(dataset, chunker, embedder, memo)
     if not chunks:
         raise UserError(f"no document of {dataset.name} has text; check the dataset's corpus")
     texts = [chunk.text for chunk in chunks]
-    embedder = embedder.fit(texts)
-    vectors = embedder.encode(texts, progress=lambda done: progress("embed", done, len(texts)))
-    questions = embedder.encode_queries(list(dataset.queries.values()))
-    owners = [chunk.document_id for chunk in chunks]
-    own = list(dataset.queries) if dataset.drop_self_hits else [None] * len(questions)
-    found = _search(DenseIndex(vectors), questions, owners, own, depth)
-    return dict(zip(dataset.queries, found, strict=True))
+    fitted = embedder.fit(texts)
+    if memo is not None and fitted is embedder:  # else a vector depends on the corpus, not on its text alone
+        fitted = CachedEmbedder(embedder)
+    index = MemoryIndex(
+        dataset.corpus,
+        chunks,
+        lambda texts: fitted.encode(texts, progress=lambda done: progress("embed", done, len(texts))),
+    )
+    return Collection(index, fitted, generator, memo)
 
 
-def _search(
-    index: DenseIndex, questions: np.ndarray, owners: Sequence[str], own: Sequence[str | None], depth: int
-) -> list[dict[str, float]]:
-    """Each question's documents; those whose chunks crowd out other documents are searched deeper again."""
-    found: list[dict[str, float]] = [{} for _ in questions]
-    short, k = list(range(len(questions))), depth + 1  # one more, for the question's own document
+def _chunks(dataset: Dataset, chunker: Chunker, embedder: Embedder, memo: Memo | None) -> list[Chunk]:
+    if memo is None:
+        return [c for document in dataset.corpus for c in chunks_of(document, chunker, embedder)]
+    documents = {document.id: document for document in dataset.corpus}
+
+    def compute(items: Sequence) -> list[list[tuple[int, int]]]:
+        found = (chunks_of(documents[name], chunker, embedder) for name, _ in items)
+        return [[(chunk.start, chunk.end) for chunk in chunks] for chunks in found]
+
+    items = [[document.id, content_key(document.text)] for document in dataset.corpus]
+    meaning = content_key(chunker, embedder.fingerprint, code_version(chunk, sentences))
+    spans = memo.map("chunk", meaning, items, compute, batch=256)
+    return [
+        _chunk(document, start, end)
+        for document, found in zip(dataset.corpus, spans, strict=True)
+        for start, end in found or ()
+    ]
+
+
+def _chunk(document: Document, start: int, end: int) -> Chunk:
+    name = f"{document.id}:{start}-{end}"
+    return Chunk(name, document.id, document.path, start, end, document.text[start:end])
+
+
+def search(
+    collection: Collection, method: Retriever, dataset: Dataset, depth: int
+) -> dict[str, list[Hit]]:
+    """Query id -> hits, best first, deep enough for `depth` documents where so many can be found."""
+    found: dict[str, list[Hit]] = {}
+    short, k = list(dataset.queries), depth + 1  # one more, for the question's own document
     while short:
-        scores, ids = index.search(questions[short], k)
-        for query, row, best in zip(short, ids, scores, strict=True):
-            found[query] = _best_chunks(owners, row, best, own[query], depth)
-        short = [query for query in short if len(found[query]) < depth and k < len(index)]
+        hits = collection.search(method, [dataset.queries[query] for query in short], k)
+        found |= zip(short, hits, strict=True)
+        short = [
+            query
+            for query in short
+            if len(found[query]) == k and len({hit.chunk.document_id for hit in found[query]}) < depth
+        ]
         k *= 4
     return found
 
 
-def _best_chunks(
-    owners: Sequence[str], ids: np.ndarray, scores: np.ndarray, own: str | None, depth: int
-) -> dict[str, float]:
-    """Document id -> its best chunk's score, of the first `depth` documents of a ranked list of chunks."""
-    found: dict[str, float] = {}
-    for chunk, score in zip(ids.tolist(), scores.tolist(), strict=True):
-        if owners[chunk] != own:
-            found.setdefault(owners[chunk], score)
-        if len(found) == depth:
-            break
-    return found
+def documents(
+    found: Mapping[str, Sequence[Hit]], dataset: Dataset, depth: int
+) -> dict[str, dict[str, float]]:
+    """Query id -> document id -> score of the `depth` best documents, as metrics.evaluate takes it.
+
+    A document scores as its best chunk (MaxP; Dai and Callan 2019). Where queries are documents of the corpus,
+    none finds itself.
+    """
+    run: dict[str, dict[str, float]] = {}
+    for query, hits in found.items():
+        best: dict[str, float] = {}
+        for hit in hits:
+            if not (dataset.drop_self_hits and hit.chunk.document_id == query):
+                best.setdefault(hit.chunk.document_id, hit.score)
+        run[query] = dict(list(best.items())[:depth])
+    return run

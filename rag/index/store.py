@@ -263,6 +263,12 @@ class Index:
         return len(self._spans)
 
     @property
+    def fingerprint(self) -> str:
+        """64 hex digits of the documents' texts and the chunks' spans."""
+        files = self.manifest["segments"][0]["files"]
+        return cache.content_key([files[name]["sha256"] for name in ("documents.arrow", "chunks.arrow")])
+
+    @property
     def documents(self) -> int:
         """How many documents there are."""
         return len(self._documents)

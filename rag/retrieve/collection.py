@@ -5,15 +5,17 @@ and written in YAML. All that is large or loaded lives here instead, and is shar
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from rag.cache import content_key
 from rag.embed import Embedder
+from rag.embed_cache import CachedEmbedder
 from rag.generate import Generator
 from rag.index.analyzer import Analyzer
 from rag.index.dense import DenseIndex
@@ -77,6 +79,18 @@ class Collection:
         """`embedder` is the one that made the index's vectors; `generator` is called when a method first needs one."""
         self.index, self.embedder, self._generator, self._memo = index, embedder, generator, memo
         self._lexical: dict[Analyzer, LexicalIndex] = {}
+        self.lexical_s = 0.0  # spent on building them, seconds
+
+    def fresh(self) -> "Collection":
+        """The same passages and models with nothing kept and no index built: for measuring what a search costs."""
+        embedder = self.embedder.uncached if isinstance(self.embedder, CachedEmbedder) else self.embedder
+        return Collection(self.index, embedder, self._generator)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the vectors and postings in use."""
+        vectors = self.index.vectors.nbytes if "dense" in self.__dict__ else 0
+        return vectors + sum(lexical.nbytes for lexical in self._lexical.values())
 
     @cached_property
     def generator(self) -> Generator:
@@ -93,8 +107,10 @@ class Collection:
     def lexical(self, analyzer: Analyzer) -> LexicalIndex:
         """The passages' postings under an analyzer."""
         if analyzer not in self._lexical:
+            begin = time.perf_counter()
             chunks = self.index.chunks(range(len(self.index)))
             self._lexical[analyzer] = LexicalIndex.build([chunk.text for chunk in chunks], analyzer)
+            self.lexical_s += time.perf_counter() - begin
         return self._lexical[analyzer]
 
     def row(self, chunk: Chunk) -> int:
@@ -162,14 +178,10 @@ class Collection:
 
     def meaning(self, method: Any, passages: bool = True) -> str:
         """A key of all that a method's results depend on: options, models, passages, code."""
-        parts = list(_dataclasses(method))
-        models = sorted({name for part in parts for name in getattr(part, "uses", ())})
-        return content_key(
-            method,
-            {name: getattr(self, name).fingerprint for name in models},
-            self.index.fingerprint if passages else None,
-            _code(tuple(dict.fromkeys(type(part) for part in parts))),
-        )
+        models = sorted({name for part in _dataclasses(method) for name in getattr(part, "uses", ())})
+        fingerprints = {name: getattr(self, name).fingerprint for name in models}
+        passages_are = self.index.fingerprint if passages else None
+        return content_key(method, fingerprints, passages_are, code_of(method))
 
     def _packed(self, hits: Sequence[Hit]) -> list[tuple[int, float]]:
         return [(self.row(hit.chunk), hit.score) for hit in hits]
@@ -193,9 +205,9 @@ def _dataclasses(value: Any) -> Iterator[Any]:
             yield from _dataclasses(item)
 
 
-@cache
-def _code(kinds: tuple[type, ...]) -> str:
-    """The version of the code behind the classes: their modules, and those that they name in `code`."""
+def code_of(method: Any) -> str:
+    """The version of the code behind a method's dataclasses: their modules, and those that they name in `code`."""
+    kinds = dict.fromkeys(type(part) for part in _dataclasses(method))
     modules = [sys.modules[kind.__module__] for kind in kinds]
     modules += [module for kind in kinds for module in getattr(kind, "code", ())]
     return code_version(*dict.fromkeys(modules))

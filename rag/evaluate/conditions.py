@@ -1,0 +1,303 @@
+"""Where an answer's quality is lost: the same questions read under conditions that differ in the passages shown.
+
+    closed_book  no passage at all: what the model knows by itself
+    oracle       passages of the relevant documents, none but those: what the reader can do at best
+    random       as many passages of other documents: what the mere length of a prompt does
+    retrieved    the k best of the retriever: the system itself
+    shuffled     those in a random order: how much the order matters
+
+What `retrieved` misses of a perfect score is then split, question by question, into four parts that sum to it:
+the reader's part is what even the oracle misses; the rest, oracle - retrieved, is a retrieval miss where no relevant
+passage was among the k, truncation where one was but the prompt had no room for all of it, and distraction
+where it was shown and the answer is worse (or better) than from the oracle's passages.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from rag.context import cited
+from rag.evaluate.datasets import Dataset
+from rag.generate import engine, likelihood, local
+from rag.models import llama
+from rag.ops.sampling import Sampling
+from rag.pipeline import AnswerOptions, Reader, fit, relevant
+from rag.prompt import PromptTemplate, render
+from rag.retrieve.collection import Collection
+from rag.types import Context, Hit, Message, UserError
+
+Condition = Literal["closed_book", "oracle", "random", "retrieved", "shuffled"]
+CONDITIONS = ("closed_book", "oracle", "random", "retrieved", "shuffled")
+LOSSES = ("retrieval miss", "truncation", "distraction", "reader")
+
+_BATCH = 16  # questions answered together: what a kill can lose
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Under which conditions questions are read, and what is measured beside the answers."""
+
+    conditions: Sequence[Condition] = ()  # none: retrieval is evaluated alone
+    likelihood: Sequence[Condition] = ("closed_book", "retrieved")  # of those: score the gold answer too
+    measure: str = "F1"  # that the losses are counted in
+    k: int = 3  # passages shown
+    seed: int = 0  # of the random passages and the shuffling
+
+    def __post_init__(self):
+        for name in ("conditions", "likelihood"):
+            chosen = getattr(self, name)
+            if isinstance(chosen, str) or not set(chosen) <= set(CONDITIONS):
+                raise UserError(f"reading.{name}={chosen}: give a list of {', '.join(CONDITIONS)}.")
+            object.__setattr__(self, name, tuple(chosen))
+        if self.k < 1:
+            raise UserError(f"reading.k is {self.k}; give 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One question answered under one condition."""
+
+    query: str
+    condition: Condition
+    answer: str
+    abstained: bool  # nothing relevant was found, so no model was asked
+    sources: tuple[str, ...]  # document ids of the passages shown, in prompt order
+    cited: tuple[str, ...]  # document ids of the sources that the answer marks
+    prompt_tokens: int
+    new_tokens: int
+    found: bool  # a relevant passage was given to the prompt ...
+    shown: bool  # ... and stands in it whole
+    log_likelihood: float | None  # of the first gold answer, natural logarithm; None where not asked for
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """What the model is asked for one question; no messages where nothing relevant was found."""
+
+    query: str
+    messages: tuple[Message, ...]
+    context: Context
+    hits: tuple[Hit, ...]
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """What answers depend on beside the messages, as a key."""
+
+    sampling: Sampling
+    options: AnswerOptions
+
+    uses = ("generator",)
+    code = (engine, local, llama)
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """What likelihoods depend on beside the messages and the text, as a key."""
+
+    uses = ("generator",)
+    code = (likelihood, llama)
+
+
+def read(
+    collection: Collection,
+    dataset: Dataset,
+    found: Mapping[str, Sequence[Hit]],
+    relevant_from: float | None,
+    reader: Reader,
+    closed_book: PromptTemplate,
+    reading: Reading,
+) -> Iterator[Reply]:
+    """Every question of `found`, the unanswerable ones too, under every condition of `reading`.
+
+    `relevant_from` is what the context's min_score "auto" stands for; it holds for what was retrieved.
+    """
+    for condition in reading.conditions:
+        prompts = [
+            _prompt(query, condition, collection, dataset, hits, relevant_from, reader, closed_book, reading)
+            for query, hits in found.items()
+        ]
+        answers = _answers(collection, prompts, reader)
+        scores = _likelihoods(collection, dataset, prompts) if condition in reading.likelihood else {}
+        for prompt in prompts:
+            text = answers.get(prompt.query)
+            yield _reply(prompt, condition, text, scores.get(prompt.query), dataset, reader)
+
+
+def _prompt(
+    query: str,
+    condition: Condition,
+    collection: Collection,
+    dataset: Dataset,
+    hits: Sequence[Hit],
+    relevant_from: float | None,
+    reader: Reader,
+    closed_book: PromptTemplate,
+    reading: Reading,
+) -> _Prompt:
+    question = dataset.queries.get(query) or dataset.unjudged[query]
+    if condition == "closed_book":
+        nothing = Context((), 0)
+        return _Prompt(query, tuple(render(closed_book, question, nothing, ())), nothing, ())
+    chosen = passages(condition, collection, dataset, query, hits, reading)
+    if condition in ("oracle", "random"):
+        relevant_from = None
+        reader = replace(reader, context=replace(reader.context, min_score=None))
+    if condition == "shuffled" and relevant_from is not None and reader.context.min_score == "auto":
+        chosen = [hit for hit in chosen if hit.score >= relevant_from]
+    if condition == "shuffled":
+        reader = replace(reader, context=replace(reader.context, min_score=None))
+        chosen = _shuffled(chosen, query, reading.seed)
+    context = relevant(chosen, collection.index.document_text, relevant_from, reader)
+    if not context.sources:
+        return _Prompt(query, (), context, tuple(chosen))
+    messages, shown, _ = fit(question, context, reader)
+    return _Prompt(query, tuple(messages), shown, tuple(chosen))
+
+
+def passages(
+    condition: Condition,
+    collection: Collection,
+    dataset: Dataset,
+    query: str,
+    hits: Sequence[Hit],
+    reading: Reading,
+) -> list[Hit]:
+    """The passages given to the prompt under a condition, best first."""
+    judged = dataset.qrels.get(query, {})
+    match condition:
+        case "oracle":
+            chunks = [hit for hit in _everything(collection) if _is_relevant(hit, query, dataset)]
+            grade = {hit.chunk.id: judged.get(hit.chunk.document_id, 0) for hit in chunks}
+            best = sorted(chunks, key=lambda hit: -grade[hit.chunk.id])[: reading.k]
+            return [Hit(hit.chunk, 1.0 - i / len(best)) for i, hit in enumerate(best)]
+        case "random":
+            others = [hit for hit in _everything(collection) if judged.get(hit.chunk.document_id, 0) <= 0]
+            drawn = random.Random(f"{reading.seed} {query}").sample(others, min(reading.k, len(others)))
+            return [Hit(hit.chunk, 1.0 - i / reading.k) for i, hit in enumerate(drawn)]
+        case _:
+            return [hit for hit in hits if not (dataset.drop_self_hits and hit.chunk.document_id == query)][
+                : reading.k
+            ]
+
+
+def _everything(collection: Collection) -> list[Hit]:
+    return collection.hits(range(len(collection.index)), np.zeros(len(collection.index)))
+
+
+def _shuffled(hits: Sequence[Hit], query: str, seed: int) -> list[Hit]:
+    """The same chunks with their scores dealt out at random: a context orders by score."""
+    chunks = [hit.chunk for hit in hits]
+    random.Random(f"{seed} {query}").shuffle(chunks)
+    return [Hit(chunk, hit.score) for chunk, hit in zip(chunks, hits, strict=True)]
+
+
+def _is_relevant(hit: Hit, query: str, dataset: Dataset) -> bool:
+    """Whether the passage holds evidence, whole; without evidence, whether its document is judged relevant."""
+    chunk = hit.chunk
+    if spans := dataset.evidence.get(query):
+        return any(
+            e.document == chunk.document_id and chunk.start <= e.start and e.end <= chunk.end for e in spans
+        )
+    return dataset.qrels.get(query, {}).get(chunk.document_id, 0) > 0
+
+
+def _answers(collection: Collection, prompts: Sequence[_Prompt], reader: Reader) -> dict[str, str]:
+    """Query id -> answer, of the prompts that ask something."""
+    asking = [prompt for prompt in prompts if prompt.messages]
+    options = reader.options
+
+    def compute(items: Sequence) -> list[str]:
+        conversations = [[Message(*message) for message in messages] for messages in items]
+        seeds = [options.seed] * len(items)
+        generate = collection.generator.generate
+        return generate(conversations, reader.sampling, options.max_new_tokens, seeds, options.stop)
+
+    items = [[(message.role, message.content) for message in prompt.messages] for prompt in asking]
+    meaning = _Asking(reader.sampling, options)
+    texts = collection.keep("answer", meaning, items, compute, batch=_BATCH, passages=False)
+    return {prompt.query: (text or "").strip() for prompt, text in zip(asking, texts, strict=True)}
+
+
+def _likelihoods(
+    collection: Collection, dataset: Dataset, prompts: Sequence[_Prompt]
+) -> dict[str, float | None]:
+    """Query id -> log p(first gold answer | prompt)."""
+    asking = [prompt for prompt in prompts if prompt.messages and dataset.answers.get(prompt.query)]
+
+    def compute(items: Sequence) -> list[float]:
+        pairs = [([Message(*message) for message in messages], gold) for messages, gold in items]
+        return [score.total for score in collection.generator.log_likelihood(pairs)]
+
+    items = [
+        [[(message.role, message.content) for message in prompt.messages], dataset.answers[prompt.query][0]]
+        for prompt in asking
+    ]
+    scores = collection.keep("likelihood", _Scoring(), items, compute, batch=_BATCH, passages=False)
+    return {prompt.query: score for prompt, score in zip(asking, scores, strict=True)}
+
+
+def _reply(
+    prompt: _Prompt,
+    condition: Condition,
+    text: str | None,
+    score: float | None,
+    dataset: Dataset,
+    reader: Reader,
+) -> Reply:
+    names = {hit.chunk.path: hit.chunk.document_id for hit in prompt.hits}
+    sources = prompt.context.sources
+    marked = set(cited(text or "", prompt.context))
+    useful = [hit for hit in prompt.hits if _is_relevant(hit, prompt.query, dataset)]
+    return Reply(
+        query=prompt.query,
+        condition=condition,
+        answer=reader.template.abstain_answer if text is None else text,
+        abstained=text is None,
+        sources=tuple(names[source.path] for source in sources),
+        cited=tuple(dict.fromkeys(names[source.path] for source in sources if source.n in marked)),
+        prompt_tokens=reader.generator.prompt_tokens(prompt.messages) if prompt.messages else 0,
+        new_tokens=0 if text is None else reader.generator.count(text),
+        found=bool(useful),
+        shown=any(_stands_whole(hit, prompt, dataset) for hit in useful),
+        log_likelihood=score,
+    )
+
+
+def _stands_whole(hit: Hit, prompt: _Prompt, dataset: Dataset) -> bool:
+    """Whether the prompt shows the evidence in a passage, or all of the passage where evidence has no spans."""
+    chunk = hit.chunk
+    spans = [
+        (e.start, e.end)
+        for e in dataset.evidence.get(prompt.query, ())
+        if e.document == chunk.document_id and chunk.start <= e.start and e.end <= chunk.end
+    ] or [(chunk.start, chunk.end)]
+    return any(
+        source.path == chunk.path and source.start <= start and end <= source.end
+        for source in prompt.context.sources
+        for start, end in spans
+    )
+
+
+def losses(
+    replies: Sequence[Reply], scores: Mapping[tuple[str, Condition], float | None]
+) -> dict[str, list[float]]:
+    """Loss -> its part in each question that was read both with the oracle's and with the retrieved passages.
+
+    `scores`: (query, condition) -> a measure whose best value is 1. For each question the parts sum to 1 minus the
+    score of `retrieved`. Questions without a score are left out.
+    """
+    parts: dict[str, list[float]] = {name: [] for name in LOSSES}
+    for reply in replies:
+        oracle = scores.get((reply.query, "oracle"))
+        retrieved = scores.get((reply.query, "retrieved"))
+        if reply.condition != "retrieved" or oracle is None or retrieved is None:
+            continue
+        cause = "distraction" if reply.shown else "truncation" if reply.found else "retrieval miss"
+        row = dict.fromkeys(LOSSES, 0.0) | {"reader": 1.0 - oracle, cause: oracle - retrieved}
+        for name in LOSSES:
+            parts[name].append(row[name])
+    return parts

@@ -1,0 +1,291 @@
+"""One evaluation, from a dataset and a method to its result files, known by what it means.
+
+A job's key is made of contents: dataset, options, fingerprints of models, code of every stage. A job that was done
+is not done again; one that was killed finds its stages' batches in the memo and goes on behind the last.
+"""
+
+import json
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rag.cache import atomic_folder, cache_root, content_key, locked, writing
+from rag.context import ContextOptions
+from rag.embed import Embedder
+from rag.evaluate import answers, conditions, metrics, run, spans, stats, tuning
+from rag.evaluate.conditions import Reading, Reply
+from rag.evaluate.datasets import Dataset
+from rag.evaluate.ledger import ledger, probe
+from rag.evaluate.metrics import DEFAULT_MEASURES
+from rag.evaluate.stats import Statistics
+from rag.evaluate.tuning import Tuning
+from rag.generate import Generator
+from rag.ingest.chunk import Chunker
+from rag.memo import Memo, code_version
+from rag.ops.sampling import Sampling
+from rag.pipeline import AnswerOptions, Reader
+from rag.prompt import PromptTemplate
+from rag.retrieve.collection import Collection, Retriever, code_of
+from rag.retrieve.search import Dense, Hybrid
+from rag.types import Hit, UserError
+
+Progress = Callable[[str, int, int], None]  # stage, done, of how many
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How deep to look, and what to measure. UserError for what cannot be."""
+
+    depth: int = 100  # documents retrieved for each query
+    measures: Sequence[str] = DEFAULT_MEASURES
+    cutoffs: Sequence[int] = (5,)  # chunks that the measures of evidence spans look at
+    budgets: Sequence[int] = (512,)  # tokens of chunks that they look at, an equal share for every chunker
+    probes: int = 20  # queries that are timed one at a time
+
+    def __post_init__(self):
+        for name in ("measures", "cutoffs", "budgets"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise UserError(f"evaluation.{name}={value} is one name: write a list, [{value}]")
+            object.__setattr__(self, name, tuple(value))  # a YAML list must become hashable
+        if self.depth < 1:
+            raise UserError(f"evaluation.depth is {self.depth}; give 1 or more")
+        metrics.check(self.measures)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one evaluation is made of."""
+
+    dataset: Dataset
+    chunker: Chunker
+    embedder: Embedder
+    method: Retriever
+    generator: Callable[[], Generator]
+    evaluation: Evaluation = Evaluation()
+    statistics: Statistics = Statistics()
+    tuning: Tuning | None = None
+    reading: Reading = Reading()
+    prompt: PromptTemplate = PromptTemplate()
+    closed_book: PromptTemplate = PromptTemplate()
+    context: ContextOptions = ContextOptions()
+    sampling: Sampling = Sampling()
+    options: AnswerOptions = AnswerOptions()
+
+    @cached_property
+    def key(self) -> str:
+        """64 hex digits of everything that the results depend on."""
+        asks = bool(self.reading.conditions)
+        return content_key(
+            self.dataset.fingerprint,
+            (self.dataset.limit, self.dataset.seed),
+            (self.chunker, self.embedder.fingerprint, self.method, code_of(self.method)),
+            (self.evaluation, self.statistics, self.tuning),
+            (self.reading, self.prompt, self.closed_book, self.context, self.sampling, self.options)
+            if asks
+            else None,
+            self.generator().fingerprint if asks or "generator" in self.method.uses else None,
+            code_version(*map(_module, _CODE)),
+        )
+
+    @property
+    def kept(self) -> Path:
+        """The folder of the results, there once the job was done."""
+        return cache_root() / "results" / self.key
+
+    def done(self, progress: Progress = lambda *_: None) -> Path:
+        """The folder of the results, after doing the job if that was not done before."""
+        with writing(), locked(self.kept):
+            if not self.kept.exists():
+                files = self._run(Memo(cache_root() / "stages"), progress)
+                with atomic_folder(self.kept) as folder:
+                    for name, text in files.items():
+                        (folder / name).write_text(text, encoding="utf-8")
+        return self.kept
+
+    def plan(self) -> list[tuple[str, int, int]]:
+        """(stage, items, of them kept) of every stage that can be known before it runs; nothing is computed.
+
+        What a language model would write first is not known yet, so what would be searched or read after it is
+        counted as far as it can be.
+        """
+        if self.kept.exists():
+            return [("result", 1, 1)]
+        memo = Memo(cache_root() / "stages", dry=True)
+        collection = self._collection(memo, lambda *_: None)
+        self._search(collection)
+        return [("result", 1, 0), *((stage, c.items, c.reused) for stage, c in memo.costs.items())]
+
+    def _collection(self, memo: Memo, progress: Progress) -> Collection:
+        return run.collect(self.dataset, self.chunker, self.embedder, self.generator, memo, progress)
+
+    def _search(self, collection: Collection) -> dict[str, list[Hit]]:
+        return run.search(collection, self.method, self.dataset, self.evaluation.depth)
+
+    def _run(self, memo: Memo, progress: Progress) -> dict[str, str]:
+        """The result files, by name."""
+        collection = self._collection(memo, progress)
+        found = self._search(collection)
+        tuned = self._tuned(collection) if self.tuning else None
+        ranking = tuned.run if tuned else run.documents(found, self.dataset, self.evaluation.depth)
+        replies = self._replies(collection, found)
+        per_query = self._per_query(ranking, found, replies, collection)
+        files = {
+            "metrics.json": _json(self._summary(per_query)),
+            "per_query.jsonl": _lines({"query": query} | row for query, row in per_query.items()),
+            "run.trec": "".join(metrics.trec_lines(ranking)),
+            "ledger.json": _json(ledger(memo, collection, probe(self.method, collection, self._probed()))),
+        }
+        if tuned:
+            files["tuning.json"] = _json(tuned.summary())
+        if replies:
+            files["answers.jsonl"] = _lines(self._answer_row(reply) for reply in replies)
+        if {"oracle", "retrieved"} <= set(self.reading.conditions):
+            files["losses.json"] = _json(self._losses(replies))
+        return files
+
+    def _tuned(self, collection: Collection) -> "tuning.Tuned":
+        """The arms' fusion with parameters that were never chosen on the queries they are reported for."""
+        if not isinstance(self.method, Hybrid) or self.reading.conditions:
+            raise UserError("tuning needs retriever=hybrid without transform, reranker and reading.conditions.")
+        depth = max(self.evaluation.depth, self.method.depth)
+        arms = {
+            name: run.documents(run.search(collection, arm, self.dataset, depth), self.dataset, depth)
+            for name, arm in self.method.arms.items()
+        }
+        lows = {name: getattr(arm, "lowest", None) for name, arm in self.method.arms.items()}
+        return tuning.tune(arms, self.dataset.qrels, self.tuning, lows)
+
+    def _probed(self) -> list[str]:
+        """The questions that are timed, a fixed draw."""
+        texts = list(self.dataset.queries.values())
+        return random.Random(0).sample(texts, min(self.evaluation.probes, len(texts)))
+
+    # --- measures
+
+    def _per_query(
+        self,
+        ranking: Mapping[str, Mapping[str, float]],
+        found: Mapping[str, Sequence[Hit]],
+        replies: Sequence[Reply],
+        collection: Collection,
+    ) -> dict[str, dict[str, float | None]]:
+        """Query id -> measure -> value, None where it is not defined; the unanswerable queries come last."""
+        _, retrieval = metrics.evaluate(self.dataset.qrels, ranking, self.evaluation.measures)
+        rows: dict[str, dict[str, float | None]] = {query: dict(values) for query, values in retrieval.items()}
+        for query, evidence in self.dataset.evidence.items():
+            if query in found and not self.tuning:
+                rows[query] |= spans.span_measures(
+                    found[query],
+                    evidence,
+                    collection.embedder.token_spans,
+                    self.dataset,
+                    self.evaluation.cutoffs,
+                    self.evaluation.budgets,
+                )
+        for reply in replies:
+            row = rows.setdefault(reply.query, {})
+            row |= {f"{reply.condition}/{name}": value for name, value in self._judged(reply).items()}
+        names = list(dict.fromkeys(name for row in rows.values() for name in row))
+        return {query: {name: row.get(name) for name in names} for query, row in rows.items()}
+
+    def _judged(self, reply: Reply) -> dict[str, float | None]:
+        """Measure -> value of one answer."""
+        judged = self.dataset.qrels.get(reply.query, {})
+        values = answers.measure(
+            answer=reply.answer,
+            gold=self.dataset.answers.get(reply.query, ()),
+            abstained=reply.abstained,
+            answerable=reply.query not in self.dataset.unanswerable,
+            cited=reply.cited,
+            relevant=tuple(name for name, grade in judged.items() if grade > 0),
+        )
+        if reply.condition in self.reading.likelihood:
+            values["gold log-likelihood"] = reply.log_likelihood
+        return values
+
+    def _summary(self, per_query: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
+        measures = list(next(iter(per_query.values())))
+        values = stats.table(per_query, measures)
+        bounds = stats.intervals(values, self.statistics)
+        d = self.dataset
+        return {
+            "key": self.key,
+            "dataset": {
+                "name": d.name,
+                "fingerprint": d.fingerprint,
+                "queries": len(d.queries),
+                "limit": d.limit,
+                "seed": d.seed,
+            },
+            "means": {name: _mean(column) for name, column in zip(measures, values.T, strict=True)},
+            "intervals": {
+                name: [float(low), float(high)] if np.isfinite(low) else None
+                for name, (low, high) in zip(measures, bounds, strict=True)
+            },
+            "statistics": {
+                "confidence": self.statistics.confidence,
+                "resamples": self.statistics.resamples,
+                "seed": self.statistics.seed,
+            },
+            "warnings": [*d.problems, *stats.warnings(values, measures, self.statistics)],
+        }
+
+    # --- answers
+
+    def _replies(self, collection: Collection, found: Mapping[str, Sequence[Hit]]) -> list[Reply]:
+        if not self.reading.conditions:
+            return []
+        extra = self.dataset.unanswerable_queries
+        hits = collection.search(self.method, list(extra.values()), self.reading.k)
+        everything = dict(found) | dict(zip(extra, hits, strict=True))
+        reader = Reader(self.generator(), self.prompt, self.context, self.sampling, self.options)
+        threshold = collection.embedder.relevant_from if isinstance(self.method, Dense) else None
+        return list(
+            conditions.read(
+                collection, self.dataset, everything, threshold, reader, self.closed_book, self.reading
+            )
+        )
+
+    def _answer_row(self, reply: Reply) -> dict[str, Any]:
+        question = self.dataset.queries.get(reply.query) or self.dataset.unjudged[reply.query]
+        row = asdict(reply) | {"question": question, "gold": self.dataset.answers.get(reply.query, ())}
+        return row | self._judged(reply)
+
+    def _losses(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        """What is missing to a perfect score, split by cause."""
+        name = self.reading.measure
+        scores = {(reply.query, reply.condition): self._judged(reply).get(name) for reply in replies}
+        parts = conditions.losses(replies, scores)
+        values = np.array([parts[cause] for cause in conditions.LOSSES]).T
+        if not len(values):
+            raise UserError(f"no question has the measure {name!r} under oracle and retrieved: choose reading.measure")
+        bounds = stats.intervals(values, self.statistics)
+        means = {c: [s for (_, of), s in scores.items() if of == c and s is not None] for c in self.reading.conditions}
+        return {
+            "measure": name,
+            "n": len(values),
+            "ceiling": 1.0,
+            "scores": {condition: float(np.mean(found)) for condition, found in means.items()},
+            "losses": dict(zip(conditions.LOSSES, values.mean(axis=0).tolist(), strict=True)),
+            "intervals": dict(zip(conditions.LOSSES, bounds.tolist(), strict=True)),
+        }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    defined = values[np.isfinite(values)]
+    return float(defined.mean()) if len(defined) else None
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,73 @@
+"""What an evaluation cost, beside what it measured: seconds by stage, latency of a question, bytes.
+
+A stage's seconds are those that were measured when its results were computed, in this run or an earlier one whose
+results were found; making programs is counted apart. How long one question takes is measured anew, without any
+kept result: a few questions, one at a time, after one that is not counted.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rag.measure import compile_seconds, environment, peak_memory_bytes
+from rag.memo import Memo
+from rag.retrieve.collection import Collection, Retriever
+
+_ENOUGH_S = 10.0  # of timed questions: a method with a language model in it is timed on fewer
+_LEAST = 3  # questions, however long they take
+_K = 10  # hits asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Seconds from a question to its ten best passages, one question at a time, nothing kept."""
+
+    p50: float
+    p95: float
+    queries: int
+    compile_s: float
+    index_bytes: int  # of the vectors and postings that the method searched
+    lexical_s: float  # building those postings
+
+
+def probe(method: Retriever, collection: Collection, questions: Sequence[str]) -> Latency:
+    """Time a method on some of the questions."""
+    bare, before = collection.fresh(), compile_seconds()
+    method.search(bare, questions[:1], _K)
+    compiling = compile_seconds() - before
+    seconds: list[float] = []
+    for question in questions:
+        begin, before = time.perf_counter(), compile_seconds()
+        method.search(bare, [question], _K)
+        seconds.append(time.perf_counter() - begin - (compile_seconds() - before))
+        compiling += compile_seconds() - before
+        if len(seconds) >= _LEAST and sum(seconds) > _ENOUGH_S:
+            break
+    p50, p95 = np.percentile(seconds, [50, 95])
+    return Latency(float(p50), float(p95), len(seconds), compiling, bare.nbytes, bare.lexical_s)
+
+
+def ledger(memo: Memo, collection: Collection, latency: Latency) -> dict[str, Any]:
+    """The costs of one evaluation, JSON-able."""
+    costs = memo.costs
+    embedded_s = getattr(collection.embedder, "passages_s", 0.0)  # nothing is kept of an embedder that is fitted
+    build = latency.lexical_s + embedded_s + sum(costs[s].seconds for s in ("chunk",) if s in costs)
+    return {
+        "stages": {
+            stage: {"seconds": cost.seconds, "items": cost.items, "reused": cost.reused}
+            for stage, cost in costs.items()
+        },
+        "index_build_s": build,
+        "index_bytes": latency.index_bytes,
+        "passages": len(collection.index),
+        "passages_per_s": len(collection.index) / build if build else None,
+        "query_p50_s": latency.p50,
+        "query_p95_s": latency.p95,
+        "query_n": latency.queries,
+        "compile_s": sum(cost.compile_s for cost in costs.values()) + latency.compile_s,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "environment": environment(),
+    }

@@ -1,0 +1,159 @@
+"""Kept results: computed once, per batch, under a key of meaning; nothing half-written, nothing stale."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import types
+
+import pytest
+
+from rag.memo import Memo, code_version
+from rag.types import UserError
+
+
+class Counting:
+    """Doubles numbers, and counts how often it was asked."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, items):
+        self.batches.append(list(items))
+        return [2 * item for item in items]
+
+
+@pytest.fixture
+def double():
+    return Counting()
+
+
+def test_results_come_in_order_and_batches_are_computed_once(tmp_path, double):
+    memo = Memo(tmp_path)
+    assert memo.map("double", "v1", [3, 1, 2], double, batch=2) == [6, 2, 4]
+    assert double.batches == [[3, 1], [2]]
+    assert Memo(tmp_path).map("double", "v1", [3, 1, 2], double, batch=2) == [6, 2, 4]
+    assert len(double.batches) == 2
+    cost = memo.costs["double"]
+    assert (cost.items, cost.reused) == (3, 0)
+
+
+def test_another_meaning_stage_or_item_is_another_result(tmp_path, double):
+    for stage, meaning, items in (("a", "1", [1]), ("a", "2", [1]), ("b", "1", [1]), ("a", "1", [2]), ("a", "1", ["1"])):
+        Memo(tmp_path).map(stage, meaning, items, double)
+    assert len(double.batches) == 5
+
+
+def test_a_longer_request_reuses_the_batches_that_are_the_same(tmp_path, double):
+    Memo(tmp_path).map("double", "v", list(range(4)), double, batch=2)
+    memo = Memo(tmp_path)
+    assert memo.map("double", "v", list(range(6)), double, batch=2) == [0, 2, 4, 6, 8, 10]
+    assert double.batches[2:] == [[4, 5]]
+    assert memo.costs["double"].reused == 4
+
+
+def test_a_failing_batch_leaves_the_earlier_ones_and_nothing_of_its_own(tmp_path, double):
+    def fail_at_three(items):
+        if 3 in items:
+            raise RuntimeError("power cut")
+        return double(items)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        Memo(tmp_path).map("s", "v", [1, 2, 3], fail_at_three, batch=1)
+    assert Memo(tmp_path).map("s", "v", [1, 2, 3], double, batch=1) == [2, 4, 6]
+    assert double.batches == [[1], [2], [3]]
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_results_are_the_same_whether_computed_or_read(tmp_path):
+    def tuples(items):
+        return [(item, 0.1 + 0.2) for item in items]
+
+    first = Memo(tmp_path).map("s", "v", ["x"], tuples)
+    assert first == Memo(tmp_path).map("s", "v", ["x"], tuples) == [["x", 0.1 + 0.2]]
+
+
+def test_a_dry_memo_counts_and_computes_nothing(tmp_path, double):
+    Memo(tmp_path).map("s", "v", [1, 2], double, batch=2)
+    dry = Memo(tmp_path, dry=True)
+    assert dry.map("s", "v", [1, 2, 3], double, batch=2) == [2, 4, None]
+    assert len(double.batches) == 1
+    assert (dry.costs["s"].items, dry.costs["s"].reused) == (3, 2)
+
+
+def test_the_time_of_a_stage_inside_another_is_its_own(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("rag.memo.time.perf_counter", lambda: now[0])
+    memo = Memo(tmp_path)
+
+    def inner(items):
+        now[0] += 5
+        return items
+
+    def outer(items):
+        now[0] += 1
+        return memo.map("inner", "v", items, inner)
+
+    memo.map("outer", "v", [1], outer)
+    assert memo.costs["inner"].seconds == pytest.approx(5)
+    assert memo.costs["outer"].seconds == pytest.approx(1)
+    again = Memo(tmp_path)
+    again.map("outer", "v", [1], outer)
+    assert again.costs["outer"].seconds == pytest.approx(1)  # what it took when it was computed
+
+
+def test_a_stage_that_loses_an_item_is_a_bug_and_keeps_nothing(tmp_path):
+    with pytest.raises(ValueError, match="1 results of 2"):
+        Memo(tmp_path).map("s", "v", [1, 2], lambda items: items[:1])
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_what_json_cannot_hold_is_not_kept(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        Memo(tmp_path).map("s", "v", [1], lambda items: [float("nan")])
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_damaged_file_is_named(tmp_path, double):
+    Memo(tmp_path).map("s", "v", [1], double)
+    [file] = tmp_path.rglob("*.json")
+    file.write_text(file.read_text()[:-3])
+    with pytest.raises(UserError, match=rf"{file.name}.*remove"):
+        Memo(tmp_path).map("s", "v", [1], double)
+
+
+def test_two_processes_compute_each_batch_once(tmp_path):
+    script = textwrap.dedent("""
+        import sys, time
+        from pathlib import Path
+        from rag.memo import Memo
+        log = open(sys.argv[2], "a")
+        def slow(items):
+            log.write("x"); log.flush(); time.sleep(0.05)
+            return items
+        print(Memo(Path(sys.argv[1])).map("s", "v", list(range(20)), slow, batch=1))
+    """)
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", script, str(tmp_path / "memo"), str(log)]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    outputs = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
+    assert outputs == [list(range(20))] * 2
+    assert log.read_text() == "x" * 20
+
+
+def module(tmp_path, name, text):
+    path = tmp_path / f"{name}.py"
+    path.write_text(text)
+    found = types.ModuleType(name)
+    found.__file__ = str(path)
+    return found
+
+
+def test_a_code_version_follows_code_and_neither_comments_nor_docstrings(tmp_path):
+    plain = module(tmp_path, "a", "def f(x):\n    return x + 1\n")
+    dressed = module(tmp_path, "b", '"""Doc."""\n\n\ndef f(x):\n    """More."""\n    # why\n    return (x + 1)\n')
+    other = module(tmp_path, "c", "def f(x):\n    return x + 2\n")
+    assert code_version(plain) == code_version(dressed) != code_version(other)
+    assert code_version(plain, other) != code_version(other, plain)
