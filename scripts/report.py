@@ -1,0 +1,54 @@
+"""What evaluations found, on one page: Markdown with pictures, and one self-contained HTML file.
+
+python scripts/report.py runs=DIR baseline=bm25
+"""
+
+from pathlib import Path
+
+from launch import launch, run_dir
+
+
+def main(config) -> None:
+    from rag.evaluate import report, results
+
+    paths = locations(config.runs)
+    runs, failures = results.read(paths)
+    baseline, measure = (None if text is None else str(text) for text in (config.baseline, config.measure))
+    blocks = report.page(runs, failures, baseline, measure)
+    output = folder(config.output, paths)
+    report.write(output, blocks)
+    for failure in failures:
+        print(f"failed: {failure.label}: {failure.error}")
+    print(
+        f"{len(runs)} evaluations, {len(failures)} failed -> {output / 'report.html'}, {output / 'report.md'}"
+    )
+
+
+def locations(runs) -> list[Path]:
+    """The paths of `runs`, a list or a person's text: one path, which may hold anything, or a list `[A,B]` of them."""
+    import yaml
+
+    from rag.types import UserError
+
+    if isinstance(runs, str) and runs.startswith("[") and not Path(runs).exists():
+        try:
+            runs = yaml.load(runs, yaml.BaseLoader)  # whose scalars all stay text
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"Cannot read the list runs={runs}: write '...' around a path with marks."
+            ) from error
+    paths = [str(runs)] if isinstance(runs, str | int | float) else [str(path) for path in runs]
+    if not all(paths):
+        raise UserError("runs= is empty: give a folder of results, or a list of them.")
+    return [Path(path).expanduser() for path in paths]
+
+
+def folder(output: str | None, paths: list[Path]) -> Path:
+    """Where the report goes: as asked for, else beside the results if they are one folder, else the run's own."""
+    if output is not None:
+        return Path(str(output)).expanduser()
+    return paths[0] if len(paths) == 1 and paths[0].is_dir() else run_dir()
+
+
+if __name__ == "__main__":
+    launch(main, "report")
