@@ -91,10 +91,10 @@ def test_an_interval_does_not_move_with_the_scale_of_the_values():
     np.testing.assert_allclose(intervals(values * 1e6 - 1e6), intervals(values) * 1e6 - 1e6, rtol=1e-5)
 
 
-def draw(key: jax.Array, n: int, zeros: float, ones: float, a: float, b: float) -> jax.Array:
-    choose, beta = jax.random.split(key)
-    u = jax.random.uniform(choose, (n,))
-    return jnp.where(u < zeros, 0.0, jnp.where(u < zeros + ones, 1.0, jax.random.beta(beta, a, b, (n,))))
+def draw(size: tuple[int, int], seed: int, zeros: float, ones: float, a: float, b: float) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    u = rng.random(size)
+    return np.where(u < zeros, 0.0, np.where(u < zeros + ones, 1.0, rng.beta(a, b, size))).astype(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,7 @@ def draw(key: jax.Array, n: int, zeros: float, ones: float, a: float, b: float) 
 def test_a_95_percent_interval_covers_between_93_and_97_percent(n, shapes):
     """1,500 data sets of each shape, as the columns of the program that `intervals` runs."""
     sets = 1500
-    keys = jax.random.split(jax.random.key(n), sets)
-    drawn = [jax.vmap(lambda key, s=shape: draw(key, n, *s), out_axes=1)(keys) for shape in shapes]
-    datasets = jnp.concatenate(drawn, axis=1)
+    datasets = jnp.asarray(np.concatenate([draw((n, sets), n, *shape) for shape in shapes], axis=1))
     means, columns = datasets.mean(axis=0), datasets.shape[1]
     normal = jnp.asarray(_widened_normal_quantile(np.full(columns, n), 0.95))
     counts = jnp.full(columns, n, jnp.int32)
@@ -172,8 +170,7 @@ def test_queries_that_tie_or_are_missing_leave_p_exact():
 def test_the_randomisation_test_errs_in_five_percent_of_true_hypotheses():
     """Two systems of one distribution, 4,000 times, as the columns of the program that `compare` runs."""
     trials, n = 4000, 60
-    keys = jax.random.split(jax.random.key(5), trials)
-    pairs = jax.vmap(lambda key: draw(key, 2 * n, 0.3, 0.2, 2.0, 3.0), out_axes=1)(keys)
+    pairs = draw((2 * n, trials), 5, 0.3, 0.2, 2.0, 3.0)
     differences = jnp.zeros((64, trials)).at[:n].set(pairs[:n] - pairs[n:])
     counts, exact = jnp.full(trials, n, jnp.int32), jnp.zeros(trials, bool)
     hits = _sign_flips(differences, counts, exact, jax.random.key(0), 999)

@@ -1,0 +1,299 @@
+"""Grids against brute force over dictionaries, nested cross-validation against plain loops."""
+
+import json
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+
+from rag.evaluate import metrics, tuning
+from rag.evaluate.selection import Judged, Measure, nested
+from rag.evaluate.tuning import BM25Grid, ConvexGrid, ReciprocalRankGrid, Tuning, tune_bm25, tune_fusion
+from rag.index.analyzer import Analyzer
+from rag.index.fusion import Convex, tabulate
+from rag.index.lexical import LexicalIndex
+from rag.types import UserError
+from tests.reference import metric_oracle, ranking_oracle
+
+CLOSE = 1e-5  # float32 against float64
+MEASURES = ["nDCG@3", "MRR@10", "Recall@4", "Precision@2", "Success@1", "nDCG@100"]
+
+
+def some_rankings(queries: int, arms: int, seed: int = 0) -> tuple[dict, dict]:
+    """Coarse scores, so that many tie; arms that name few documents, some none; graded and negative qrels."""
+    rng = np.random.default_rng(seed)
+    rankings, qrels = {}, {}
+    for i in range(queries):
+        rankings[f"q{i}"] = []
+        for arm in range(arms):
+            names = rng.permutation(15)[: rng.integers(0, 12)]
+            scores = {f"d{name}": int(rng.integers(-2, 6)) / 2 + arm * 7 for name in names}
+            rankings[f"q{i}"].append([(name, scores[name]) for name in ranking_oracle(scores)])
+        judged = rng.permutation(20)[: rng.integers(1, 6)]
+        qrels[f"q{i}"] = {f"d{name}": int(rng.integers(-1, 4)) for name in judged}
+    return rankings, qrels
+
+
+def fused_oracle(arms: list, point: dict, low: float) -> dict[str, float]:
+    """Reciprocal ranks, or min-max and its theoretical sister, from their formulas."""
+    cut = [arm[:depth] for arm, depth in zip(arms, point.get("depths", [None] * len(arms)), strict=True)]
+    fused = {name: 0.0 for arm in cut for name, _ in arm}
+    for arm, weight in zip(cut, point["weights"], strict=True):
+        values = [score for _, score in arm]
+        for rank, (name, score) in enumerate(arm, 1):
+            if "constant" in point:
+                fused[name] += weight / (point["constant"] + rank)
+                continue
+            theoretical = point["normalizer"] == "theoretical_min_max"
+            least, most = low if theoretical else min(values), max(values)
+            flat = float(not theoretical)
+            fused[name] += weight * ((score - least) / (most - least) if most > least else flat)
+    # Float64 parts what float32, and the exact formula, leave equal.
+    return {name: round(score, 6) for name, score in fused.items()}
+
+
+def point_values(grid, rankings: dict, qrels: dict, name: str, lows=None) -> np.ndarray:
+    tables = [tabulate(rankings[query]) for query in sorted(qrels)]
+    measure = Measure.named(name)
+    judged = Judged.of([table.ids for table in tables], [qrels[q] for q in sorted(qrels)], measure)
+    return tuning._fusion_values(grid, tables, judged, lows, measure)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        ReciprocalRankGrid(constants=[0, 1, 60], steps=4, depths=[2, 5, 100]),
+        ConvexGrid(normalizers=["min_max", "theoretical_min_max"], steps=4, depths=[7, 2]),
+        ConvexGrid(normalizers=["min_max"], steps=3),
+    ],
+)
+@pytest.mark.parametrize("measure", ["nDCG@3", "MRR@10"])
+def test_every_point_has_the_measure_of_the_ranking_by_the_formula(grid, measure):
+    rankings, qrels = some_rankings(25, 2)
+    points = tuning._fusion_points(grid, 2)
+    values = point_values(grid, rankings, qrels, measure, lows=[-2.0, -2.0])
+    name, _, cutoff = measure.partition("@")
+    for (i, query), (j, point) in product(enumerate(sorted(qrels)), enumerate(points)):
+        ranking = ranking_oracle(fused_oracle(rankings[query], point, -2.0))
+        expected = metric_oracle(name, int(cutoff), qrels[query], ranking)
+        assert values[i, j] == pytest.approx(expected, abs=CLOSE), (query, point)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_every_point_has_the_measure_of_the_search_at_it(measure):
+    """All normalisers, three arms: the program that chooses against the code that fuses, and the metrics."""
+    rankings, qrels = some_rankings(20, 3, seed=1)
+    grid, lows = ConvexGrid(steps=2), [-1.0, 6.0, 13.0]
+    values = point_values(grid, rankings, qrels, measure, lows)
+    for j, point in enumerate(tuning._fusion_points(grid, 3)):
+        found = Convex(**point).fuse_batch([rankings[q] for q in sorted(qrels)], lows)
+        run = {q: dict(ranking) for q, ranking in zip(sorted(qrels), found, strict=True)}
+        _, per_query = metrics.evaluate(qrels, run, [measure])
+        expected = [per_query[query][measure] for query in sorted(qrels)]
+        np.testing.assert_allclose(values[:, j], expected, atol=CLOSE)
+
+
+def test_points_are_the_whole_grid_and_the_nearest_to_equal_weights_stands_first():
+    points = tuning._fusion_points(ReciprocalRankGrid(constants=[1, 2], steps=4, depths=[5, 10]), 2)
+    assert len(points) == 2 * 4 * 5
+    assert points[0] == {"constant": 1.0, "depths": [5, 5], "weights": [0.5, 0.5]}
+    assert {tuple(p["weights"]) for p in points} == {(i / 4, 1 - i / 4) for i in range(5)}
+    assert len(tuning._fusion_points(ConvexGrid(steps=4), 3)) == 4 * 15
+    assert "depths" not in tuning._fusion_points(ConvexGrid(), 2)[0]
+
+
+def test_a_passage_counts_for_its_document():
+    """Rows 0 and 2 are passages of b, row 1 of a: a document is as good as its best passage, and stands once."""
+    rankings = {"q": [[(0, 3.0), (2, 2.0), (1, 1.0)]], "r": [[(1, 3.0), (0, 1.0)]]}
+    qrels = {"q": {"a": 1}, "r": {"b": 1}}
+    options = Tuning(ReciprocalRankGrid(constants=[60]), "MRR@10", folds=2)
+    tuned = tune_fusion(rankings, qrels, options, document=lambda row: "bab"[int(row)])
+    assert tuned.per_query == {"q": 0.5, "r": 0.5}
+    assert [fold.train for fold in tuned.folds] == [0.5, 0.5]  # by the program
+    assert tuned.run["q"] == pytest.approx({"b": 1 / 61, "a": 1 / 63})
+
+
+def choose(values: np.ndarray) -> int:
+    means = [sum(column) / len(column) for column in values.T.tolist()]
+    return next(i for i, mean in enumerate(means) if mean >= max(means) - 1e-6)
+
+
+def test_no_query_is_judged_by_what_it_helped_to_choose():
+    rankings, qrels = some_rankings(23, 2, seed=3)
+    grid = ReciprocalRankGrid(constants=[1.3, 60.7], steps=5)  # no two sums are equal but for rounding
+    tuned = tune_fusion(rankings, qrels, Tuning(grid, "nDCG@3", folds=4, seed=2))
+    values = point_values(grid, rankings, qrels, "nDCG@3")
+    points, row = tuning._fusion_points(grid, 2), {q: i for i, q in enumerate(sorted(qrels))}
+    assert sorted(q for fold in tuned.folds for q in fold.queries) == sorted(qrels)
+    assert sorted(len(fold.queries) for fold in tuned.folds) == [5, 6, 6, 6]
+    for fold in tuned.folds:
+        others = [row[query] for query in sorted(qrels) if query not in fold.queries]
+        best = choose(values[others])
+        assert fold.parameters == points[best]
+        assert fold.train == pytest.approx(values[others, best].mean(), abs=CLOSE)
+        mine = [row[query] for query in fold.queries]
+        assert fold.test == pytest.approx(values[mine, best].mean(), abs=CLOSE)
+        for query in fold.queries:
+            assert tuned.per_query[query] == pytest.approx(values[row[query], best], abs=CLOSE)
+    best = choose(values)
+    assert tuned.naive_parameters == points[best]
+    assert tuned.naive == pytest.approx(values[:, best].mean(), abs=CLOSE)
+    assert tuned.nested == pytest.approx(np.mean(list(tuned.per_query.values())))
+    assert metrics.evaluate(qrels, tuned.run, ["nDCG@3"])[0]["nDCG@3"] == tuned.nested
+    assert tuned.optimism == tuned.naive - tuned.nested
+    assert list(tuned.per_query) == list(qrels)
+
+
+def test_on_noise_the_naive_choice_is_too_good_and_the_nested_is_not():
+    """200 points without any merit (mean 0.5): the best of them looks good on its own 40 queries."""
+    rng = np.random.default_rng(0)
+    qrels = {f"q{i:02}": {"d": 1} for i in range(40)}
+    hits = rng.random((40, 200)) < 0.5
+    points = [{"point": j} for j in range(200)]
+
+    def runs(point, queries):
+        return {q: {"d" if hits[int(q[1:]), point["point"]] else "e": 1.0} for q in queries}
+
+    tuned = nested("noise", "MRR@10", 5, 0, qrels, points, hits.astype(np.float32), runs)
+    assert tuned.naive == hits.mean(axis=0).max() > 0.65
+    assert abs(tuned.nested - 0.5) < 2 * 0.5 / math.sqrt(40)
+    assert tuned.optimism > 0.1
+
+
+def test_a_seed_decides_the_folds_and_the_result_is_strict_json():
+    rankings, qrels = some_rankings(12, 2, seed=4)
+    first, again, other = (
+        tune_fusion(rankings, qrels, Tuning(ConvexGrid(["min_max"]), folds=3, seed=seed))
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert [fold.queries for fold in first.folds] != [fold.queries for fold in other.folds]
+    record = json.loads(json.dumps(first.as_json(), allow_nan=False))
+    assert set(record) == {"family", "measure", "folds", "nested", "naive", "naive_parameters", "optimism"}
+    assert record["family"] == "convex"
+    assert [fold["queries"] for fold in record["folds"]] == [4, 4, 4]
+    assert set(record["folds"][0]) == {"parameters", "train", "test", "queries"}
+
+
+def test_a_judged_query_that_was_not_asked_counts_as_zero():
+    rankings, qrels = some_rankings(6, 2, seed=5)
+    del rankings["q3"]
+    tuned = tune_fusion(rankings, qrels, Tuning(ReciprocalRankGrid(), folds=2))
+    assert tuned.per_query["q3"] == 0.0
+    assert "q3" not in tuned.run
+    assert len(tuned.per_query) == 6
+
+
+# --- BM25 ---------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "red fox red fox red",
+    "a fox in the snow and a dog",
+    "snow on the red roof of a long and winding house with many many words",
+    "dog dog dog",
+    "the red house",
+    "winding snow red dog house",
+]
+QUESTIONS = {
+    "q0": "red fox",
+    "q1": "snow dog",
+    "q2": "red red house",
+    "q3": "zebra",
+    "q4": "winding words dog",
+}
+WORDS = Analyzer(pattern=r"\S+", stop_words=None)
+
+
+def bm25_oracle(question: str, k1: float, b: float) -> dict[str, float]:
+    """Lucene's variant over the passages that share a word."""
+    texts = [text.split() for text in TEXTS]
+    average = sum(map(len, texts)) / len(texts)
+    scores = {}
+    for row, words in enumerate(texts):
+        for term in question.split():
+            if term in words:
+                n, f = sum(term in other for other in texts), words.count(term)
+                idf = math.log(1 + (len(texts) - n + 0.5) / (n + 0.5))
+                tf = f / (f + k1 * (1 - b + b * len(words) / average))
+                scores[f"d{row}"] = scores.get(f"d{row}", 0.0) + idf * tf
+    return {name: round(score, 6) for name, score in scores.items()}
+
+
+def test_bm25_points_and_runs_are_those_of_the_formula():
+    index = LexicalIndex.build(TEXTS, WORDS)
+    qrels = {
+        "q0": {"d1": 1},
+        "q1": {"d5": 2, "d3": 1},
+        "q2": {"d4": 1},
+        "q3": {"d0": 1},
+        "q4": {"d2": 1, "d3": 2},
+    }
+    grid = BM25Grid(k1=[0.2, 1, 3], b=[0, 0.5, 1])
+    tuned = tune_bm25(index, QUESTIONS, qrels, Tuning(grid, "nDCG@3", folds=2), lambda row: f"d{row}")
+    points = grid.points()
+    values = np.array(
+        [
+            [
+                metric_oracle("nDCG", 3, qrels[q], ranking_oracle(bm25_oracle(QUESTIONS[q], p["k1"], p["b"])))
+                for p in points
+            ]
+            for q in sorted(qrels)
+        ]
+    )
+    assert len(set(np.round(values.mean(axis=0), 6))) > 1  # the grid matters
+    row = {q: i for i, q in enumerate(sorted(qrels))}
+    for fold in tuned.folds:
+        others = [row[query] for query in sorted(qrels) if query not in fold.queries]
+        best = choose(values[others])
+        assert fold.parameters == points[best]
+        assert fold.train == pytest.approx(values[others, best].mean(), abs=CLOSE)
+        for query in fold.queries:
+            assert tuned.per_query[query] == pytest.approx(values[row[query], best], abs=CLOSE)
+            assert tuned.run[query] == pytest.approx(
+                bm25_oracle(QUESTIONS[query], **fold.parameters), abs=2e-6
+            )
+    assert tuned.naive_parameters == points[choose(values)]
+    assert tuned.run["q3"] == {}
+    assert tuned.family == "bm25"
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Tuning(folds=1), "folds is 1"),
+        (lambda: Tuning(measure="MAP"), r'measure is "MAP"'),
+        (lambda: Tuning(measure="nDCG"), r'measure is "nDCG"'),
+        (lambda: ConvexGrid(normalizers=["softmax"]), "softmax"),
+        (lambda: ConvexGrid(normalizers=[]), "normalizers is empty"),
+        (lambda: ConvexGrid(steps=0), "steps is 0"),
+        (lambda: ConvexGrid(depths=[10, 0]), r"depths is \[10, 0\]"),
+        (lambda: ReciprocalRankGrid(constants=[-1]), "constant"),
+        (lambda: BM25Grid(b=[1.5]), "b=1.5"),
+        (lambda: BM25Grid(k1=[]), "k1 is empty"),
+    ],
+)
+def test_a_bad_option_is_named(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_what_cannot_be_tuned_is_refused_in_one_sentence():
+    rankings, qrels = some_rankings(4, 2)
+    index = LexicalIndex.build(TEXTS, WORDS)
+    cases = [
+        (lambda: tune_fusion(rankings, qrels, Tuning(BM25Grid())), "no arms to fuse"),
+        (lambda: tune_fusion(rankings, qrels, Tuning()), "theoretical_min_max needs"),
+        (lambda: tune_fusion(rankings, qrels, Tuning(ReciprocalRankGrid(), folds=5)), "5 for 4 judged"),
+        (
+            lambda: tune_fusion({**rankings, "q1": [[]]}, qrels, Tuning(ReciprocalRankGrid())),
+            r"\[1, 2\] arms",
+        ),
+        (lambda: tune_bm25(index, {}, qrels, Tuning(ConvexGrid()), str), "choose a BM25Grid"),
+    ]
+    for call, message in cases:
+        with pytest.raises(UserError, match=message):
+            call()
