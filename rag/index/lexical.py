@@ -27,9 +27,7 @@ __all__ = ["BM25Weights", "LexicalIndex", "Postings", "TfIdfWeights"]
 
 FORMAT = 1  # of the folder's contents
 _META = "lexical.json"
-_DENSE = (
-    8  # a term in more than one of so many passages is summed as a whole row: 10 us for 100,000 against 17
-)
+_DENSE = 8  # a term in more than one of so many passages is kept as a whole row: 10 us to add, not 17 or more
 _REPORTED = 4096  # texts between two calls of `progress`
 _LEAST = np.finfo(np.float32).smallest_subnormal  # of the scores above zero
 
@@ -117,7 +115,7 @@ class LexicalIndex:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays, as in memory so on disk; the words come on top."""
+        """Bytes of the arrays, as in memory so on disk; the words, and what searches keep, come on top."""
         return sum(getattr(self.postings, field.name).nbytes for field in fields(Postings))
 
     @property
@@ -143,7 +141,7 @@ class LexicalIndex:
             ]
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{folder} holds no whole lexical index ({error}): build it again.") from error
-        if meta["format"] != FORMAT:
+        if meta.get("format") != FORMAT:
             raise UserError(f"{folder} holds a lexical index of another format: build it again.")
         return LexicalIndex(Analyzer(**meta["analyzer"]), meta["terms"], Postings(*arrays))
 
