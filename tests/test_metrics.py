@@ -1,6 +1,7 @@
 """Metrics against hand-written formulas, on runs with ties, gaps, grades and self-hits; TREC files."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -144,6 +145,74 @@ def test_trec_eval_gives_our_figures_from_the_file_written(tmp_path_factory, qre
         assert ours[query]["nDCG@10"] == pytest.approx(values["ndcg_cut_10"], abs=METRIC_TOLERANCE)
         assert ours[query]["MAP"] == pytest.approx(values["map"], abs=METRIC_TOLERANCE)
     assert evaluate(qrels, read_trec_run(path), NAMES) == evaluate(qrels, run, NAMES)
+
+
+# Our name -> trec_eval's, and how many documents it is shown: it has no reciprocal rank with a cut-off.
+TREC_EVAL = {
+    "nDCG": ("ndcg", None), "nDCG@3": ("ndcg_cut_3", None), "nDCG@10": ("ndcg_cut_10", None),
+    "MAP": ("map", None), "MAP@5": ("map_cut_5", None), "Rprec": ("Rprec", None),
+    "MRR": ("recip_rank", None), "MRR@10": ("recip_rank", 10), "MRR@2": ("recip_rank", 2),
+    "Recall@5": ("recall_5", None), "Recall@100": ("recall_100", None), "Precision@5": ("P_5", None),
+    "Precision@10": ("P_10", None), "Success@1": ("success_1", None), "Success@5": ("success_5", None),
+}  # fmt: skip
+
+
+def trec_eval(qrels: dict, run: dict, measure: str, shown: int | None) -> dict[str, float]:
+    """trec_eval's own C code on rankings that it cannot see otherwise: whole scores that fall by 1."""
+    rankings = {q: ranking_oracle(found)[:shown] for q, found in run.items() if found}
+    plain = {q: {d: -float(rank) for rank, d in enumerate(ranking)} for q, ranking in rankings.items()}
+    asked = re.sub(r"_(\d+)$", r".\1", measure)
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, {asked}).evaluate(plain)
+    return {query: theirs.get(query, {}).get(measure, 0.0) for query in qrels}  # a missing query counts as 0
+
+
+def assert_trec_evals_figures(qrels: dict, run: dict) -> None:
+    means, ours = evaluate(qrels, run, list(TREC_EVAL))
+    for name, (measure, shown) in TREC_EVAL.items():
+        theirs = trec_eval(qrels, run, measure, shown)
+        assert {q: ours[q][name] for q in qrels} == pytest.approx(theirs, abs=METRIC_TOLERANCE), name
+        assert means[name] == pytest.approx(np.mean(list(theirs.values())), abs=METRIC_TOLERANCE), name
+
+
+@given(qrels_st, runs_st)
+@settings(max_examples=60, deadline=None)
+def test_every_measure_is_trec_evals(qrels, run):
+    assert_trec_evals_figures(
+        {q: {d: max(g, 0) for d, g in judged.items()} for q, judged in qrels.items()}, run
+    )
+
+
+def test_trec_evals_figures_on_long_runs_with_ties_missing_queries_and_graded_qrels():
+    """120 queries, 150 documents found for each with eleven different scores, a quarter of the queries missing."""
+    rng = np.random.default_rng(0)
+    qrels, run = {}, {}
+    for i in range(120):
+        judged = rng.permutation(400)[: rng.integers(1, 60)]
+        qrels[f"q{i}"] = {f"d{d:03}": int(rng.integers(0, 4)) for d in judged}
+        if i % 4:
+            found = rng.permutation(400)[:150]
+            run[f"q{i}"] = {f"d{d:03}": float(rng.integers(0, 11)) / 10 for d in found}
+    run["unjudged"] = {"d000": 1.0}
+    assert_trec_evals_figures(qrels, run)
+    for name in NAMES:  # and both are the formulas
+        _, ours = evaluate(qrels, run, [name])
+        expected = oracle(name, qrels, run)
+        assert {q: ours[q][name] for q in qrels} == pytest.approx(expected, abs=METRIC_TOLERANCE), name
+
+
+def test_a_negative_grade_is_not_relevant_for_trec_eval_and_for_us():
+    qrels = {"q": {"a": 2, "b": -1, "c": 0, "d": 1, "z": 3}}
+    run = {"q": {"b": 5.0, "x": 4.0, "a": 3.0, "c": 2.0, "d": 1.0}}
+    assert_trec_evals_figures(qrels, run)
+    ideal = 3 + 2 / math.log2(3) + 1 / math.log2(4)
+    assert evaluate(qrels, run, ["nDCG@3"])[0]["nDCG@3"] == pytest.approx(2 / math.log2(4) / ideal)
+
+
+def test_ties_that_trec_eval_would_break_the_other_way_are_settled_before_it_sees_them():
+    qrels, run = {"q": {"a": 1}}, {"q": {"a": 0.5, "b": 0.5}}
+    raw = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(run)
+    assert raw["q"]["recip_rank"] == 0.5  # the higher id first
+    assert evaluate(qrels, run, ["MRR"])[0]["MRR"] == 1.0
 
 
 def test_a_run_file_keeps_ids_with_spaces_and_reads_files_of_others(tmp_path):
