@@ -19,9 +19,7 @@ def main(config) -> None:
     report.write(output, blocks)
     for failure in failures:
         print(f"failed: {failure.label}: {failure.error}")
-    print(
-        f"{len(runs)} evaluations, {len(failures)} failed -> {output / 'report.html'}, {output / 'report.md'}"
-    )
+    print(f"{len(runs)} evaluations, {len(failures)} failed -> {output / 'report.html'}")
 
 
 def locations(runs) -> list[Path]:
@@ -38,7 +36,7 @@ def locations(runs) -> list[Path]:
                 f"Cannot read the list runs={runs}: write '...' around a path with marks."
             ) from error
     paths = [str(runs)] if isinstance(runs, str | int | float) else [str(path) for path in runs]
-    if not all(paths):
+    if not paths or not all(paths):
         raise UserError("runs= is empty: give a folder of results, or a list of them.")
     return [Path(path).expanduser() for path in paths]
 

@@ -124,7 +124,7 @@ def _escaped(text: str) -> str:
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1c2024; background: #fff;
-  margin: 0 auto; padding: 1.5rem 1.5rem 4rem; max-width: 72rem; }
+  margin: 0 auto; padding: 1.5rem 1.5rem 4rem; max-width: 84rem; }
 h1 { font-size: 1.8rem; line-height: 1.2; margin: .5rem 0 1rem; }
 h2 { font-size: 1.4rem; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 2px solid #d5dae0; }
 h3 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
@@ -138,8 +138,8 @@ table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabu
 th, td { padding: .32rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e3e7eb; }
 th { border-bottom: 2px solid #9aa5b1; vertical-align: bottom; background: #f8f9fb; }
 th.number, td.number { text-align: right; white-space: nowrap; }
-td:first-child, td:nth-child(2) { overflow-wrap: anywhere; }
-td:not(.number) { min-width: 4rem; max-width: 34rem; }
+td:not(.number) { overflow-wrap: anywhere; min-width: 5rem; max-width: 34rem; }
+td:first-child:not(.number), td.number:first-child + td:not(.number) { min-width: 13rem; }
 tbody tr:nth-child(even) { background: #fafbfc; }
 tbody tr:hover { background: #eef4fa; }
 tr.strong td { font-weight: 650; background: #fff5e0; }

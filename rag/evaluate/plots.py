@@ -20,6 +20,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from rag.evaluate.stats import Comparison
 from rag.evaluate.wording import duration, shortened
 
 Standing = Literal["baseline", "better", "worse", "open"]  # open: no significant difference
@@ -67,6 +68,7 @@ class Mark:
     high: float
     standing: Standing
     query_s: float | None = None
+    sample: bool = False  # measured on fewer queries than others: its mean does not compare by itself
 
 
 def _png(height: float, draw: Callable[[Figure], None], width: float = _WIDTH) -> bytes:
@@ -99,33 +101,50 @@ def forest(marks: Sequence[Mark], measure: str, confidence: float) -> bytes:
                 continue
             for row, mark in chosen:
                 axes.plot([mark.low, mark.high], [row, row], color=colour, lw=2.2, solid_capstyle="butt")
-            rows, means = [row for row, _ in chosen], [mark.mean for _, mark in chosen]
-            axes.plot(means, rows, marker, color=colour, ms=7, mec="white", mew=0.8, label=meaning)
+                _point(axes, mark.mean, row, marker, colour, mark.sample)
+            axes.plot([], [], marker, color=colour, label=meaning)
+        _sample_legend(axes, marks)
         for mark in marks:
             if mark.standing == "baseline":
                 axes.axvline(mark.mean, color=_INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
         _names(axes, [mark.label for mark in marks])
         axes.set_xlabel(f"{measure}, mean and {confidence:.0%} interval")
-        figure.legend(loc="outside upper center", ncols=4)
+        figure.legend(loc="outside upper center", ncols=3)
 
-    return _png(1.1 + 0.3 * len(marks), draw)
+    return _png(1.2 + 0.3 * len(marks), draw)
+
+
+def _point(axes: Axes, x: float, y: float | int, marker: str, colour: str, hollow: bool) -> None:
+    face, edge, width = ("white", colour, 1.6) if hollow else (colour, "white", 0.8)
+    axes.plot(x, y, marker, ms=7, mfc=face, mec=edge, mew=width, zorder=3)
+
+
+def _sample_legend(axes: Axes, marks: Sequence[Mark]) -> None:
+    if any(mark.sample for mark in marks):
+        axes.plot(
+            [], [], "o", mfc="white", mec=_GREY, mew=1.6, label="hollow: on a sample of the queries only"
+        )
 
 
 # --- quality against cost
 
 
 def front(marks: Sequence[Mark]) -> list[int]:
-    """Positions of the marks that no other beats: none is as fast and better, or as good and faster."""
+    """Positions of the marks that no other beats: none is as fast and better, or as good and faster.
+
+    Means over different queries do not compare, so a mark on a sample neither beats another nor counts.
+    """
+    whole = [mark for mark in marks if not mark.sample]
 
     def beaten(one: Mark) -> bool:
         return any(
             other.query_s <= one.query_s
             and other.mean >= one.mean
             and (other.query_s, other.mean) != (one.query_s, one.mean)
-            for other in marks
+            for other in whole
         )
 
-    return [position for position, mark in enumerate(marks) if not beaten(mark)]
+    return [position for position, mark in enumerate(marks) if not mark.sample and not beaten(mark)]
 
 
 def pareto(marks: Sequence[Mark], measure: str, confidence: float) -> bytes:
@@ -135,21 +154,20 @@ def pareto(marks: Sequence[Mark], measure: str, confidence: float) -> bytes:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         steps = sorted((marks[position].query_s, marks[position].mean) for position in best)
-        axes.step(
-            *zip(*steps, strict=True), where="post", color=_GREEN, lw=1.4, zorder=2, label="Pareto front"
-        )
+        axes.step([x for x, _ in steps], [y for _, y in steps], where="post", color=_GREEN, lw=1.4, zorder=2)
         for position, mark in enumerate(marks):
             colour = _GREEN if position in best else _GREY
             axes.plot([mark.query_s] * 2, [mark.low, mark.high], color=colour, lw=1.2, alpha=0.55, zorder=1)
             shape = "D" if mark.standing == "baseline" else "o"
-            axes.plot(mark.query_s, mark.mean, shape, color=colour, ms=7, mec="white", mew=0.8, zorder=3)
+            _point(axes, mark.query_s, mark.mean, shape, colour, mark.sample)
         axes.set_xscale("log")
         _log_seconds(axes, [mark.query_s for mark in marks])
         axes.set_ylabel(f"{measure}, mean and {confidence:.0%} interval")
         axes.set_xlabel("median time of a query (log scale)")
-        axes.plot([], [], "o", color=_GREEN, label="on it")
-        axes.plot([], [], "o", color=_GREY, label="beaten by another")
+        axes.plot([], [], "o-", color=_GREEN, lw=1.4, label="Pareto front")
+        axes.plot([], [], "o", color=_GREY, label="not on it")
         axes.plot([], [], "D", color=_GREY, label="baseline")
+        _sample_legend(axes, marks)
         figure.legend(loc="outside upper center", ncols=4)
         _label_points(figure, axes, marks, steps)
 
@@ -225,18 +243,18 @@ def _leader(axes: Axes, point: np.ndarray, spot: Bbox) -> None:
 # --- query by query, and where quality is lost
 
 
-def win_loss(differences: Mapping[str, Sequence[float]], measure: str, baseline: str) -> bytes:
+def win_loss(panels: Mapping[str, tuple[Sequence[float], Comparison]], measure: str, baseline: str) -> bytes:
     """A small panel for each system: its differences to the baseline on common queries, sorted: PNG bytes."""
-    columns = min(4, len(differences))
-    lines = math.ceil(len(differences) / columns)
-    largest = max((abs(value) for values in differences.values() for value in values), default=0.0) or 1.0
+    columns = min(4, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    largest = max(abs(value) for values, _ in panels.values() for value in values) or 1.0
 
     def draw(figure: Figure) -> None:
-        panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel().tolist()
-        for axes, (label, values) in zip(panels, differences.items(), strict=False):
-            _panel(axes, label, np.sort(np.asarray(values, float))[::-1])
+        grid = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel().tolist()
+        for axes, (label, (values, found)) in zip(grid, panels.items(), strict=False):
+            _panel(axes, label, np.sort(np.asarray(values, float))[::-1], found)
             axes.set_ylim(-1.05 * largest, 1.05 * largest)
-        for axes in panels[len(differences) :]:
+        for axes in grid[len(panels) :]:
             axes.set_visible(False)
         figure.supylabel(f"{measure} minus that of {shortened(baseline, 30)}", fontsize=9)
         figure.supxlabel("queries, from most won to most lost", fontsize=9)
@@ -244,8 +262,7 @@ def win_loss(differences: Mapping[str, Sequence[float]], measure: str, baseline:
     return _png(0.6 + 1.65 * lines, draw, width=max(4.6, _WIDTH * columns / 4))
 
 
-def _panel(axes: Axes, label: str, values: np.ndarray) -> None:
-    won, lost = int((values > 0).sum()), int((values < 0).sum())
+def _panel(axes: Axes, label: str, values: np.ndarray, found: Comparison) -> None:
     edges = np.arange(len(values) + 1) - 0.5
     axes.stairs(np.maximum(values, 0), edges, fill=True, color=_BLUE)
     axes.stairs(np.minimum(values, 0), edges, fill=True, color=_VERMILION)
@@ -255,9 +272,9 @@ def _panel(axes: Axes, label: str, values: np.ndarray) -> None:
     axes.grid(axis="x", visible=False)
     axes.set_title(shortened(label, 30), fontsize=8.5, pad=4)
     note = {"fontsize": 8, "transform": axes.transAxes}
-    axes.text(0.98, 0.96, f"{won} won", color=_BLUE, ha="right", va="top", **note)
-    axes.text(0.5, 0.96, f"{len(values) - won - lost} same", color=_GREY, ha="center", va="top", **note)
-    axes.text(0.02, 0.04, f"{lost} lost", color=_VERMILION, ha="left", va="bottom", **note)
+    axes.text(0.98, 0.96, f"{found.wins} won", color=_BLUE, ha="right", va="top", **note)
+    axes.text(0.5, 0.96, f"{found.ties} same", color=_GREY, ha="center", va="top", **note)
+    axes.text(0.02, 0.04, f"{found.losses} lost", color=_VERMILION, ha="left", va="bottom", **note)
 
 
 def losses(rows: Sequence[tuple[str, float, Mapping[str, float]]], measure: str, ceiling: float) -> bytes:

@@ -60,16 +60,17 @@ def _reused(run: Run) -> str:
 
 def separating(table: Standings) -> Iterator[Block]:
     """The settings that not all rows share: a column for each that most rows have, the rest in words."""
-    settings = {run.label: _telling(run.settings) for run in table.runs}
-    if not any(settings.values()):
+    settings = [_telling(run.settings) for run in table.runs]
+    known = [row for row in settings if row]
+    if not known:
         return
     yield Heading(3, "What separates the rows")
-    keys = dict.fromkeys(key for values in settings.values() for key in values)
-    columns = {key: [settings[run.label].get(key) for run in table.runs] for key in keys}
-    columns = {key: _shown(key, values) for key, values in columns.items() if len(set(values)) > 1}
-    if not columns:
+    keys = dict.fromkeys(key for row in known for key in row)
+    differing = [key for key in keys if len({row.get(key) for row in known}) > 1]
+    if not differing:
         yield Paragraph("Their settings do not differ.")
         return
+    columns = {key: _shown(key, [row.get(key) for row in settings]) for key in differing}
     usual = [key for key, cells in columns.items() if sum(map(bool, cells)) > _USUAL * len(cells)][:_WIDEST]
     own = {key: cells for key, cells in columns.items() if key not in usual}
     rows = [

@@ -87,14 +87,14 @@ def _dataset(table: Standings, slug: str) -> Iterator[Block]:
         if len(timed) < len(table.runs):
             names = [table.name(run) for run in table.runs if not cost(run, "query_p50_s")]
             yield Paragraph(f"Not shown, since no query was timed: {'; '.join(names)}.")
-    differences = {
-        table.name(run): [own - base for own, base in common(run, table.baseline, table.measure)]
+    panels = {
+        table.name(run): ([own - base for own, base in common(run, table.baseline, table.measure)], found)
         for run in table.runs
-        if table.comparison(run)
+        if (found := table.comparison(run))
     }
-    if differences:
+    if panels:
         yield Heading(3, "Query by query")
-        picture = plots.win_loss(differences, table.measure, table.name(table.baseline))
+        picture = plots.win_loss(panels, table.measure, table.name(table.baseline))
         yield Picture(f"{slug}-queries.png", picture, f"{shown}: differences to the baseline, query by query")
     yield from _all_measures(table)
     yield from _answers(table)
@@ -153,12 +153,14 @@ def _legend(table: Standings) -> str:
 
 def _marks(table: Standings) -> list[Mark]:
     """What figures show of the runs that have the main measure, best first."""
-    marks = []
+    marks, most = [], max(queries_of(run) for run in table.runs)
     for run in table.runs:
         if (mean := run.means.get(table.measure)) is not None:
             low, high = run.intervals.get(table.measure) or (mean, mean)
             seconds = cost(run, "query_p50_s")
-            marks.append(Mark(table.name(run), mean, low, high, table.standing(run), seconds))
+            seconds = None if seconds is None else float(seconds)
+            sample = queries_of(run) < most
+            marks.append(Mark(table.name(run), mean, low, high, table.standing(run), seconds, sample))
     return marks
 
 
@@ -257,9 +259,16 @@ def _losses(table: Standings, slug: str) -> Iterator[Block]:
     found = [(table.name(run), run.losses) for run in table.runs if run.losses]
     for measure in dict.fromkeys(losses["measure"] for _, losses in found):
         chosen = [(name, losses) for name, losses in found if losses["measure"] == measure]
-        bars = [(name, losses["scores"].get("retrieved", 0.0), losses["losses"]) for name, losses in chosen]
+        bars = [
+            (
+                name,
+                float(losses["scores"].get("retrieved", 0)),
+                {c: float(x) for c, x in losses["losses"].items()},
+            )
+            for name, losses in chosen
+        ]
         yield Heading(3, f"Where quality is lost: {measure}")
-        picture = plots.losses(bars, measure, max(losses["ceiling"] for _, losses in chosen))
+        picture = plots.losses(bars, measure, max(float(losses["ceiling"]) for _, losses in chosen))
         yield Picture(f"{slug}-losses-{_slug(measure)}.png", picture, f"{measure} reached and lost, by cause")
         causes = list(dict.fromkeys(cause for _, losses in chosen for cause in losses["losses"]))
         scores = list(dict.fromkeys(condition for _, losses in chosen for condition in losses["scores"]))

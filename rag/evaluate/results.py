@@ -204,8 +204,8 @@ def _read(place: Path) -> Run | Failure:
         queries=dataset["queries"],
         limit=dataset["limit"],
         seed=dataset["seed"],
-        means=record["means"],
-        intervals={name: pair for name, pair in record["intervals"].items() if _is_pair(pair)},
+        means={name: _float(mean) for name, mean in record["means"].items()},
+        intervals={name: [*map(float, pair)] for name, pair in record["intervals"].items() if _is_pair(pair)},
         statistics=record["statistics"],
         warnings=tuple(record["warnings"]),
         per_query=_per_query(place / "per_query.jsonl"),
@@ -216,7 +216,11 @@ def _read(place: Path) -> Run | Failure:
     )
 
 
-def _is_pair(interval: Sequence[float | None] | None) -> bool:
+def _float(value: float | int | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _is_pair(interval: Sequence[float | int | None] | None) -> bool:
     return interval is not None and len(interval) == 2 and None not in interval
 
 
@@ -277,7 +281,7 @@ def _per_query(path: Path) -> dict[str, dict[str, float | None]]:
         if problem := _misfit(row, Each(_OPTIONAL), "it"):
             raise UserError(f"{path}, line {number} has a value that is no number ({problem}).")
         for measure, value in row.items():
-            columns.setdefault(measure, {})[query] = value
+            columns.setdefault(measure, {})[query] = _float(value)
     if not columns:
         raise UserError(f"{path} names no measure: give a file of per-query values.")
     return columns

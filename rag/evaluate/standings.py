@@ -210,19 +210,19 @@ def _baselines(
 
 
 def _names(labels: Sequence[str]) -> dict[str, str]:
-    """Each label made short: without settings that all share, and keys shortened or, if all have them, left out."""
-    parts = [_PART.findall(label) for label in labels]
-    parts = [[tuple(part.strip().partition("=")) for part in found] for found in parts]
-    if len(labels) > 1:
-        shared = {part for part in parts[0] if all(part in found for found in parts)}
-        parts = [[part for part in found if part not in shared] for found in parts]
+    """Each label made short: only the settings that differ, by the last word of their keys, the first by none."""
+    parts = [[tuple(part.strip().partition("=")) for part in _PART.findall(label)] for label in labels]
+    shared = {part for part in parts[0] if all(part in found for found in parts)}
+    parts = [[part for part in found if part not in shared] for found in parts]
     keys = list(dict.fromkeys(key for found in parts for key, sign, _ in found if sign))
-    always = {key for key in keys if all(sum(key == part[0] for part in found) == 1 for found in parts)}
+    first = next(
+        (key for key in keys if all(sum(key == part[0] for part in found) == 1 for found in parts)), None
+    )
     last = [key.rpartition(".")[2] for key in keys]
     short = {key: word if last.count(word) == 1 else key for key, word in zip(keys, last, strict=True)}
     names = [
         ", ".join(
-            value if sign and key in always else f"{short.get(key, key)}{sign}{value}"
+            value if sign and key == first else f"{short.get(key, key)}{sign}{value}"
             for key, sign, value in found
         )
         for found in parts

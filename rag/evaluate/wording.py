@@ -8,22 +8,22 @@ MISSING = "n/a"
 LONGEST = 70  # characters of a setting's value
 
 
-def number(value: float | None) -> str:
+def number(value: float | int | None) -> str:
     """Four decimals, as retrieval papers give their measures."""
     return MISSING if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
-def with_interval(mean: float | None, interval: Sequence[float] | None) -> str:
+def with_interval(mean: float | int | None, interval: Sequence[float | int] | None) -> str:
     """0.3995 [0.3621, 0.4370], or without the interval where there is none."""
     return number(mean) + bounds(interval)
 
 
-def difference(value: float, interval: Sequence[float] | None = None) -> str:
+def difference(value: float | int, interval: Sequence[float | int] | None = None) -> str:
     """+0.0123 [-0.0010, +0.0250]: always with its sign."""
     return f"{value:+.4f}{bounds(interval, '+')}"
 
 
-def bounds(interval: Sequence[float] | None, sign: str = "") -> str:
+def bounds(interval: Sequence[float | int] | None, sign: str = "") -> str:
     """An interval after a space; "" where there is none."""
     if interval is None or not all(map(math.isfinite, interval)):
         return ""
@@ -35,7 +35,7 @@ def p_value(value: float) -> str:
     return "<0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """Seconds to read: 1.23 ms, 4.5 s."""
     if seconds == 0:
         return "0 s"
@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
 
 
-def byte_size(count: float) -> str:
+def byte_size(count: float | int) -> str:
     """Bytes in units of 1024: 1.5 MiB."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if count >= scale:
@@ -53,7 +53,7 @@ def byte_size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def rate(value: float) -> str:
+def rate(value: float | int) -> str:
     """Three digits, without an exponent."""
     return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
