@@ -1,21 +1,27 @@
 """Hits to a Context: what the reader model is shown, within its token budget, numbered for citation."""
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, get_args
 
+from rag.ingest.markdown import sections
+from rag.ingest.packing import Span
 from rag.ingest.sentences import sentences
 from rag.types import Chunk, Context, Hit, Source, UserError
 
 Order = Literal["score", "reverse", "document", "sides"]
+Expand = Literal["none", "neighbours", "section", "parent"]
 CountTokens = Callable[[str], int]
 Render = Callable[
     [Source], str
 ]  # a passage as the prompt shows it, so that markers and paths are counted too
 
+_SIGNS_PER_TOKEN = (
+    16  # more than texts have: farther than this times the tokens allowed, nothing is looked at
+)
 _CITATION = re.compile(r"\[\s*(\d{1,4}(?:\s*[,;]\s*\d{1,4})*)\s*\]")
 
 
@@ -26,6 +32,10 @@ class ContextOptions:
     Orders: "score" best first; "reverse" best last, beside the question; "document" as they stand in their
     documents, the document with the best passage first; "sides" the best at both ends and the weakest in the
     middle, where long contexts are read least (Liu et al., "Lost in the Middle", 2023).
+
+    Expand, so that small chunks are found and larger passages are read: "neighbours" widens each hit by `expand_by`
+    sentences on both sides, "section" to its section (from heading to heading), "parent" to its whole document;
+    but never beyond `expand_tokens`, which are filled evenly from the hit to both sides.
     """
 
     max_tokens: int = 1024  # of the rendered passages, by the generator's tokenizer
@@ -33,16 +43,23 @@ class ContextOptions:
     # hits below it are not relevant; its scale is the retriever's, and "auto" is for the pipeline to fill in from there
     min_score: float | Literal["auto"] | None = None
     merge: bool = True  # overlapping or adjoining chunks of a document become one passage
+    expand: Expand = "none"
+    expand_by: int = (
+        2  # sentences on either side, for "neighbours"; where a chunk cuts one, its rest is the first
+    )
+    expand_tokens: int = 256  # of a widened passage as rendered, by the generator's tokenizer
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
-            raise UserError(
-                f"The context's max_tokens must be a whole number above 0, not {self.max_tokens!r}."
-            )
-        if self.order not in get_args(Order):
-            raise UserError(
-                f"The context's order must be one of {', '.join(get_args(Order))}, not {self.order!r}."
-            )
+        for name in ("max_tokens", "expand_by", "expand_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"The context's {name} must be a whole number above 0, not {value!r}.")
+        for name, choices in (("order", Order), ("expand", Expand)):
+            if getattr(self, name) not in get_args(choices):
+                raise UserError(
+                    f"The context's {name} must be one of {', '.join(get_args(choices))}, "
+                    f"not {getattr(self, name)!r}."
+                )
 
 
 def text_of(source: Source) -> str:
@@ -63,7 +80,9 @@ def build_context(
     passages still fit `max_tokens` with it, merged with its neighbours; the best alone is cut at the end of a
     sentence or word when it is too long, and the others are left out and counted in `Context.dropped`.
     `documents_text` gives a document's text by its id; with it chunks are also joined across the white space
-    between them, without it only where they overlap or touch. Ties keep the order of `hits`.
+    between them, without it only where they overlap or touch. Ties keep the order of `hits`. With
+    `options.expand`, which needs `documents_text`, a hit is widened first, and where the wide passage does not fit
+    beside the better ones, the hit itself is tried.
     """
     count_tokens, documents_text = cache(count_tokens), documents_text and cache(documents_text)
     ranked = sorted(hits, key=lambda hit: -hit.score)
@@ -74,15 +93,16 @@ def build_context(
     join = _merged if options.merge else _unmerged
     chosen: list[Hit] = []
     dropped = 0
-    for hit in _distinct(ranked):
-        together = _numbered(join([*chosen, hit], documents_text), "score")
-        if _total(together, count_tokens, render) <= options.max_tokens:
-            chosen.append(hit)
-            continue
-        dropped += 1
-        if not chosen and (cut := _cut(together[0], options.max_tokens, count_tokens, render)):
-            chunk = replace(hit.chunk, end=cut.end, text=cut.text)
-            chosen.append(Hit(chunk, hit.score))
+    for hit, wide in _widened(_distinct(ranked), documents_text, options, count_tokens, render):
+        for taken in dict.fromkeys((wide, hit)):
+            together = _numbered(join([*chosen, taken], documents_text), "score")
+            if _total(together, count_tokens, render) <= options.max_tokens:
+                chosen.append(taken)
+                break
+        else:
+            dropped += 1
+            if not chosen and (cut := _cut(together[0], options.max_tokens, count_tokens, render)):
+                chosen.append(Hit(replace(hit.chunk, end=cut.end, text=cut.text), hit.score))
     sources = _numbered(join(chosen, documents_text), options.order)
     context = Context(sources, _total(sources, count_tokens, render), dropped)
     return trim(
@@ -125,6 +145,68 @@ def _distinct(hits: Iterable[Hit]) -> list[Hit]:
     for hit in hits:
         first.setdefault(hit.chunk.text, hit)
     return list(first.values())
+
+
+def _widened(
+    hits: Sequence[Hit],
+    documents_text: Callable[[str], str] | None,
+    options: ContextOptions,
+    count_tokens: CountTokens,
+    render: Render,
+) -> Iterable[tuple[Hit, Hit]]:
+    """Each hit and what it becomes, without those that become the same text as a better one."""
+    if options.expand == "none":
+        return [(hit, hit) for hit in hits]
+    if documents_text is None:
+        raise ValueError(f"expand={options.expand!r} needs the documents' text")
+    limit, sections_of = min(options.expand_tokens, options.max_tokens), cache(sections)
+
+    def fits(hit: Hit) -> bool:
+        return _total(_numbered([hit], "score"), count_tokens, render) <= limit
+
+    found: dict[str, tuple[Hit, Hit]] = {}
+    for hit in hits:
+        text = documents_text(hit.chunk.document_id)
+        room = _around(hit.chunk, sections_of(text)) if options.expand == "section" else (0, len(text))
+        sides = _sides(hit.chunk, text, room, limit * _SIGNS_PER_TOKEN)
+        most = options.expand_by if options.expand == "neighbours" else max(map(len, sides))
+        wide = _widest(hit, text, sides, most, fits)
+        found.setdefault(wide.chunk.text, (hit, wide))
+    return found.values()
+
+
+def _around(chunk: Chunk, spans: Sequence[Span]) -> Span:
+    """From the start of the span that a chunk begins in to the end of the one that it ends in."""
+    first = max(0, bisect_right(spans, chunk.start, key=lambda span: span[0]) - 1)
+    last = min(len(spans) - 1, bisect_left(spans, chunk.end, key=lambda span: span[1]))
+    return spans[first][0], spans[last][1]
+
+
+def _sides(chunk: Chunk, text: str, room: Span, reach: int) -> tuple[list[int], list[int]]:
+    """Where the sentences before a chunk begin and those after it end, the nearest first, within `room`.
+
+    What is more than `reach` characters away is not looked at, nor the sentence that is cut there.
+    """
+    low, high = max(room[0], chunk.start - reach), min(room[1], chunk.end + reach)
+    spans = [(low + start, low + end) for start, end in sentences(text[low:high])]
+    before = [start for start, _ in spans[low > room[0] :] if start < chunk.start]
+    after = [end for _, end in spans[: len(spans) - (high < room[1])] if end > chunk.end]
+    return before[::-1], after
+
+
+def _widest(
+    hit: Hit, text: str, sides: tuple[list[int], list[int]], most: int, fits: Callable[[Hit], bool]
+) -> Hit:
+    """The hit with as many sentences on each side, `most` or fewer, as fit."""
+    starts, ends = [hit.chunk.start, *sides[0]], [hit.chunk.end, *sides[1]]
+
+    def with_(count: int) -> Hit:
+        start, end = starts[: count + 1][-1], ends[: count + 1][-1]
+        name = f"{hit.chunk.document_id}:{start}-{end}"
+        return replace(hit, chunk=replace(hit.chunk, id=name, start=start, end=end, text=text[start:end]))
+
+    count = bisect_left(range(1, most + 1), True, key=lambda count: not fits(with_(count)))
+    return with_(count) if count else hit
 
 
 def _unmerged(hits: Sequence[Hit], _: Callable[[str], str] | None) -> list[Hit]:

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rag.ingest.chunk import FixedChunker, RecursiveChunker, SentenceChunker, chunks_of
+from rag.ingest.chunk import (
+    FixedChunker,
+    RecursiveChunker,
+    SentenceChunker,
+    SlidingWindowChunker,
+    WholeChunker,
+    chunks_of,
+)
+from rag.ingest.markdown import MarkdownChunker
+from rag.ingest.semantic import SemanticChunker
 from rag.ingest.sentences import sentences
 from rag.types import Document, UserError
 
@@ -51,7 +60,26 @@ PARTS = [
 # fmt: on
 TEXTS = st.lists(st.sampled_from(PARTS), max_size=40).map("".join)
 SIZES = st.integers(1, 12).flatmap(lambda size: st.tuples(st.just(size), st.integers(0, size - 1)))
-CHUNKERS = st.sampled_from([FixedChunker, SentenceChunker, RecursiveChunker])
+
+
+def sliding(size, overlap):
+    return SlidingWindowChunker(sentences=3, stride=2, size=size)
+
+
+def semantic(size, overlap):
+    return SemanticChunker(size, percentile=60.0, window=1)
+
+
+WITH_OVERLAP = [FixedChunker, SentenceChunker, RecursiveChunker, MarkdownChunker]
+CHUNKERS = st.sampled_from([*WITH_OVERLAP, sliding, semantic])
+OVERLAPS = {SlidingWindowChunker: 10**9, SemanticChunker: 0}  # of those without the option
+
+
+def encode(texts):
+    """Unit vectors that differ from text to text: how often each of eight kinds of sign occurs."""
+    counts = [np.bincount([ord(sign) % 8 for sign in text] or [0], minlength=8) for text in texts]
+    vectors = np.array(counts, np.float32) + 1e-3
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def tokens_inside(spans, start, end):
@@ -63,7 +91,7 @@ def tokens_inside(spans, start, end):
 @example("a\nb c", SentenceChunker, (1, 0), split_on_spaces)
 def test_what_every_chunker_promises(text, make, sizes, tokenise):
     chunker, spans = make(*sizes), tokenise(text)
-    chunks = chunker.split(text, tokenise)
+    chunks = chunker.split(text, tokenise, encode)
     covered = np.zeros(len(text), bool)
     for start, end in chunks:
         assert 0 <= start < end <= len(text)
@@ -74,10 +102,11 @@ def test_what_every_chunker_promises(text, make, sizes, tokenise):
     assert all(sign.isspace() or seen for sign, seen in zip(text, covered, strict=True))
     for (start, end), (next_start, next_end) in pairwise(chunks):
         assert start < next_start and end < next_end
-        assert tokens_inside(spans, next_start, end) <= chunker.overlap
+        allowed = chunker.overlap if hasattr(chunker, "overlap") else OVERLAPS[type(chunker)]
+        assert tokens_inside(spans, next_start, end) <= allowed
 
 
-@given(TEXTS, CHUNKERS, st.sampled_from(TOKENISERS))
+@given(TEXTS, st.sampled_from([*WITH_OVERLAP, sliding]), st.sampled_from(TOKENISERS))
 def test_chunks_of_a_document_are_its_text(text, make, tokenise):
     chunker = make(5, 2)
     document = Document(id="a/b.md", path="a/b.md", text=text)
@@ -141,7 +170,7 @@ def test_recursive_separators_are_a_choice():
     assert hash(RecursiveChunker(4, 0, ["\n", " "])) == hash(RecursiveChunker(4, 0, ("\n", " ")))
 
 
-@pytest.mark.parametrize("make", [FixedChunker, SentenceChunker, RecursiveChunker])
+@pytest.mark.parametrize("make", WITH_OVERLAP)
 @pytest.mark.parametrize(
     "size, overlap, named",
     [(0, 0, "size"), (-5, 0, "size"), (4, 4, "overlap"), (4, 9, "overlap"), (4, -1, "overlap")],
@@ -160,9 +189,10 @@ def test_an_empty_separator_is_an_error(separators):
 
 
 @pytest.mark.parametrize("text", ["", " \n\t "])
-@pytest.mark.parametrize("chunker", [FixedChunker(3), SentenceChunker(3), RecursiveChunker(3)])
-def test_no_text_no_chunks(chunker, text):
-    assert chunker.split(text, words) == []
+@pytest.mark.parametrize("make", [*WITH_OVERLAP, sliding, semantic, lambda size, overlap: WholeChunker()])
+def test_no_text_no_chunks(make, text):
+    assert make(3, 0).split(text, words, encode) == []
+    assert chunks_of(Document(id="e", path="e", text=text), FixedChunker(3), words) == []
 
 
 def test_a_document_is_tokenised_once():
@@ -173,9 +203,9 @@ def test_a_document_is_tokenised_once():
         return words(text)
 
     text = "One two three. " * 50
-    for chunker in (FixedChunker(4), SentenceChunker(4, 1), RecursiveChunker(4, 1)):
-        chunker.split(text, counting)
-    assert calls == [text] * 3
+    for make in (*WITH_OVERLAP, sliding, semantic):
+        make(4, 1).split(text, counting, encode)
+    assert calls == [text] * 6
 
 
 HOSTILE = [*'. |. |a| |\n|# |a\n|."|。|.[1]|   \n|-|=|```\n|\n#|1. |؟|e.g. '.split("|"), "| ", " |", "\n|"]
@@ -185,8 +215,75 @@ HOSTILE = [*'. |. |a| |\n|# |a\n|."|。|.[1]|   \n|-|=|```\n|\n#|1. |؟|e.g. '.s
 def test_long_runs_are_linear(unit):
     text = "\n" + unit * (40_000 // len(unit)) + "x"  # a quadratic pattern would not come back
     assert sentences(text)[-1][1] == len(text)
-    for chunker in (SentenceChunker(64, 8), RecursiveChunker(64, 8)):
-        assert chunker.split(text[-4000:], words)[-1][1] == 4000
+    for make in (SentenceChunker, RecursiveChunker, MarkdownChunker, sliding):
+        assert make(64, 8).split(text[-4000:], words)[-1][1] == 4000
+
+
+# --- sliding windows
+
+
+def test_windows_have_as_many_sentences_whatever_their_length():
+    text = "One. Two two. Three three three. Four. Five five. Six. Seven."
+    assert split(SlidingWindowChunker(3, 2, size=100), text) == [
+        "One. Two two. Three three three.",
+        "Three three three. Four. Five five.",
+        "Five five. Six. Seven.",
+    ]
+    assert split(SlidingWindowChunker(2, 2, size=100), text) == [
+        "One. Two two.",
+        "Three three three. Four.",
+        "Five five. Six.",
+        "Seven.",
+    ]
+
+
+def test_a_window_above_the_size_ends_earlier_and_leaves_nothing_out():
+    text = "One. Two two. Three three three. Four. Five five. Six. Seven."
+    assert split(SlidingWindowChunker(4, 3, size=4), text) == [
+        "One. Two two.",
+        "Three three three. Four.",
+        "Five five. Six. Seven.",
+    ]
+    assert split(SlidingWindowChunker(3, 1, size=5), text)[:3] == [
+        "One. Two two.",
+        "Two two. Three three three.",
+        "Three three three. Four.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"sentences": 0}, "sentences"),
+        ({"stride": 0}, "stride"),
+        ({"stride": 6}, "stride"),
+        ({"size": 0}, "size"),
+    ],
+)
+def test_impossible_windows_are_errors(options, named):
+    with pytest.raises(UserError, match=f"The chunker's {named} must be a whole number"):
+        SlidingWindowChunker(**options)
+
+
+# --- degenerate texts
+
+
+@pytest.mark.parametrize(
+    "text", ["🌊" * 50, "e\u0301" * 40, "שלום " * 30, "\u200d" * 9, "\ufffd", "a", "x" * 999]
+)
+@pytest.mark.parametrize("make", [*WITH_OVERLAP, sliding, semantic])
+def test_texts_without_words_are_chunked(make, text):
+    chunks = make(4, 0).split(text, bytes_of, encode)
+    assert (chunks[0][0], chunks[-1][1]) == (0, len(text.rstrip()))
+    assert all(b[0] <= a[1] for a, b in pairwise(chunks)) or text.strip().count(" ")
+
+
+def test_a_chunker_keeps_a_tokenizer_without_tokens_whole():
+    def none(text):
+        return as_spans([])
+
+    for make in (SentenceChunker, RecursiveChunker, MarkdownChunker):
+        assert make(4, 0).split("no token here", none) == [(0, 13)]
 
 
 # --- sentences ----------------------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""What chunkers are made of: the tokens of a text, and pieces of it joined up to a size.
+
+Sizes and overlaps are in tokens of the embedder. A text is tokenised once, and the tokens of a span are those
+of the whole text that touch it (a token across a border counts on both sides), so counting costs two bisections
+and chunking is linear. The same characters tokenised alone can give a token or two more or fewer, for example
+where a chunk begins inside a word.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Float32, Int
+
+from rag.ingest.sentences import trimmed
+from rag.types import UserError
+
+Span = tuple[int, int]  # characters, end exclusive
+TokenSpans = Callable[[str], Int[np.ndarray, "n 2"]]  # a text to the spans of its tokens, in order
+Encode = Callable[[Sequence[str]], Float32[np.ndarray, "N E"]]  # texts to unit vectors
+
+
+class Tokens:
+    """A text with the sorted starts and ends of its tokens."""
+
+    def __init__(self, text: str, token_spans: TokenSpans) -> None:
+        spans = np.asarray(token_spans(text), np.int64).reshape(-1, 2)
+        self.text = text
+        # Bisection needs sorted lists, and a few tokenizers give an empty token a span further back.
+        self.starts: list[int] = np.maximum.accumulate(spans[:, 0]).tolist()
+        self.ends: list[int] = np.maximum.accumulate(spans[:, 1]).tolist()
+
+    def first(self, span: Span) -> int:
+        """The number of the first token that touches the span, or would."""
+        return bisect_right(self.ends, span[0])
+
+    def last(self, span: Span) -> int:
+        """One past the number of the last token that touches the span."""
+        return bisect_left(self.starts, span[1])
+
+    def count(self, span: Span) -> int:
+        return self.last(span) - self.first(span)
+
+    def units(self, span: Span) -> list[Span]:
+        """The span divided before each token, without white space; bytes of one character stay together."""
+        start, end = span
+        inside = self.starts[bisect_right(self.starts, start) : bisect_left(self.starts, end)]
+        return trim_all(self.text, [start, *dict.fromkeys(inside), end])
+
+
+def pack(units: Sequence[Span], tokens: Tokens, size: int, overlap: int) -> list[Span]:
+    """Join consecutive units greedily into spans of at most `size` tokens that share at most `overlap`."""
+    firsts = [tokens.first(unit) for unit in units]
+    lasts = [tokens.last(unit) for unit in units]
+    chunks: list[Span] = []
+    begin = 0
+    while begin < len(units):
+        end = max(begin + 1, bisect_right(lasts, firsts[begin] + size, lo=begin))
+        chunks.append((units[begin][0], units[end - 1][1]))
+        if end == len(units):
+            break
+        # The next chunk goes back over whole units, as far as the overlap allows and unit `end` still fits.
+        earliest = max(lasts[end - 1] - overlap, lasts[end] - size)
+        begin = min(end, bisect_left(firsts, earliest, lo=begin + 1))
+    return chunks
+
+
+def fitting(span: Span, tokens: Tokens, size: int, separators: Sequence[str] = ("\n", " ")) -> list[Span]:
+    """The span, or what it is divided into at each separator in turn, and then between tokens, to fit `size`."""
+    if tokens.count(span) <= size:
+        return [span]
+    if not separators:
+        return tokens.units(span)
+    pieces = divide(tokens.text, span, separators[0])
+    return [unit for piece in pieces for unit in fitting(piece, tokens, size, separators[1:])]
+
+
+def divide(text: str, span: Span, separator: str) -> list[Span]:
+    """The pieces of a span, cut after each separator, trimmed, without the empty ones."""
+    keep = 1 if separator[0] == "\n" else len(separator)
+    cuts, end = [span[0]], span[1]
+    at = text.find(separator, span[0], end)
+    while at >= 0:
+        cuts.append(at + keep)
+        at = text.find(separator, at + len(separator), end)
+    return trim_all(text, [*cuts, end])
+
+
+def trim_all(text: str, cuts: Sequence[int]) -> list[Span]:
+    """The spans between neighbouring cuts, without white space at their ends and without the empty ones."""
+    spans = (trimmed(text, start, end) for start, end in pairwise(cuts))
+    return [(start, end) for start, end in spans if start < end]
+
+
+def check_sizes(size: int, overlap: int = 0) -> None:
+    """Raise UserError for a size or overlap that no chunk can have."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UserError(f"The chunker's size must be a whole number of tokens above 0, not {size!r}.")
+    if isinstance(overlap, bool) or not isinstance(overlap, int) or not 0 <= overlap < size:
+        raise UserError(
+            f"The chunker's overlap must be a whole number from 0 to below its size {size}, not {overlap!r}."
+        )
