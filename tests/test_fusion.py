@@ -247,6 +247,12 @@ def test_lows_of_the_option_go_first():
     assert Convex("theoretical_min_max", lows=(0, -1)).fuse([LEXICAL, DENSE], (-5.0, -5.0)) == given
 
 
+def test_one_low_serves_any_number_of_arms():
+    queries = [[LEXICAL], [LEXICAL, DENSE]]
+    one = Convex("theoretical_min_max").fuse_batch(queries, [-1.0])
+    assert one == [Convex("theoretical_min_max").fuse(arms, [-1.0] * len(arms)) for arms in queries]
+
+
 def test_rounding_below_the_lowest_score_is_no_error():
     fused = dict(Convex("theoretical_min_max", lows=(-1.0,)).fuse([[("a", 1.0), ("b", -1.0000001)]]))
     assert fused == {"a": 1.0, "b": 0.0}
@@ -271,7 +277,10 @@ def test_a_score_that_is_no_number_is_a_bug(score):
         (lambda: ReciprocalRank(weights=(1, 1)).fuse([LEXICAL]), "2 numbers for 1 arms"),
         (lambda: Convex(weights=(1,)).fuse([LEXICAL, DENSE]), "1 numbers for 2 arms"),
         (lambda: Convex("theoretical_min_max").fuse([LEXICAL, DENSE]), "fusion.lows"),
-        (lambda: Convex("theoretical_min_max", lows=(0,)).fuse([LEXICAL, DENSE]), "1 numbers for 2 arms"),
+        (
+            lambda: Convex("theoretical_min_max", lows=(0, 0, 0)).fuse([LEXICAL, DENSE]),
+            "3 numbers for 2 arms",
+        ),
         (
             lambda: Convex("theoretical_min_max").fuse([LEXICAL, DENSE], (0.0, 0.0)),
             "Arm 2 gave the score -0.2",

@@ -184,8 +184,10 @@ def test_hits_are_ranked_once_each_and_cut_at_k():
 
 def test_the_searches_are_fused_as_the_fusion_says():
     searches = Dense().search(collection(Reader()), [BLUE, "mira was born in"], 7)
-    wanted = Convex("dbsf").fuse([[(TEXTS.index(h.chunk.text), h.score) for h in hits] for hits in searches])
-    [hits] = iterative(fusion=Convex("dbsf"), passages=4, max_steps=2).search(collection(Reader()), [BLUE], 7)
+    fusion = Convex("theoretical_min_max")
+    arms = [[(TEXTS.index(hit.chunk.text), hit.score) for hit in hits] for hits in searches]
+    wanted = fusion.fuse(arms, (-1.0, -1.0))  # which no cosine is below
+    [hits] = iterative(fusion=fusion, passages=4, max_steps=2).search(collection(Reader()), [BLUE], 7)
     assert [(TEXTS.index(hit.chunk.text), hit.score) for hit in hits] == wanted
 
 

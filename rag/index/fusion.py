@@ -208,7 +208,7 @@ class Fusion(Protocol):
     def fuse_batch(
         self, rankings: Sequence[Sequence[Ranking]], lows: Sequence[float | int] | None = None
     ) -> list[list[tuple[Id, float]]]:
-        """The same for each query; `lows` are the arms' lowest possible scores, where they are known."""
+        """The same for each query; `lows`: the lowest score that each arm can give, or one for all, if known."""
         ...
 
 
@@ -252,8 +252,8 @@ class Convex:
     """The weighted mean of the arms' scores, each arm brought to one scale by `normalizer`.
 
     `weights`: one for each arm, None for equal ones; only their ratios matter. `lows`: the lowest score that
-    each arm can give, for theoretical_min_max; None takes what is known of the arms, which is handed to
-    `fuse`. Raises UserError for an unknown normalizer, for weights that are negative or all zero, and when
+    each arm can give, or one for all, for theoretical_min_max; None takes what is known of the arms, which is
+    handed to `fuse`. Raises UserError for an unknown normalizer, for weights that are negative or all zero, and when
     fusing for weights or lows that are not as many as the arms, and lows that are missing or undercut.
     """
 
@@ -297,6 +297,7 @@ class Convex:
         lows = given if self.lows is None else self.lows
         if lows is None:
             raise UserError("theoretical_min_max needs each arm's lowest possible score: give fusion.lows.")
+        lows = tuple(lows) * arms if len(lows) == 1 else lows
         if len(lows) != arms:
             raise UserError(f"fusion.lows has {len(lows)} numbers for {arms} arms: give one for each arm.")
         for table in tables:

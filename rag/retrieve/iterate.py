@@ -124,7 +124,8 @@ class Iterative(Instruction):
         rankings = [
             [[(collection.row(hit.chunk), hit.score) for hit in hits] for hits in steps] for steps in found
         ]
-        fused = [dict(ranking) for ranking in self.fusion.fuse_batch(rankings)]
+        low = getattr(self.retriever, "lowest", None)
+        fused = map(dict, self.fusion.fuse_batch(rankings, None if low is None else [low]))
         return [
             steps[0] if len(steps) == 1 else collection.hits(list(scores), list(scores.values()))
             for steps, scores in zip(found, fused, strict=True)
