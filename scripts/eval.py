@@ -8,7 +8,8 @@ import functools
 import json
 import shutil
 
-from launch import build, label, launch, overrides, run_dir
+from launch import build, launch
+from this_run import label, overrides, run_dir
 
 
 def main(config) -> None:

@@ -11,19 +11,19 @@ import contextlib
 import difflib
 import functools
 import inspect
-import json
 import os
 import re
 import signal
 import sys
-import traceback
 import types
 import typing
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from rag.cache import atomic_file, enable_compilation_cache
+from this_run import record_failure, run_dir, sweeping
+
+from rag.cache import enable_compilation_cache
 from rag.types import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -77,10 +77,10 @@ def _exit_code(main: Callable, config_name: str, config_dir: Path, free_text: Se
         except BrokenPipeError as error:
             raise _Raised from error
         except Exception as error:
-            if not _sweeping():
+            if not sweeping():
                 raise _Raised from error
             failures.append(error)
-            _record_failure(error)
+            record_failure(error, _user_error(error))
 
     try:
         _run_hydra(functools.wraps(main)(task), config_name, config_dir, free_text)
@@ -337,56 +337,6 @@ def _list_mismatch(name: str, value: object, kinds: Sequence[object]) -> str:
             return ""
     example = "[10,100]" if int in kinds else "[0.1,0.9]" if float in kinds else "[a,b]"
     return f"a list, as in {name}={example}"
-
-
-# --- what a running job knows of itself
-
-
-def run_dir() -> Path:
-    """The folder that Hydra made for this run."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return Path(HydraConfig.get().runtime.output_dir)
-
-
-def overrides() -> list[str]:
-    """The settings that this run was given on the command line, as Hydra spells them."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return list(HydraConfig.get().overrides.task)
-
-
-def label() -> str:
-    """What tells this run from others: in a sweep the settings that are swept, else all but the dataset's place."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    given = overrides()
-    if _sweeping():
-        typed = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-        parsed = OverridesParser.create().parse_overrides(typed)
-        swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
-        given = [override for override in given if override.partition("=")[0] in swept]
-    named = [o for o in given if not re.match(r"\+{0,2}dataset(\.(path|id|split))?=|plan=", o)]
-    return " ".join(named) or "defaults"
-
-
-def _sweeping() -> bool:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    return HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def _record_failure(error: Exception) -> None:
-    """Tell of a failed job of a sweep, and leave failure.json in its folder."""
-    sentence = _user_error(error)
-    if sentence is None:
-        traceback.print_exception(error)
-        sentence = f"{type(error).__name__}: {_first_line(error)}"
-    print(f"{label()}: {' '.join(sentence.split())}", file=sys.stderr)
-    record = {"label": label(), "overrides": overrides(), "error": sentence}
-    with atomic_file(run_dir() / "failure.json", "w") as file:
-        json.dump(record, file, indent=1)
 
 
 # --- device and profile

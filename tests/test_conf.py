@@ -13,8 +13,10 @@ PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "shar
 
 
 def groups(primary: str) -> list[str]:
+    """The groups whose choices are stages; a method is made of other groups' choices (test_a_method_...)."""
     defaults = OmegaConf.load(CONF / f"{primary}.yaml").defaults
-    return [key for entry in defaults if OmegaConf.is_dict(entry) for key in entry]
+    names = [key for entry in defaults if OmegaConf.is_dict(entry) for key in entry]
+    return [name for name in names if "@" not in name and name != "method"]
 
 
 CHOICES = [
@@ -55,6 +57,14 @@ def test_a_choice_fits_its_target(primary, group, choice):
     stage = composed(primary, f"{group}={choice}")[group]
     assert "_target_" in stage
     check(stage)
+
+
+@pytest.mark.parametrize("method", sorted(path.stem for path in (CONF / "method").glob("*.yaml")))
+def test_a_method_is_a_whole_evaluation(method):
+    config = composed("eval", f"method={method}", "dataset.path=x")
+    check(config)
+    assert f"method={method}\n" in (CONF / "method" / f"{method}.yaml").read_text()
+    assert method == "dense" or config != composed("eval", "dataset.path=x")
 
 
 @pytest.mark.parametrize(

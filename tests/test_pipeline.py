@@ -1,6 +1,6 @@
 """Files to answer through every stage, with counted words as the embedder and a generator that shows its prompt."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,8 @@ from rag.index.store import Index
 from rag.ingest.chunk import SentenceChunker
 from rag.pipeline import AnswerOptions, Reader
 from rag.prompt import PromptTemplate
-from rag.retrieve.search import DenseRetriever
+from rag.retrieve.collection import Collection
+from rag.retrieve.search import Dense, Lexical, Search
 from rag.types import Answer, Message, Usage, UserError
 
 FILES = {
@@ -34,6 +35,8 @@ class Echo:
     def count(self, text: str) -> int:
         return len(text.split())
 
+    fingerprint = "echo"
+
     def prompt_tokens(self, messages) -> int:
         return sum(self.count(message.content) for message in messages)
 
@@ -42,6 +45,15 @@ class Echo:
         yield "see "
         yield "[1]"
         yield Usage(self.prompt_tokens(messages), 2, 0.5, 0.25)
+
+    def generate(self, conversations, sampling, max_new_tokens, seeds, stop):
+        raise NotImplementedError
+
+    def log_likelihood(self, pairs):
+        raise NotImplementedError
+
+    def text_log_likelihood(self, pairs):
+        raise NotImplementedError
 
 
 @pytest.fixture
@@ -54,17 +66,18 @@ def corpus(tmp_path):
 
 
 @pytest.fixture
-def retriever(corpus, tmp_path):
+def search(corpus, tmp_path):
     pipeline.ingest(corpus, tmp_path / "index", SentenceChunker(8), BagOfWords())
-    return DenseRetriever(Index.open(tmp_path / "index"), BagOfWords(), k=3)
+    index = Index.open(tmp_path / "index")
+    return Search(Collection(index, index.restore(BagOfWords())), Dense(), k=3)
 
 
 def reader(generator, **context):
     return Reader(generator, TEMPLATE, ContextOptions(**context), options=AnswerOptions(max_new_tokens=10))
 
 
-def asked(question, retriever, reader, history=()):
-    *pieces, answer = pipeline.answer(question, retriever, reader, history)
+def asked(question, search, reader, history=()):
+    *pieces, answer = pipeline.answer(question, search, reader, history)
     assert isinstance(answer, Answer)
     return "".join(pieces), answer
 
@@ -108,40 +121,40 @@ def test_a_folder_of_something_else_is_not_written_into(corpus, tmp_path):
     assert [path.name for path in home.iterdir()] == ["letter.txt"]
 
 
-def test_the_answer_streams_and_its_sources_are_spans_of_the_documents(retriever):
+def test_the_answer_streams_and_its_sources_are_spans_of_the_documents(search):
     generator = Echo()
-    text, answer = asked("what eats krill.", retriever, reader(generator))
+    text, answer = asked("what eats krill.", search, reader(generator))
     assert text == answer.answer == "see [1]"
     assert not answer.abstained
     best = answer.sources[0]
     assert best.path == "krill.md"
     assert "A whale eats krill." in best.text
     for source in answer.sources:
-        assert retriever.index.document_text(source.path)[source.start : source.end] == source.text
+        assert search.collection.index.document_text(source.path)[source.start : source.end] == source.text
         assert f"[{source.n}] {source.text}" in generator.asked[0][-1].content
     assert (answer.timings.prefill_s, answer.timings.new_tokens) == (0.5, 2)
     assert answer.cited == (1,)
 
 
-def test_without_a_relevant_hit_no_model_is_asked(retriever):
+def test_without_a_relevant_hit_no_model_is_asked(search):
     generator = Echo()
-    text, answer = asked("quantum chromodynamics", retriever, reader(generator, min_score=0.2))
+    text, answer = asked("quantum chromodynamics", search, reader(generator, min_score=0.2))
     assert answer.abstained
     assert text == answer.answer == TEMPLATE.abstain_answer
     assert (answer.sources, generator.asked) == ((), [])
 
 
-def test_a_long_prompt_loses_passages_and_says_so(retriever):
-    _, whole = asked("a whale eats krill", retriever, reader(Echo()))
+def test_a_long_prompt_loses_passages_and_says_so(search):
+    _, whole = asked("a whale eats krill", search, reader(Echo()))
     generator = Echo(context_length=whole.timings.prompt_tokens - 2 + 10)
-    _, answer = asked("a whale eats krill", retriever, reader(generator))
+    _, answer = asked("a whale eats krill", search, reader(generator))
     assert 0 < len(answer.sources) <= len(whole.sources)
     assert answer.timings.prompt_tokens <= generator.context_length - 10
     assert any("longer than the model's context" in notice for notice in answer.notices)
     assert whole.notices == ()
 
 
-def test_old_turns_go_before_the_last_passage(retriever):
+def test_old_turns_go_before_the_last_passage(search):
     history = [
         Message("user", "old " * 30),
         Message("assistant", "older " * 30),
@@ -149,30 +162,35 @@ def test_old_turns_go_before_the_last_passage(retriever):
         Message("assistant", "yes"),
     ]
     generator = Echo(context_length=50)
-    _, answer = asked("a whale eats krill", retriever, reader(generator), history)
+    _, answer = asked("a whale eats krill", search, reader(generator), history)
     assert answer.sources
     assert [message.content for message in generator.asked[0][:-1]] == ["new", "yes"]
     assert any("oldest 2 messages" in notice for notice in answer.notices)
 
 
-def test_a_question_that_cannot_fit_is_told(retriever):
+def test_a_question_that_cannot_fit_is_told(search):
     with pytest.raises(UserError, match="leaves no room for a passage"):
-        asked("krill " * 100, retriever, reader(Echo(context_length=50)))
+        asked("krill " * 100, search, reader(Echo(context_length=50)))
 
 
-def test_another_embedder_than_the_index_was_made_with_is_told(retriever):
+def test_another_embedder_than_the_index_was_made_with_is_told(search):
     class Other(BagOfWords):
         def __init__(self):
             super().__init__()
             self.fingerprint = "another"
 
     with pytest.raises(UserError, match="built by another embedder"):
-        DenseRetriever(Index.open(Path(retriever.index.path)), Other())
+        Index.open(Path(search.collection.index.path)).restore(Other())
 
 
-def test_k_below_one_is_told(retriever):
-    with pytest.raises(UserError, match=r"retriever\.k is 0"):
-        DenseRetriever(retriever.index, BagOfWords(), k=0)
+def test_k_below_one_is_told(search):
+    with pytest.raises(UserError, match="k is 0"):
+        Search(search.collection, Dense(), k=0)
+
+
+def test_any_method_can_feed_the_reader(search):
+    _, answer = asked("what eats krill", replace(search, method=Lexical()), reader(Echo(), min_score="auto"))
+    assert [source.path for source in answer.sources] == ["krill.md"]  # no other shares a word
 
 
 @pytest.mark.parametrize("options", [{"stop": "END"}, {"seed": -1}, {"seed": 1 << 32}, {"max_new_tokens": 0}])

@@ -105,7 +105,7 @@ def test_nothing_relevant_means_abstaining(index, run):
 def test_a_session_keeps_history_and_knows_its_commands(index, run, monkeypatch):
     lines = "What eats krill?\n/sources\n/context\n/nothing\nAnd a seal?\n/quit\nnever read\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    out, _ = run(generate, *ASK, "retriever.k=1")
+    out, _ = run(generate, *ASK, "k=1")
     assert out.count("krill.md:0-19") >= 3  # under the answer, /sources, /context
     assert "A whale eats krill.\n" in out
     assert "There is no command /nothing" in out
@@ -120,7 +120,7 @@ def test_a_session_keeps_history_and_knows_its_commands(index, run, monkeypatch)
         (generate, ("index.path=nowhere", "question=x"), "nowhere"),
         (generate, (*INDEX, "question=x", "output=xml"), "choose text or json"),
         (generate, (*INDEX, "output=json"), "question="),
-        (generate, (*INDEX, "question=x", "retriever.k=0"), "retriever.k"),
+        (generate, (*INDEX, "question=x", "k=0"), "k is 0"),
         (generate, (*INDEX, "question=x", "generator.weights=/no/such.gguf"), "/no/such.gguf"),
         (ingest, ("corpus.path=missing", *INDEX), "missing"),
         (ingest, ("corpus.path=documents", "index.path=documents", *WORDS), "documents"),
@@ -146,9 +146,9 @@ def test_as_it_is_typed(home, index):
     done = typed("output=json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["question"] == QUESTIONS[0]
-    wrong = typed("retreiver.k=3")
+    wrong = typed("retreiver._target_=x")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "retriever.k" in wrong.stderr
+    assert "retriever" in wrong.stderr
     assert len(wrong.stderr.strip().splitlines()) == 1
 
 
@@ -178,29 +178,46 @@ def beir(home):
     return dataset
 
 
-def test_eval_writes_what_other_programs_rely_on(beir, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_script, "run_dir", lambda: tmp_path)
-    out, _ = run(eval_script, f"dataset.path={beir}", *WORDS)
-    assert "nDCG@10" in out
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["MRR@10"] == pytest.approx((1 + 1 / 2) / 2)
-    assert set(metrics) == {"nDCG@10", "Recall@100", "MRR@10", "MAP", "environment"}
-    rows = [json.loads(line) for line in (tmp_path / "per_query.jsonl").read_text().splitlines()]
+@pytest.fixture
+def evaluated(run, tmp_path, monkeypatch):
+    """evaluated(*overrides) -> the folder of the results, after running the script."""
+
+    def evaluated(*overrides):
+        monkeypatch.setattr(eval_script, "run_dir", lambda: tmp_path)
+        monkeypatch.setattr(eval_script, "overrides", lambda: list(overrides))
+        monkeypatch.setattr(eval_script, "label", lambda: "this one")
+        evaluated.out, _ = run(eval_script, *overrides)
+        return tmp_path
+
+    return evaluated
+
+
+def test_eval_writes_what_other_programs_rely_on(beir, evaluated):
+    folder = evaluated(f"dataset.path={beir}", *WORDS)
+    assert "nDCG@10" in evaluated.out
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["means"]["MRR@10"] == pytest.approx((1 + 1 / 2) / 2)
+    assert set(metrics["means"]) == {"nDCG@10", "Recall@100", "MRR@10", "MAP"}
+    assert metrics["label"] == "this one"
+    assert any("2 queries" in warning for warning in metrics["warnings"])
+    ledger = json.loads((folder / "ledger.json").read_text())
+    assert ledger["query_p50_s"] > 0
+    assert ledger["index_bytes"] > 0
+    rows = [json.loads(line) for line in (folder / "per_query.jsonl").read_text().splitlines()]
     assert [(row["query"], row["MRR@10"]) for row in rows] == [("q1", 1.0), ("q2", 0.5)]
-    assert (tmp_path / "run.trec").read_text().split()[:3] == ["q1", "Q0", "d1"]
-    assert "rag.embed.BagOfWords" in (tmp_path / "config.yaml").read_text()
+    assert (folder / "run.trec").read_text().split()[:3] == ["q1", "Q0", "d1"]
+    assert "rag.embed.BagOfWords" in (folder / "config.yaml").read_text()
 
 
-def test_the_best_chunk_scores_for_its_document(beir, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_script, "run_dir", lambda: tmp_path)
+def test_the_best_chunk_scores_for_its_document(beir, evaluated, tmp_path):
     words = ("chunker=fixed", "chunker.size=1", "chunker.overlap=0")
-    run(eval_script, f"dataset.path={beir}", *WORDS, *words)
+    evaluated(f"dataset.path={beir}", *WORDS, *words)
     first = (tmp_path / "run.trec").read_text().splitlines()[0].split()
     assert first[2] == "d1"
     assert float(first[4]) == pytest.approx(1.0)  # "fish" alone, of "Seals eat fish"
 
 
-def test_one_long_document_does_not_crowd_the_others_out(home, run, tmp_path, monkeypatch):
+def test_one_long_document_does_not_crowd_the_others_out(home, evaluated, tmp_path):
     """Twenty chunks of one document score best; the other two documents are found all the same."""
     dataset = home / "long"
     (dataset / "qrels").mkdir(parents=True, exist_ok=True)
@@ -209,9 +226,8 @@ def test_one_long_document_does_not_crowd_the_others_out(home, run, tmp_path, mo
     (dataset / "corpus.jsonl").write_text("\n".join(rows))
     (dataset / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "krill"}))
     (dataset / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\tb\t1\n")
-    monkeypatch.setattr(eval_script, "run_dir", lambda: tmp_path)
     chunks = ("chunker=fixed", "chunker.size=1", "chunker.overlap=0", "evaluation.depth=3")
-    run(eval_script, f"dataset.path={dataset}", *WORDS, *chunks)
+    evaluated(f"dataset.path={dataset}", *WORDS, *chunks)
     ranking = [line.split()[2] for line in (tmp_path / "run.trec").read_text().splitlines()]
     assert sorted(ranking) == ["a", "b", "long"]
 

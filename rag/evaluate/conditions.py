@@ -21,6 +21,7 @@ import numpy as np
 
 from rag.context import cited
 from rag.evaluate.datasets import Dataset
+from rag.evaluate.run import others
 from rag.generate import engine, likelihood, local
 from rag.models import llama
 from rag.ops.sampling import Sampling
@@ -179,9 +180,7 @@ def passages(
             drawn = random.Random(f"{reading.seed} {query}").sample(others, min(reading.k, len(others)))
             return [Hit(hit.chunk, 1.0 - i / reading.k) for i, hit in enumerate(drawn)]
         case _:
-            return [hit for hit in hits if not (dataset.drop_self_hits and hit.chunk.document_id == query)][
-                : reading.k
-            ]
+            return others(hits, query, dataset)[: reading.k]
 
 
 def _everything(collection: Collection) -> list[Hit]:

@@ -6,7 +6,7 @@ is not done again; one that was killed finds its stages' batches in the memo and
 
 import json
 import random
-import time
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,27 +15,33 @@ from typing import Any
 
 import numpy as np
 
+from rag import context, pipeline, prompt
 from rag.cache import atomic_folder, cache_root, content_key, locked, writing
 from rag.context import ContextOptions
 from rag.embed import Embedder
-from rag.evaluate import answers, conditions, metrics, run, spans, stats, tuning
+from rag.evaluate import answers, conditions, metrics, run, selection, spans, stats, tuning
 from rag.evaluate.conditions import Reading, Reply
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.ledger import ledger, probe
 from rag.evaluate.metrics import DEFAULT_MEASURES
+from rag.evaluate.selection import Tuned
+from rag.evaluate.spans import DEFAULT_SPAN_MEASURES, DocumentTokens, is_span_measure, span_measures
 from rag.evaluate.stats import Statistics
-from rag.evaluate.tuning import Tuning
+from rag.evaluate.tuning import BM25Grid, Tuning, tune_bm25, tune_fusion
 from rag.generate import Generator
+from rag.ingest import chunk
 from rag.ingest.chunk import Chunker
 from rag.memo import Memo, code_version
 from rag.ops.sampling import Sampling
 from rag.pipeline import AnswerOptions, Reader
 from rag.prompt import PromptTemplate
 from rag.retrieve.collection import Collection, Retriever, code_of
-from rag.retrieve.search import Dense, Hybrid
+from rag.retrieve.search import Dense, Hybrid, Lexical
 from rag.types import Hit, UserError
 
 Progress = Callable[[str, int, int], None]  # stage, done, of how many
+
+_CODE = (answers, conditions, metrics, run, selection, spans, stats, tuning, chunk, context, pipeline, prompt)
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,11 @@ class Evaluation:
 
     depth: int = 100  # documents retrieved for each query
     measures: Sequence[str] = DEFAULT_MEASURES
-    cutoffs: Sequence[int] = (5,)  # chunks that the measures of evidence spans look at
-    budgets: Sequence[int] = (512,)  # tokens of chunks that they look at, an equal share for every chunker
+    span_measures: Sequence[str] = DEFAULT_SPAN_MEASURES  # of queries whose evidence is known by its place
     probes: int = 20  # queries that are timed one at a time
 
     def __post_init__(self):
-        for name in ("measures", "cutoffs", "budgets"):
+        for name in ("measures", "span_measures"):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise UserError(f"evaluation.{name}={value} is one name: write a list, [{value}]")
@@ -57,6 +62,9 @@ class Evaluation:
         if self.depth < 1:
             raise UserError(f"evaluation.depth is {self.depth}; give 1 or more")
         metrics.check(self.measures)
+        if unknown := [name for name in self.span_measures if not is_span_measure(name)]:
+            choices = ", ".join(DEFAULT_SPAN_MEASURES)
+            raise UserError(f"There is no measure {unknown[0]!r} of evidence: choose from such as {choices}.")
 
 
 @dataclass(frozen=True)
@@ -68,12 +76,12 @@ class Job:
     embedder: Embedder
     method: Retriever
     generator: Callable[[], Generator]
+    prompt: PromptTemplate  # what a question is asked by when passages are shown ...
+    closed_book: PromptTemplate  # ... and when none are
     evaluation: Evaluation = Evaluation()
     statistics: Statistics = Statistics()
     tuning: Tuning | None = None
     reading: Reading = Reading()
-    prompt: PromptTemplate = PromptTemplate()
-    closed_book: PromptTemplate = PromptTemplate()
     context: ContextOptions = ContextOptions()
     sampling: Sampling = Sampling()
     options: AnswerOptions = AnswerOptions()
@@ -91,7 +99,7 @@ class Job:
             if asks
             else None,
             self.generator().fingerprint if asks or "generator" in self.method.uses else None,
-            code_version(*map(_module, _CODE)),
+            code_version(sys.modules[__name__], *_CODE),
         )
 
     @property
@@ -143,24 +151,42 @@ class Job:
             "ledger.json": _json(ledger(memo, collection, probe(self.method, collection, self._probed()))),
         }
         if tuned:
-            files["tuning.json"] = _json(tuned.summary())
+            files["tuning.json"] = _json(tuned.as_json())
         if replies:
             files["answers.jsonl"] = _lines(self._answer_row(reply) for reply in replies)
         if {"oracle", "retrieved"} <= set(self.reading.conditions):
             files["losses.json"] = _json(self._losses(replies))
         return files
 
-    def _tuned(self, collection: Collection) -> "tuning.Tuned":
-        """The arms' fusion with parameters that were never chosen on the queries they are reported for."""
-        if not isinstance(self.method, Hybrid) or self.reading.conditions:
-            raise UserError("tuning needs retriever=hybrid without transform, reranker and reading.conditions.")
-        depth = max(self.evaluation.depth, self.method.depth)
-        arms = {
-            name: run.documents(run.search(collection, arm, self.dataset, depth), self.dataset, depth)
-            for name, arm in self.method.arms.items()
+    def _tuned(self, collection: Collection) -> Tuned:
+        """The method with parameters that were never chosen on the queries they are reported for."""
+        if self.reading.conditions:
+            raise UserError("tuning is of retrieval alone: leave reading.conditions empty, or tuning out.")
+        grid, depth = self.tuning.grid, self.evaluation.depth
+        chunks = collection.index.chunks(range(len(collection.index)))
+
+        def document(row: int) -> str:
+            return chunks[row].document_id
+
+        if isinstance(grid, BM25Grid):
+            if not isinstance(self.method, Lexical) or self.dataset.drop_self_hits:
+                raise UserError("tuning=bm25 takes retriever=bm25, and queries that are no documents themselves.")
+            index = collection.lexical(self.method.analyzer)
+            return tune_bm25(index, self.dataset.queries, self.dataset.qrels, self.tuning, document, depth)
+        if not isinstance(self.method, Hybrid):
+            raise UserError(f"tuning={grid.family} takes retriever=hybrid, without transform and reranker.")
+        arms = list(self.method.arms.values())
+        found = [run.search(collection, arm, self.dataset, max(depth, self.method.depth)) for arm in arms]
+        rankings = {
+            query: [
+                [(collection.row(hit.chunk), hit.score) for hit in run.others(arm[query], query, self.dataset)]
+                for arm in found
+            ]
+            for query in self.dataset.queries
         }
-        lows = {name: getattr(arm, "lowest", None) for name, arm in self.method.arms.items()}
-        return tuning.tune(arms, self.dataset.qrels, self.tuning, lows)
+        lows = [getattr(arm, "lowest", None) for arm in arms]
+        known = None if None in lows else lows
+        return tune_fusion(rankings, self.dataset.qrels, self.tuning, known, document)
 
     def _probed(self) -> list[str]:
         """The questions that are timed, a fixed draw."""
@@ -179,16 +205,10 @@ class Job:
         """Query id -> measure -> value, None where it is not defined; the unanswerable queries come last."""
         _, retrieval = metrics.evaluate(self.dataset.qrels, ranking, self.evaluation.measures)
         rows: dict[str, dict[str, float | None]] = {query: dict(values) for query, values in retrieval.items()}
+        tokens = DocumentTokens(self.dataset.corpus, collection.embedder.token_spans)
         for query, evidence in self.dataset.evidence.items():
-            if query in found and not self.tuning:
-                rows[query] |= spans.span_measures(
-                    found[query],
-                    evidence,
-                    collection.embedder.token_spans,
-                    self.dataset,
-                    self.evaluation.cutoffs,
-                    self.evaluation.budgets,
-                )
+            if query in rows and not self.tuning:  # which ranks documents, not chunks
+                rows[query] |= span_measures(found[query], evidence, tokens, self.evaluation.span_measures)
         for reply in replies:
             row = rows.setdefault(reply.query, {})
             row |= {f"{reply.condition}/{name}": value for name, value in self._judged(reply).items()}

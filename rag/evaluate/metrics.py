@@ -8,7 +8,7 @@ so that every tool sees the same ranking. A judged query without results counts 
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ir_measures
@@ -95,18 +95,29 @@ def _measure(name: str) -> Measure:
     raise UserError(f'There is no measure "{name}": choose from such as {examples}.')
 
 
-def write_trec_run(path: str | Path, run: Run, tag: str = "rag") -> None:
-    """Write `run` as a TREC run file: query, Q0, document, rank from 1, score, tag, with tabs between.
+def check(measures: Sequence[str]) -> None:
+    """UserError for the first of the names that is no measure."""
+    for name in measures:
+        _measure(name)
+
+
+def trec_lines(run: Run, tag: str = "rag") -> Iterator[str]:
+    """The lines of a TREC run file: query, Q0, document, rank from 1, score, tag, with tabs between.
 
     The scores are canonical, so trec_eval gives the figures of `evaluate`. Tabs let document ids hold spaces,
     as file names do (tools that split at spaces misread those). UserError for an id with a tab or line break.
     """
+    for query, scores in run.items():
+        for rank, (document, score) in enumerate(canonical_scores(scores).items(), 1):
+            if any(sign in name for name in (query, document, tag) for sign in "\t\n\r"):
+                raise UserError(f"The id {document!r} or {query!r} has a tab or line break: rename it.")
+            yield f"{query}\tQ0\t{document}\t{rank}\t{score:.9g}\t{tag}\n"
+
+
+def write_trec_run(path: str | Path, run: Run, tag: str = "rag") -> None:
+    """Write `run` as a TREC run file, whole or not at all; see trec_lines."""
     with atomic_file(path, "w") as file:
-        for query, scores in run.items():
-            for rank, (document, score) in enumerate(canonical_scores(scores).items(), 1):
-                if any(sign in name for name in (query, document, tag) for sign in "\t\n\r"):
-                    raise UserError(f"The id {document!r} or {query!r} has a tab or line break: rename it.")
-                file.write(f"{query}\tQ0\t{document}\t{rank}\t{score:.9g}\t{tag}\n")
+        file.writelines(trec_lines(run, tag))
 
 
 def read_trec_run(path: str | Path) -> dict[str, dict[str, float]]:

@@ -94,8 +94,12 @@ def documents(
     run: dict[str, dict[str, float]] = {}
     for query, hits in found.items():
         best: dict[str, float] = {}
-        for hit in hits:
-            if not (dataset.drop_self_hits and hit.chunk.document_id == query):
-                best.setdefault(hit.chunk.document_id, hit.score)
+        for hit in others(hits, query, dataset):
+            best.setdefault(hit.chunk.document_id, hit.score)
         run[query] = dict(list(best.items())[:depth])
     return run
+
+
+def others(hits: Sequence[Hit], query: str, dataset: Dataset) -> list[Hit]:
+    """The hits without the query's own document, where queries are documents of the corpus."""
+    return [hit for hit in hits if not (dataset.drop_self_hits and hit.chunk.document_id == query)]

@@ -1,0 +1,56 @@
+"""What a run knows of itself: its folder, what it was asked for, what to call it; and what it leaves when it fails."""
+
+import json
+import re
+import sys
+import traceback
+from pathlib import Path
+
+from rag.cache import atomic_file
+
+
+def run_dir() -> Path:
+    """The folder that Hydra made for this run."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def overrides() -> list[str]:
+    """The settings that this run was given on the command line, as Hydra spells them."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task)
+
+
+def label() -> str:
+    """What tells this run from others: in a sweep the settings that are swept, else all but the dataset's place."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given = overrides()
+    if sweeping():
+        typed = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+        parsed = OverridesParser.create().parse_overrides(typed)
+        swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
+        given = [override for override in given if override.partition("=")[0] in swept]
+    named = [o for o in given if not re.match(r"\+{0,2}dataset(\.(path|id|split))?=|plan=", o)]
+    return " ".join(named) or "defaults"
+
+
+def sweeping() -> bool:
+    """Whether this run is one job of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def record_failure(error: Exception, sentence: str | None) -> None:
+    """Tell of a failed job of a sweep, and leave failure.json in its folder; without a sentence it is a bug."""
+    if sentence is None:
+        traceback.print_exception(error)
+        sentence = f"{type(error).__name__}: {error}"
+    print(f"{label()}: {' '.join(sentence.split())}", file=sys.stderr)
+    record = {"label": label(), "overrides": overrides(), "error": sentence}
+    with atomic_file(run_dir() / "failure.json", "w") as file:
+        json.dump(record, file, indent=1)
