@@ -19,7 +19,8 @@ def main(config) -> None:
     report.write(output, blocks)
     for failure in failures:
         print(f"failed: {failure.label}: {failure.error}")
-    print(f"{len(runs)} evaluations, {len(failures)} failed -> {output / 'report.html'}")
+    plural = "" if len(runs) == 1 else "s"
+    print(f"{len(runs)} finished evaluation{plural}, {len(failures)} failed -> {output / 'report.html'}")
 
 
 def locations(runs) -> list[Path]:

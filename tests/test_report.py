@@ -92,13 +92,9 @@ def home(tmp_path_factory) -> Path:
             **more,
         )
     sample = range(0, 60, 3)
-    values = rows["better"][sample]
-    save(
-        home / "10",
-        f"retriever=sampled,k={HOSTILE}",
-        {"nDCG@10": column(values, sample)},
-        dataset={"limit": 20, "seed": 5},
-    )
+    scores = {"nDCG@10": column(rows["better"][sample], sample)}
+    drawn = {"limit": 20, "seed": 5, "queries": 20, "fingerprint": "a" * 64}
+    save(home / "10", f"retriever=sampled,k='{HOSTILE}'", scores, dataset=drawn)
     save(home / "11", "retriever=other", {"Recall@5": column(base)}, dataset={"name": "krill"})
     fail(home / "12", "retriever=broken", "There is no model M: give a path.")
     return home
@@ -216,6 +212,18 @@ def test_a_sample_says_so_and_is_compared_on_the_queries_both_have(runs, blocks)
     assert f"on the 20 queries that both have, where the baseline has {np.mean(common):.4f}" in text
 
 
+def test_a_sample_joins_the_set_that_has_its_queries_and_no_other(tmp_path):
+    whole = {f"q{i}": i / 10 for i in range(10)}
+    for name, part in (("a", list(whole)[:4]), ("b", ["q1", "z"])):
+        scores = {"MAP": dict.fromkeys(part, 0.5)}
+        save(tmp_path / name, f"r={name}", scores, dataset={"limit": len(part), "fingerprint": name})
+    save(tmp_path / "c", "r=c", {"MAP": whole}, dataset={"fingerprint": "c"})
+    save(tmp_path / "d", "r=d", {"MAP": whole}, dataset={"fingerprint": "d"})
+    found = standings.standings(results.read([tmp_path])[0])
+    assert [{run.label for run in table.runs} for table in found] == [{"r=a", "r=c"}, {"r=b"}, {"r=d"}]
+    assert len({table.dataset for table in found}) == 3
+
+
 def test_datasets_never_share_a_table(blocks):
     found = tables(blocks)
     assert "other" not in str(found["seals"].rows)
@@ -305,7 +313,7 @@ def test_the_html_stands_alone(output):
     assert sum(r.startswith("data:") for r in reader.references) == 5
     style = re.search(r"<style>(.*?)</style>", text, re.S)[1]
     assert "url(" not in style and "@import" not in style
-    assert f"sampled, k={HOSTILE}" in "".join(reader.words)  # as typed, once unescaped
+    assert f"sampled, k='{HOSTILE}'" in "".join(reader.words)  # as typed, once unescaped
 
 
 def test_the_markdown_says_the_same_and_names_its_pictures(output, blocks):
@@ -432,6 +440,8 @@ def test_the_main_measure_can_be_chosen_and_must_be_there(runs):
         (["k=[1,2],r=a", "k=[1,3],r=a"], ["[1,2]", "[1,3]"]),
         (["only=one"], ["only=one"]),
         (["plain", "words, too"], ["plain", "words, too"]),
+        (["r=a x.limit=5", "r='b, c' x.limit=7"], ["a, limit=5", "'b, c', limit=7"]),
+        (["defaults", "r=a"], ["defaults", "r=a"]),
     ],
 )
 def test_names_are_what_tells_labels_apart(tmp_path, labels, names):

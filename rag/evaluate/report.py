@@ -12,7 +12,7 @@ from rag.evaluate.page import Block, Bullets, Heading, Paragraph, Picture, Table
 from rag.evaluate.plots import Mark
 from rag.evaluate.provenance import cost, costs, environment, separating
 from rag.evaluate.results import Failure, Run
-from rag.evaluate.standings import Standings, common, queries_of, standing, standings
+from rag.evaluate.standings import Standings, asked, common, defined, standing, standings
 from rag.evaluate.stats import Comparison
 from rag.evaluate.wording import MISSING, difference, duration, number, p_value, setting, with_interval
 from rag.types import UserError
@@ -133,10 +133,10 @@ def _row(table: Standings, place: int, run: Run) -> list[str]:
 
 def _queries(table: Standings, run: Run) -> str:
     """How many queries; of a sample, of how many and with which seed."""
-    n = queries_of(run, table.measure)
-    if run.limit is None or (run.limit >= table.queries and table.queries > queries_of(run)):
+    n = defined(run, table.measure)
+    if run.limit is None:
         return str(n)
-    whole = f" of {table.queries}" if table.queries > queries_of(run) else ""
+    whole = f" of {table.queries}" if table.queries > asked(run) else ""
     return f"{n}{whole} (sample, seed {run.seed})"
 
 
@@ -153,13 +153,13 @@ def _legend(table: Standings) -> str:
 
 def _marks(table: Standings) -> list[Mark]:
     """What figures show of the runs that have the main measure, best first."""
-    marks, most = [], max(queries_of(run) for run in table.runs)
+    marks, most = [], max(asked(run) for run in table.runs)
     for run in table.runs:
         if (mean := run.means.get(table.measure)) is not None:
             low, high = run.intervals.get(table.measure) or (mean, mean)
             seconds = cost(run, "query_p50_s")
             seconds = None if seconds is None else float(seconds)
-            sample = queries_of(run) < most
+            sample = asked(run) < most
             marks.append(Mark(table.name(run), mean, low, high, table.standing(run), seconds, sample))
     return marks
 
@@ -197,7 +197,7 @@ def _partial(table: Standings) -> Iterator[str]:
         pairs = common(run, table.baseline, table.measure)
         if not pairs:
             yield f"{table.name(run)} has no query in common with the baseline, so nothing compares them."
-        elif len(pairs) < max(queries_of(r, table.measure) for r in (run, table.baseline)):
+        elif len(pairs) < max(defined(r, table.measure) for r in (run, table.baseline)):
             mean = sum(base for _, base in pairs) / len(pairs)
             alike.setdefault((len(pairs), round(mean, 12)), []).append(table.name(run))
     for (n, mean), names in alike.items():

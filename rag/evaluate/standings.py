@@ -16,8 +16,8 @@ from rag.evaluate.stats import Comparison, Statistics
 from rag.types import UserError
 
 _MAIN = "nDCG@10"  # the main measure where every run has it and none is named
-# One setting of a label: up to a comma that is in no brackets.
-_PART = re.compile(r"(?:[^,\[\]{}()]|\[[^\]]*\]|\{[^}]*\}|\([^)]*\)|[\])}({\[])+")
+# One setting of a label: up to a space or comma that is in no quotes or brackets.
+_PART = re.compile(r"""(?:'[^']*'|"[^"]*"|\[[^\]]*\]|\{[^}]*\}|\([^)]*\)|[^\s,])+""")
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,7 @@ def standings(
     """
     if not runs:
         return []
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.dataset, run.fingerprint), []).append(run)
+    groups = _groups(runs)
     versions = [dataset for dataset, _ in groups]
     titles = [name if versions.count(name) == 1 else f"{name} (content {mark[:8]})" for name, mark in groups]
     names = [_names([run.label for run in group]) for group in groups.values()]
@@ -76,6 +74,23 @@ def standings(
         _stand(title, group, base, measure, shown, [] if named else [_unnamed(baseline, base, shown)])
         for title, group, shown, (base, named) in zip(titles, groups.values(), names, chosen, strict=True)
     ]
+
+
+def _groups(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
+    """The runs by dataset, told by name and content; a sample belongs to the set of its name with its queries."""
+    whole = {(run.dataset, run.fingerprint): _asked(run) for run in runs if run.limit is None}
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        key = (run.dataset, run.fingerprint)
+        if run.limit is not None and key not in whole:
+            of = [key for key, queries in whole.items() if key[0] == run.dataset and _asked(run) <= queries]
+            key = of[0] if of else (run.dataset, "sample")
+        groups.setdefault(key, []).append(run)
+    return groups
+
+
+def _asked(run: Run) -> set[str]:
+    return {query for column in run.per_query.values() for query in column}
 
 
 def _unnamed(wanted: str, base: Run, names: Mapping[str, str]) -> str:
@@ -104,7 +119,7 @@ def _stand(
         options=options,
         names=names,
         comparisons={name: _compared(runs, baseline, name, options) for name in measures},
-        queries=max(max(run.queries, queries_of(run)) for run in runs),
+        queries=max(run.queries for run in runs),
         notes=notes,
     )
 
@@ -113,10 +128,13 @@ def _or_least(value: float | None) -> float:
     return float("-inf") if value is None else value
 
 
-def queries_of(run: Run, measure: str | None = None) -> int:
-    """How many queries the run was measured on; with a measure, those for which it is defined."""
-    if measure is None:
-        return max(len(column) for column in run.per_query.values())
+def asked(run: Run) -> int:
+    """How many of the dataset's queries the run was measured on."""
+    return run.queries if run.limit is None else min(run.queries, run.limit)
+
+
+def defined(run: Run, measure: str) -> int:
+    """For how many queries the run has that measure."""
     return sum(value is not None for value in run.per_query.get(measure, {}).values())
 
 
@@ -134,9 +152,9 @@ def _measured(run: Run, options: Statistics) -> Run:
     queries = dict.fromkeys(query for column in run.per_query.values() for query in column)
     rows = {query: {name: run.per_query[name].get(query) for name in measures} for query in queries}
     values = stats.table(rows, measures)
-    defined = [[value for value in run.per_query[name].values() if value is not None] for name in measures]
-    means = {name: sum(v) / len(v) if v else None for name, v in zip(measures, defined, strict=True)}
-    bounds = zip(measures, stats.intervals(values, options).tolist(), defined, strict=True)
+    known = [[value for value in run.per_query[name].values() if value is not None] for name in measures]
+    means = {name: sum(v) / len(v) if v else None for name, v in zip(measures, known, strict=True)}
+    bounds = zip(measures, stats.intervals(values, options).tolist(), known, strict=True)
     return replace(
         run,
         queries=len(queries),
@@ -211,7 +229,9 @@ def _baselines(
 
 def _names(labels: Sequence[str]) -> dict[str, str]:
     """Each label made short: only the settings that differ, by the last word of their keys, the first by none."""
-    parts = [[tuple(part.strip().partition("=")) for part in _PART.findall(label)] for label in labels]
+    parts = [[part.partition("=") for part in _PART.findall(label)] for label in labels]
+    if any(not sign for found in parts if len(found) > 1 for _, sign, _ in found):  # prose
+        return {label: label for label in labels}
     shared = {part for part in parts[0] if all(part in found for found in parts)}
     parts = [[part for part in found if part not in shared] for found in parts]
     keys = list(dict.fromkeys(key for found in parts for key, sign, _ in found if sign))
