@@ -72,7 +72,7 @@ def point_values(grid, rankings: dict, qrels: dict, name: str, lows=None) -> np.
 def test_every_point_has_the_measure_of_the_ranking_by_the_formula(grid, measure):
     rankings, qrels = some_rankings(25, 2)
     points = tuning._fusion_points(grid, 2)
-    values = point_values(grid, rankings, qrels, measure, lows=[-2.0, -2.0])
+    values = point_values(grid, rankings, qrels, measure, lows=[-2.0])
     name, _, cutoff = measure.partition("@")
     for (i, query), (j, point) in product(enumerate(sorted(qrels)), enumerate(points)):
         ranking = ranking_oracle(fused_oracle(rankings[query], point, -2.0))
@@ -292,6 +292,7 @@ def test_what_cannot_be_tuned_is_refused_in_one_sentence():
             lambda: tune_fusion({**rankings, "q1": [[]]}, qrels, Tuning(ReciprocalRankGrid())),
             r"\[1, 2\] arms",
         ),
+        (lambda: tune_fusion(rankings, qrels, Tuning(), lows=[0.0, 0.0, 0.0]), "3 lows for 2 arms"),
         (lambda: tune_bm25(index, {}, qrels, Tuning(ConvexGrid()), str), "choose a BM25Grid"),
     ]
     for call, message in cases:

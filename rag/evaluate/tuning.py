@@ -175,7 +175,7 @@ def tune_fusion(
 
     `rankings`: query id -> one ranking per arm, best first. Their ids are documents, or passages of which
     `document` names the document; a document scores as its best passage. `lows`: the lowest score that each
-    arm can give, for theoretical_min_max. A judged query without rankings counts as 0. Raises UserError for a
+    arm can give, or one for all, for theoretical_min_max. A judged query without rankings counts as 0. Raises UserError for a
     BM25Grid, arms that are not as many for every query, missing lows, fewer judged queries than folds.
     """
     grid = options.grid
@@ -186,6 +186,8 @@ def tune_fusion(
     if lows is None and {"normalizer": "theoretical_min_max"} in grid.choices():
         raise UserError("theoretical_min_max needs each arm's lowest score: give lows, or tune without it.")
     arms = counts.pop()
+    if lows is not None and len(lows) not in (1, arms):
+        raise UserError(f"There are {len(lows)} lows for {arms} arms: give one for each arm, or one for all.")
 
     def runs(point: Point, queries: Sequence[str]) -> dict[str, dict[str, float]]:
         asked = [query for query in queries if query in rankings]
@@ -235,7 +237,7 @@ def _fusion_values(
     arms, width = len(tables[0].scores), judged.owners.shape[1]
     scores = np.stack([_widened(table.scores, width) for table in tables])
     ranks = np.stack([_widened(table.ranks, width) for table in tables])
-    low = np.zeros(arms, np.float32) if lows is None else np.asarray(lows, np.float32)
+    low = np.broadcast_to(np.asarray([0.0] if lows is None else lows, np.float32), arms)
     depths = np.array(list(product(grid.depths or [_ALL], repeat=arms)), np.int32)
     weights = np.array(_simplex(arms, grid.steps), np.float32)
     normalizers = tuple(point["normalizer"] for point in grid.choices() if "normalizer" in point)
