@@ -175,8 +175,9 @@ def tune_fusion(
 
     `rankings`: query id -> one ranking per arm, best first. Their ids are documents, or passages of which
     `document` names the document; a document scores as its best passage. `lows`: the lowest score that each
-    arm can give, or one for all, for theoretical_min_max. A judged query without rankings counts as 0. Raises UserError for a
-    BM25Grid, arms that are not as many for every query, missing lows, fewer judged queries than folds.
+    arm can give, or one for all, for theoretical_min_max. A judged query without rankings counts as 0. Raises
+    UserError for a BM25Grid, arms that are not as many for every query, lows that are missing or not as many,
+    and fewer judged queries than folds.
     """
     grid = options.grid
     if not isinstance(grid, FusionGrid):
