@@ -13,6 +13,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -137,6 +138,41 @@ class BertEmbedder:
     def encode_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
         return self._encode([self._settings.query_prompt + text for text in texts], lambda done: None)
 
+    def token_vectors(
+        self, texts: Sequence[str], *, queries: bool = False
+    ) -> list[Float32[np.ndarray, "T E"]]:
+        """The last layer's state of every token of each text, of unit length, without [CLS] and [SEP].
+
+        With `queries` the texts are questions, which is a matter of the prompt. Each text runs alone: so its
+        states are the same to the bit whatever is asked for beside it, and may be kept.
+        """
+        prompt = self._settings.query_prompt if queries else self._settings.document_prompt
+        limit = self._settings.pooling.max_length
+        found = []
+        for start in range(0, len(texts), _BLOCK):
+            for ids in self._ids([prompt + text for text in texts[start : start + _BLOCK]]):
+                batch = _batch([ids], np.zeros(1, np.int64), 1, padded_length(len(ids), limit))
+                states = np.asarray(bert.token_states(self._model, batch.tokens, batch.lengths))[0]
+                found.append(states[self._before : self._before + len(ids) - self._specials])
+        return found
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, special ones included, no more than the limit."""
+        if self._settings.lower_case:
+            texts = [text.lower() for text in texts]
+        return self._tokenizer.encode_batch(texts, max_length=self._settings.pooling.max_length)
+
+    @cached_property
+    def _specials(self) -> int:
+        """How many special tokens stand around a text."""
+        return len(self._tokenizer.encode(""))
+
+    @cached_property
+    def _before(self) -> int:
+        """How many of them stand before it."""
+        around, within = self._tokenizer.encode("a"), self._tokenizer.encode("a", special=False)
+        return next(i for i in range(len(around)) if around[i : i + len(within)] == within)
+
     def token_spans(self, text: str) -> Int[np.ndarray, "n 2"]:
         return self._tokenizer.token_spans(text)
 
@@ -175,10 +211,7 @@ class BertEmbedder:
     def _batches(self, texts: Sequence[str]) -> Iterator[Batch]:
         limit = self._settings.pooling.max_length
         for start in range(0, len(texts), _BLOCK):
-            block = texts[start : start + _BLOCK]
-            if self._settings.lower_case:
-                block = [text.lower() for text in block]
-            ids = self._tokenizer.encode_batch(block, max_length=limit)
+            ids = self._ids(texts[start : start + _BLOCK])
             lengths = np.array([len(row) for row in ids])
             for rows, size, width in plan(lengths, self._tokens_per_batch, limit):
                 yield _batch([ids[row] for row in rows], rows + start, size, width)

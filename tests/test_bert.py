@@ -18,6 +18,7 @@ from tests.reference import ENCODER_TOLERANCE, pooling_oracle
 from tests.tiny_encoder import CONFIG, tiny_tensors, write_checkpoint, write_gguf, write_sentence_files
 
 GOLDENS = Path(__file__).parent / "goldens" / "tiny_encoders.npz"
+CLASSIFIERS = Path(__file__).parent / "goldens" / "tiny_classifiers.npz"
 FAMILIES = ("bert", "bert_gelu_new", "bert_relu", "roberta")
 MEAN = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False, "word_embedding_dimension": 16}
 
@@ -207,3 +208,74 @@ def test_a_gguf_file_is_the_same_model(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(ours), nnx.state(expected))
     with pytest.raises(UserError, match="pooling type 3"):
         bert_checkpoint.load(write_gguf(tmp_path / "last.gguf", tensors, pooling_type=3))
+
+
+# --- sequence classification --------------------------------------------------------------------------------
+
+
+def classifier_arrays(family: str) -> dict[str, np.ndarray]:
+    with np.load(CLASSIFIERS) as file:
+        return {
+            name.removeprefix(f"{family}/"): file[name]
+            for name in file.files
+            if name.startswith(f"{family}/")
+        }
+
+
+def write_classifier(folder: Path, family: str, **changes) -> Path:
+    """A golden's weights under the names that transformers saves them with, beside its config.json."""
+    arrays = classifier_arrays(family)
+    tensors = {name.removeprefix("weights/"): a for name, a in arrays.items() if name.startswith("weights/")}
+    return write_checkpoint(folder, tensors, **(json.loads(str(arrays["config"])) | changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "labels", "longest", "separators"),
+    [("bert", 1, 70, 1), ("bert_labels", 3, 70, 1), ("roberta", 1, 70, 2), ("xlm_roberta", 2, 70, 2)],
+)
+def test_a_classifier_gives_the_logits_of_transformers(tmp_path, family, labels, longest, separators):
+    arrays = classifier_arrays(family)
+    folder = write_classifier(tmp_path / family, family)
+    for _ in range(2):  # converted, then read back
+        model, _, settings = bert_checkpoint.load_classifier(folder)
+    assert (settings.labels, settings.max_length, settings.separators) == (labels, longest, separators)
+    logits = bert.classify(model, *(jnp.asarray(arrays[name]) for name in ("tokens", "lengths", "types")))
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, arrays["logits"], atol=ENCODER_TOLERANCE)
+    assert np.ptp(arrays["logits"], axis=0).min() > 0.1  # a constant would not do
+
+
+def test_the_passages_token_type_counts(tmp_path):
+    arrays = classifier_arrays("bert")
+    model, _, _ = bert_checkpoint.load_classifier(write_classifier(tmp_path / "bert", "bert"))
+    tokens, lengths = jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["lengths"])
+    assert (
+        np.abs(bert.classify(model, tokens, lengths, jnp.zeros_like(tokens)) - arrays["logits"]).max() > 0.01
+    )
+
+
+def test_a_classifiers_tensors_must_fit(tmp_path):
+    with pytest.raises(UserError, match=r"no sequence-classification head \(classifier\.weight\)"):
+        bert_checkpoint.load_classifier(write_checkpoint(tmp_path / "encoder"))
+    folder = write_classifier(tmp_path / "other", "roberta", model_type="bert")
+    with pytest.raises(UserError, match="no sequence-classification head"):
+        bert_checkpoint.load_classifier(folder)
+    headless = tiny_tensors() | {
+        "classifier.weight": np.zeros((1, 16), np.float32),
+        "classifier.bias": np.zeros(1, np.float32),
+    }
+    with pytest.raises(UserError, match=r"2 missing \(dense\.bias, dense\.weight\)"):
+        bert_checkpoint.load_classifier(write_checkpoint(tmp_path / "headless", headless))
+    with pytest.raises(UserError, match=r"GGUF file.*Hugging Face folders only"):
+        bert_checkpoint.load_classifier(write_gguf(tmp_path / "tiny.gguf", tiny_tensors()))
+
+
+def test_token_states_are_the_hidden_states_at_unit_length():
+    model, arrays = golden("bert")
+    tokens, lengths = jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["lengths"])
+    hidden = np.asarray(bert.forward(model, tokens, lengths), np.float64)
+    for ours, plain, length in zip(
+        bert.token_states(model, tokens, lengths), hidden, arrays["lengths"], strict=True
+    ):
+        expected = plain[:length] / np.sqrt((plain[:length] ** 2).sum(axis=1, keepdims=True))
+        np.testing.assert_allclose(ours[:length], expected, atol=ENCODER_TOLERANCE)

@@ -146,6 +146,32 @@ def test_an_encoder_learns_nothing_from_a_corpus(tmp_path, embedder):
     assert embedder.restore(tmp_path) is embedder
 
 
+def test_token_vectors_are_the_states_between_the_special_tokens(folder, embedder):
+    model, tokenizer, _ = bert_checkpoint.load(folder)
+    for text, vectors in zip(TEXTS, embedder.token_vectors(TEXTS), strict=True):
+        ids = tokenizer.encode_batch([text], max_length=70)[0]
+        hidden = np.asarray(bert.forward(model, jnp.array([ids]), jnp.array([len(ids)])))[0, 1:-1]
+        assert vectors.dtype == np.float32
+        assert vectors.shape == (len(ids) - 2, embedder.dim)
+        expected = hidden / np.linalg.norm(hidden, axis=1, keepdims=True)
+        np.testing.assert_allclose(vectors, expected, atol=10 * ENCODER_TOLERANCE)  # no mean evens them out
+    assert embedder.token_vectors([]) == []
+
+
+def test_token_vectors_do_not_change_with_what_is_beside_them(embedder):
+    together = embedder.token_vectors(TEXTS)
+    for texts in (TEXTS[::-1], *([text] for text in TEXTS)):
+        for text, vectors in zip(texts, embedder.token_vectors(texts), strict=True):
+            np.testing.assert_array_equal(vectors, together[TEXTS.index(text)])
+
+
+def test_token_vectors_of_questions_have_the_questions_prompt(folder):
+    asked = BertEmbedder(str(folder), query_prompt="ask ", document_prompt="")
+    plain, prompted = asked.token_vectors(["why"]), asked.token_vectors(["why"], queries=True)
+    assert [len(plain[0]), len(prompted[0])] == [3, 6]
+    np.testing.assert_array_equal(prompted[0], asked.token_vectors(["ask why"])[0])
+
+
 def test_token_spans_of_an_encoder(embedder):
     text = "ab  c"
     assert [text[a:b] for a, b in embedder.token_spans(text)] == ["a", "b", "c"]

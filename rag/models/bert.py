@@ -1,10 +1,12 @@
 """The BERT family of encoders: BERT, MiniLM, BGE, E5, and by a position offset RoBERTa and XLM-R.
 
-Learned positions, full attention, normalisation after each residual (Devlin et al. 2018, arXiv:1810.04805).
+Learned positions, full attention, normalisation after each residual (Devlin et al. 2018, arXiv:1810.04805). One
+forward serves three readings: a vector a text (`embed`), a vector a token (`token_states`), and the labels of a
+sequence-classification head (`classify`), which is how cross-encoders score a question with a passage.
 The modules are typed pytrees of weights under Hugging Face's names; the maths is in the functions below them,
 in reading order, and is jitted with the model as an argument.
 
-Letters: B batch, T tokens, H heads, D head dim, M width, F ffn, V vocab, E embedding dim (= M).
+Letters: B batch, T tokens, H heads, D head dim, M width, F ffn, V vocab, E embedding dim (= M), L labels.
 """
 
 from dataclasses import dataclass
@@ -144,12 +146,41 @@ class Encoder(nnx.Module):
 
 
 class Bert(nnx.Module):
-    """The weights of an encoder, without the pooler, which serves next-sentence prediction and heads."""
+    """The weights of an encoder, without the pooler, which belongs to the heads."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         self.config = config
         self.embeddings = Embeddings(config, rngs)
         self.encoder = Encoder(config, rngs)
+
+
+class BertClassifier(nnx.Module):
+    """An encoder with a head of two layers on its first token's state.
+
+    Called pooler and classifier in BERT, classifier.dense and classifier.out_proj in RoBERTa; the maths is one.
+    """
+
+    def __init__(self, config: BertConfig, labels: int, rngs: nnx.Rngs):
+        self.bert = Bert(config, rngs)
+        self.dense = Linear(config.hidden_size, config.hidden_size, rngs)
+        self.out_proj = Linear(config.hidden_size, labels, rngs)
+
+
+@jax.jit
+def classify(
+    model: BertClassifier, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], token_types: Int[Array, "B T"]
+) -> Float[Array, "B L"]:
+    """The labels' logits of each row, float32; padding past a row's length changes nothing."""
+    first = forward(model.bert, tokens, lengths, token_types)[:, 0]
+    with jax.named_scope("head"):
+        return model.out_proj(jnp.tanh(model.dense(first))).astype(jnp.float32)
+
+
+@jax.jit
+def token_states(model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B T E"]:
+    """The last layer's state of every token, float32, of unit length; meaningless past a row's length."""
+    hidden = forward(model, tokens, lengths).astype(jnp.float32)
+    return hidden / jnp.linalg.norm(hidden, axis=-1, keepdims=True)
 
 
 @partial(jax.jit, static_argnames="pooling")
@@ -237,3 +268,8 @@ def _activation(x: Float[Array, "B T F"], name: Activation) -> Float[Array, "B T
 def abstract(config: BertConfig) -> Bert:
     """The model's shapes without its weights, for `checkpoint.fill`."""
     return nnx.eval_shape(lambda: Bert(config, nnx.Rngs(0)))
+
+
+def abstract_classifier(config: BertConfig, labels: int) -> BertClassifier:
+    """The shapes of an encoder with its head, for `checkpoint.fill`."""
+    return nnx.eval_shape(lambda: BertClassifier(config, labels, nnx.Rngs(0)))

@@ -2,6 +2,7 @@
 
 Hugging Face folders (config.json, safetensors, and the files that sentence-transformers adds) and GGUF files;
 both end up as the same module, kept converted (rag.models.checkpoint.keep): the second start maps memory.
+`load` gives an encoder, `load_classifier` one with its sequence-classification head, from folders only.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rag.models import checkpoint
-from rag.models.bert import Bert, BertConfig, Pooling, abstract
+from rag.models.bert import Bert, BertClassifier, BertConfig, Pooling, abstract, abstract_classifier
 from rag.models.checkpoint import Rule
 from rag.models.tokenizer import Tokenizer, read_json
 from rag.types import UserError
@@ -55,6 +56,12 @@ UNUSED_HEADS = (
     *(f"lm_head.{part}.{kind}" for part in ("dense", "layer_norm", "decoder") for kind in ("weight", "bias")),
 )
 
+# (name in a sequence classifier, path in ours): BERT's head is its pooler and `classifier`
+HEADS = {
+    "bert": (("bert.pooler.dense", "dense"), ("classifier", "out_proj")),
+    "roberta": (("classifier.dense", "dense"), ("classifier.out_proj", "out_proj")),
+}
+
 _SETTINGS = "encoder.json"
 _GGUF_POOLING = {1: "mean", 2: "cls"}  # llama.cpp's enum llama_pooling_type
 
@@ -68,6 +75,16 @@ class Settings:
     query_prompt: str = ""  # what the checkpoint wants written before a question ...
     document_prompt: str = ""  # ... and before a passage
     lower_case: bool = False  # texts are lower-cased before the tokenizer sees them
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierSettings:
+    """What a sequence classifier's checkpoint says beside its weights."""
+
+    config: BertConfig
+    labels: int
+    max_length: int  # tokens of a pair, special ones included
+    separators: int  # special tokens that stand between the two texts: 1 in BERT, 2 in RoBERTa
 
 
 def load(path: Path) -> tuple[Bert, Tokenizer, Settings]:
@@ -85,6 +102,22 @@ def load(path: Path) -> tuple[Bert, Tokenizer, Settings]:
         Tokenizer.load(folder),
         Settings(config, pooling, **values),
     )
+
+
+def load_classifier(path: Path) -> tuple[BertClassifier, Tokenizer, ClassifierSettings]:
+    """The sequence classifier in a Hugging Face folder: float32, memory-mapped.
+
+    Raises UserError for another architecture, a checkpoint without such a head, and tensors that do not fit.
+    """
+    if checkpoint.is_gguf(path):
+        raise UserError(
+            f"{path} is a GGUF file, and classifiers are read from Hugging Face folders only; name the original"
+        )
+    folder = checkpoint.keep("bert-classifier", source_files(path), partial(_convert_classifier, path))
+    values = json.loads((folder / _SETTINGS).read_text())
+    settings = ClassifierSettings(BertConfig(**values.pop("config")), **values)
+    model = checkpoint.load_module(abstract_classifier(settings.config, settings.labels), folder)
+    return checkpoint.to_device(model, np.dtype(np.float32)), Tokenizer.load(folder), settings
 
 
 def source_files(path: Path) -> list[Path]:
@@ -108,6 +141,26 @@ def _convert_huggingface(path: Path, folder: Path) -> None:
     _write(model, Tokenizer.from_folder(path), settings, folder)
 
 
+def _convert_classifier(path: Path, folder: Path) -> None:
+    values = checkpoint.read_config(path)
+    config = config_from_huggingface(values, str(path))
+    head = "bert" if config.position_offset == 0 else "roberta"
+    tensors = {
+        name: np.asarray(array, np.float32) for name, array in checkpoint.read_safetensors(path).items()
+    }
+    last = f"{HEADS[head][-1][0]}.weight"
+    if last not in tensors:
+        raise UserError(
+            f"{path} holds no sequence-classification head ({last}); name a cross-encoder's checkpoint"
+        )
+    settings = ClassifierSettings(
+        config, len(tensors[last]), _max_length(path, config), separators=1 if head == "bert" else 2
+    )
+    module = abstract_classifier(config, settings.labels)
+    model = checkpoint.fill(module, tensors, classifier_table(head, prefix_of(tensors)), str(path))
+    _write(model, Tokenizer.from_folder(path), settings, folder)
+
+
 def _convert_gguf(path: Path, folder: Path) -> None:
     metadata, tensors = checkpoint.read_gguf(path)
     settings = settings_from_gguf(metadata, tensors)
@@ -115,7 +168,9 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     _write(model, Tokenizer.from_gguf(metadata), settings, folder)
 
 
-def _write(model: Bert, tokenizer: Tokenizer, settings: Settings, folder: Path) -> None:
+def _write(
+    model: Bert | BertClassifier, tokenizer: Tokenizer, settings: Settings | ClassifierSettings, folder: Path
+) -> None:
     checkpoint.save_module(model, folder)
     (folder / _SETTINGS).write_text(json.dumps(asdict(settings), indent=1))
     tokenizer.save(folder)
@@ -139,6 +194,18 @@ def huggingface_table(prefix: str = "") -> Sequence[Rule]:
     return [*used, *unused, *(Rule(name, None) for name in UNUSED_HEADS)]
 
 
+def classifier_table(head: str, prefix: str) -> Sequence[Rule]:
+    """Names in a sequence classifier's checkpoint -> paths in the module; `head` is a key of HEADS."""
+    rules = [
+        Rule(f"{name}.{kind}", f"{path}.{kind}") for name, path in HEADS[head] for kind in ("weight", "bias")
+    ]
+    inside = [
+        Rule(rule.name, rule.path and f"bert.{rule.path}", rule.transform)
+        for rule in huggingface_table(prefix)
+    ]
+    return [*rules, *inside]  # the first that matches counts, and the encoder's table leaves the pooler out
+
+
 def gguf_table() -> Sequence[Rule]:
     """Names in a GGUF file of architecture `bert` -> paths in the module."""
     used = [Rule(f"{gguf}.{kind}", f"{name}.{kind}") for name, gguf in NAMES for kind in ("weight", "bias")]
@@ -156,16 +223,20 @@ def settings_from_huggingface(path: Path) -> Settings:
     mode, normalize = "mean", True
     if (path / "modules.json").is_file():
         mode, normalize = _pooling_modules(path)
-    longest = config.max_position_embeddings - config.position_offset
-    tokenizer_says = read_json(path / "tokenizer_config.json").get("model_max_length", longest)
-    max_length = min(sentence.get("max_seq_length") or tokenizer_says, longest)
     return Settings(
         config,
-        Pooling(mode, normalize, max_length),
+        Pooling(mode, normalize, _max_length(path, config)),
         query_prompt=prompts.get("query", ""),
         document_prompt=prompts.get("document", prompts.get("passage", "")),
         lower_case=sentence.get("do_lower_case", False),
     )
+
+
+def _max_length(path: Path, config: BertConfig) -> int:
+    """Tokens of an input, special ones included: what sentence-transformers' file says, or the tokenizer's."""
+    longest = config.max_position_embeddings - config.position_offset
+    stated = read_json(path / "sentence_bert_config.json").get("max_seq_length")
+    return min(stated or read_json(path / "tokenizer_config.json").get("model_max_length", longest), longest)
 
 
 def _pooling_modules(path: Path) -> tuple[str, bool]:
