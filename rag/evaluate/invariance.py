@@ -1,0 +1,414 @@
+"""How much results depend on what should not matter: batch sizes, padding, number formats.
+
+The same evaluation is done again with one setting changed at a time, and compared with the reference: the system as
+it is configured, all questions searched for at once and answered in one call.
+
+    tokens_per_batch   of the embedder: which texts run together, and how far they are padded
+    search_batches     questions that are embedded and searched for together
+    vector_dtypes      the vectors of passages and questions are rounded to it before the search
+    answer_batches     questions that are answered together, from the reference's passages
+    answer_dtypes      the arithmetic of the generator, which reads the reference's passages
+
+A setting that is the configured one is a plain repetition. Nothing comes from kept results: no memo is used here.
+
+Letters: N texts, E embedding dim.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32
+
+from rag.cache import content_key
+from rag.embed import Embedder
+from rag.embed import Progress as EmbedProgress
+from rag.evaluate import answers, metrics, run
+from rag.evaluate.conditions import Reading, Reply, read
+from rag.evaluate.datasets import Dataset
+from rag.generate import Generator
+from rag.index.memory import MemoryIndex
+from rag.ingest.chunk import Chunker
+from rag.pipeline import Reader
+from rag.retrieve.collection import Collection, Retriever
+from rag.retrieve.search import Search
+from rag.types import Hit, UserError
+
+Progress = Callable[[str, int, int], None]  # "lists" or "answers", variations done, of how many
+Trial = tuple[str, str, Callable[[], Any]]  # axis, setting, what is to be computed
+
+VECTOR_DTYPES = ("float32", "bfloat16", "float16")
+ANSWER_MEASURES = ("F1", "contains")
+
+_BATCH_AXES = ("tokens_per_batch", "search_batches", "answer_batches")
+_WHOLE = 1 << 24  # tokens: more than any batch of answers has, so that it is never divided
+
+
+@dataclass(frozen=True)
+class Variations:
+    """What is varied, and what is compared; an empty list leaves its axis out. UserError for what cannot be."""
+
+    k: int = 10  # passages of a list
+    questions: int | None = None  # drawn by the dataset's seed; None: all
+    measure: str = "nDCG@10"
+    tokens_per_batch: Sequence[int] = (64, 256, 1024, 4096)
+    search_batches: Sequence[int | Literal["all"]] = (1, 7, "all")
+    vector_dtypes: Sequence[str] = VECTOR_DTYPES
+    answers: int = 20  # questions that are answered; 0: none
+    passages: int = 3  # shown to the generator
+    answer_batches: Sequence[int] = (1, 4, 16)
+    answer_dtypes: Sequence[str] = ("float32", "bfloat16")
+
+    def __post_init__(self):
+        metrics.check([self.measure])
+        for name in (*_BATCH_AXES, "vector_dtypes", "answer_dtypes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a YAML list must become hashable
+        for name in _BATCH_AXES:
+            if small := [size for size in getattr(self, name) if size != "all" and size < 1]:
+                raise UserError(f"certificate.{name} has {small[0]}; give sizes of 1 or more")
+        if wrong := [name for name in self.vector_dtypes if name not in VECTOR_DTYPES]:
+            choices = ", ".join(VECTOR_DTYPES)
+            raise UserError(f"certificate.vector_dtypes has {wrong[0]!r}; choose among {choices}")
+        for name, least in (("k", 1), ("questions", 1), ("passages", 1), ("answers", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"certificate.{name} is {value}; give {least} or more")
+
+    @property
+    def depth(self) -> int:
+        """Documents to look for: as many as the list, the prompt and the measure need."""
+        return max(self.k, self.passages, int(self.measure.partition("@")[2] or 0))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The system that is certified, and how to make its parts anew with one setting changed.
+
+    A maker is None where the part does not have the setting. Without that of an embedder's batches or a generator's
+    dtypes the axis is left out; without that of a generator's batches, it divides what it is given as it likes.
+    """
+
+    dataset: Dataset
+    chunker: Chunker
+    embedder: Embedder
+    method: Retriever
+    generator: Callable[[], Generator]
+    reader: Callable[[Generator], Reader]
+    embedder_of_batch: Callable[[int], Embedder] | None = None  # by tokens_per_batch
+    generator_of_batch: Callable[[int], Generator] | None = None  # by tokens_per_batch
+    generator_of_dtype: Callable[[str], Generator] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """A measure under a variation against the reference; None where no query has the measure."""
+
+    mean: float | None
+    change: float | None  # of the mean
+    largest: float | None  # change of a single query, without its sign
+
+    @staticmethod
+    def between(before: Sequence[float | None], after: Sequence[float | None]) -> "Movement":
+        """Of the queries that have a value both times."""
+        both = [pair for pair in zip(before, after, strict=True) if None not in pair]
+        if not both:
+            return Movement(None, None, None)
+        old, new = np.array(both, np.float64).T
+        return Movement(float(new.mean()), float((new - old).mean()), float(np.abs(new - old).max()))
+
+
+@dataclass(frozen=True, slots=True)
+class ListChanges:
+    """The top-k lists of a variation beside the reference's."""
+
+    axis: str
+    setting: str
+    lists: int
+    reordered: tuple[str, ...]  # ids of the queries whose list is another, if only in its order
+    replaced: tuple[str, ...]  # of those, the queries whose list has other passages
+    score_difference: float  # the largest, of a passage that is in both lists of a query
+    movement: Movement
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerChanges:
+    """The answers of a variation beside the reference's."""
+
+    axis: str
+    setting: str
+    answers: int
+    changed: tuple[str, ...]  # ids of the queries whose text differs
+    movements: Mapping[str, Movement]  # by measure
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How much each variation changed."""
+
+    variations: Variations
+    dataset: Mapping[str, Any]  # its name, fingerprint, queries
+    method: str
+    means: Mapping[str, float | None]  # of the reference, by measure
+    lists: tuple[ListChanges, ...]
+    answers: tuple[AnswerChanges, ...]
+    skipped: tuple[str, ...]  # a sentence for each axis that was left out
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        return f"{'; '.join([*self._on_lists(), *self._on_answers()]) or 'Nothing was varied'}."
+
+    def _on_lists(self) -> Iterator[str]:
+        if not self.lists:
+            return
+        measure = self.variations.measure
+        parts = []
+        if batches := [row for row in self.lists if row.axis in _BATCH_AXES]:
+            changed = {query for row in batches for query in row.reordered}
+            farthest = max(abs(row.movement.change) for row in batches)
+            moved = f" and move {measure} by up to {farthest:.4f}" if changed else ""
+            parts.append(f"{len(changed)} change with the batch size{moved}")
+        for row in self.lists:
+            if row.axis == "vector_dtypes" and row.setting != "float32":
+                change = abs(row.movement.change)
+                parts.append(
+                    f"{len(row.reordered)} change with {row.setting} vectors and move {measure} by {change:.4f}"
+                )
+        if parts:
+            yield f"Of {self.lists[0].lists} top-{self.variations.k} lists {', '.join(parts)}"
+
+    def _on_answers(self) -> Iterator[str]:
+        parts = []
+        if batches := [row for row in self.answers if row.axis in _BATCH_AXES]:
+            changed = {query for row in batches for query in row.changed}
+            parts.append(f"{len(changed)} change with the batch size")
+        for row in self.answers:
+            if row.axis == "answer_dtypes":
+                parts.append(f"{len(row.changed)} change in {row.setting}")
+        if parts:
+            yield f"{'of' if self.lists else 'Of'} {self.answers[0].answers} answers {', '.join(parts)}"
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"verdict": self.verdict} | asdict(self)
+
+
+def certify(
+    subject: Subject, variations: Variations = Variations(), progress: Progress = lambda *_: None
+) -> Certificate:
+    """Compute the reference and every variation, and compare them.
+
+    Raises UserError when the corpus has no text, and what the parts of the system raise.
+    """
+    dataset = subject.dataset.sample(variations.questions, subject.dataset.seed)
+    reference = _Reference(replace(subject, dataset=dataset), variations)
+    searches, unsearched = reference.searches()
+    readings, unread = reference.readings()
+    lists = [
+        reference.list_changes(axis, setting, search())
+        for axis, setting, search in _reported("lists", searches, progress)
+    ]
+    texts = [
+        reference.answer_changes(axis, setting, reading())
+        for axis, setting, reading in _reported("answers", readings, progress)
+    ]
+    about = {"name": dataset.name, "fingerprint": dataset.fingerprint, "queries": len(dataset.queries)}
+    return Certificate(
+        variations,
+        about,
+        repr(subject.method),
+        reference.means(),
+        tuple(lists),
+        tuple(texts),
+        (*unsearched, *unread),
+    )
+
+
+def _reported(stage: str, trials: Sequence[Trial], progress: Progress) -> Iterator[Trial]:
+    for done, trial in enumerate(trials):
+        progress(stage, done, len(trials))
+        yield trial
+        progress(stage, done + 1, len(trials))
+
+
+class _Reference:
+    """The system as it is configured, what it finds and answers, and how a variation is set beside it."""
+
+    def __init__(self, subject: Subject, variations: Variations):
+        self.subject, self.dataset, self.variations = subject, subject.dataset, variations
+        self.collection = self._collection(subject.embedder)
+        self.found = self._search(self.collection)
+        self.replies = self._answer(subject.generator) if variations.answers else {}
+
+    def means(self) -> dict[str, float | None]:
+        """Measure -> mean."""
+        columns = {self.variations.measure: self._values(self.found)} | self._scores(self.replies)
+        return {name: Movement.between(values, values).mean for name, values in columns.items()}
+
+    # --- lists
+
+    def searches(self) -> tuple[list[Trial], list[str]]:
+        """What is to be searched again, and a sentence for each axis that is left out."""
+        subject, varied = self.subject, self.variations
+        trials: list[Trial] = []
+        skipped: list[str] = []
+        embeds = "embedder" in subject.method.uses
+        if not embeds:
+            skipped.append("tokens_per_batch and vector_dtypes are left out: the method uses no vectors.")
+        elif subject.embedder_of_batch is None:
+            skipped.append("tokens_per_batch is left out: the embedder has no such setting.")
+        else:
+            trials += [
+                ("tokens_per_batch", str(n), partial(self._embed_again, n)) for n in varied.tokens_per_batch
+            ]
+        for n in varied.search_batches:
+            size = None if n == "all" else n
+            trials.append(("search_batches", str(n), partial(self._search, self.collection, size)))
+        for dtype in varied.vector_dtypes if embeds else ():
+            trials.append(("vector_dtypes", dtype, partial(self._round, dtype)))
+        return trials, skipped
+
+    def list_changes(self, axis: str, setting: str, found: dict[str, list[Hit]]) -> ListChanges:
+        reordered, replaced, farthest = [], [], 0.0
+        for query in self.dataset.queries:
+            old, new = (
+                {hit.chunk.id: hit.score for hit in each[query][: self.variations.k]}
+                for each in (self.found, found)
+            )
+            if list(old) != list(new):
+                reordered.append(query)
+            if old.keys() != new.keys():
+                replaced.append(query)
+            farthest = max([farthest, *(abs(new[name] - old[name]) for name in old.keys() & new.keys())])
+        movement = Movement.between(self._values(self.found), self._values(found))
+        count = len(self.dataset.queries)
+        return ListChanges(axis, setting, count, tuple(reordered), tuple(replaced), farthest, movement)
+
+    def _collection(self, embedder: Embedder) -> Collection:
+        return run.collect(self.dataset, self.subject.chunker, embedder, self.subject.generator)
+
+    def _search(self, collection: Collection, batch: int | None = None) -> dict[str, list[Hit]]:
+        """Query id -> hits, best first, searched for `batch` questions at a time; None: all at once."""
+        found: dict[str, list[Hit]] = {}
+        for some in _batches(self.dataset.queries, batch):
+            part = replace(self.dataset, queries=some)
+            found |= run.search(collection, self.subject.method, part, self.variations.depth)
+        return found
+
+    def _embed_again(self, tokens_per_batch: int) -> dict[str, list[Hit]]:
+        return self._search(self._collection(self.subject.embedder_of_batch(tokens_per_batch)))
+
+    def _round(self, dtype: str) -> dict[str, list[Hit]]:
+        chunks = self.collection.index.chunks(range(len(self.collection.index)))
+        vectors = rounded(self.collection.index.vectors, dtype)
+        index = MemoryIndex(self.dataset.corpus, chunks, lambda _: vectors)
+        embedder = Rounded(self.collection.embedder, dtype)
+        return self._search(Collection(index, embedder, self.subject.generator))
+
+    def _values(self, found: dict[str, list[Hit]]) -> list[float]:
+        """The measure of each query, of the ranking of documents that an evaluation judges."""
+        measure = self.variations.measure
+        ranking = run.documents(found, self.dataset, self.variations.depth)
+        _, per_query = metrics.evaluate(self.dataset.qrels, ranking, [measure])
+        return [per_query[query][measure] for query in self.dataset.queries]
+
+    # --- answers
+
+    def readings(self) -> tuple[list[Trial], list[str]]:
+        """What is to be answered again, and a sentence for each axis that is left out."""
+        subject, varied = self.subject, self.variations
+        if not varied.answers:
+            return [], []
+        whole = subject.generator
+        if subject.generator_of_batch is not None:  # one that does not divide what it is given
+            whole = cache(partial(subject.generator_of_batch, _WHOLE))
+        trials: list[Trial] = [
+            ("answer_batches", str(n), partial(self._answer, whole, n)) for n in varied.answer_batches
+        ]
+        if subject.generator_of_dtype is None:
+            return trials, ["answer_dtypes is left out: the generator has no such setting."]
+        for dtype in varied.answer_dtypes:
+            make = partial(subject.generator_of_dtype, dtype)
+            trials.append(("answer_dtypes", dtype, partial(self._answer, make)))
+        return trials, []
+
+    def answer_changes(self, axis: str, setting: str, replies: dict[str, Reply]) -> AnswerChanges:
+        changed = tuple(q for q, reply in self.replies.items() if reply.answer != replies[q].answer)
+        before, after = self._scores(self.replies), self._scores(replies)
+        movements = {name: Movement.between(before[name], after[name]) for name in ANSWER_MEASURES}
+        return AnswerChanges(axis, setting, len(self.replies), changed, movements)
+
+    def _answer(self, make: Callable[[], Generator], batch: int | None = None) -> dict[str, Reply]:
+        """Query id -> the answer from the reference's passages, `batch` of them in one call; None: all."""
+        generator = make()
+        collection = Collection(self.collection.index, self.collection.embedder, lambda: generator)
+        reader = self.subject.reader(generator)
+        threshold = Search(collection, self.subject.method).relevant_from
+        reading = Reading(conditions=("retrieved",), likelihood=(), k=self.variations.passages)
+        asked = self.dataset.sample(self.variations.answers, self.dataset.seed).queries
+        replies: dict[str, Reply] = {}
+        for some in _batches({query: self.found[query] for query in asked}, batch):
+            read_now = read(collection, self.dataset, some, threshold, reader, reader.template, reading)
+            replies |= {reply.query: reply for reply in read_now}
+        return replies
+
+    def _scores(self, replies: Mapping[str, Reply]) -> dict[str, list[float | None]]:
+        """Measure -> a value for each answer, None where it is not defined."""
+        rows = [
+            answers.measure(
+                answer=reply.answer,
+                gold=self.dataset.answers.get(query, ()),
+                abstained=reply.abstained,
+                answerable=True,  # only judged queries are asked
+                cited=(),
+                relevant=(),
+            )
+            for query, reply in replies.items()
+        ]
+        return {name: [row[name] for row in rows] for name in ANSWER_MEASURES}
+
+
+def _batches(items: Mapping[str, Any], size: int | None) -> Iterator[dict[str, Any]]:
+    pairs = list(items.items())
+    size = size or len(pairs)
+    for start in range(0, len(pairs), size):
+        yield dict(pairs[start : start + size])
+
+
+def rounded(vectors: Float32[np.ndarray, "N E"], dtype: str) -> Float32[np.ndarray, "N E"]:
+    """The vectors as they would be after being stored in `dtype`."""
+    return np.asarray(vectors).astype(jnp.dtype(dtype)).astype(np.float32)
+
+
+class Rounded:
+    """An embedder whose vectors are rounded to a dtype; float32 changes nothing."""
+
+    def __init__(self, embedder: Embedder, dtype: str):
+        self._exact, self._dtype = embedder, dtype
+        # What Embedder's protocol asks for, as the embedder has it.
+        self.dim, self.spec, self.relevant_from = embedder.dim, embedder.spec, embedder.relevant_from
+        self.token_spans, self.save = embedder.token_spans, embedder.save
+        self.fingerprint = content_key("rounded", embedder.fingerprint, dtype)
+
+    def encode(
+        self, texts: Sequence[str], progress: EmbedProgress = lambda done: None
+    ) -> Float32[np.ndarray, "N E"]:
+        """The vectors of passages, in their order."""
+        return rounded(self._exact.encode(texts, progress), self._dtype)
+
+    def encode_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
+        """The vectors of questions, in their order."""
+        return rounded(self._exact.encode_queries(texts), self._dtype)
+
+    def fit(self, texts: Sequence[str]) -> "Rounded":
+        return Rounded(self._exact.fit(texts), self._dtype)
+
+    def restore(self, folder: Path) -> "Rounded":
+        return Rounded(self._exact.restore(folder), self._dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a particular kind of embedder offers beyond the protocol, such as vectors of tokens: not rounded."""
+        return getattr(self._exact, name)

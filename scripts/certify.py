@@ -1,0 +1,140 @@
+"""How much an evaluation changes with what should not matter: batch sizes, padding, number formats.
+
+python scripts/certify.py dataset=sample
+python scripts/certify.py dataset=sample retriever=hybrid certificate.answers=0 'certificate.vector_dtypes=[bfloat16]'
+
+Everything is computed anew, with one setting changed at a time; no kept result is read or written.
+"""
+
+import functools
+import inspect
+import json
+
+from launch import build, launch, run_dir
+
+
+def main(config) -> None:
+    from terminal import print_problem, progress_bars
+
+    from rag.evaluate.invariance import certify
+
+    subject, variations = subject_of(config), build(config.certificate)
+    for problem in subject.dataset.problems:
+        print_problem(problem)
+    with progress_bars() as update:
+        certificate = certify(subject, variations, update)
+    show(certificate)
+    write(certificate)
+
+
+def subject_of(config):
+    """The system that a config describes, with the makers of its parts."""
+    from stages import method_of
+
+    from rag.evaluate.invariance import Subject
+    from rag.pipeline import Reader
+
+    reading = {"template": build(config.prompt), "context": build(config.context)}
+    reading |= {"sampling": build(config.sampling), "options": build(config.answer)}
+
+    def maker(part, setting: str):
+        """Makes the part with a value of the setting; None where its target has none."""
+        return (lambda value: build(part, **{setting: value})) if takes(part, setting) else None
+
+    return Subject(
+        dataset=build(config.dataset),
+        chunker=build(config.chunker),
+        embedder=build(config.embedder),
+        method=method_of(config),
+        generator=functools.cache(lambda: build(config.generator)),
+        reader=lambda generator: Reader(generator, **reading),
+        embedder_of_batch=maker(config.embedder, "tokens_per_batch"),
+        generator_of_batch=maker(config.generator, "tokens_per_batch"),
+        generator_of_dtype=maker(config.generator, "dtype"),
+    )
+
+
+def takes(part, setting: str) -> bool:
+    """Whether the target of a part of the config has a setting."""
+    from hydra.utils import get_object
+
+    return setting in inspect.signature(get_object(part._target_)).parameters
+
+
+def write(certificate) -> None:
+    """certificate.json and verdict.txt in the run's folder."""
+    from rag.cache import atomic_file
+    from rag.measure import environment
+
+    folder = run_dir()
+    record = certificate.summary() | {"environment": environment()}
+    texts = {
+        "certificate.json": json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False),
+        "verdict.txt": certificate.verdict,
+    }
+    for name, text in texts.items():
+        with atomic_file(folder / name, "w") as file:
+            file.write(f"{text}\n")
+    print(f"-> {folder}")
+
+
+def show(certificate) -> None:
+    """A table of lists, a table of answers, what was left out, and the verdict."""
+    from rich.console import Console
+    from terminal import print_problem
+
+    for table in (list_table(certificate), answer_table(certificate)):
+        if table.rows:
+            Console().print(table)
+    for sentence in certificate.skipped:
+        print_problem(sentence)
+    print(certificate.verdict)
+
+
+def list_table(certificate):
+    v, d = certificate.variations, certificate.dataset
+    title = f"{d['name']}: {d['queries']} top-{v.k} lists, {v.measure} {number(certificate.means[v.measure])}"
+    table = _table(
+        title, "other\norder", "other\npassages", "largest score\ndifference", *_headings(v.measure)
+    )
+    for row in certificate.lists:
+        changes = (str(len(row.reordered)), str(len(row.replaced)), f"{row.score_difference:.1e}")
+        table.add_row(row.axis, row.setting, *changes, *_figures(row.movement))
+    return table
+
+
+def answer_table(certificate):
+    means = {name: certificate.means.get(name) for name in ("F1", "contains")}
+    count = certificate.answers[0].answers if certificate.answers else 0
+    title = f"{count} answers, " + ", ".join(f"{name} {number(mean)}" for name, mean in means.items())
+    table = _table(title, "other\ntext", *(heading for name in means for heading in _headings(name)))
+    for row in certificate.answers:
+        moved = [figure for name in means for figure in _figures(row.movements[name])]
+        table.add_row(row.axis, row.setting, str(len(row.changed)), *moved)
+    return table
+
+
+def _table(title: str, *headings: str):
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("varied")
+    for heading in ("to", *headings):
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _headings(measure: str) -> tuple[str, str]:
+    return f"{measure}\nmoves by", "one query\nby up to"
+
+
+def _figures(movement) -> tuple[str, str]:
+    return number(movement.change, "+.4f"), number(movement.largest)
+
+
+def number(value: float | None, spelling: str = ".4f") -> str:
+    return "-" if value is None else format(value, spelling)
+
+
+if __name__ == "__main__":
+    launch(main, "certify")
