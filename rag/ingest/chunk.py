@@ -146,7 +146,7 @@ class SlidingWindowChunker:
     Every sentence stands in about sentences / stride chunks, with different neighbours, however long it is: where
     FixedChunker slides over tokens and cuts sentences, and SentenceChunker fills each chunk up to its size. A
     window that is longer than `size` ends earlier, and the next one begins no later than there. A sentence longer
-    than `size` is divided as by SentenceChunker, and its parts count as sentences.
+    than `size` is divided as by SentenceChunker, and its chunks count as sentences.
     """
 
     sentences: int = 5
@@ -167,7 +167,11 @@ class SlidingWindowChunker:
 
     def split(self, text: str, token_spans: TokenSpans, encode: Encode | None = None) -> list[Span]:
         tokens = Tokens(text, token_spans)
-        units = [unit for span in sentences(text) for unit in fitting(span, tokens, self.size)]
+        units = [
+            part
+            for span in sentences(text)
+            for part in pack(fitting(span, tokens, self.size), tokens, self.size, 0)
+        ]
         firsts = [tokens.first(unit) for unit in units]
         lasts = [tokens.last(unit) for unit in units]
         chunks: list[Span] = []
