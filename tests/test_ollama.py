@@ -18,7 +18,8 @@ from rag.ingest.chunk import WholeChunker
 from rag.ops.sampling import Sampling
 from rag.pipeline import AnswerOptions, Reader
 from rag.prompt import PromptTemplate
-from rag.retrieve.search import DenseRetriever
+from rag.retrieve.collection import Collection
+from rag.retrieve.search import Dense, Search
 from rag.types import Message, Usage, UserError
 
 MESSAGES = [Message("system", "Be brief."), Message("user", "What is attention? \u00e9\U0001f916")]
@@ -255,7 +256,8 @@ def test_no_likelihood_of_a_given_text():
 def test_the_pipeline_answers_through_it(tmp_path):
     (tmp_path / "seal.txt").write_text("A seal eats fish.")
     pipeline.ingest(tmp_path / "seal.txt", tmp_path / "index", WholeChunker(), BagOfWords())
-    retriever = DenseRetriever(Index.open(tmp_path / "index"), BagOfWords(), k=1)
+    index = Index.open(tmp_path / "index")
+    retriever = Search(Collection(index, index.restore(BagOfWords())), Dense(), k=1)
     template = PromptTemplate(user="{context} {question}")
     with server(said("Fish"), said(" [1]"), line(LAST)) as (url, asked):
         reader = Reader(
