@@ -126,4 +126,6 @@ class CachedEmbedder:
 
 def _hashes(kind: str, texts: Sequence[str]) -> dict[bytes, str]:
     """Each different text by its hash, in the order of first appearance."""
-    return {hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).digest(): text for text in texts}
+    return {
+        hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).digest(): text for text in texts
+    }

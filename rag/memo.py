@@ -53,7 +53,7 @@ class _Clock(NamedTuple):
 
 
 class Memo:
-    """Batches of results below `folder`. With `dry`, nothing is computed: what is missing is counted, and given as None."""
+    """Batches of results below `folder`. With `dry` nothing is computed: what is missing is counted, and is None."""
 
     def __init__(self, folder: Path, *, dry: bool = False):
         self._folder, self._dry = folder, dry
@@ -130,6 +130,9 @@ def code_version(*modules: ModuleType) -> str:
 def _normal(path: Path) -> str:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             node.body = node.body[1:]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()

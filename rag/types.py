@@ -38,6 +38,12 @@ class Chunk:
     text: str
 
 
+def chunk_at(document: Document, start: int, end: int) -> Chunk:
+    """The chunk of a document between two characters, `end` exclusive."""
+    name = f"{document.id}:{start}-{end}"
+    return Chunk(name, document.id, document.path, start, end, document.text[start:end])
+
+
 @dataclass(frozen=True, slots=True)
 class Hit:
     """A retrieved chunk and its score (cosine for the dense index); higher is better."""

@@ -104,7 +104,8 @@ def as_json(answer: Answer) -> str:
 
 def converse(search: Search, reader: Reader) -> None:
     """Questions from the terminal until /quit or the end of input; earlier turns stay in the prompt."""
-    print(f"Ask about {len(search.collection.index)} chunks of {search.collection.index.path}. {COMMANDS}", file=sys.stderr)
+    index = search.collection.index
+    print(f"Ask about {len(index)} chunks of {index.path}. {COMMANDS}", file=sys.stderr)
     history: list[Message] = []
     last: Answer | None = None
     while (line := _read()) is not None:

@@ -31,6 +31,9 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 # Settings whose value is a person's text; a leading dot means the last word of any dotted key.
 FREE_TEXT = (
     "question",
+    "runs",
+    "baseline",
+    "output",
     ".path",
     ".url",
     ".model",

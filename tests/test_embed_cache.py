@@ -13,9 +13,9 @@ class Lengths:
 
     dim = 2
     relevant_from = 0.5
-    spec = {"kind": "lengths"}
 
     def __init__(self, name="lengths", fail_after=None):
+        self.spec = {"kind": "lengths"}
         self.fingerprint, self.batches, self._fail_after = name, [], fail_after
 
     def encode(self, texts, progress=lambda done: None):

@@ -40,7 +40,8 @@ def test_results_come_in_order_and_batches_are_computed_once(tmp_path, double):
 
 
 def test_another_meaning_stage_or_item_is_another_result(tmp_path, double):
-    for stage, meaning, items in (("a", "1", [1]), ("a", "2", [1]), ("b", "1", [1]), ("a", "1", [2]), ("a", "1", ["1"])):
+    requests = [("a", "1", [1]), ("a", "2", [1]), ("b", "1", [1]), ("a", "1", [2]), ("a", "1", ["1"])]
+    for stage, meaning, items in requests:
         Memo(tmp_path).map(stage, meaning, items, double)
     assert len(double.batches) == 5
 
@@ -153,7 +154,9 @@ def module(tmp_path, name, text):
 
 def test_a_code_version_follows_code_and_neither_comments_nor_docstrings(tmp_path):
     plain = module(tmp_path, "a", "def f(x):\n    return x + 1\n")
-    dressed = module(tmp_path, "b", '"""Doc."""\n\n\ndef f(x):\n    """More."""\n    # why\n    return (x + 1)\n')
+    dressed = module(
+        tmp_path, "b", '"""Doc."""\n\n\ndef f(x):\n    """More."""\n    # why\n    return (x + 1)\n'
+    )
     other = module(tmp_path, "c", "def f(x):\n    return x + 2\n")
     assert code_version(plain) == code_version(dressed) != code_version(other)
     assert code_version(plain, other) != code_version(other, plain)

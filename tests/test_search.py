@@ -72,7 +72,9 @@ def test_every_method_finds_the_passage_first(method):
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("question", ["", "the a of", "🦭 ŧ \u0000", "krill " * 200_000, "what is a neutrino"])
+@pytest.mark.parametrize(
+    "question", ["", "the a of", "🦭 ŧ \u0000", "krill " * 200_000, "what is a neutrino"]
+)
 def test_odd_questions_are_searched_like_any_other(method, question):
     [hits] = collection().search(method, [question], 100)
     assert len(hits) <= len(TEXTS)
@@ -114,7 +116,7 @@ def test_a_reranker_orders_the_best_and_the_rest_follows():
     [hits] = c.search(Reranked(Dense(), Backwards(), depth=2), ["whale eats krill"], 4)
     assert names(hits) == [plain[1], plain[0], *plain[2:]]
     scores = [hit.score for hit in hits]
-    assert all(a > b for a, b in zip(scores, scores[1:], strict=False)) or plain[2:] == names(hits)[2:]
+    assert scores == sorted(scores, reverse=True)
     assert max(scores[2:]) < min(scores[:2])
 
 
@@ -143,7 +145,12 @@ def test_what_was_searched_is_not_searched_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "other",
-    [Lexical(BM25Weights(k1=0.9)), Lexical(analyzer=Analyzer(stop_words=None)), Lexical(TfIdfWeights()), Dense()],
+    [
+        Lexical(BM25Weights(k1=0.9)),
+        Lexical(analyzer=Analyzer(stop_words=None)),
+        Lexical(TfIdfWeights()),
+        Dense(),
+    ],
 )
 def test_another_setting_is_another_meaning(other):
     assert collection().meaning(Lexical()) != collection().meaning(other)

@@ -41,8 +41,8 @@ _BATCH = 16  # questions answered together: what a kill can lose
 class Reading:
     """Under which conditions questions are read, and what is measured beside the answers."""
 
-    conditions: Sequence[Condition] = ()  # none: retrieval is evaluated alone
-    likelihood: Sequence[Condition] = ("closed_book", "retrieved")  # of those: score the gold answer too
+    conditions: Sequence[str] = ()  # none: retrieval is evaluated alone
+    likelihood: Sequence[str] = ("closed_book", "retrieved")  # of those: score the gold answer too
     measure: str = "F1"  # that the losses are counted in
     k: int = 3  # passages shown
     seed: int = 0  # of the random passages and the shuffling
@@ -176,8 +176,8 @@ def passages(
             best = sorted(chunks, key=lambda hit: -grade[hit.chunk.id])[: reading.k]
             return [Hit(hit.chunk, 1.0 - i / len(best)) for i, hit in enumerate(best)]
         case "random":
-            others = [hit for hit in _everything(collection) if judged.get(hit.chunk.document_id, 0) <= 0]
-            drawn = random.Random(f"{reading.seed} {query}").sample(others, min(reading.k, len(others)))
+            foreign = [hit for hit in _everything(collection) if judged.get(hit.chunk.document_id, 0) <= 0]
+            drawn = random.Random(f"{reading.seed} {query}").sample(foreign, min(reading.k, len(foreign)))
             return [Hit(hit.chunk, 1.0 - i / reading.k) for i, hit in enumerate(drawn)]
         case _:
             return others(hits, query, dataset)[: reading.k]

@@ -7,7 +7,7 @@ is not done again; one that was killed finds its stages' batches in the memo and
 import json
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from rag import context, pipeline, prompt
 from rag.cache import atomic_folder, cache_root, content_key, locked, writing
 from rag.context import ContextOptions
 from rag.embed import Embedder
+from rag.embed_cache import CachedEmbedder
 from rag.evaluate import answers, conditions, metrics, run, selection, spans, stats, tuning
 from rag.evaluate.conditions import Reading, Reply
 from rag.evaluate.datasets import Dataset
@@ -31,7 +32,7 @@ from rag.evaluate.tuning import BM25Grid, Tuning, tune_bm25, tune_fusion
 from rag.generate import Generator
 from rag.ingest import chunk
 from rag.ingest.chunk import Chunker
-from rag.memo import Memo, code_version
+from rag.memo import Cost, Memo, code_version
 from rag.ops.sampling import Sampling
 from rag.pipeline import AnswerOptions, Reader
 from rag.prompt import PromptTemplate
@@ -126,19 +127,23 @@ class Job:
         if self.kept.exists():
             return [("result", 1, 1)]
         memo = Memo(cache_root() / "stages", dry=True)
-        collection = self._collection(memo, lambda *_: None)
-        self._search(collection)
+        chunks = run.chunk_all(self.dataset, self.chunker, self.embedder, memo)
+        if chunks is not None:
+            collection = run.collect(self.dataset, chunks, self.embedder, self.generator, memo)
+            self._search(collection)
+            if "embedder" in self.method.uses and isinstance(collection.embedder, CachedEmbedder):
+                texts = list({chunk.text for chunk in chunks})
+                missing = collection.embedder.missing(texts)
+                memo.costs["embed"] = Cost(items=len(texts), reused=len(texts) - missing)
         return [("result", 1, 0), *((stage, c.items, c.reused) for stage, c in memo.costs.items())]
-
-    def _collection(self, memo: Memo, progress: Progress) -> Collection:
-        return run.collect(self.dataset, self.chunker, self.embedder, self.generator, memo, progress)
 
     def _search(self, collection: Collection) -> dict[str, list[Hit]]:
         return run.search(collection, self.method, self.dataset, self.evaluation.depth)
 
     def _run(self, memo: Memo, progress: Progress) -> dict[str, str]:
         """The result files, by name."""
-        collection = self._collection(memo, progress)
+        chunks = run.chunk_all(self.dataset, self.chunker, self.embedder, memo)
+        collection = run.collect(self.dataset, chunks, self.embedder, self.generator, memo, progress)
         found = self._search(collection)
         tuned = self._tuned(collection) if self.tuning else None
         ranking = tuned.run if tuned else run.documents(found, self.dataset, self.evaluation.depth)
@@ -170,7 +175,9 @@ class Job:
 
         if isinstance(grid, BM25Grid):
             if not isinstance(self.method, Lexical) or self.dataset.drop_self_hits:
-                raise UserError("tuning=bm25 takes retriever=bm25, and queries that are no documents themselves.")
+                raise UserError(
+                    "tuning=bm25 takes retriever=bm25, and queries that are no documents themselves."
+                )
             index = collection.lexical(self.method.analyzer)
             return tune_bm25(index, self.dataset.queries, self.dataset.qrels, self.tuning, document, depth)
         if not isinstance(self.method, Hybrid):
@@ -179,7 +186,10 @@ class Job:
         found = [run.search(collection, arm, self.dataset, max(depth, self.method.depth)) for arm in arms]
         rankings = {
             query: [
-                [(collection.row(hit.chunk), hit.score) for hit in run.others(arm[query], query, self.dataset)]
+                [
+                    (collection.row(hit.chunk), hit.score)
+                    for hit in run.others(arm[query], query, self.dataset)
+                ]
                 for arm in found
             ]
             for query in self.dataset.queries
@@ -204,7 +214,9 @@ class Job:
     ) -> dict[str, dict[str, float | None]]:
         """Query id -> measure -> value, None where it is not defined; the unanswerable queries come last."""
         _, retrieval = metrics.evaluate(self.dataset.qrels, ranking, self.evaluation.measures)
-        rows: dict[str, dict[str, float | None]] = {query: dict(values) for query, values in retrieval.items()}
+        rows: dict[str, dict[str, float | None]] = {
+            query: dict(values) for query, values in retrieval.items()
+        }
         tokens = DocumentTokens(self.dataset.corpus, collection.embedder.token_spans)
         for query, evidence in self.dataset.evidence.items():
             if query in rows and not self.tuning:  # which ranks documents, not chunks
@@ -245,10 +257,7 @@ class Job:
                 "seed": d.seed,
             },
             "means": {name: _mean(column) for name, column in zip(measures, values.T, strict=True)},
-            "intervals": {
-                name: [float(low), float(high)] if np.isfinite(low) else None
-                for name, (low, high) in zip(measures, bounds, strict=True)
-            },
+            "intervals": dict(zip(measures, map(_interval, bounds), strict=True)),
             "statistics": {
                 "confidence": self.statistics.confidence,
                 "resamples": self.statistics.resamples,
@@ -285,16 +294,21 @@ class Job:
         parts = conditions.losses(replies, scores)
         values = np.array([parts[cause] for cause in conditions.LOSSES]).T
         if not len(values):
-            raise UserError(f"no question has the measure {name!r} under oracle and retrieved: choose reading.measure")
+            raise UserError(
+                f"no question has the measure {name!r} under oracle and retrieved: choose reading.measure"
+            )
         bounds = stats.intervals(values, self.statistics)
-        means = {c: [s for (_, of), s in scores.items() if of == c and s is not None] for c in self.reading.conditions}
+        means = {
+            c: [s for (_, of), s in scores.items() if of == c and s is not None]
+            for c in self.reading.conditions
+        }
         return {
             "measure": name,
             "n": len(values),
             "ceiling": 1.0,
             "scores": {condition: float(np.mean(found)) for condition, found in means.items()},
             "losses": dict(zip(conditions.LOSSES, values.mean(axis=0).tolist(), strict=True)),
-            "intervals": dict(zip(conditions.LOSSES, bounds.tolist(), strict=True)),
+            "intervals": dict(zip(conditions.LOSSES, map(_interval, bounds), strict=True)),
         }
 
 
@@ -303,9 +317,14 @@ def _mean(values: np.ndarray) -> float | None:
     return float(defined.mean()) if len(defined) else None
 
 
+def _interval(bounds: np.ndarray) -> list[float] | None:
+    """None where there are too few values for an interval."""
+    return bounds.tolist() if np.isfinite(bounds).all() else None
+
+
 def _json(value: object) -> str:
     return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)

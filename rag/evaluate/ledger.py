@@ -53,7 +53,9 @@ def probe(method: Retriever, collection: Collection, questions: Sequence[str]) -
 def ledger(memo: Memo, collection: Collection, latency: Latency) -> dict[str, Any]:
     """The costs of one evaluation, JSON-able."""
     costs = memo.costs
-    embedded_s = getattr(collection.embedder, "passages_s", 0.0)  # nothing is kept of an embedder that is fitted
+    embedded_s = getattr(
+        collection.embedder, "passages_s", 0.0
+    )  # nothing is kept of an embedder that is fitted
     build = latency.lexical_s + embedded_s + sum(costs[s].seconds for s in ("chunk",) if s in costs)
     return {
         "stages": {

@@ -2,72 +2,72 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from rag.cache import content_key
 from rag.embed import Embedder
 from rag.embed_cache import CachedEmbedder
 from rag.evaluate.datasets import Dataset
 from rag.generate import Generator
 from rag.index.memory import MemoryIndex
-from rag.ingest import chunk, sentences
+from rag.ingest import chunk, markdown, packing, semantic, sentences
 from rag.ingest.chunk import Chunker, chunks_of
 from rag.memo import Memo, code_version
 from rag.retrieve.collection import Collection, Retriever
-from rag.types import Chunk, Document, Hit, UserError
+from rag.types import Chunk, Hit, UserError, chunk_at
 
 Progress = Callable[[str, int, int], None]  # stage, done, of how many
+
+_SPLITTING = (chunk, markdown, packing, semantic, sentences)  # the code that chunks depend on
 
 
 def collect(
     dataset: Dataset,
-    chunker: Chunker,
+    chunks: Sequence[Chunk],
     embedder: Embedder,
     generator: Callable[[], Generator] | None = None,
     memo: Memo | None = None,
     progress: Progress = lambda *_: None,
 ) -> Collection:
-    """The dataset's corpus in chunks, ready to be searched. UserError when no document has text."""
-    chunks = _chunks(dataset, chunker, embedder, memo)
+    """The dataset's corpus in these chunks, ready to be searched. UserError when there are none."""
     if not chunks:
         raise UserError(f"no document of {dataset.name} has text; check the dataset's corpus")
-    texts = [chunk.text for chunk in chunks]
-    fitted = embedder.fit(texts)
+    fitted = embedder.fit([chunk.text for chunk in chunks])
     if memo is not None and fitted is embedder:  # else a vector depends on the corpus, not on its text alone
         fitted = CachedEmbedder(embedder)
-    index = MemoryIndex(
-        dataset.corpus,
-        chunks,
-        lambda texts: fitted.encode(texts, progress=lambda done: progress("embed", done, len(texts))),
-    )
-    return Collection(index, fitted, generator, memo)
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        return fitted.encode(texts, progress=lambda done: progress("embed", done, len(texts)))
+
+    return Collection(MemoryIndex(dataset.corpus, chunks, embed), fitted, generator, memo)
 
 
-def _chunks(dataset: Dataset, chunker: Chunker, embedder: Embedder, memo: Memo | None) -> list[Chunk]:
+def chunk_all(
+    dataset: Dataset, chunker: Chunker, embedder: Embedder, memo: Memo | None = None
+) -> list[Chunk] | None:
+    """The chunks of all documents, in order; None where a dry memo has not all of them."""
     if memo is None:
         return [c for document in dataset.corpus for c in chunks_of(document, chunker, embedder)]
-    documents = {document.id: document for document in dataset.corpus}
+    texts = {document.id: document for document in dataset.corpus}
+    splitting = CachedEmbedder(embedder) if embedder.fit([]) is embedder else embedder
 
     def compute(items: Sequence) -> list[list[tuple[int, int]]]:
-        found = (chunks_of(documents[name], chunker, embedder) for name, _ in items)
-        return [[(chunk.start, chunk.end) for chunk in chunks] for chunks in found]
+        found = (chunks_of(texts[name], chunker, splitting) for name, _ in items)
+        return [[(piece.start, piece.end) for piece in pieces] for pieces in found]
 
     items = [[document.id, content_key(document.text)] for document in dataset.corpus]
-    meaning = content_key(chunker, embedder.fingerprint, code_version(chunk, sentences))
+    meaning = content_key(chunker, embedder.fingerprint, code_version(*_SPLITTING))
     spans = memo.map("chunk", meaning, items, compute, batch=256)
+    if None in spans:
+        return None
     return [
-        _chunk(document, start, end)
+        chunk_at(document, start, end)
         for document, found in zip(dataset.corpus, spans, strict=True)
-        for start, end in found or ()
+        for start, end in found
     ]
 
 
-def _chunk(document: Document, start: int, end: int) -> Chunk:
-    name = f"{document.id}:{start}-{end}"
-    return Chunk(name, document.id, document.path, start, end, document.text[start:end])
-
-
-def search(
-    collection: Collection, method: Retriever, dataset: Dataset, depth: int
-) -> dict[str, list[Hit]]:
+def search(collection: Collection, method: Retriever, dataset: Dataset, depth: int) -> dict[str, list[Hit]]:
     """Query id -> hits, best first, deep enough for `depth` documents where so many can be found."""
     found: dict[str, list[Hit]] = {}
     short, k = list(dataset.queries), depth + 1  # one more, for the question's own document

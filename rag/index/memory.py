@@ -30,7 +30,9 @@ class MemoryIndex:
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits of the chunks and their texts, in order."""
-        return content_key([(chunk.document_id, chunk.start, chunk.end, chunk.text) for chunk in self._chunks])
+        return content_key(
+            [(chunk.document_id, chunk.start, chunk.end, chunk.text) for chunk in self._chunks]
+        )
 
     @cached_property
     def vectors(self) -> Float32[np.ndarray, "N E"]:

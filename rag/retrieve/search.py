@@ -75,7 +75,9 @@ class Hybrid:
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
         arms = [collection.search(arm, questions, max(k, self.depth)) for arm in self.arms.values()]
         lows = [getattr(arm, "lowest", None) for arm in self.arms.values()]
-        return _fused(collection, list(zip(*arms, strict=True)), self.fusion, None if None in lows else lows, k)
+        return _fused(
+            collection, list(zip(*arms, strict=True)), self.fusion, None if None in lows else lows, k
+        )
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,7 @@ class Reranked:
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
         found = collection.search(self.retriever, questions, max(k, self.depth))
         best = collection.rerank(self.reranker, questions, [hits[: self.depth] for hits in found])
-        return [
-            [*top, *_below(top, hits[self.depth :])][:k] for top, hits in zip(best, found, strict=True)
-        ]
+        return [[*top, *_below(top, hits[self.depth :])][:k] for top, hits in zip(best, found, strict=True)]
 
 
 def _below(top: Sequence[Hit], rest: Sequence[Hit]) -> list[Hit]:
@@ -130,7 +130,8 @@ class Transformed:
         flat = [text for written in texts for text in written]
         found = iter(collection.search(self.retriever, flat, max(k, self.depth)))
         arms = [[next(found) for _ in written] for written in texts]
-        fused = _fused(collection, arms, self.fusion, None, k)
+        lowest = getattr(self.retriever, "lowest", None)
+        fused = _fused(collection, arms, self.fusion, None if lowest is None else [lowest], k)
         return [hits[0][:k] if len(hits) == 1 else mixed for hits, mixed in zip(arms, fused, strict=True)]
 
 
