@@ -9,6 +9,7 @@ Everything is computed anew, with one setting changed at a time; no kept result 
 import functools
 import inspect
 import json
+import sys
 
 from launch import build, launch, run_dir
 
@@ -83,9 +84,10 @@ def show(certificate) -> None:
     from rich.console import Console
     from terminal import print_problem
 
+    wide = None if sys.stdout.isatty() else 1000  # a log has no width: never cut a table that goes into one
     for table in (list_table(certificate), answer_table(certificate)):
         if table.rows:
-            Console().print(table)
+            Console(width=wide).print(table)
     for sentence in certificate.skipped:
         print_problem(sentence)
     print(certificate.verdict)
@@ -94,12 +96,10 @@ def show(certificate) -> None:
 def list_table(certificate):
     v, d = certificate.variations, certificate.dataset
     title = f"{d['name']}: {d['queries']} top-{v.k} lists, {v.measure} {number(certificate.means[v.measure])}"
-    table = _table(
-        title, "other\norder", "other\npassages", "largest score\ndifference", *_headings(v.measure)
-    )
+    table = _table(title, "other\nlists", "other\npassages", "scores\nby up to", *_headings(v.measure))
     for row in certificate.lists:
-        changes = (str(len(row.reordered)), str(len(row.replaced)), f"{row.score_difference:.1e}")
-        table.add_row(row.axis, row.setting, *changes, *_figures(row.movement))
+        changes = (str(len(row.changed)), str(len(row.replaced)), f"{row.score_difference:.1e}")
+        table.add_row(row.axis, row.setting, *changes, *_figures(row.movements[v.measure]))
     return table
 
 
@@ -118,7 +118,7 @@ def _table(title: str, *headings: str):
     from rich.table import Table
 
     table = Table(title=title)
-    table.add_column("varied")
+    table.add_column("varied", no_wrap=True)
     for heading in ("to", *headings):
         table.add_column(heading, justify="right")
     return table
@@ -129,7 +129,7 @@ def _headings(measure: str) -> tuple[str, str]:
 
 
 def _figures(movement) -> tuple[str, str]:
-    return number(movement.change, "+.4f"), number(movement.largest)
+    return number(movement.change, "+z.4f"), number(movement.largest)
 
 
 def number(value: float | None, spelling: str = ".4f") -> str:

@@ -38,7 +38,7 @@ from rag.retrieve.collection import Collection, Retriever
 from rag.retrieve.search import Search
 from rag.types import Hit, UserError
 
-Progress = Callable[[str, int, int], None]  # "lists" or "answers", variations done, of how many
+Progress = Callable[[str, int, int], None]  # "reference", "lists" or "answers", how many done, of how many
 Trial = tuple[str, str, Callable[[], Any]]  # axis, setting, what is to be computed
 
 VECTOR_DTYPES = ("float32", "bfloat16", "float16")
@@ -127,10 +127,10 @@ class ListChanges:
     axis: str
     setting: str
     lists: int
-    reordered: tuple[str, ...]  # ids of the queries whose list is another, if only in its order
+    changed: tuple[str, ...]  # ids of the queries whose list is another, if only in its order
     replaced: tuple[str, ...]  # of those, the queries whose list has other passages
     score_difference: float  # the largest, of a passage that is in both lists of a query
-    movement: Movement
+    movements: Mapping[str, Movement]  # by measure
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,41 +159,33 @@ class Certificate:
     @property
     def verdict(self) -> str:
         """One sentence."""
-        return f"{'; '.join([*self._on_lists(), *self._on_answers()]) or 'Nothing was varied'}."
-
-    def _on_lists(self) -> Iterator[str]:
-        if not self.lists:
-            return
-        measure = self.variations.measure
-        parts = []
-        if batches := [row for row in self.lists if row.axis in _BATCH_AXES]:
-            changed = {query for row in batches for query in row.reordered}
-            farthest = max(abs(row.movement.change) for row in batches)
-            moved = f" and move {measure} by up to {farthest:.4f}" if changed else ""
-            parts.append(f"{len(changed)} change with the batch size{moved}")
-        for row in self.lists:
-            if row.axis == "vector_dtypes" and row.setting != "float32":
-                change = abs(row.movement.change)
-                parts.append(
-                    f"{len(row.reordered)} change with {row.setting} vectors and move {measure} by {change:.4f}"
-                )
-        if parts:
-            yield f"Of {self.lists[0].lists} top-{self.variations.k} lists {', '.join(parts)}"
-
-    def _on_answers(self) -> Iterator[str]:
-        parts = []
-        if batches := [row for row in self.answers if row.axis in _BATCH_AXES]:
-            changed = {query for row in batches for query in row.changed}
-            parts.append(f"{len(changed)} change with the batch size")
-        for row in self.answers:
-            if row.axis == "answer_dtypes":
-                parts.append(f"{len(row.changed)} change in {row.setting}")
-        if parts:
-            yield f"{'of' if self.lists else 'Of'} {self.answers[0].answers} answers {', '.join(parts)}"
+        lists = _effects(self.lists, self.variations.measure)
+        texts = _effects(self.answers, "F1")
+        parts = [f"of {self.lists[0].lists} top-{self.variations.k} lists {lists}"] if lists else []
+        parts += [f"of {self.answers[0].answers} answers {texts}"] if texts else []
+        sentence = "; ".join(parts) or "nothing was varied"
+        return f"{sentence[0].upper()}{sentence[1:]}."
 
     def summary(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {"verdict": self.verdict} | asdict(self)
+
+
+def _effects(rows: Sequence[ListChanges] | Sequence[AnswerChanges], measure: str) -> str:
+    """How many lists or answers change with each cause, and how far the mean moves then."""
+    causes: dict[str, list] = {}
+    for row in rows:
+        dtype = f"with {row.setting} vectors" if row.axis == "vector_dtypes" else f"in {row.setting}"
+        cause = "with the batch size" if row.axis in _BATCH_AXES else dtype
+        if cause != "with float32 vectors":  # which the vectors are
+            causes.setdefault(cause, []).append(row)
+    parts = []
+    for cause, some in causes.items():
+        changed = {query for row in some for query in row.changed}
+        farthest = max(abs(row.movements[measure].change or 0.0) for row in some)
+        moved = f" and move {measure} by up to {farthest:.4f}" if changed else ""
+        parts.append(f"{len(changed)} change {cause}{moved}")
+    return ", ".join(parts)
 
 
 def certify(
@@ -204,7 +196,9 @@ def certify(
     Raises UserError when the corpus has no text, and what the parts of the system raise.
     """
     dataset = subject.dataset.sample(variations.questions, subject.dataset.seed)
+    progress("reference", 0, 1)
     reference = _Reference(replace(subject, dataset=dataset), variations)
+    progress("reference", 1, 1)
     searches, unsearched = reference.searches()
     readings, unread = reference.readings()
     lists = [
@@ -216,15 +210,8 @@ def certify(
         for axis, setting, reading in _reported("answers", readings, progress)
     ]
     about = {"name": dataset.name, "fingerprint": dataset.fingerprint, "queries": len(dataset.queries)}
-    return Certificate(
-        variations,
-        about,
-        repr(subject.method),
-        reference.means(),
-        tuple(lists),
-        tuple(texts),
-        (*unsearched, *unread),
-    )
+    rows, skipped = (tuple(lists), tuple(texts)), (*unsearched, *unread)
+    return Certificate(variations, about, repr(subject.method), reference.means(), *rows, skipped)
 
 
 def _reported(stage: str, trials: Sequence[Trial], progress: Progress) -> Iterator[Trial]:
@@ -261,9 +248,8 @@ class _Reference:
         elif subject.embedder_of_batch is None:
             skipped.append("tokens_per_batch is left out: the embedder has no such setting.")
         else:
-            trials += [
-                ("tokens_per_batch", str(n), partial(self._embed_again, n)) for n in varied.tokens_per_batch
-            ]
+            for n in varied.tokens_per_batch:
+                trials.append(("tokens_per_batch", str(n), partial(self._embed_again, n)))
         for n in varied.search_batches:
             size = None if n == "all" else n
             trials.append(("search_batches", str(n), partial(self._search, self.collection, size)))
@@ -272,23 +258,25 @@ class _Reference:
         return trials, skipped
 
     def list_changes(self, axis: str, setting: str, found: dict[str, list[Hit]]) -> ListChanges:
-        reordered, replaced, farthest = [], [], 0.0
+        changed, replaced, farthest = [], [], 0.0
         for query in self.dataset.queries:
             old, new = (
                 {hit.chunk.id: hit.score for hit in each[query][: self.variations.k]}
                 for each in (self.found, found)
             )
             if list(old) != list(new):
-                reordered.append(query)
+                changed.append(query)
             if old.keys() != new.keys():
                 replaced.append(query)
             farthest = max([farthest, *(abs(new[name] - old[name]) for name in old.keys() & new.keys())])
         movement = Movement.between(self._values(self.found), self._values(found))
+        moved = {self.variations.measure: movement}
         count = len(self.dataset.queries)
-        return ListChanges(axis, setting, count, tuple(reordered), tuple(replaced), farthest, movement)
+        return ListChanges(axis, setting, count, tuple(changed), tuple(replaced), farthest, moved)
 
     def _collection(self, embedder: Embedder) -> Collection:
-        return run.collect(self.dataset, self.subject.chunker, embedder, self.subject.generator)
+        chunks = run.chunk_all(self.dataset, self.subject.chunker, embedder)
+        return run.collect(self.dataset, chunks, embedder, self.subject.generator)
 
     def _search(self, collection: Collection, batch: int | None = None) -> dict[str, list[Hit]]:
         """Query id -> hits, best first, searched for `batch` questions at a time; None: all at once."""
@@ -325,15 +313,12 @@ class _Reference:
         whole = subject.generator
         if subject.generator_of_batch is not None:  # one that does not divide what it is given
             whole = cache(partial(subject.generator_of_batch, _WHOLE))
-        trials: list[Trial] = [
-            ("answer_batches", str(n), partial(self._answer, whole, n)) for n in varied.answer_batches
-        ]
+        again = self._answer
+        trials = [("answer_batches", str(n), partial(again, whole, n)) for n in varied.answer_batches]
         if subject.generator_of_dtype is None:
             return trials, ["answer_dtypes is left out: the generator has no such setting."]
-        for dtype in varied.answer_dtypes:
-            make = partial(subject.generator_of_dtype, dtype)
-            trials.append(("answer_dtypes", dtype, partial(self._answer, make)))
-        return trials, []
+        makers = {dtype: partial(subject.generator_of_dtype, dtype) for dtype in varied.answer_dtypes}
+        return trials + [("answer_dtypes", d, partial(again, make)) for d, make in makers.items()], []
 
     def answer_changes(self, axis: str, setting: str, replies: dict[str, Reply]) -> AnswerChanges:
         changed = tuple(q for q, reply in self.replies.items() if reply.answer != replies[q].answer)
