@@ -10,6 +10,8 @@ from rag.context import ContextOptions, build_context, cited, trim
 from rag.embed import Embedder
 from rag.generate import Generator
 from rag.index import store
+from rag.index.analyzer import Analyzer
+from rag.index.lexical import LexicalIndex
 from rag.ingest.chunk import Chunker, chunks_of
 from rag.ingest.load import Skipped, load_folder
 from rag.ops.sampling import Sampling
@@ -32,12 +34,18 @@ class IngestReport:
 
 
 def ingest(
-    corpus: Path, index: Path, chunker: Chunker, embedder: Embedder, progress: Progress = lambda *_: None
+    corpus: Path,
+    index: Path,
+    chunker: Chunker,
+    embedder: Embedder,
+    analyzer: Analyzer | None = None,
+    progress: Progress = lambda *_: None,
 ) -> IngestReport:
     """Load, chunk and embed a folder of files and write its index, replacing one that is there in one step.
 
-    Raises UserError when the folder is missing or holds nothing readable, and when `index` is a folder of
-    something else.
+    With an `analyzer` the index keeps postings too, which searches by words then need not build. Raises
+    UserError when the folder is missing or holds nothing readable, and when `index` is a folder of something
+    else.
     """
     begin = time.perf_counter()
     store.check_writable(index)
@@ -46,7 +54,8 @@ def ingest(
     texts = [chunk.text for chunk in chunks]
     embedder = embedder.fit(texts)
     vectors = embedder.encode(texts, progress=lambda done: progress("embed", done, len(texts)))
-    store.write(index, documents, chunks, vectors, embedder, {"chunker": repr(chunker)})
+    lexical = None if analyzer is None else _postings(texts, analyzer, progress)
+    store.write(index, documents, chunks, vectors, embedder, {"chunker": repr(chunker)}, lexical)
     tokens = sum(len(embedder.token_spans(text)) for text in texts)
     return IngestReport(len(documents), len(chunks), tokens, time.perf_counter() - begin, skipped)
 
@@ -74,6 +83,10 @@ def _chunk(
         chunks += chunks_of(document, chunker, embedder.token_spans)
         progress("chunk", done, len(documents))
     return chunks
+
+
+def _postings(texts: Sequence[str], analyzer: Analyzer, progress: Progress) -> LexicalIndex:
+    return LexicalIndex.build(texts, analyzer, lambda done: progress("words", done, len(texts)))
 
 
 @dataclass(frozen=True)
@@ -153,7 +166,9 @@ def relevant(
     options = reader.context
     if options.min_score == "auto":
         options = replace(options, min_score=relevant_from)
-    return build_context(hits, document_text, options, reader.generator.count, partial(_shown, reader.template))
+    return build_context(
+        hits, document_text, options, reader.generator.count, partial(_shown, reader.template)
+    )
 
 
 def _shown(template: PromptTemplate, source: Source) -> str:

@@ -14,8 +14,9 @@ def main(config) -> None:
     from rag import pipeline
 
     corpus, index = Path(config.corpus.path).expanduser(), Path(config.index.path).expanduser()
+    stages = (build(config[name]) for name in ("chunker", "embedder", "analyzer"))
     with progress_bars() as update:
-        report = pipeline.ingest(corpus, index, build(config.chunker), build(config.embedder), update)
+        report = pipeline.ingest(corpus, index, *stages, update)
     print(
         f"{report.documents} documents, {report.chunks} chunks, {report.tokens} tokens "
         f"in {report.seconds:.1f} s -> {index}"

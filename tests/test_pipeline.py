@@ -8,6 +8,8 @@ import pytest
 from rag import pipeline
 from rag.context import ContextOptions
 from rag.embed import BagOfWords
+from rag.index.analyzer import Analyzer
+from rag.index.lexical import LexicalIndex
 from rag.index.store import Index
 from rag.ingest.chunk import SentenceChunker
 from rag.pipeline import AnswerOptions, Reader
@@ -85,7 +87,7 @@ def asked(question, search, reader, history=()):
 def test_ingest_reports_what_it_read_and_what_it_skipped(corpus, tmp_path):
     seen = []
     report = pipeline.ingest(
-        corpus, tmp_path / "index", SentenceChunker(8), BagOfWords(), lambda *step: seen.append(step)
+        corpus, tmp_path / "index", SentenceChunker(8), BagOfWords(), None, lambda *step: seen.append(step)
     )
     assert (report.documents, report.chunks) == (3, 4)  # the last two sentences of krill.md are nine words
     assert [skipped.path for skipped in report.skipped] == ["image.png"]
@@ -95,6 +97,33 @@ def test_ingest_reports_what_it_read_and_what_it_skipped(corpus, tmp_path):
     assert report.tokens == sum(len(text.split(" ")) for text in texts)
     assert {stage for stage, _, _ in seen} == {"load", "chunk", "embed"}
     assert seen[-1] == ("embed", 4, 4)
+
+
+def test_words_are_searched_in_postings_that_the_index_keeps(corpus, tmp_path, monkeypatch):
+    """With the analyzer of the ingest nothing is built anew; with another one the hits are the same as ever."""
+    plain = Analyzer(stop_words=None)
+    pipeline.ingest(corpus, tmp_path / "index", SentenceChunker(8), BagOfWords(), Analyzer())
+    pipeline.ingest(corpus, tmp_path / "without", SentenceChunker(8), BagOfWords())
+    kept, without = Index.open(tmp_path / "index"), Index.open(tmp_path / "without")
+    assert without.lexical is None
+    built = []
+    build = LexicalIndex.build
+
+    def watched(texts, analyzer):
+        built.append(analyzer)
+        return build(texts, analyzer)
+
+    monkeypatch.setattr(LexicalIndex, "build", watched)
+    found = [
+        [
+            Collection(index, BagOfWords()).search(Lexical(analyzer=a), ["a whale eats", "ice"], 3)
+            for a in (Analyzer(), plain)
+        ]
+        for index in (kept, without)
+    ]
+    assert built == [plain, Analyzer(), plain]
+    assert found[0] == found[1]
+    assert [hit.chunk.path for hit in found[0][0][0]] == ["krill.md", "seal.txt"]
 
 
 def test_ingesting_again_replaces_the_index(corpus, tmp_path):
@@ -189,7 +218,7 @@ def test_k_below_one_is_told(search):
 
 
 def test_any_method_can_feed_the_reader(search):
-    _, answer = asked("what eats krill", replace(search, method=Lexical()), reader(Echo(), min_score="auto"))
+    _, answer = asked("krill whale", replace(search, method=Lexical()), reader(Echo(), min_score="auto"))
     assert [source.path for source in answer.sources] == ["krill.md"]  # no other shares a word
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from rag.index import store
+from rag.index.analyzer import Analyzer
+from rag.index.lexical import BM25Weights, LexicalIndex
 from rag.types import Chunk, Document, UserError
 
 
@@ -89,6 +91,15 @@ def _write(
     vectors = _vectors(len(chunks), seed=len(tag))
     store.write(path, documents, chunks, vectors, embedder, {"chunker": "fixed"})
     return documents, chunks, vectors
+
+
+def _write_words(path: Path, tag: str = "a") -> list[Chunk]:
+    """As _write, with postings."""
+    documents = _documents(tag)
+    chunks = _chunks(documents)
+    lexical = LexicalIndex.build([chunk.text for chunk in chunks], Analyzer(stop_words=["of"]))
+    store.write(path, documents, chunks, _vectors(len(chunks), seed=len(tag)), Stub(), {}, lexical)
+    return chunks
 
 
 def _holds(path: Path, tag: str) -> bool:
@@ -176,6 +187,46 @@ def test_replacing_leaves_one_segment_and_open_indexes_alone(tmp_path):
     np.testing.assert_array_equal(before.vectors, vectors)
 
 
+def test_postings_are_kept_and_mapped(tmp_path):
+    chunks = _write_words(tmp_path)
+    kept = store.Index.open(tmp_path, verify=True).lexical
+    assert kept.analyzer == Analyzer(stop_words=["of"])
+    [(scores, rows)] = kept.search(["document"], 100, BM25Weights())
+    holding = [row for row, chunk in enumerate(chunks) if "document" in chunk.text.split()]
+    assert sorted(rows.tolist()) == holding
+    assert (scores > 0).all()
+    assert isinstance(kept.postings.rows.base, np.memmap)
+    _write(tmp_path)
+    assert store.Index.open(tmp_path, verify=True).lexical is None
+
+
+def test_an_index_that_is_replaced_still_answers_without_its_postings(tmp_path):
+    chunks = _write_words(tmp_path)
+    before = store.Index.open(tmp_path)
+    opened = before.lexical
+    _write_words(tmp_path, "bb")
+    assert before.lexical is None
+    assert len(opened) == len(chunks)
+    assert before.chunks(range(len(before))) == chunks
+
+
+def test_postings_of_other_passages(tmp_path):
+    documents = _documents()
+    chunks = _chunks(documents)
+    lexical = LexicalIndex.build(["one"], Analyzer())
+    with pytest.raises(ValueError, match="postings of as many, not 1"):
+        store.write(tmp_path / "index", documents, chunks, _vectors(len(chunks)), Stub(), {}, lexical)
+    assert not (tmp_path / "index").exists()
+    _write_words(tmp_path)
+    lexical.save(_segment(tmp_path) / "lexical")
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    for name, record in manifest["segments"][0]["files"].items():
+        record["bytes"] = (_segment(tmp_path) / name).stat().st_size
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"postings are of 1 chunks"):
+        _ = store.Index.open(tmp_path).lexical
+
+
 # --- a writer killed ----------------------------------------------------------------------------------------
 
 
@@ -215,7 +266,7 @@ def test_killed_at_any_step(tmp_path, existing):
         with pytest.MonkeyPatch.context() as patch:
             reaper = Reaper(patch, at)
             with contextlib.suppress(Killed):
-                _write(path, "bb")
+                _write_words(path, "bb")
         if reaper.calls < at:
             break
         if not existing and not (path / MANIFEST).exists():
@@ -321,6 +372,20 @@ def test_damaged_files_are_named(tmp_path, name):
     file.unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
         store.Index.open(path)
+
+
+def test_damaged_postings_are_named(tmp_path):
+    _write_words(tmp_path)
+    file = _segment(tmp_path) / "lexical" / "rows.npy"
+    whole = file.read_bytes()
+    file.write_bytes(bytes(len(whole)))
+    with pytest.raises(UserError, match=r"rows\.npy has changed"):
+        store.Index.open(tmp_path, verify=True)
+    with pytest.raises(UserError, match="no whole lexical index"):
+        _ = store.Index.open(tmp_path).lexical
+    file.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"rows\.npy has \d+ bytes instead"):
+        store.Index.open(tmp_path)
 
 
 def test_files_that_disagree(tmp_path):

@@ -16,6 +16,8 @@ from rag.types import Chunk, Document
 class MemoryIndex:
     """The same face as rag.index.store.Index; chunk numbers are places in `chunks`."""
 
+    lexical = None  # no postings are kept
+
     def __init__(
         self, documents: Sequence[Document], chunks: Sequence[Chunk], embed: Callable[[list[str]], np.ndarray]
     ):

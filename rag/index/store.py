@@ -5,6 +5,7 @@
                                      chunks.arrow     document (a row), start, end: a chunk's text is a slice
                                      vectors.npy      [N, E] float32, row i is chunk i's, unit length
                                      embedder/        what the embedder learned from the corpus, if anything
+                                     lexical/         the chunks' postings (rag.index.lexical), if asked for
 
 A writer makes a whole new segment and flushes it to the disk, then replaces the manifest. Killed at any
 moment it leaves the index of before or of after, and rubbish that the next write removes. Opening reads the
@@ -29,11 +30,12 @@ from jaxtyping import Float32, Int
 from rag import cache
 from rag.embed import Embedder
 from rag.index.dense import check_vectors
+from rag.index.lexical import LexicalIndex
 from rag.measure import environment
 from rag.types import Chunk, Document, UserError
 
 FORMAT = 1  # of the folder's contents; a reader refuses a newer one
-_MANIFEST, _LOCK, _EMBEDDER = "manifest.json", "manifest.json.lock", "embedder"
+_MANIFEST, _LOCK, _EMBEDDER, _LEXICAL = "manifest.json", "manifest.json.lock", "embedder", "lexical"
 _KEYS = {"format", "generation", "documents", "chunks", "dim", "embedder", "segments"}
 
 # What a killed writer can leave behind, and so all that the next one may remove.
@@ -52,17 +54,21 @@ def write(
     vectors: Float32[np.ndarray, "N E"],
     embedder: Embedder,
     settings: Mapping[str, Any] | None = None,
+    lexical: LexicalIndex | None = None,
 ) -> None:
     """Write an index, or replace the one at `path` in one step for whoever opens it; waits for other writers.
 
-    vectors[i] is chunks[i]'s. `settings`, JSON-able, go into the manifest as they are. Raises UserError for
-    vectors that have no cosine, text that is no Unicode, documents that share an id, and a folder that holds
-    something else; ValueError for chunks that their documents do not contain. Then nothing has changed.
+    vectors[i] is chunks[i]'s, and so is row i of `lexical`, which need not be there. `settings`, JSON-able, go
+    into the manifest as they are. Raises UserError for vectors that have no cosine, text that is no Unicode,
+    documents that share an id, and a folder that holds something else; ValueError for chunks that their
+    documents do not contain. Then nothing has changed.
     """
     places = _places(documents)
     _check_chunks(chunks, documents, places)
     if len(vectors) != len(chunks):
         raise ValueError(f"{len(chunks)} chunks need as many vectors, not {len(vectors)}")
+    if lexical is not None and len(lexical) != len(chunks):
+        raise ValueError(f"{len(chunks)} chunks need postings of as many, not {len(lexical)}")
     check_vectors(vectors)
     check_writable(path)  # before the lock, which would leave a file there
     try:
@@ -79,6 +85,9 @@ def write(
             np.save(folder / "vectors.npy", vectors)
             (folder / _EMBEDDER).mkdir()
             embedder.save(folder / _EMBEDDER)
+            if lexical is not None:
+                (folder / _LEXICAL).mkdir()
+                lexical.save(folder / _LEXICAL)
             files = {file.relative_to(folder).as_posix(): _file_record(file) for file in _files_below(folder)}
         counts = {"documents": len(documents), "chunks": len(chunks)}
         manifest = {
@@ -277,6 +286,27 @@ class Index:
     def vectors(self) -> Float32[np.ndarray, "N E"]:
         """The vectors of all chunks, memory-mapped."""
         return self._vectors
+
+    @property
+    def lexical(self) -> LexicalIndex | None:
+        """The chunks' postings, mapped into memory anew at each call; None where the index has none.
+
+        Also None once another process has replaced the index: they can be built from the chunks' texts.
+        """
+        if not any(name.startswith(f"{_LEXICAL}/") for name in self.manifest["segments"][0]["files"]):
+            return None
+        try:
+            lexical = LexicalIndex.load(self._segment / _LEXICAL)
+        except UserError:
+            if _read_manifest(self.path)["generation"] != self.manifest["generation"]:
+                return None
+            raise
+        if len(lexical) != len(self):
+            raise UserError(
+                f"The index at {self.path} is damaged, its postings are of {len(lexical)} chunks and not of "
+                f"{len(self)}: ingest the corpus again."
+            )
+        return lexical
 
     def restore(self, embedder: Embedder) -> Embedder:
         """The embedder as it was when it made this index; UserError when another one did."""

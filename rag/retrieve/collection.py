@@ -105,11 +105,14 @@ class Collection:
         return DenseIndex(self.index.vectors)
 
     def lexical(self, analyzer: Analyzer) -> LexicalIndex:
-        """The passages' postings under an analyzer."""
+        """The passages' postings under an analyzer: those kept with the index, or built from the texts."""
         if analyzer not in self._lexical:
             begin = time.perf_counter()
-            chunks = self.index.chunks(range(len(self.index)))
-            self._lexical[analyzer] = LexicalIndex.build([chunk.text for chunk in chunks], analyzer)
+            kept = self.index.lexical
+            if kept is None or kept.analyzer != analyzer:
+                chunks = self.index.chunks(range(len(self.index)))
+                kept = LexicalIndex.build([chunk.text for chunk in chunks], analyzer)
+            self._lexical[analyzer] = kept
             self.lexical_s += time.perf_counter() - begin
         return self._lexical[analyzer]
 
