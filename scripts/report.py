@@ -5,18 +5,19 @@ python scripts/report.py runs=DIR baseline=bm25
 
 from pathlib import Path
 
-from launch import launch, run_dir
+from launch import launch
+from this_run import run_dir
 
 
 def main(config) -> None:
-    from rag.evaluate import report, results
+    from rag.report import compose, results
 
     paths = locations(config.runs)
     runs, failures = results.read(paths)
     baseline, measure = (None if text is None else str(text) for text in (config.baseline, config.measure))
-    blocks = report.page(runs, failures, baseline, measure)
+    blocks = compose.page(runs, failures, baseline, measure)
     output = folder(config.output, paths)
-    report.write(output, blocks)
+    compose.write(output, blocks)
     for failure in failures:
         print(f"failed: {failure.label}: {failure.error}")
     plural = "" if len(runs) == 1 else "s"

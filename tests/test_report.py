@@ -8,18 +8,18 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import hydra
 import numpy as np
 import pytest
 import report as script
 import yaml
-from hydra import compose, initialize_config_dir
 from launch import CONF, quote
 from PIL import Image
 
-from rag.evaluate import page as pages
-from rag.evaluate import plots, report, results, standings
-from rag.evaluate.page import Bullets, Heading, Paragraph, Picture, Table
-from rag.evaluate.plots import Mark
+from rag.report import compose, plots, results, standings
+from rag.report import page as pages
+from rag.report.page import Bullets, Heading, Paragraph, Picture, Table
+from rag.report.plots import Mark
 from rag.types import UserError
 
 HOSTILE = "<b>bold</b> | *x* & $y$ [z](http://example.org)"
@@ -134,13 +134,13 @@ def runs(home):
 
 @pytest.fixture(scope="module")
 def blocks(home):
-    return report.page(*results.read([home]), baseline="base")
+    return compose.page(*results.read([home]), baseline="base")
 
 
 @pytest.fixture(scope="module")
 def output(blocks, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("page")
-    report.write(output, blocks)
+    compose.write(output, blocks)
     return output
 
 
@@ -390,7 +390,7 @@ def test_a_figure_takes_any_label():
 
 def test_no_state_of_pyplot_is_touched():
     assert "matplotlib.pyplot" not in sys.modules
-    assert "rag.evaluate.plots" in sys.modules
+    assert "rag.report.plots" in sys.modules
 
 
 # --- which run is the baseline, and what rows are called
@@ -533,7 +533,7 @@ def test_a_place_without_results_is_named(tmp_path):
 
 def test_a_page_of_failures_alone_is_still_a_page(tmp_path):
     fail(tmp_path / "a", "r=x", "No luck.")
-    blocks = report.page(*results.read([tmp_path]))
+    blocks = compose.page(*results.read([tmp_path]))
     assert [block.items for block in blocks if isinstance(block, Bullets)] == [["r=x failed: No luck."]]
     assert not any(isinstance(block, Picture) for block in blocks)
 
@@ -541,7 +541,7 @@ def test_a_page_of_failures_alone_is_still_a_page(tmp_path):
 def test_runs_without_a_query_in_common_are_said_to_have_none(tmp_path):
     save(tmp_path / "a", "r=a", {"MAP": {"1": 0.5, "2": 0.6}})
     save(tmp_path / "b", "r=b", {"MAP": {"3": 0.5, "4": None}})
-    blocks = report.page(*results.read([tmp_path]))
+    blocks = compose.page(*results.read([tmp_path]))
     (notes,) = [block.items for block in blocks if isinstance(block, Bullets)]
     assert notes == ["b has no query in common with the baseline, so nothing compares them."]
 
@@ -550,8 +550,8 @@ def test_runs_without_a_query_in_common_are_said_to_have_none(tmp_path):
 
 
 def run_script(*overrides: str) -> None:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        script.main(compose("report", list(overrides)))
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        script.main(hydra.compose("report", list(overrides)))
 
 
 def test_the_script_writes_beside_the_runs(tmp_path, capsys):
@@ -593,4 +593,4 @@ def test_runs_may_be_a_list_as_text(tmp_path, monkeypatch):
 def test_an_output_that_cannot_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"Cannot write .*file/report\.md .*: choose output=DIR\."):
-        report.write(tmp_path / "file", [Heading(1, "x")])
+        compose.write(tmp_path / "file", [Heading(1, "x")])

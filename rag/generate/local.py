@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import jax.numpy as jnp
 
@@ -56,7 +55,7 @@ class LocalGenerator:
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits of the weights' bytes, dtype and context length; nothing is loaded for it."""
-        digests = [cache.file_sha256(file) for file in _source_files(self._path)]
+        digests = [cache.file_sha256(file) for file in llama_checkpoint.source_files(self._path)]
         return cache.content_key("llama", GENERATOR_VERSION, digests, self._dtype.name, self._limit)
 
     @property
@@ -174,17 +173,6 @@ class LocalGenerator:
         ids = [(prompt, self.tokenizer.encode(text, special=False)) for prompt, text in pairs]
         found = log_probs(self.engine.model, ids, self._tokens_per_batch)
         return [LogLikelihood(math.fsum(values.tolist()), len(values)) for values in found]
-
-
-def _source_files(path: Path) -> list[Path]:
-    """Every file that the answers depend on, in a fixed order."""
-    if checkpoint.is_gguf(path):
-        return [path]
-    if not path.is_dir():
-        raise UserError(
-            f"{path} is neither a GGUF file nor a folder; name one, or a Hugging Face checkpoint folder"
-        )
-    return [*checkpoint.shards(path), *sorted(path.glob("*.json")), *sorted(path.glob("*.jinja"))]
 
 
 class StoppedText:

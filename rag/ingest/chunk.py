@@ -16,7 +16,7 @@ from jaxtyping import Float32
 from rag.embed import Embedder
 from rag.ingest.packing import Encode, Span, Tokens, TokenSpans, check_sizes, divide, fitting, pack, trim_all
 from rag.ingest.sentences import sentences
-from rag.types import Chunk, Document, UserError
+from rag.types import Chunk, Document, UserError, chunk_at
 
 
 @runtime_checkable  # the run-time type check of the tests asks for it
@@ -41,17 +41,7 @@ def chunks_of(document: Document, chunker: Chunker, embedder: Embedder | TokenSp
         spans = chunker.split(document.text, embedder.token_spans, lambda texts: _encode(embedder, texts))
     else:
         spans = chunker.split(document.text, embedder)
-    return [
-        Chunk(
-            id=f"{document.id}:{start}-{end}",
-            document_id=document.id,
-            path=document.path,
-            start=start,
-            end=end,
-            text=document.text[start:end],
-        )
-        for start, end in spans
-    ]
+    return [chunk_at(document, start, end) for start, end in spans]
 
 
 def _encode(embedder: Embedder, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:

@@ -45,19 +45,23 @@ def load(path: Path) -> tuple[Llama, Tokenizer]:
 
     Raises UserError for another architecture and for tensors that do not fit.
     """
-    if checkpoint.is_gguf(path):
-        folder = checkpoint.keep("llama", [path], partial(_convert_gguf, path))
-    elif path.is_dir():
-        parts = [*checkpoint.shards(path), *sorted(path.glob("*.json")), *sorted(path.glob("*.jinja"))]
-        folder = checkpoint.keep("llama", parts, partial(_convert_huggingface, path))
-    else:
-        raise UserError(
-            f"{path} is neither a GGUF file nor a folder; name one, or a Hugging Face checkpoint folder"
-        )
+    convert = _convert_gguf if checkpoint.is_gguf(path) else _convert_huggingface
+    folder = checkpoint.keep("llama", source_files(path), partial(convert, path))
     values = json.loads((folder / "config.json").read_text())
     factors = values.pop("rope_factors")
     config = LlamaConfig(**values, rope_factors=tuple(factors) if factors else None)
     return checkpoint.load_module(abstract(config), folder), Tokenizer.load(folder)
+
+
+def source_files(path: Path) -> list[Path]:
+    """Every file that the answers depend on, in a fixed order; UserError if this is no checkpoint."""
+    if checkpoint.is_gguf(path):
+        return [path]
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is neither a GGUF file nor a folder; name one, or a Hugging Face checkpoint folder"
+        )
+    return [*checkpoint.shards(path), *sorted(path.glob("*.json")), *sorted(path.glob("*.jinja"))]
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rag.evaluate import stats
-from rag.evaluate.plots import Standing
-from rag.evaluate.results import Run
 from rag.evaluate.stats import Comparison, Statistics
+from rag.report.plots import Standing
+from rag.report.results import Run
 from rag.types import UserError
 
 _MAIN = "nDCG@10"  # the main measure where every run has it and none is named

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from rag.evaluate.stats import Comparison
-from rag.evaluate.wording import duration, shortened
+from rag.report.wording import duration, shortened
 
 Standing = Literal["baseline", "better", "worse", "open"]  # open: no significant difference
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from rag.evaluate.page import Block, Heading, Paragraph, Table
-from rag.evaluate.results import Run
-from rag.evaluate.standings import Standings
-from rag.evaluate.wording import LONGEST, MISSING, byte_size, duration, plain, rate, shortened
+from rag.report.page import Block, Heading, Paragraph, Table
+from rag.report.results import Run
+from rag.report.standings import Standings
+from rag.report.wording import LONGEST, MISSING, byte_size, duration, plain, rate, shortened
 
 _NOISE = {"path", "dir", "output", "runs"}  # last words of settings that say where, not what
 _MOMENTARY = {"load_average", "peak_memory_bytes"}  # of an environment: the ledger tells what matters of it

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rag.cache import atomic_file
-from rag.evaluate import plots
-from rag.evaluate.page import Block, Bullets, Heading, Paragraph, Picture, Table, html, markdown
-from rag.evaluate.plots import Mark
-from rag.evaluate.provenance import cost, costs, environment, separating
-from rag.evaluate.results import Failure, Run
-from rag.evaluate.standings import Standings, asked, common, defined, standing, standings
 from rag.evaluate.stats import Comparison
-from rag.evaluate.wording import MISSING, difference, duration, number, p_value, setting, with_interval
+from rag.report import plots
+from rag.report.page import Block, Bullets, Heading, Paragraph, Picture, Table, html, markdown
+from rag.report.plots import Mark
+from rag.report.provenance import cost, costs, environment, separating
+from rag.report.results import Failure, Run
+from rag.report.standings import Standings, asked, common, defined, standing, standings
+from rag.report.wording import MISSING, difference, duration, number, p_value, setting, with_interval
 from rag.types import UserError
 
 TITLE = "Evaluation report"

@@ -1,0 +1,1 @@
+"""Results of evaluations, read back, compared, and shown on one page."""
