@@ -6,8 +6,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Float32
+
 from rag.context import ContextOptions, build_context, cited, trim
 from rag.embed import Embedder
+from rag.embed_cache import CachedEmbedder
 from rag.generate import Generator
 from rag.index import store
 from rag.index.analyzer import Analyzer
@@ -29,6 +33,7 @@ class IngestReport:
     documents: int
     chunks: int
     tokens: int  # of all chunks, overlaps counted twice, by the embedder's tokenizer
+    embedded: int  # texts that went through the embedder; the other chunks' vectors were known
     seconds: float
     skipped: tuple[Skipped, ...]
 
@@ -50,14 +55,17 @@ def ingest(
     begin = time.perf_counter()
     store.check_writable(index)
     documents, skipped = _load(corpus, progress)
+    if embedder.fit([]) is embedder:  # else a vector depends on the corpus, not on its text alone
+        embedder = CachedEmbedder(embedder)
     chunks = _chunk(documents, chunker, embedder, progress)
     texts = [chunk.text for chunk in chunks]
     embedder = embedder.fit(texts)
-    vectors = embedder.encode(texts, progress=lambda done: progress("embed", done, len(texts)))
+    vectors, embedded = _embed(texts, embedder, progress)
     lexical = None if analyzer is None else _postings(texts, analyzer, progress)
     store.write(index, documents, chunks, vectors, embedder, {"chunker": repr(chunker)}, lexical)
     tokens = sum(len(embedder.token_spans(text)) for text in texts)
-    return IngestReport(len(documents), len(chunks), tokens, time.perf_counter() - begin, skipped)
+    seconds = time.perf_counter() - begin
+    return IngestReport(len(documents), len(chunks), tokens, embedded, seconds, skipped)
 
 
 def _load(corpus: Path, progress: Progress) -> tuple[list[Document], tuple[Skipped, ...]]:
@@ -80,9 +88,17 @@ def _chunk(
 ) -> list[Chunk]:
     chunks: list[Chunk] = []
     for done, document in enumerate(documents, 1):
-        chunks += chunks_of(document, chunker, embedder.token_spans)
+        chunks += chunks_of(document, chunker, embedder)
         progress("chunk", done, len(documents))
     return chunks
+
+
+def _embed(
+    texts: Sequence[str], embedder: Embedder, progress: Progress
+) -> tuple[Float32[np.ndarray, "N E"], int]:
+    """The texts' vectors, and how many texts had to be computed."""
+    computed = embedder.missing(texts) if isinstance(embedder, CachedEmbedder) else len(set(texts))
+    return embedder.encode(texts, progress=lambda done: progress("embed", done, len(texts))), computed
 
 
 def _postings(texts: Sequence[str], analyzer: Analyzer, progress: Progress) -> LexicalIndex:

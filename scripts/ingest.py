@@ -18,8 +18,8 @@ def main(config) -> None:
     with progress_bars() as update:
         report = pipeline.ingest(corpus, index, *stages, update)
     print(
-        f"{report.documents} documents, {report.chunks} chunks, {report.tokens} tokens "
-        f"in {report.seconds:.1f} s -> {index}"
+        f"{report.documents} documents, {report.chunks} chunks ({report.embedded} embedded anew), "
+        f"{report.tokens} tokens in {report.seconds:.1f} s -> {index}"
     )
     for skipped in report.skipped:
         print(f"skipped {skipped.path}: {skipped.reason}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rag import pipeline
@@ -12,6 +13,7 @@ from rag.index.analyzer import Analyzer
 from rag.index.lexical import LexicalIndex
 from rag.index.store import Index
 from rag.ingest.chunk import SentenceChunker
+from rag.ingest.semantic import SemanticChunker
 from rag.pipeline import AnswerOptions, Reader
 from rag.prompt import PromptTemplate
 from rag.retrieve.collection import Collection
@@ -58,6 +60,41 @@ class Echo:
         raise NotImplementedError
 
 
+class Letters:
+    """An embedder that learns nothing, so that its vectors can be kept: how often a text has each letter."""
+
+    dim, relevant_from, spec = 26, None, {"kind": "letters"}
+
+    def __init__(self, fingerprint="letters"):
+        self.fingerprint, self.encoded = fingerprint, []
+
+    def encode(self, texts, progress=lambda done: None):
+        self.encoded += texts
+        counts = np.array([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts])
+        vectors = counts.reshape(-1, 26) / np.linalg.norm(counts.reshape(-1, 26), axis=1, keepdims=True)
+        return vectors.astype(np.float32)
+
+    def encode_queries(self, texts):
+        return self.encode(texts)
+
+    def token_spans(self, text):
+        return BagOfWords().token_spans(text)
+
+    def fit(self, texts):
+        return self
+
+    def save(self, folder):
+        pass
+
+    def restore(self, folder):
+        return self
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def corpus(tmp_path):
     folder = tmp_path / "corpus"
@@ -84,6 +121,11 @@ def asked(question, search, reader, history=()):
     return "".join(pieces), answer
 
 
+def texts_of(index):
+    opened = Index.open(index)
+    return [chunk.text for chunk in opened.chunks(range(len(opened)))]
+
+
 def test_ingest_reports_what_it_read_and_what_it_skipped(corpus, tmp_path):
     seen = []
     report = pipeline.ingest(
@@ -97,6 +139,35 @@ def test_ingest_reports_what_it_read_and_what_it_skipped(corpus, tmp_path):
     assert report.tokens == sum(len(text.split(" ")) for text in texts)
     assert {stage for stage, _, _ in seen} == {"load", "chunk", "embed"}
     assert seen[-1] == ("embed", 4, 4)
+
+
+def test_nothing_is_embedded_twice(corpus, tmp_path):
+    """Not even into another index by another object; a text that is cut otherwise is another one."""
+    chunker, first, second = SentenceChunker(8), Letters(), Letters()
+    report = pipeline.ingest(corpus, tmp_path / "index", chunker, first)
+    assert (report.embedded, sorted(first.encoded)) == (4, sorted(texts_of(tmp_path / "index")))
+    (corpus / "new.txt").write_text("An albatross glides.")
+    report = pipeline.ingest(corpus, tmp_path / "other", chunker, second)
+    assert (report.embedded, second.encoded) == (1, ["An albatross glides."])
+    np.testing.assert_array_equal(
+        Index.open(tmp_path / "other").vectors, Letters().encode(texts_of(tmp_path / "other"))
+    )
+    assert pipeline.ingest(corpus, tmp_path / "other", SentenceChunker(30), second).embedded == 1
+
+
+def test_vectors_that_depend_on_the_corpus_are_not_kept(corpus, tmp_path):
+    for _ in range(2):
+        assert pipeline.ingest(corpus, tmp_path / "index", SentenceChunker(8), BagOfWords()).embedded == 4
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_chunker_may_compare_meanings(corpus, tmp_path):
+    pipeline.ingest(corpus, tmp_path / "index", SemanticChunker(size=8), Letters())
+    assert "".join("".join(texts_of(tmp_path / "index")).split()) == "".join(
+        "".join(
+            Index.open(tmp_path / "index").document_text(n) for n in sorted(FILES) if n != "image.png"
+        ).split()
+    )
 
 
 def test_words_are_searched_in_postings_that_the_index_keeps(corpus, tmp_path, monkeypatch):
