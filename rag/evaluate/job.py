@@ -149,11 +149,13 @@ class Job:
         ranking = tuned.run if tuned else run.documents(found, self.dataset, self.evaluation.depth)
         replies = self._replies(collection, found)
         per_query = self._per_query(ranking, found, replies, collection)
+        latency = probe(self.method, collection, self._probed())
+        tokens = sum(reply.prompt_tokens + reply.new_tokens for reply in replies)
         files = {
             "metrics.json": _json(self._summary(per_query)),
             "per_query.jsonl": _lines({"query": query} | row for query, row in per_query.items()),
             "run.trec": "".join(metrics.trec_lines(ranking)),
-            "ledger.json": _json(ledger(memo, collection, probe(self.method, collection, self._probed()))),
+            "ledger.json": _json(ledger(memo, collection, latency, tokens)),
         }
         if tuned:
             files["tuning.json"] = _json(tuned.as_json())

@@ -50,13 +50,14 @@ def probe(method: Retriever, collection: Collection, questions: Sequence[str]) -
     return Latency(float(p50), float(p95), len(seconds), compiling, bare.nbytes, bare.lexical_s)
 
 
-def ledger(memo: Memo, collection: Collection, latency: Latency) -> dict[str, Any]:
-    """The costs of one evaluation, JSON-able."""
+def ledger(memo: Memo, collection: Collection, latency: Latency, tokens: int) -> dict[str, Any]:
+    """The costs of one evaluation, JSON-able; `tokens` of prompts and answers were read and written for it."""
     costs = memo.costs
     embedded_s = getattr(
         collection.embedder, "passages_s", 0.0
     )  # nothing is kept of an embedder that is fitted
     build = latency.lexical_s + embedded_s + sum(costs[s].seconds for s in ("chunk",) if s in costs)
+    answering_s = costs["answer"].seconds if "answer" in costs else 0.0
     return {
         "stages": {
             stage: {"seconds": cost.seconds, "items": cost.items, "reused": cost.reused}
@@ -66,6 +67,7 @@ def ledger(memo: Memo, collection: Collection, latency: Latency) -> dict[str, An
         "index_bytes": latency.index_bytes,
         "passages": len(collection.index),
         "passages_per_s": len(collection.index) / build if build else None,
+        "tokens_per_s": tokens / answering_s if answering_s else None,
         "query_p50_s": latency.p50,
         "query_p95_s": latency.p95,
         "query_n": latency.queries,
