@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32
@@ -30,12 +31,15 @@ Progress = Callable[[str, int, int], None]  # stage, done, of how many
 class IngestReport:
     """What ingesting a folder came to."""
 
-    documents: int
-    chunks: int
-    tokens: int  # of all chunks, overlaps counted twice, by the embedder's tokenizer
+    documents: int  # in the index now
+    chunks: int  # in the index now
+    tokens: int  # of the chunks made in this run, overlaps counted twice, by the embedder's tokenizer
     embedded: int  # texts that went through the embedder; the other chunks' vectors were known
     seconds: float
     skipped: tuple[Skipped, ...]
+    added: int  # documents that the index did not have
+    replaced: int  # documents that it had with another text
+    postings: Literal["none", "built", "extended", "kept"]
 
 
 def ingest(
@@ -45,27 +49,85 @@ def ingest(
     embedder: Embedder,
     analyzer: Analyzer | None = None,
     progress: Progress = lambda *_: None,
+    *,
+    add: bool = False,
 ) -> IngestReport:
     """Load, chunk and embed a folder of files and write its index, replacing one that is there in one step.
 
-    With an `analyzer` the index keeps postings too, which searches by words then need not build. Raises
-    UserError when the folder is missing or holds nothing readable, and when `index` is a folder of something
-    else.
+    With an `analyzer` the index keeps postings too, which searches by words then need not build. With `add` the
+    index keeps its documents, in their order, and those of the folder that it does not have, or has under the
+    same id with another text, follow; where there is no index yet, one is made.
+
+    Raises UserError when the folder is missing or holds nothing readable, and when `index` is a folder of
+    something else; with `add` also when another embedder or chunker made the index.
     """
     begin = time.perf_counter()
     store.check_writable(index)
-    documents, skipped = _load(corpus, progress)
+    old = _opened(index, chunker, embedder) if add and store.exists(index) else None
     if embedder.fit([]) is embedder:  # else a vector depends on the corpus, not on its text alone
         embedder = CachedEmbedder(embedder)
-    chunks = _chunk(documents, chunker, embedder, progress)
-    texts = [chunk.text for chunk in chunks]
-    embedder = embedder.fit(texts)
-    vectors, embedded = _embed(texts, embedder, progress)
-    lexical = None if analyzer is None else _postings(texts, analyzer, progress)
-    store.write(index, documents, chunks, vectors, embedder, {"chunker": repr(chunker)}, lexical)
-    tokens = sum(len(embedder.token_spans(text)) for text in texts)
-    seconds = time.perf_counter() - begin
-    return IngestReport(len(documents), len(chunks), tokens, embedded, seconds, skipped)
+    loaded, skipped = _load(corpus, progress)
+    kept = _Kept() if old is None else _Kept.of(old, loaded)
+    known = {document.id for document in kept.documents}
+    new = [document for document in loaded if document.id not in known]
+    documents = [*kept.documents, *new]
+    chunks = [*kept.chunks, *_chunk(new, chunker, embedder, progress)]
+    made = [chunk.text for chunk in chunks[len(kept.chunks) :]]
+    computed, postings = 0, "none" if analyzer is None else "kept"
+    if old is None or new or kept.analyzer != analyzer:
+        vectors, fitted, computed = _vectors(kept, chunks, embedder, progress)
+        lexical, postings = _postings(kept, chunks, analyzer, progress)
+        base = None if not add else 0 if old is None else old.generation
+        store.write(index, documents, chunks, vectors, fitted, {"chunker": repr(chunker)}, lexical, base)
+    return IngestReport(
+        documents=len(documents),
+        chunks=len(chunks),
+        tokens=sum(len(embedder.token_spans(text)) for text in made),
+        embedded=computed,
+        seconds=time.perf_counter() - begin,
+        skipped=skipped,
+        added=len(new) - kept.replaced,
+        replaced=kept.replaced,
+        postings=postings,
+    )
+
+
+def _opened(index: Path, chunker: Chunker, embedder: Embedder) -> store.Index:
+    """The index, if these two made it."""
+    old = store.Index.open(index)
+    old.check_embedder(embedder)
+    cut_by = old.manifest["settings"].get("chunker")
+    if cut_by != repr(chunker):
+        raise UserError(
+            f"The documents of the index at {index} were cut by {cut_by}, not by {chunker!r}: choose that chunker, "
+            "or ingest all of them again without index.add."
+        )
+    return old
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What stays of an index that a folder is added to; nothing, where it begins anew."""
+
+    documents: Sequence[Document] = ()
+    chunks: Sequence[Chunk] = ()
+    vectors: Float32[np.ndarray, "N E"] | None = None
+    lexical: LexicalIndex | None = None  # of all the index's chunks
+    replaced: int = 0  # documents that do not stay
+
+    @property
+    def analyzer(self) -> Analyzer | None:
+        return None if self.lexical is None else self.lexical.analyzer
+
+    @staticmethod
+    def of(old: store.Index, coming: Sequence[Document]) -> "_Kept":
+        """All documents but those that come with the same id and are not the same."""
+        latest, before = {document.id: document for document in coming}, old.all_documents()
+        documents = [document for document in before if latest.get(document.id, document) == document]
+        ids, chunks = {document.id for document in documents}, old.chunks(range(len(old)))
+        rows = [row for row, chunk in enumerate(chunks) if chunk.document_id in ids]
+        replaced = len(before) - len(documents)
+        return _Kept(documents, [chunks[row] for row in rows], old.vectors[rows], old.lexical, replaced)
 
 
 def _load(corpus: Path, progress: Progress) -> tuple[list[Document], tuple[Skipped, ...]]:
@@ -93,16 +155,32 @@ def _chunk(
     return chunks
 
 
-def _embed(
-    texts: Sequence[str], embedder: Embedder, progress: Progress
-) -> tuple[Float32[np.ndarray, "N E"], int]:
-    """The texts' vectors, and how many texts had to be computed."""
-    computed = embedder.missing(texts) if isinstance(embedder, CachedEmbedder) else len(set(texts))
-    return embedder.encode(texts, progress=lambda done: progress("embed", done, len(texts))), computed
+def _vectors(
+    kept: _Kept, chunks: Sequence[Chunk], embedder: Embedder, progress: Progress
+) -> tuple[Float32[np.ndarray, "N E"], Embedder, int]:
+    """The chunks' vectors, the embedder made ready for them, and how many texts had to be computed."""
+    texts = [chunk.text for chunk in chunks]
+    fitted = embedder.fit(texts)
+    first = (
+        len(kept.chunks) if fitted is embedder else 0
+    )  # what it learns changes the vectors that were there
+    todo = texts[first:]
+    computed = fitted.missing(todo) if isinstance(fitted, CachedEmbedder) else len(set(todo))
+    vectors = fitted.encode(todo, progress=lambda done: progress("embed", done, len(todo)))
+    return np.concatenate([kept.vectors, vectors]) if first else vectors, fitted, computed
 
 
-def _postings(texts: Sequence[str], analyzer: Analyzer, progress: Progress) -> LexicalIndex:
-    return LexicalIndex.build(texts, analyzer, lambda done: progress("words", done, len(texts)))
+def _postings(
+    kept: _Kept, chunks: Sequence[Chunk], analyzer: Analyzer | None, progress: Progress
+) -> tuple[LexicalIndex | None, Literal["none", "built", "extended"]]:
+    """Rows can be added to postings, but not removed."""
+    if analyzer is None:
+        return None, "none"
+    extends = kept.analyzer == analyzer and not kept.replaced
+    lexical = kept.lexical if extends else LexicalIndex.build([], analyzer)
+    texts = [chunk.text for chunk in chunks[len(lexical) :]]
+    lexical.add(texts, lambda done: progress("words", done, len(texts)))
+    return lexical, "extended" if extends else "built"
 
 
 @dataclass(frozen=True)

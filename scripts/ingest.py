@@ -1,14 +1,27 @@
 """A folder of files to an index.
 
 python scripts/ingest.py corpus.path=data/sample/documents index.path=.demo/index
+python scripts/ingest.py corpus.path=MORE index.path=.demo/index index.add=true
 """
 
+from __future__ import annotations  # the types below are imported in main: a typo should not wait for JAX
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch import build, launch
 
+from rag.types import UserError
+
+if TYPE_CHECKING:
+    from rag.pipeline import IngestReport
+
 
 def main(config) -> None:
+    if not isinstance(
+        config.index.add, bool
+    ):  # yes and no are text to Hydra, and any text would count as true
+        raise UserError(f"index.add={config.index.add} will not do: it must be true or false.")
     from terminal import progress_bars
 
     from rag import pipeline
@@ -16,13 +29,24 @@ def main(config) -> None:
     corpus, index = Path(config.corpus.path).expanduser(), Path(config.index.path).expanduser()
     stages = (build(config[name]) for name in ("chunker", "embedder", "analyzer"))
     with progress_bars() as update:
-        report = pipeline.ingest(corpus, index, *stages, update)
+        report = pipeline.ingest(corpus, index, *stages, update, add=config.index.add)
     print(
         f"{report.documents} documents, {report.chunks} chunks ({report.embedded} embedded anew), "
         f"{report.tokens} tokens in {report.seconds:.1f} s -> {index}"
     )
+    if config.index.add:
+        print(changes(report))
     for skipped in report.skipped:
         print(f"skipped {skipped.path}: {skipped.reason}")
+
+
+def changes(report: IngestReport) -> str:
+    """What adding a folder to an index did."""
+    if report.added == report.documents:
+        return "there was no index to add to: this is a new one"
+    same = report.documents - report.added - report.replaced
+    documents = f"{report.added} documents added, {report.replaced} replaced, {same} as they were"
+    return f"{documents}; postings {report.postings}"
 
 
 if __name__ == "__main__":

@@ -61,6 +61,18 @@ def index(home, run):
     return home / "index"
 
 
+def test_a_folder_is_added_to_an_index(home, run):
+    grown = ("index.path=grown", *WORDS, "index.add=true")
+    out, _ = run(ingest, "corpus.path=documents", *grown)
+    assert "2 documents, 2 chunks (2 embedded anew), " in out
+    assert "this is a new one" in out
+    (home / "more").mkdir()
+    (home / "more" / "gull.txt").write_text("A gull nests on a cliff.")
+    out, _ = run(ingest, "corpus.path=more", *grown)
+    assert "3 documents, 3 chunks (3 embedded anew), " in out  # a new word is a new dimension of every vector
+    assert "1 documents added, 0 replaced, 2 as they were; postings extended" in out
+
+
 def test_a_question_is_answered_with_sources_and_times(index, run):
     out, _ = run(generate, *ASK, "question=What eats krill?")
     assert "krill.md:0-19  score 0." in out
@@ -124,6 +136,12 @@ def test_a_session_keeps_history_and_knows_its_commands(index, run, monkeypatch)
         (generate, (*INDEX, "question=x", "generator.weights=/no/such.gguf"), "/no/such.gguf"),
         (ingest, ("corpus.path=missing", *INDEX), "missing"),
         (ingest, ("corpus.path=documents", "index.path=documents", *WORDS), "documents"),
+        (ingest, ("corpus.path=documents", *INDEX, "index.add=yes"), "true or false"),
+        (
+            ingest,
+            ("corpus.path=documents", *INDEX, "index.add=true", "chunker.size=99"),
+            "choose that chunker",
+        ),
         (eval_script, ("dataset.path=documents", *WORDS), "documents"),
     ],
 )

@@ -55,13 +55,15 @@ def write(
     embedder: Embedder,
     settings: Mapping[str, Any] | None = None,
     lexical: LexicalIndex | None = None,
+    base: int | None = None,
 ) -> None:
     """Write an index, or replace the one at `path` in one step for whoever opens it; waits for other writers.
 
     vectors[i] is chunks[i]'s, and so is row i of `lexical`, which need not be there. `settings`, JSON-able, go
     into the manifest as they are. Raises UserError for vectors that have no cosine, text that is no Unicode,
     documents that share an id, and a folder that holds something else; ValueError for chunks that their
-    documents do not contain. Then nothing has changed.
+    documents do not contain. Also UserError when the index is no longer of the generation `base` (0: none was
+    there), so that what another writer added since is not lost. Then nothing has changed.
     """
     places = _places(documents)
     _check_chunks(chunks, documents, places)
@@ -77,8 +79,10 @@ def write(
         raise UserError(f"Cannot make the index folder {path} ({error.strerror}): choose another.") from error
     with cache.locked(path / _MANIFEST):
         check_writable(path)
-        generation = 1 + (_read_manifest(path)["generation"] if (path / _MANIFEST).exists() else 0)
-        name = f"segment-{generation:06d}-{uuid.uuid4().hex[:8]}"
+        latest = _read_manifest(path)["generation"] if exists(path) else 0
+        if base is not None and base != latest:
+            raise UserError(f"Another program changed the index at {path} meanwhile: run this again.")
+        name = f"segment-{latest + 1:06d}-{uuid.uuid4().hex[:8]}"
         with cache.atomic_folder(path / name) as folder:
             _write_table(folder / "documents.arrow", _DOCUMENTS, documents, _document_row)
             _write_table(folder / "chunks.arrow", _CHUNKS, chunks, lambda chunk: _chunk_row(chunk, places))
@@ -92,7 +96,7 @@ def write(
         counts = {"documents": len(documents), "chunks": len(chunks)}
         manifest = {
             "format": FORMAT,
-            "generation": generation,
+            "generation": latest + 1,
             **counts,
             "dim": vectors.shape[1],
             "embedder": {"fingerprint": embedder.fingerprint, "spec": embedder.spec},
@@ -106,13 +110,18 @@ def write(
         _remove_rubbish(path, keep=name)
 
 
+def exists(path: Path) -> bool:
+    """Whether there is an index at `path`, be it one that this version cannot read."""
+    return (path / _MANIFEST).exists()
+
+
 def check_writable(path: Path) -> None:
     """UserError when `path` is a file, or a folder with something in it that no index of ours left there."""
     if not os.path.lexists(path):
         return
     if not path.is_dir():
         raise UserError(f"index.path={path} is not a folder: choose another place for the index.")
-    if (path / _MANIFEST).exists():
+    if exists(path):
         _read_manifest(path)
         return
     foreign = [e.name for e in path.iterdir() if e.name != _LOCK and not _is_rubbish(e.name)]
@@ -278,6 +287,11 @@ class Index:
         return cache.content_key([files[name]["sha256"] for name in ("documents.arrow", "chunks.arrow")])
 
     @property
+    def generation(self) -> int:
+        """Which of the indexes that were written to this folder it is, from 1."""
+        return self.manifest["generation"]
+
+    @property
     def documents(self) -> int:
         """How many documents there are."""
         return len(self._documents)
@@ -308,8 +322,8 @@ class Index:
             )
         return lexical
 
-    def restore(self, embedder: Embedder) -> Embedder:
-        """The embedder as it was when it made this index; UserError when another one did."""
+    def check_embedder(self, embedder: Embedder) -> None:
+        """UserError when it is not the one that made this index."""
         made_by = self.manifest["embedder"]
         if embedder.fingerprint != made_by["fingerprint"]:
             named = made_by["spec"].get("uri", made_by["spec"].get("kind"))
@@ -317,6 +331,10 @@ class Index:
                 f"The index at {self.path} was built by another embedder, {named}: "
                 "choose that one with embedder=..., or ingest the corpus again with this one."
             )
+
+    def restore(self, embedder: Embedder) -> Embedder:
+        """The embedder as it was when it made this index; UserError when another one did."""
+        self.check_embedder(embedder)
         return embedder.restore(self._segment / _EMBEDDER)
 
     def chunks(self, rows: Iterable[int] | Int[np.ndarray, "n"]) -> list[Chunk]:
@@ -328,6 +346,10 @@ class Index:
     def document_text(self, document_id: str) -> str:
         """The extracted text that a document's spans point into. Raises KeyError for an unknown id."""
         return self._document(self._places[document_id]).text
+
+    def all_documents(self) -> list[Document]:
+        """The documents in their order."""
+        return [Document(**row) for row in self._documents.to_pylist()]
 
     def _span(self, row: int) -> dict[str, int]:
         if not 0 <= row < len(self):
