@@ -131,6 +131,15 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def claimed(path: str | Path) -> Iterator[None]:
+    """`locked` for a file of the cache: UserError when the lock cannot be made; the block's errors stay its own."""
+    with contextlib.ExitStack() as stack:
+        with writing():
+            stack.enter_context(locked(path))
+        yield
+
+
+@contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that appears at `path` whole when the block ends, or not at all if it raises.
 

@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Float32, Float64, Int
 
 from rag import cache
-from rag.models import bert, bert_checkpoint, hub
+from rag.models import bert, bert_checkpoint, hub, tokenizer
+from rag.ops import attention, flash, linear, visibility
 from rag.types import UserError
 
 BERT_VERSION = 1  # part of fingerprints: raise it when the same weights begin to give other vectors
@@ -99,6 +100,16 @@ class BertEmbedder:
     length even where the checkpoint would leave them longer, because an index compares by cosine.
     Raises UserError for a checkpoint that cannot be loaded and a max_length beyond its positions.
     """
+
+    code: ClassVar = (
+        bert,
+        bert_checkpoint,
+        tokenizer,
+        attention,
+        flash,
+        visibility,
+        linear,
+    )  # what vectors depend on
 
     def __init__(
         self,

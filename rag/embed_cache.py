@@ -1,7 +1,7 @@
 """Vectors kept on disk by (embedder, text): nothing that was embedded once is embedded again.
 
-    vectors/<embedder's fingerprint>/<batch>.npy      a row a text: its hash, its vector, the seconds it took
-    vectors/<embedder's fingerprint>/<request>.todo   which of a request's texts were missing when it first came
+    vectors/<embedder's version>/<batch>.npy      a row a text: its hash, its vector, the seconds it took
+    vectors/<embedder's version>/<request>.todo   which of a request's texts were missing when it first came
 
 A batch is written whole. What a request lacks is written down before its first batch is computed: after a kill the
 same batches are formed again, so a resumed run gets the same vectors to the bit.
@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from rag.cache import atomic_file, cache_root, content_key, locked, writing
+from rag.cache import atomic_file, cache_root, claimed, content_key, writing
 from rag.embed import Embedder, Progress
+from rag.measure import compile_seconds
+from rag.memo import version_of
 
 _BATCH = 256  # texts of a file: what a kill can lose
 
@@ -32,7 +34,9 @@ class CachedEmbedder:
     def __init__(self, embedder: Embedder, folder: Path | None = None):
         """`folder`: where vectors are kept, by default the cache's."""
         self.uncached = embedder
-        self._folder = (folder or cache_root() / "vectors") / embedder.fingerprint
+        self._folder = (folder or cache_root() / "vectors") / version_of(embedder)
+        self._read: dict[bytes, np.void] = {}  # every text's row on disk, mapped into memory, by its hash
+        self._files: set[Path] = set()  # that were read
         self.passages_s = 0.0  # that the passages' vectors took to compute, in this run or before
         self.passages = self.reused = 0  # given so far, and of them found on disk
         # What Embedder's protocol asks for, as the embedder has it.
@@ -76,7 +80,7 @@ class CachedEmbedder:
         unique, rows = _hashes(kind, texts), self._rows()
         known = len(unique.keys() & rows.keys())
         if known < len(unique):
-            with writing(), locked(self._folder / "vectors"):
+            with claimed(self._folder / "vectors"):
                 self._compute(unique, encode, lambda done: progress(known + done))
             rows = self._rows()
         progress(len(texts))
@@ -93,7 +97,7 @@ class CachedEmbedder:
         keys, rows = list(unique), self._rows()
         plan = self._folder / f"{content_key(keys)}.todo"
         if not plan.exists():
-            with atomic_file(plan, "w") as file:
+            with writing(), atomic_file(plan, "w") as file:
                 json.dump([i for i, key in enumerate(keys) if key not in rows], file)
         todo = json.loads(plan.read_text())
         for start in range(0, len(todo), _BATCH):
@@ -103,25 +107,27 @@ class CachedEmbedder:
         plan.unlink()
 
     def _write(self, keys: list[bytes], texts: list[str], encode: Callable) -> None:
-        begin = time.perf_counter()
+        """Embed a planned batch whole; a vector that is there by now, and was used, stays the one that counts."""
+        begin, compiled = time.perf_counter(), compile_seconds()
         made = np.empty(len(texts), self._row)
         made["vector"] = encode(texts)
-        made["seconds"] = (time.perf_counter() - begin) / len(texts)
+        made["seconds"] = (time.perf_counter() - begin - (compile_seconds() - compiled)) / len(texts)
         made["text"] = np.frombuffer(b"".join(keys), "V32")
-        with atomic_file(self._folder / f"{content_key(keys)}.npy") as file:
-            np.save(file, made)
+        new = [key not in self._rows() for key in keys]
+        with writing(), atomic_file(self._folder / f"{content_key(keys)}.npy") as file:
+            np.save(file, made[new])
 
     @property
     def _row(self) -> np.dtype:
         return np.dtype([("text", "V32"), ("seconds", np.float32), ("vector", np.float32, (self.dim,))])
 
     def _rows(self) -> dict[bytes, np.void]:
-        """Every text's row on disk, mapped into memory, by its hash."""
-        rows: dict[bytes, np.void] = {}
-        for path in sorted(self._folder.glob("*.npy")):
+        """All rows on disk; only files that are new since the last call are read."""
+        for path in sorted(set(self._folder.glob("*.npy")) - self._files):
             batch = np.load(path, mmap_mode="r", allow_pickle=False)
-            rows |= zip((key.tobytes() for key in batch["text"]), batch, strict=True)
-        return rows
+            self._read |= zip((key.tobytes() for key in batch["text"]), batch, strict=True)
+            self._files.add(path)
+        return self._read
 
 
 def _hashes(kind: str, texts: Sequence[str]) -> dict[bytes, str]:

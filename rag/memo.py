@@ -12,15 +12,17 @@ results that depend on their batch in the last bit of a float are the same bit a
 import ast
 import hashlib
 import json
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from rag.cache import atomic_file, content_key, locked, writing
+from rag.cache import atomic_file, claimed, content_key, writing
 from rag.measure import compile_seconds
 from rag.types import UserError
 
@@ -87,16 +89,24 @@ class Memo:
         if (kept := _read(path)) is None:
             if self._dry:
                 return [None] * len(items)
-            with writing(), locked(folder / "batch"):
+            with claimed(folder / "batch"):
                 if (kept := _read(path)) is None:  # else another process was faster
                     kept = self._computed(items, compute)
-                    with atomic_file(path, "w") as file:
+                    with writing(), atomic_file(path, "w") as file:
                         json.dump(kept, file, allow_nan=False)
                     cost.reused -= len(items)
         cost.reused += len(items)
         cost.seconds += kept["seconds"]
         cost.compile_s += kept["compile_s"]
         return kept["results"]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Keep what happens in the block out of the time of the stage that is running, if one is."""
+        begin = _Clock.now()
+        yield
+        if self._inner:
+            self._inner[-1] += _Clock.now() - begin
 
     def _computed(self, items: Sequence[Any], compute: Callable) -> dict[str, Any]:
         begin = _Clock.now()
@@ -119,6 +129,22 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise UserError(f"The kept results {path} are damaged ({error}): remove that file.") from error
+
+
+def version_of(model: Any) -> str:
+    """A key of what a model makes of its input: its fingerprint, its class's module and those named in `code`."""
+    kind = type(model)
+    return content_key(
+        model.fingerprint, code_version(sys.modules[kind.__module__], *getattr(kind, "code", ()))
+    )
+
+
+@cache
+def package_version() -> str:
+    """A key of the code of the whole package, but for the report's."""
+    root = Path(__file__).parent
+    files = sorted(path for path in root.rglob("*.py") if path.relative_to(root).parts[0] != "report")
+    return content_key([(path.relative_to(root).as_posix(), _normal(path)) for path in files])
 
 
 @cache

@@ -11,10 +11,14 @@ import shutil
 from launch import build, launch
 from this_run import label, overrides, run_dir
 
+from rag.types import UserError
+
 
 def main(config) -> None:
     from terminal import print_problem, progress_bars
 
+    if type(config.plan) is not bool:
+        raise UserError(f"plan={config.plan} will not do: it must be true or false.")
     job = job_of(config)
     for problem in job.dataset.problems:
         print_problem(problem)
@@ -24,7 +28,7 @@ def main(config) -> None:
         kept = job.done(update)
     folder = run_dir()
     shutil.copytree(kept, folder, dirs_exist_ok=True)
-    metrics = describe(folder, config)
+    metrics = describe(folder, config, job.dataset)
     show(metrics)
     print(f"-> {folder}")
 
@@ -61,20 +65,22 @@ def _shared(config):
     return _built(json.dumps(OmegaConf.to_container(config, resolve=True), sort_keys=True))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)  # a sweep over many datasets or models need not hold all of them
 def _built(settings: str):
     from omegaconf import OmegaConf
 
     return build(OmegaConf.create(json.loads(settings)))
 
 
-def describe(folder, config) -> dict:
-    """Add to a result what this run calls it and how it was asked for; return its metrics."""
+def describe(folder, config, dataset) -> dict:
+    """Add to a result the names that this run gives it and how it was asked for; return its metrics."""
     from omegaconf import OmegaConf
 
     from rag.cache import atomic_file
 
     metrics = {"label": label()} | json.loads((folder / "metrics.json").read_text())
+    metrics["dataset"] = {"name": dataset.name} | metrics["dataset"]
+    metrics["warnings"] = [*dataset.problems, *metrics["warnings"]]
     texts = {
         "config.yaml": OmegaConf.to_yaml(config, resolve=True),
         "overrides.yaml": OmegaConf.to_yaml(overrides()),

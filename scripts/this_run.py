@@ -25,13 +25,15 @@ def overrides() -> list[str]:
 
 def label() -> str:
     """What tells this run from others: in a sweep the settings that are swept, else all but the dataset's place."""
+    from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     given = overrides()
     if sweeping():
-        typed = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+        typed = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
         parsed = OverridesParser.create().parse_overrides(typed)
         swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
+        swept |= set(HydraConfig.get().sweeper.get("params") or {})
         given = [override for override in given if override.partition("=")[0] in swept]
     named = [o for o in given if not re.match(r"\+{0,2}dataset(\.(path|id|split))?=|plan=", o)]
     return " ".join(named) or "defaults"

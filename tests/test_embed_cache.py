@@ -91,3 +91,21 @@ def test_progress_ends_at_the_number_of_texts(tmp_path):
     CachedEmbedder(Lengths(), tmp_path).encode(["a", "b", "a"], seen.append)
     assert seen[-1] == 3
     assert seen == sorted(seen)
+
+
+def test_a_vector_that_was_used_stays_when_a_killed_request_is_resumed(tmp_path):
+    texts = ["a", "bb", "ccc", "dddd"]
+    with pytest.raises(KeyboardInterrupt):
+        CachedEmbedder(Lengths(fail_after=1), tmp_path).encode(texts)
+    used = CachedEmbedder(Lengths(), tmp_path).encode(["ccc"])
+    resumed = CachedEmbedder(Lengths(), tmp_path).encode(texts)
+    np.testing.assert_array_equal(resumed[2], used[0])  # though its planned batch was computed whole
+    assert resumed[3].tolist() == [4, 2]
+
+
+def test_another_version_of_the_embedders_code_shares_nothing(tmp_path, monkeypatch):
+    CachedEmbedder(Lengths(), tmp_path).encode(["aaa"])
+    monkeypatch.setattr(embed_cache, "version_of", lambda embedder: "other code")
+    other = Lengths()
+    CachedEmbedder(other, tmp_path).encode(["aaa"])
+    assert other.batches == [["aaa"]]

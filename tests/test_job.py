@@ -122,7 +122,7 @@ def test_a_job_leaves_its_figures_and_their_uncertainty():
     low, high = metrics["intervals"]["MRR@10"]
     assert low <= 0.5 <= high
     assert metrics["dataset"] == {
-        "name": "facts", "fingerprint": metrics["dataset"]["fingerprint"], "queries": 2, "limit": None, "seed": 0,
+        "fingerprint": metrics["dataset"]["fingerprint"], "queries": 2, "limit": None, "seed": 0,
     }  # fmt: skip
     assert [row["MRR@10"] for row in read(folder, "per_query.jsonl")] == [1.0, 0.0]
     ledger = read(folder, "ledger.json")
@@ -169,9 +169,22 @@ def test_a_plan_says_what_would_run_and_what_is_there():
     assert job().plan()[:2] == [("result", 1, 0), ("chunk", 6, 0)]
     job().done()
     assert job().plan() == [("result", 1, 1)]
+    assert ("answer", 14, 0) in job(LastEater(), reading=Reading(["retrieved", "oracle"])).plan()
     deeper = {stage: (items, reused) for stage, items, reused in job(evaluation=Evaluation(depth=2)).plan()}
     assert deeper["chunk"] == (6, 6)
     assert deeper["search Lexical"] == (6, 0)
+
+
+def test_a_plan_of_a_method_names_the_stages_inside_it():
+    both = Hybrid({"dense": Dense(), "lexical": Lexical()})
+    job(evaluation=Evaluation(depth=99)).done()  # the lexical arm, as deep as the hybrid asks for it
+    plan = {
+        stage: (items, reused)
+        for stage, items, reused in job(method=both, evaluation=Evaluation(depth=99)).plan()
+    }
+    assert plan["search Hybrid"] == (6, 0)
+    assert plan["search Dense"] == (6, 0)
+    assert plan["search Lexical"] == (6, 6)
 
 
 def test_tuning_reports_queries_it_was_not_tuned_on():
@@ -255,7 +268,7 @@ def test_losses_sum_to_what_is_missing_question_by_question():
         found, shown = bool(rng.integers(2)), bool(rng.integers(2))
         for condition in ("oracle", "retrieved"):
             reply = conditions.Reply(
-                f"q{i}", condition, "", False, (), (), 0, 0, found, found and shown, None
+                f"q{i}", condition, "", False, True, (), (), 0, 0, found, found and shown, None
             )
             replies.append(reply)
             scores[f"q{i}", condition] = float(rng.random())
@@ -284,9 +297,55 @@ def test_evidence_decides_which_passage_is_relevant():
     assert "TokenRecall@512t" in read(folder, "metrics.json")["means"]
 
 
+def test_evidence_across_the_border_of_chunks_is_found_in_their_union():
+    text = "x y the seal eats fish now and z w v"
+    some = dataset(
+        corpus=(Document("d", "d", text),), queries={"q0": "seal fish"}, qrels={"q0": {"d": 1}},
+        answers={"q0": ("fish",)}, unjudged={}, unanswerable=frozenset(),
+        evidence={"q0": (Evidence("d", text.index("seal"), text.index("fish") + 4),)},
+    )  # fmt: skip
+    both = Reading(["oracle", "retrieved"], k=2)
+    folder = job(LastEater(), dataset=some, chunker=FixedChunker(5), reading=both).done()
+    assert [row["found"] and row["shown"] for row in read(folder, "answers.jsonl")] == [True, True]
+    assert read(folder, "metrics.json")["means"]["oracle/EM"] == 1.0
+    assert read(folder, "losses.json")["losses"]["retrieval miss"] == 0.0
+
+
+@pytest.mark.parametrize("min_score", [0.99, "auto"])
+def test_a_threshold_holds_for_the_shuffled_passages_too(min_score):
+    embedder = BagOfWords(relevant_from=0.99)
+    options = ContextOptions(min_score=min_score)
+    reading = Reading(["retrieved", "shuffled", "oracle"])
+    one = job(LastEater(), embedder=embedder, method=Dense(), context=options, reading=reading)
+    rows = read(one.done(), "answers.jsonl")
+    assert all(row["abstained"] for row in rows if row["condition"] != "oracle")
+    assert read(one.done(), "losses.json")["losses"]["retrieval miss"] == 1.0
+    other = job(
+        LastEater(), embedder=BagOfWords(relevant_from=0.1), method=Dense(), context=options, reading=reading
+    )
+    assert other.key != one.key
+
+
+def test_one_question_too_long_for_the_model_is_told_and_loses_no_other():
+    queries = {"q0": "seal", "q1": "whale " * 500}
+    some = dataset(
+        queries=queries, qrels={"q0": {"seal": 1}, "q1": {"whale": 1}}, unjudged={}, unanswerable=frozenset()
+    )
+    folder = job(LastEater(), dataset=some, reading=Reading(["closed_book", "retrieved"], k=1)).done()
+    rows = {(row["query"], row["condition"]): row for row in read(folder, "answers.jsonl")}
+    assert rows["q0", "retrieved"]["answer"] == "fish"
+    assert not rows["q1", "retrieved"]["fits"]
+    assert not rows["q1", "closed_book"]["fits"]
+    assert any(
+        "q1" in warning and "no room" in warning for warning in read(folder, "metrics.json")["warnings"]
+    )
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: Reading(["retrieved"], measure="f1"),
+        lambda: Evaluation(probes=0),
         lambda: Reading(["retreived"]),
         lambda: Reading("retrieved"),
         lambda: Reading(k=0),

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from rag.memo import Memo, code_version
+from rag.memo import Memo, code_version, package_version, version_of
 from rag.types import UserError
 
 
@@ -160,3 +160,40 @@ def test_a_code_version_follows_code_and_neither_comments_nor_docstrings(tmp_pat
     other = module(tmp_path, "c", "def f(x):\n    return x + 2\n")
     assert code_version(plain) == code_version(dressed) != code_version(other)
     assert code_version(plain, other) != code_version(other, plain)
+
+
+def test_a_models_version_is_its_fingerprint_and_its_code(tmp_path):
+    class Model:
+        fingerprint = "1"
+
+    class Other(Model):
+        code = (module(tmp_path, "d", "x = 1\n"),)
+
+    same, other = Model(), Model()
+    other.fingerprint = "2"
+    assert version_of(Model()) == version_of(same) != version_of(other)
+    assert version_of(Other()) != version_of(Model())
+    assert len(package_version()) == 64
+
+
+def test_an_error_of_a_stage_is_its_own_and_no_matter_of_the_cache(tmp_path):
+    def missing(items):
+        raise FileNotFoundError(2, "No such file", "model.bin")
+
+    with pytest.raises(FileNotFoundError, match=r"model\.bin"):
+        Memo(tmp_path).map("s", "v", [1], missing)
+
+
+def test_what_is_set_apart_is_not_the_stages_time(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("rag.memo.time.perf_counter", lambda: now[0])
+    memo = Memo(tmp_path)
+
+    def compute(items):
+        with memo.apart():
+            now[0] += 7
+        now[0] += 1
+        return items
+
+    memo.map("s", "v", [1], compute)
+    assert memo.costs["s"].seconds == pytest.approx(1)

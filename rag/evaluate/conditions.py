@@ -7,33 +7,35 @@
     shuffled     those in a random order: how much the order matters
 
 What `retrieved` misses of a perfect score is then split, question by question, into four parts that sum to it:
-the reader's part is what even the oracle misses; the rest, oracle - retrieved, is a retrieval miss where no relevant
-passage was among the k, truncation where one was but the prompt had no room for all of it, and distraction
-where it was shown and the answer is worse (or better) than from the oracle's passages.
+the reader's part is what even the oracle misses; the rest, oracle - retrieved, is a retrieval miss where nothing
+relevant was among the k (or above the context's min_score), truncation where it was but the prompt had no room
+for it, and distraction where it was shown and the answer is worse (or better) than from the oracle's passages.
+Relevant is the evidence, nine tenths of a span of it; without evidence a passage of a document judged so.
 """
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from rag.context import cited
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.run import others
-from rag.generate import engine, likelihood, local
-from rag.models import llama
 from rag.ops.sampling import Sampling
 from rag.pipeline import AnswerOptions, Reader, fit, relevant
 from rag.prompt import PromptTemplate, render
 from rag.retrieve.collection import Collection
-from rag.types import Context, Hit, Message, UserError
+from rag.types import Chunk, Context, Hit, Message, UserError
 
+Span = tuple[str, int, int]  # document id, characters from and to, the end exclusive
 Condition = Literal["closed_book", "oracle", "random", "retrieved", "shuffled"]
 CONDITIONS = ("closed_book", "oracle", "random", "retrieved", "shuffled")
 LOSSES = ("retrieval miss", "truncation", "distraction", "reader")
+LOSS_MEASURES = ("F1", "EM", "contains", "ROUGE-L")  # whose best value is 1
 
+_ENOUGH = 0.9  # of a span: chunks that adjoin leave out the white space between them
 _BATCH = 16  # questions answered together: what a kill can lose
 
 
@@ -53,6 +55,8 @@ class Reading:
             if isinstance(chosen, str) or not set(chosen) <= set(CONDITIONS):
                 raise UserError(f"reading.{name}={chosen}: give a list of {', '.join(CONDITIONS)}.")
             object.__setattr__(self, name, tuple(chosen))
+        if self.measure not in LOSS_MEASURES:
+            raise UserError(f"reading.measure is {self.measure!r}: choose one of {', '.join(LOSS_MEASURES)}.")
         if self.k < 1:
             raise UserError(f"reading.k is {self.k}; give 1 or more")
 
@@ -64,13 +68,14 @@ class Reply:
     query: str
     condition: Condition
     answer: str
-    abstained: bool  # nothing relevant was found, so no model was asked
+    abstained: bool  # no model was asked: nothing relevant was found, or the question was too long
+    fits: bool  # the question leaves room for a passage in the model's context
     sources: tuple[str, ...]  # document ids of the passages shown, in prompt order
     cited: tuple[str, ...]  # document ids of the sources that the answer marks
     prompt_tokens: int
     new_tokens: int
-    found: bool  # a relevant passage was given to the prompt ...
-    shown: bool  # ... and stands in it whole
+    found: bool  # something relevant was given to the prompt ...
+    shown: bool  # ... and stands in it
     log_likelihood: float | None  # of the first gold answer, natural logarithm; None where not asked for
 
 
@@ -82,6 +87,7 @@ class _Prompt:
     messages: tuple[Message, ...]
     context: Context
     hits: tuple[Hit, ...]
+    fits: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,16 +97,14 @@ class _Asking:
     sampling: Sampling
     options: AnswerOptions
 
-    uses = ("generator",)
-    code = (engine, local, llama)
+    uses: ClassVar[tuple[str, ...]] = ("generator",)
 
 
 @dataclass(frozen=True)
 class _Scoring:
     """What likelihoods depend on beside the messages and the text, as a key."""
 
-    uses = ("generator",)
-    code = (likelihood, llama)
+    uses: ClassVar[tuple[str, ...]] = ("generator",)
 
 
 def read(
@@ -142,20 +146,24 @@ def _prompt(
     question = dataset.queries.get(query) or dataset.unjudged[query]
     if condition == "closed_book":
         nothing = Context((), 0)
-        return _Prompt(query, tuple(render(closed_book, question, nothing, ())), nothing, ())
+        messages = tuple(render(closed_book, question, nothing, ()))
+        room = reader.generator.context_length - reader.options.max_new_tokens
+        fits = reader.generator.prompt_tokens(messages) <= room
+        return _Prompt(query, messages if fits else (), nothing, (), fits)
     chosen = passages(condition, collection, dataset, query, hits, reading)
-    if condition in ("oracle", "random"):
-        relevant_from = None
-        reader = replace(reader, context=replace(reader.context, min_score=None))
-    if condition == "shuffled" and relevant_from is not None and reader.context.min_score == "auto":
-        chosen = [hit for hit in chosen if hit.score >= relevant_from]
+    threshold = relevant_from if reader.context.min_score == "auto" else reader.context.min_score
+    if condition in ("retrieved", "shuffled") and threshold is not None:
+        chosen = [hit for hit in chosen if hit.score >= threshold]
     if condition == "shuffled":
-        reader = replace(reader, context=replace(reader.context, min_score=None))
         chosen = _shuffled(chosen, query, reading.seed)
-    context = relevant(chosen, collection.index.document_text, relevant_from, reader)
+    reader = replace(reader, context=replace(reader.context, min_score=None))  # what is below it has gone
+    context = relevant(chosen, collection.index.document_text, None, reader)
     if not context.sources:
         return _Prompt(query, (), context, tuple(chosen))
-    messages, shown, _ = fit(question, context, reader)
+    try:
+        messages, shown, _ = fit(question, context, reader)
+    except UserError:  # counted and told by the job: one long question is no reason to lose the others
+        return _Prompt(query, (), Context((), 0), tuple(chosen), fits=False)
     return _Prompt(query, tuple(messages), shown, tuple(chosen))
 
 
@@ -171,9 +179,9 @@ def passages(
     judged = dataset.qrels.get(query, {})
     match condition:
         case "oracle":
-            chunks = [hit for hit in _everything(collection) if _is_relevant(hit, query, dataset)]
-            grade = {hit.chunk.id: judged.get(hit.chunk.document_id, 0) for hit in chunks}
-            best = sorted(chunks, key=lambda hit: -grade[hit.chunk.id])[: reading.k]
+            weights = {hit.chunk.id: _relevance(hit.chunk, query, dataset) for hit in _everything(collection)}
+            useful = [hit for hit in _everything(collection) if weights[hit.chunk.id] > 0]
+            best = sorted(useful, key=lambda hit: -weights[hit.chunk.id])[: reading.k]
             return [Hit(hit.chunk, 1.0 - i / len(best)) for i, hit in enumerate(best)]
         case "random":
             foreign = [hit for hit in _everything(collection) if judged.get(hit.chunk.document_id, 0) <= 0]
@@ -194,14 +202,38 @@ def _shuffled(hits: Sequence[Hit], query: str, seed: int) -> list[Hit]:
     return [Hit(chunk, hit.score) for chunk, hit in zip(chunks, hits, strict=True)]
 
 
-def _is_relevant(hit: Hit, query: str, dataset: Dataset) -> bool:
-    """Whether the passage holds evidence, whole; without evidence, whether its document is judged relevant."""
-    chunk = hit.chunk
+def _relevance(chunk: Chunk, query: str, dataset: Dataset) -> int:
+    """Characters of evidence in a chunk; without evidence, its document's grade; 0 is irrelevant."""
     if spans := dataset.evidence.get(query):
-        return any(
-            e.document == chunk.document_id and chunk.start <= e.start and e.end <= chunk.end for e in spans
+        shared = (
+            min(e.end, chunk.end) - max(e.start, chunk.start)
+            for e in spans
+            if e.document == chunk.document_id
         )
-    return dataset.qrels.get(query, {}).get(chunk.document_id, 0) > 0
+        return max(0, *shared, 0)
+    return max(0, dataset.qrels.get(query, {}).get(chunk.document_id, 0))
+
+
+def _holds(spans: Sequence[Span], wanted: Sequence[Span]) -> bool:
+    """Whether at least one of the wanted spans is, nearly whole, in the union of the others."""
+
+    def covered(document: str, start: int, end: int) -> int:
+        inside = sorted((max(a, start), min(b, end)) for name, a, b in spans if name == document)
+        total, reached = 0, start
+        for a, b in inside:
+            total += max(0, b - max(a, reached))
+            reached = max(reached, b)
+        return total
+
+    return any(covered(*span) >= _ENOUGH * (span[2] - span[1]) for span in wanted)
+
+
+def _wanted(prompt: _Prompt, dataset: Dataset) -> list[Span]:
+    """The evidence for a question; without evidence, the passages given that are relevant."""
+    if spans := dataset.evidence.get(prompt.query):
+        return [(e.document, e.start, e.end) for e in spans]
+    chunks = [hit.chunk for hit in prompt.hits]
+    return [(c.document_id, c.start, c.end) for c in chunks if _relevance(c, prompt.query, dataset)]
 
 
 def _answers(collection: Collection, prompts: Sequence[_Prompt], reader: Reader) -> dict[str, str]:
@@ -250,34 +282,21 @@ def _reply(
     names = {hit.chunk.path: hit.chunk.document_id for hit in prompt.hits}
     sources = prompt.context.sources
     marked = set(cited(text or "", prompt.context))
-    useful = [hit for hit in prompt.hits if _is_relevant(hit, prompt.query, dataset)]
+    wanted = _wanted(prompt, dataset)
+    given = [(hit.chunk.document_id, hit.chunk.start, hit.chunk.end) for hit in prompt.hits]
     return Reply(
         query=prompt.query,
         condition=condition,
         answer=reader.template.abstain_answer if text is None else text,
         abstained=text is None,
+        fits=prompt.fits,
         sources=tuple(names[source.path] for source in sources),
         cited=tuple(dict.fromkeys(names[source.path] for source in sources if source.n in marked)),
         prompt_tokens=reader.generator.prompt_tokens(prompt.messages) if prompt.messages else 0,
         new_tokens=0 if text is None else reader.generator.count(text),
-        found=bool(useful),
-        shown=any(_stands_whole(hit, prompt, dataset) for hit in useful),
+        found=_holds(given, wanted),
+        shown=_holds([(names[source.path], source.start, source.end) for source in sources], wanted),
         log_likelihood=score,
-    )
-
-
-def _stands_whole(hit: Hit, prompt: _Prompt, dataset: Dataset) -> bool:
-    """Whether the prompt shows the evidence in a passage, or all of the passage where evidence has no spans."""
-    chunk = hit.chunk
-    spans = [
-        (e.start, e.end)
-        for e in dataset.evidence.get(prompt.query, ())
-        if e.document == chunk.document_id and chunk.start <= e.start and e.end <= chunk.end
-    ] or [(chunk.start, chunk.end)]
-    return any(
-        source.path == chunk.path and source.start <= start and end <= source.end
-        for source in prompt.context.sources
-        for start, end in spans
     )
 
 

@@ -6,7 +6,6 @@ is not done again; one that was killed finds its stages' batches in the memo and
 
 import json
 import random
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from rag import context, pipeline, prompt
-from rag.cache import atomic_folder, cache_root, content_key, locked, writing
+from rag.cache import atomic_folder, cache_root, claimed, content_key, writing
 from rag.context import ContextOptions
 from rag.embed import Embedder
 from rag.embed_cache import CachedEmbedder
-from rag.evaluate import answers, conditions, metrics, run, selection, spans, stats, tuning
+from rag.evaluate import answers, conditions, metrics, plan, run, stats
 from rag.evaluate.conditions import Reading, Reply
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.ledger import ledger, probe
@@ -30,19 +28,18 @@ from rag.evaluate.spans import DEFAULT_SPAN_MEASURES, DocumentTokens, is_span_me
 from rag.evaluate.stats import Statistics
 from rag.evaluate.tuning import BM25Grid, Tuning, tune_bm25, tune_fusion
 from rag.generate import Generator
-from rag.ingest import chunk
+from rag.index.weighting import BM25Weights
 from rag.ingest.chunk import Chunker
-from rag.memo import Cost, Memo, code_version
+from rag.measure import forget_peak_memory
+from rag.memo import Cost, Memo, package_version
 from rag.ops.sampling import Sampling
 from rag.pipeline import AnswerOptions, Reader
 from rag.prompt import PromptTemplate
-from rag.retrieve.collection import Collection, Retriever, code_of
+from rag.retrieve.collection import Collection, Retriever
 from rag.retrieve.search import Dense, Hybrid, Lexical
-from rag.types import Hit, UserError
+from rag.types import Chunk, Hit, UserError
 
 Progress = Callable[[str, int, int], None]  # stage, done, of how many
-
-_CODE = (answers, conditions, metrics, run, selection, spans, stats, tuning, chunk, context, pipeline, prompt)
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,9 @@ class Evaluation:
             if isinstance(value, str):
                 raise UserError(f"evaluation.{name}={value} is one name: write a list, [{value}]")
             object.__setattr__(self, name, tuple(value))  # a YAML list must become hashable
-        if self.depth < 1:
-            raise UserError(f"evaluation.depth is {self.depth}; give 1 or more")
+        for name in ("depth", "probes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"evaluation.{name} is {getattr(self, name)}; give 1 or more")
         metrics.check(self.measures)
         if unknown := [name for name in self.span_measures if not is_span_measure(name)]:
             choices = ", ".join(DEFAULT_SPAN_MEASURES)
@@ -87,20 +85,40 @@ class Job:
     sampling: Sampling = Sampling()
     options: AnswerOptions = AnswerOptions()
 
+    def __post_init__(self):
+        """UserError for a tuning that does not go with the method."""
+        match self.tuning and self.tuning.grid:
+            case None:
+                return
+            case BM25Grid():
+                bm25 = isinstance(self.method, Lexical) and isinstance(self.method.weights, BM25Weights)
+                if not bm25 or self.dataset.drop_self_hits:
+                    raise UserError(
+                        "tuning=bm25 takes retriever=bm25, and queries that are no documents themselves."
+                    )
+            case grid if not isinstance(self.method, Hybrid):
+                raise UserError(
+                    f"tuning={grid.family} takes retriever=hybrid, without transform and reranker."
+                )
+        if self.reading.conditions:
+            raise UserError("tuning is of retrieval alone: leave reading.conditions empty, or tuning out.")
+
     @cached_property
     def key(self) -> str:
-        """64 hex digits of everything that the results depend on."""
+        """64 hex digits of everything that the results depend on; of code, the whole package's.
+
+        Stages are kept by their own code: after a change elsewhere a job is put together anew from what they kept.
+        """
         asks = bool(self.reading.conditions)
+        writing = (self.reading, self.prompt, self.closed_book, self.context, self.sampling, self.options)
         return content_key(
             self.dataset.fingerprint,
             (self.dataset.limit, self.dataset.seed),
-            (self.chunker, self.embedder.fingerprint, self.method, code_of(self.method)),
+            (self.chunker, self.embedder.fingerprint, self.method),
             (self.evaluation, self.statistics, self.tuning),
-            (self.reading, self.prompt, self.closed_book, self.context, self.sampling, self.options)
-            if asks
-            else None,
+            (writing, self.embedder.relevant_from) if asks else None,
             self.generator().fingerprint if asks or "generator" in self.method.uses else None,
-            code_version(sys.modules[__name__], *_CODE),
+            package_version(),
         )
 
     @property
@@ -110,32 +128,41 @@ class Job:
 
     def done(self, progress: Progress = lambda *_: None) -> Path:
         """The folder of the results, after doing the job if that was not done before."""
-        with writing(), locked(self.kept):
+        with claimed(self.kept):
             if not self.kept.exists():
+                forget_peak_memory()
                 files = self._run(Memo(cache_root() / "stages"), progress)
-                with atomic_folder(self.kept) as folder:
+                with writing(), atomic_folder(self.kept) as folder:
                     for name, text in files.items():
                         (folder / name).write_text(text, encoding="utf-8")
         return self.kept
 
     def plan(self) -> list[tuple[str, int, int]]:
-        """(stage, items, of them kept) of every stage that can be known before it runs; nothing is computed.
+        """(stage, items, of them kept) of what doing the job would ask for; nothing is computed.
 
-        What a language model would write first is not known yet, so what would be searched or read after it is
-        counted as far as it can be.
+        What follows from something not yet computed is counted as not there: searches before the chunks are
+        known, texts that a language model has not written, passages to rerank, prompts to answer.
         """
         if self.kept.exists():
             return [("result", 1, 1)]
         memo = Memo(cache_root() / "stages", dry=True)
         chunks = run.chunk_all(self.dataset, self.chunker, self.embedder, memo)
-        if chunks is not None:
-            collection = run.collect(self.dataset, chunks, self.embedder, self.generator, memo)
-            self._search(collection)
-            if "embedder" in self.method.uses and isinstance(collection.embedder, CachedEmbedder):
-                texts = list({chunk.text for chunk in chunks})
-                missing = collection.embedder.missing(texts)
-                memo.costs["embed"] = Cost(items=len(texts), reused=len(texts) - missing)
+        if chunks is None:
+            memo.costs["search"] = Cost(items=len(self.dataset.queries))
+        else:
+            self._plan_search(run.collect(self.dataset, chunks, self.embedder, self.generator, memo), chunks)
+        if self.reading.conditions:
+            questions = len(self.dataset.queries) + len(self.dataset.unanswerable)
+            memo.costs["answer"] = Cost(items=questions * len(self.reading.conditions))
         return [("result", 1, 0), *((stage, c.items, c.reused) for stage, c in memo.costs.items())]
+
+    def _plan_search(self, collection: Collection, chunks: Sequence[Chunk]) -> None:
+        """Count what the method would search, and embed if it has to."""
+        plan.search(collection, self.method, list(self.dataset.queries.values()), self.evaluation.depth + 1)
+        if "embedder" in self.method.uses and isinstance(collection.embedder, CachedEmbedder):
+            texts = list({chunk.text for chunk in chunks})
+            missing = collection.embedder.missing(texts)
+            collection.memo.costs["embed"] = Cost(items=len(texts), reused=len(texts) - missing)
 
     def _search(self, collection: Collection) -> dict[str, list[Hit]]:
         return run.search(collection, self.method, self.dataset, self.evaluation.depth)
@@ -152,7 +179,7 @@ class Job:
         latency = probe(self.method, collection, self._probed())
         tokens = sum(reply.prompt_tokens + reply.new_tokens for reply in replies)
         files = {
-            "metrics.json": _json(self._summary(per_query)),
+            "metrics.json": _json(self._summary(per_query, _too_long(replies))),
             "per_query.jsonl": _lines({"query": query} | row for query, row in per_query.items()),
             "run.trec": "".join(metrics.trec_lines(ranking)),
             "ledger.json": _json(ledger(memo, collection, latency, tokens)),
@@ -167,23 +194,15 @@ class Job:
 
     def _tuned(self, collection: Collection) -> Tuned:
         """The method with parameters that were never chosen on the queries they are reported for."""
-        if self.reading.conditions:
-            raise UserError("tuning is of retrieval alone: leave reading.conditions empty, or tuning out.")
-        grid, depth = self.tuning.grid, self.evaluation.depth
-        chunks = collection.index.chunks(range(len(collection.index)))
+        depth, chunks = self.evaluation.depth, collection.index.chunks(range(len(collection.index)))
+        judged = (self.dataset.qrels, self.tuning)
 
         def document(row: int) -> str:
             return chunks[row].document_id
 
-        if isinstance(grid, BM25Grid):
-            if not isinstance(self.method, Lexical) or self.dataset.drop_self_hits:
-                raise UserError(
-                    "tuning=bm25 takes retriever=bm25, and queries that are no documents themselves."
-                )
-            index = collection.lexical(self.method.analyzer)
-            return tune_bm25(index, self.dataset.queries, self.dataset.qrels, self.tuning, document, depth)
-        if not isinstance(self.method, Hybrid):
-            raise UserError(f"tuning={grid.family} takes retriever=hybrid, without transform and reranker.")
+        if isinstance(self.method, Lexical):
+            index, weights = collection.lexical(self.method.analyzer), self.method.weights
+            return tune_bm25(index, self.dataset.queries, *judged, document, depth, weights)
         arms = list(self.method.arms.values())
         found = [run.search(collection, arm, self.dataset, max(depth, self.method.depth)) for arm in arms]
         rankings = {
@@ -197,8 +216,7 @@ class Job:
             for query in self.dataset.queries
         }
         lows = [getattr(arm, "lowest", None) for arm in arms]
-        known = None if None in lows else lows
-        return tune_fusion(rankings, self.dataset.qrels, self.tuning, known, document)
+        return tune_fusion(rankings, *judged, None if None in lows else lows, document, depth)
 
     def _probed(self) -> list[str]:
         """The questions that are timed, a fixed draw."""
@@ -244,7 +262,10 @@ class Job:
             values["gold log-likelihood"] = reply.log_likelihood
         return values
 
-    def _summary(self, per_query: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
+    def _summary(
+        self, per_query: Mapping[str, Mapping[str, float | None]], notes: Sequence[str]
+    ) -> dict[str, Any]:
+        """What goes into metrics.json but for the names, which are the run's and not the result's."""
         measures = list(next(iter(per_query.values())))
         values = stats.table(per_query, measures)
         bounds = stats.intervals(values, self.statistics)
@@ -252,7 +273,6 @@ class Job:
         return {
             "key": self.key,
             "dataset": {
-                "name": d.name,
                 "fingerprint": d.fingerprint,
                 "queries": len(d.queries),
                 "limit": d.limit,
@@ -265,7 +285,7 @@ class Job:
                 "resamples": self.statistics.resamples,
                 "seed": self.statistics.seed,
             },
-            "warnings": [*d.problems, *stats.warnings(values, measures, self.statistics)],
+            "warnings": [*stats.warnings(values, measures, self.statistics), *notes],
         }
 
     # --- answers
@@ -312,6 +332,16 @@ class Job:
             "losses": dict(zip(conditions.LOSSES, values.mean(axis=0).tolist(), strict=True)),
             "intervals": dict(zip(conditions.LOSSES, map(_interval, bounds), strict=True)),
         }
+
+
+def _too_long(replies: Sequence[Reply]) -> list[str]:
+    """A sentence for questions that no model could be asked."""
+    long = {reply.query for reply in replies if not reply.fits}
+    named = ", ".join(sorted(long)[:5])
+    what = (
+        f"{len(long)} questions leave no room for a passage in the model's context and count as not answered"
+    )
+    return [f"{what}: {named}{' and more' if len(long) > 5 else ''}."] if long else []
 
 
 def _mean(values: np.ndarray) -> float | None:

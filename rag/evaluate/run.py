@@ -12,7 +12,7 @@ from rag.generate import Generator
 from rag.index.memory import MemoryIndex
 from rag.ingest import chunk, markdown, packing, semantic, sentences
 from rag.ingest.chunk import Chunker, chunks_of
-from rag.memo import Memo, code_version
+from rag.memo import Memo, code_version, version_of
 from rag.retrieve.collection import Collection, Retriever
 from rag.types import Chunk, Hit, UserError, chunk_at
 
@@ -56,7 +56,7 @@ def chunk_all(
         return [[(piece.start, piece.end) for piece in pieces] for pieces in found]
 
     items = [[document.id, content_key(document.text)] for document in dataset.corpus]
-    meaning = content_key(chunker, embedder.fingerprint, code_version(*_SPLITTING))
+    meaning = content_key(chunker, version_of(embedder), code_version(*_SPLITTING))
     spans = memo.map("chunk", meaning, items, compute, batch=256)
     if None in spans:
         return None

@@ -8,11 +8,12 @@ from functools import cached_property
 import jax.numpy as jnp
 
 from rag import cache
-from rag.generate import LogLikelihood
+from rag.generate import LogLikelihood, engine, likelihood
 from rag.generate.engine import Decoding, Engine, batches
 from rag.generate.likelihood import log_probs
-from rag.models import checkpoint, hub, llama_checkpoint
+from rag.models import chat_template, checkpoint, hub, llama, llama_checkpoint, tokenizer
 from rag.models.tokenizer import TextStream, Tokenizer
+from rag.ops import attention, flash, linear, rope, sampling, visibility
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage, UserError
 
@@ -22,6 +23,12 @@ GENERATOR_VERSION = 1  # part of fingerprints: raise it when the same weights be
 
 class LocalGenerator:
     """A Llama-family checkpoint run by rag.generate.engine; weights are fetched at once, read when first needed."""
+
+    # What answers depend on.
+    code: ClassVar = (
+        *(engine, likelihood, llama, llama_checkpoint, tokenizer, chat_template),
+        *(attention, flash, visibility, linear, rope, sampling),
+    )
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ and written in YAML. All that is large or loaded lives here instead, and is shar
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +23,8 @@ from rag.index.dense import DenseIndex
 from rag.index.lexical import LexicalIndex
 from rag.index.memory import MemoryIndex
 from rag.index.store import Index
-from rag.memo import Memo, code_version
+from rag.measure import compile_seconds
+from rag.memo import Memo, code_version, version_of
 from rag.types import Chunk, Hit
 
 
@@ -77,9 +79,9 @@ class Collection:
         memo: Memo | None = None,
     ):
         """`embedder` is the one that made the index's vectors; `generator` is called when a method first needs one."""
-        self.index, self.embedder, self._generator, self._memo = index, embedder, generator, memo
+        self.index, self.embedder, self._generator, self.memo = index, embedder, generator, memo
         self._lexical: dict[Analyzer, LexicalIndex] = {}
-        self.lexical_s = 0.0  # spent on building them, seconds
+        self.build_s = 0.0  # seconds spent on making vectors and postings ready to be searched
 
     def fresh(self) -> "Collection":
         """The same passages and models with nothing kept and no index built: for measuring what a search costs."""
@@ -102,19 +104,27 @@ class Collection:
     @cached_property
     def dense(self) -> DenseIndex:
         """The passages' vectors, ready to be searched."""
-        return DenseIndex(self.index.vectors)
+        with self._building():
+            return DenseIndex(self.index.vectors)
 
     def lexical(self, analyzer: Analyzer) -> LexicalIndex:
         """The passages' postings under an analyzer: those kept with the index, or built from the texts."""
         if analyzer not in self._lexical:
-            begin = time.perf_counter()
-            kept = self.index.lexical
-            if kept is None or kept.analyzer != analyzer:
-                chunks = self.index.chunks(range(len(self.index)))
-                kept = LexicalIndex.build([chunk.text for chunk in chunks], analyzer)
-            self._lexical[analyzer] = kept
-            self.lexical_s += time.perf_counter() - begin
+            with self._building():
+                kept = self.index.lexical
+                if kept is None or kept.analyzer != analyzer:
+                    chunks = self.index.chunks(range(len(self.index)))
+                    kept = LexicalIndex.build([chunk.text for chunk in chunks], analyzer)
+                self._lexical[analyzer] = kept
         return self._lexical[analyzer]
+
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        """Count the block as making an index, not as part of the search that first needs it."""
+        begin, compiled = time.perf_counter(), compile_seconds()
+        with self.memo.apart() if self.memo else nullcontext():
+            yield
+        self.build_s += time.perf_counter() - begin - (compile_seconds() - compiled)
 
     def row(self, chunk: Chunk) -> int:
         """The number of one of the index's chunks."""
@@ -175,16 +185,21 @@ class Collection:
 
         Items and results are JSON-able. `passages`: whether the results depend on the passages.
         """
-        if self._memo is None:
+        if self.memo is None:
             return compute(items)
-        return self._memo.map(stage, self.meaning(method, passages), items, compute, batch)
+        return self.memo.map(stage, self.meaning(method, passages), items, compute, batch)
 
     def meaning(self, method: Any, passages: bool = True) -> str:
         """A key of all that a method's results depend on: options, models, passages, code."""
         models = sorted({name for part in _dataclasses(method) for name in getattr(part, "uses", ())})
-        fingerprints = {name: getattr(self, name).fingerprint for name in models}
+        versions = {name: version_of(self._model(name)) for name in models}
         passages_are = self.index.fingerprint if passages else None
-        return content_key(method, fingerprints, passages_are, code_of(method))
+        return content_key(method, versions, passages_are, code_of(method))
+
+    def _model(self, name: str) -> Any:
+        """The embedder or the generator itself, whatever keeps its results."""
+        model = getattr(self, name)
+        return model.uncached if isinstance(model, CachedEmbedder) else model
 
     def _packed(self, hits: Sequence[Hit]) -> list[tuple[int, float]]:
         return [(self.row(hit.chunk), hit.score) for hit in hits]

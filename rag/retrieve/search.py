@@ -72,8 +72,12 @@ class Hybrid:
     def uses(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for arm in self.arms.values() for name in arm.uses))
 
+    def inner(self, k: int) -> list[tuple[Retriever, int]]:
+        """What is searched for the same questions, and how deep."""
+        return [(arm, max(k, self.depth)) for arm in self.arms.values()]
+
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        arms = [collection.search(arm, questions, max(k, self.depth)) for arm in self.arms.values()]
+        arms = [collection.search(arm, questions, depth) for arm, depth in self.inner(k)]
         lows = [getattr(arm, "lowest", None) for arm in self.arms.values()]
         return _fused(
             collection, list(zip(*arms, strict=True)), self.fusion, None if None in lows else lows, k
@@ -90,14 +94,19 @@ class Reranked:
 
     def __post_init__(self):
         if self.depth < 1:
-            raise UserError(f"reranker.depth is {self.depth}; give 1 or more")
+            raise UserError(f"rerank_depth is {self.depth}; give 1 or more")
 
     @property
     def uses(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.retriever.uses, *self.reranker.uses)))
 
+    def inner(self, k: int) -> list[tuple[Retriever, int]]:
+        """What is searched for the same questions, and how deep."""
+        return [(self.retriever, max(k, self.depth))]
+
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        found = collection.search(self.retriever, questions, max(k, self.depth))
+        [(retriever, depth)] = self.inner(k)
+        found = collection.search(retriever, questions, depth)
         best = collection.rerank(self.reranker, questions, [hits[: self.depth] for hits in found])
         return [[*top, *_below(top, hits[self.depth :])][:k] for top, hits in zip(best, found, strict=True)]
 
