@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from this_run import record_failure, run_dir, sweeping
+from this_run import label, overrides, record_failure, run_dir, sweeping
 
 from rag.cache import enable_compilation_cache
 from rag.types import UserError
@@ -83,10 +83,14 @@ def _exit_code(main: Callable, config_name: str, config_dir: Path, free_text: Se
             if not sweeping():
                 raise _Raised from error
             failures.append(error)
-            record_failure(error, _user_error(error))
+            record_failure(run_dir(), label(), overrides(), error, _user_error(error))
+
+    def left_out(settings: Sequence[str], folder: Path, error: Exception) -> None:
+        failures.append(UserError(_explain(error, config_name, config_dir)))
+        record_failure(folder, " ".join(settings), settings, error, str(failures[-1]))
 
     try:
-        _run_hydra(functools.wraps(main)(task), config_name, config_dir, free_text)
+        _run_hydra(functools.wraps(main)(task), config_name, config_dir, free_text, left_out)
         sys.stdout.flush()
         if failures:
             print(f"{len(failures)} of the sweep's jobs failed; each has said why above.", file=sys.stderr)
@@ -130,9 +134,15 @@ def _reader_gone() -> int:
     return 141  # 128 + SIGPIPE, as a shell reports it
 
 
-def _run_hydra(task: Callable, config_name: str, config_dir: Path, free_text: Sequence[str]) -> None:
+def _run_hydra(
+    task: Callable, config_name: str, config_dir: Path, free_text: Sequence[str], left_out: Callable
+) -> None:
     import hydra
+    from hydra.core.plugins import Plugins
 
+    # Hydra finds what is in hydra_plugins/ by itself, and imports it in its own way.
+    sweeper = Plugins.instance().class_name_to_class["hydra_plugins.patient_sweeper.PatientSweeper"]
+    sweeper.left_out = staticmethod(left_out)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions out: we tell them better
     os.environ["RAG_RUN"] = uuid.uuid4().hex[:8]  # part of the output folder's name: conf/shared.yaml
     sys.argv[1:] = quote_overrides(sys.argv[1:], free_text)

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from rag.cache import atomic_file
@@ -47,12 +48,14 @@ def sweeping() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def record_failure(error: Exception, sentence: str | None) -> None:
+def record_failure(
+    folder: Path, label: str, overrides: Sequence[str], error: Exception, sentence: str | None
+) -> None:
     """Tell of a failed job of a sweep, and leave failure.json in its folder; without a sentence it is a bug."""
     if sentence is None:
         traceback.print_exception(error)
         sentence = f"{type(error).__name__}: {error}"
-    print(f"{label()}: {' '.join(sentence.split())}", file=sys.stderr)
-    record = {"label": label(), "overrides": overrides(), "error": sentence}
-    with atomic_file(run_dir() / "failure.json", "w") as file:
-        json.dump(record, file, indent=1)
+    sentence = " ".join(sentence.split())
+    print(f"{label}: {sentence}", file=sys.stderr)
+    with atomic_file(folder / "failure.json", "w") as file:
+        json.dump({"label": label, "overrides": list(overrides), "error": sentence}, file, indent=1)

@@ -66,3 +66,20 @@ def test_a_killed_sweep_resumes_to_the_same_bytes(home):
     for _ in range(3):
         sweep(home, "killed", kill_after=draw.uniform(0.2, 1.0) * whole_s)
     assert results(sweep(home, "killed")) == wanted
+
+
+def test_what_fails_in_a_sweep_is_named_and_the_rest_runs(home):
+    """A choice that does not exist, and one that does not go with the others' settings."""
+    command = [
+        sys.executable, EVAL, "-m", "dataset.path=set", "embedder=bag_of_words", "statistics.resamples=200",
+        "retriever=bm25,nowhere,dense", "tuning=bm25", "hydra.sweep.dir=failing",
+    ]  # fmt: skip
+    environment = os.environ | {"RAG_CACHE": str(home / "failing-cache")}
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert (home / "failing" / "0" / "metrics.json").exists()
+    failures = [json.loads(path.read_text()) for path in (home / "failing").rglob("failure.json")]
+    errors = {failure["label"].split(" ")[0]: failure["error"] for failure in failures}
+    assert "takes retriever=bm25" in errors["retriever=dense"]
+    assert any("no retriever 'nowhere'" in error for error in errors.values())
+    assert "2 of the sweep's jobs failed" in done.stderr
