@@ -211,6 +211,59 @@ def test_results_are_kept(tmp_path):
     assert not again.batches
 
 
+def many(count: int) -> list[str]:
+    """Questions that each get a follow-up of their own."""
+    return [f"{BLUE} {i}" for i in range(count)]
+
+
+@dataclass
+class Mortal(Reader):
+    """A reader that dies after so many batches."""
+
+    batches_left: int = 99
+
+    def generate(self, conversations, sampling, max_new_tokens, seeds, stop) -> list[str]:
+        if not self.batches_left:
+            raise KeyboardInterrupt
+        self.batches_left -= 1
+        return super().generate(conversations, sampling, max_new_tokens, seeds, stop)
+
+
+def test_what_was_written_before_a_kill_is_not_written_again(tmp_path):
+    questions, method = many(40), iterative(passages=4)
+    wanted = collection(Reader()).search(method, questions, 4)
+    whole = Reader()
+    collection(whole, Memo(tmp_path / "whole")).search(method, questions, 4)
+    assert [len(batch) for batch in whole.batches] == [16, 16, 8] * 2
+
+    killed, resumed = Mortal(batches_left=4), Reader()
+    with pytest.raises(KeyboardInterrupt):
+        collection(killed, Memo(tmp_path / "killed")).search(method, questions, 4)
+    assert collection(resumed, Memo(tmp_path / "killed")).search(method, questions, 4) == wanted
+    assert [*killed.batches, *resumed.batches] == whole.batches
+
+
+@pytest.mark.parametrize(
+    ("options", "again"),
+    [
+        ({"depth": 50}, False),  # another method, the same prompts
+        ({"max_new_tokens": 9}, True),
+        ({"stop": ["?"]}, True),
+        ({"temperature": 0.5}, True),
+        ({"top_p": 0.5}, True),
+        ({"repetition_penalty": 1.5}, True),
+        ({"seed": 1}, True),
+        ({"system": "be brief"}, True),
+        ({"user": "{context}\n\nQuestion: {question}"}, True),
+    ],
+)
+def test_what_the_writing_depends_on_has_it_written_anew(tmp_path, options, again):
+    collection(Reader(), Memo(tmp_path)).search(iterative(max_steps=2), [BLUE], 4)
+    reader = Reader()
+    collection(reader, Memo(tmp_path)).search(iterative(max_steps=2, **options), [BLUE], 4)
+    assert bool(reader.batches) == again
+
+
 def test_it_depends_on_its_retrievers_models_and_on_the_reader():
     assert isinstance(iterative(), Retriever)
     assert iterative().uses == ("embedder", "generator")
@@ -227,9 +280,11 @@ def test_it_depends_on_its_retrievers_models_and_on_the_reader():
         ({"passages": 0}, "retriever.passages is 0"),
         ({"depth": 0}, "retriever.depth is 0"),
         ({"max_context_tokens": 0}, "max_context_tokens is 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 0}, "retriever.max_new_tokens is 0"),
         ({"finished": ""}, "retriever.finished"),
         ({"top_p": 0}, "top_p"),
+        ({"seed": -1}, "retriever.seed is -1"),
+        ({"seed": 99999999999999999999}, "seed is 99999999999999999999"),
     ],
 )
 def test_bad_options_are_named(options, wanted):

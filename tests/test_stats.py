@@ -266,7 +266,26 @@ def test_a_table_holds_nan_where_a_measure_is_not_defined():
     assert table({}, ["x"]).shape == (0, 1)
 
 
-@pytest.mark.parametrize("setting", [{"resamples": 99}, {"confidence": 1.0}, {"power": 0.0}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"resamples": 99},
+        {"resamples": 2**33},  # 160 GiB
+        {"confidence": 1.0},
+        {"confidence": 1 - 1e-16},  # an infinite quantile
+        {"confidence": math.nan},
+        {"power": 0.0},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"seed": 99999999999999999999},
+    ],
+)
 def test_bad_settings_are_named(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         Statistics(**setting)
+
+
+def test_every_seed_that_is_allowed_draws():
+    bounds = [intervals(skewed(40, 1), Statistics(resamples=100, seed=seed)) for seed in (0, 2**32 - 1)]
+    assert np.isfinite(bounds).all()
+    assert not np.array_equal(*bounds)

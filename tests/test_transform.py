@@ -241,6 +241,13 @@ def test_no_questions_and_an_empty_question():
     assert expand(MULTI, "", question="") == [""]
 
 
+def test_seeds_beyond_the_last_begin_again():
+    generator = Scripted({Q: "a passage"})
+    last = 2**32 - 1
+    HyDE(user="{question}", count=3, temperature=1, seed=last).expand(collection_with(generator), [Q])
+    assert generator.asked[0][3] == [last, 0, 1]
+
+
 @pytest.mark.parametrize("transform", [REWRITE, MULTI, HYDE, DECOMPOSE])
 def test_transforms_are_hashable_and_depend_on_the_model(transform):
     assert isinstance(transform, Transform)
@@ -255,6 +262,8 @@ def test_transforms_are_hashable_and_depend_on_the_model(transform):
         (lambda: Rewrite(user="{question} {count}"), "count"),
         (lambda: Rewrite(user="{question}", max_new_tokens=0), "max_new_tokens is 0"),
         (lambda: Rewrite(user="{question}", temperature=-1), "temperature"),
+        (lambda: Rewrite(user="{question}", seed=-1), "transform.seed is -1"),
+        (lambda: Rewrite(user="{question}", seed=2**32), "seed is 4294967296"),
         (lambda: MultiQuery(user="{question}", count=0), "count is 0"),
         (lambda: Decompose(user="{question}", max_parts=-2), "max_parts is -2"),
         (lambda: HyDE(user="{question}", count=0), "count is 0"),

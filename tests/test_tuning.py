@@ -2,18 +2,24 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
-from rag.evaluate import metrics, tuning
+from rag.embed import BagOfWords
+from rag.evaluate import metrics, run, tuning
+from rag.evaluate.datasets import Dataset
 from rag.evaluate.selection import Judged, Measure, nested
 from rag.evaluate.tuning import BM25Grid, ConvexGrid, ReciprocalRankGrid, Tuning, tune_bm25, tune_fusion
 from rag.index.analyzer import Analyzer
 from rag.index.fusion import Convex, tabulate
-from rag.index.lexical import LexicalIndex
-from rag.types import UserError
+from rag.index.lexical import BM25Weights, LexicalIndex
+from rag.index.memory import MemoryIndex
+from rag.retrieve.collection import Collection
+from rag.retrieve.search import Lexical
+from rag.types import Document, UserError, chunk_at
 from tests.reference import metric_oracle, ranking_oracle
 
 CLOSE = 1e-5  # float32 against float64
@@ -185,6 +191,27 @@ def test_a_judged_query_that_was_not_asked_counts_as_zero():
     assert len(tuned.per_query) == 6
 
 
+def test_what_is_reported_and_chosen_is_no_deeper_than_the_evaluation():
+    """One query; the arm that is right names the document third, so of two documents neither way finds it."""
+    rankings = {q: [[("x", 3.0), ("y", 2.0), ("d", 1.0)], [("x", 2.0), ("y", 1.0)]] for q in ("q", "r")}
+    qrels = {"q": {"d": 1}, "r": {"d": 1}}
+    options = Tuning(ReciprocalRankGrid(constants=[60]), "Success@10", folds=2)
+    deep = tune_fusion(rankings, qrels, options)
+    assert (deep.nested, deep.naive, deep.folds[0].train) == (1.0, 1.0, 1.0)
+    cut = tune_fusion(rankings, qrels, options, depth=2)
+    assert cut.run == {query: dict(list(ranking.items())[:2]) for query, ranking in deep.run.items()}
+    assert (cut.nested, cut.naive, cut.folds[0].train) == (0.0, 0.0, 0.0)
+
+
+def test_passages_of_one_document_are_one_of_the_depth():
+    rankings = {q: [[(0, 4.0), (2, 3.0), (1, 2.0), (3, 1.0)]] for q in ("q", "r")}
+    options = Tuning(ReciprocalRankGrid(constants=[60]), folds=2)
+    tuned = tune_fusion(
+        rankings, {"q": {"a": 1}, "r": {"a": 1}}, options, document=lambda row: "babc"[row], depth=2
+    )
+    assert list(tuned.run["q"]) == ["b", "a"]
+
+
 # --- BM25 ---------------------------------------------------------------------------------------------------
 
 TEXTS = [
@@ -258,6 +285,43 @@ def test_bm25_points_and_runs_are_those_of_the_formula():
     assert tuned.family == "bm25"
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 100])
+@pytest.mark.parametrize("weights", [BM25Weights(), BM25Weights("bm25+", delta=1.0), BM25Weights("atire")])
+def test_one_point_is_the_plain_search_at_it(depth, weights):
+    """Of documents cut into many chunks, of which the best have most: both deepen until they have enough."""
+    rng = np.random.default_rng(7)
+    words = ["red", "fox", "snow", "dog", "house", "winding", "the", "roof"]
+    documents = []
+    for i, chunks in enumerate([30, 9, 4, 1, 1, 6, 2, 1]):
+        lines = [" ".join(rng.choice(words, 4 + i).tolist()) for _ in range(chunks)]
+        documents.append(Document(f"d{i}", f"d{i}", "\n".join(["red fox"] * (chunks // 4) + lines)))
+    chunks = []
+    for document in documents:
+        ends = [i for i, letter in enumerate(document.text + "\n") if letter == "\n"]
+        starts = [0, *(end + 1 for end in ends)]
+        chunks += [chunk_at(document, start, end) for start, end in zip(starts, ends, strict=False)]
+    qrels = {query: {"d3": 1, "d5": 2} for query in QUESTIONS}
+    dataset = Dataset("chunked", tuple(documents), QUESTIONS, qrels, {}, {}, frozenset(), False, ())
+    collection = Collection(MemoryIndex(documents, chunks, BagOfWords().fit([]).encode), BagOfWords())
+    plain = replace(weights, k1=1.5, b=0.75)
+    found = run.search(collection, Lexical(plain, WORDS), dataset, depth)
+    expected = run.documents(found, dataset, depth)
+    assert max(map(len, expected.values())) == min(depth, len(documents))
+
+    index, options = collection.lexical(WORDS), Tuning(BM25Grid([1.5], [0.75]), "nDCG@10", folds=2)
+    other = replace(weights, k1=0.3, b=0.1)  # which the grid replaces
+    tuned = tune_bm25(
+        index, QUESTIONS, qrels, options, lambda row: chunks[row].document_id, depth, weights=other
+    )
+    assert tuned.run == expected
+    assert [list(ranking) for ranking in tuned.run.values()] == [list(expected[q]) for q in tuned.run]
+    means, per_query = metrics.evaluate(qrels, expected, ["nDCG@10"])
+    assert tuned.nested == tuned.naive == means["nDCG@10"]
+    for fold in tuned.folds:
+        others = [per_query[query]["nDCG@10"] for query in QUESTIONS if query not in fold.queries]
+        assert fold.train == pytest.approx(np.mean(others), abs=CLOSE)
+
+
 # --- bad input ----------------------------------------------------------------------------------------------
 
 
@@ -265,15 +329,22 @@ def test_bm25_points_and_runs_are_those_of_the_formula():
     ("make", "message"),
     [
         (lambda: Tuning(folds=1), "folds is 1"),
+        (lambda: Tuning(seed=-1), "tuning.seed is -1"),
+        (lambda: Tuning(seed=2**32), "tuning.seed is 4294967296"),
+        (lambda: Tuning(seed=99999999999999999999), "tuning.seed is 99999999999999999999"),
+        (lambda: Tuning(measure="P@" + "9" * 400), "measure is"),
         (lambda: Tuning(measure="MAP"), r'measure is "MAP"'),
         (lambda: Tuning(measure="nDCG"), r'measure is "nDCG"'),
         (lambda: ConvexGrid(normalizers=["softmax"]), "softmax"),
         (lambda: ConvexGrid(normalizers=[]), "normalizers is empty"),
         (lambda: ConvexGrid(steps=0), "steps is 0"),
+        (lambda: ConvexGrid(steps=101), "steps is 101"),
         (lambda: ConvexGrid(depths=[10, 0]), r"depths is \[10, 0\]"),
+        (lambda: ReciprocalRankGrid(depths=[2**31]), r"depths is \[2147483648\]"),
         (lambda: ReciprocalRankGrid(constants=[-1]), "constant"),
         (lambda: BM25Grid(b=[1.5]), "b=1.5"),
         (lambda: BM25Grid(k1=[]), "k1 is empty"),
+        (lambda: BM25Grid(k1=[1.5, 1e39]), r"k1 is \[1.5, 1e\+39\]"),
     ],
 )
 def test_a_bad_option_is_named(make, message):

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from rag.evaluate import metrics
 from rag.evaluate.metrics import Qrels
+from rag.index.fusion import Id, Ranking
 from rag.ops.topk import top_k
 from rag.types import UserError
 
@@ -30,7 +32,7 @@ Runs = Callable[
 
 _LEAST = 32  # candidates of the smallest program; the others are its doubles
 _PLATEAU = 1e-6  # points whose means differ by less are equally good: the first is taken
-_NAME = re.compile(r"([a-z]+)@([1-9][0-9]*)", re.IGNORECASE)
+_NAME = re.compile(r"([a-z]+)@([1-9][0-9]{0,8})", re.IGNORECASE)
 _MEASURES = {
     "ndcg": "nDCG", "recall": "Recall", "r": "Recall", "mrr": "MRR", "rr": "MRR",
     "precision": "Precision", "p": "Precision", "success": "Success",
@@ -43,16 +45,17 @@ class Measure:
 
     name: str
     cutoff: int
+    depth: int | None = None  # documents that a ranking is cut to; None cuts nothing off
 
     @staticmethod
-    def named(name: str) -> "Measure":
+    def named(name: str, depth: int | None = None) -> "Measure":
         """From a name such as nDCG@10, in any case; UserError for one that cannot be tuned for."""
         match = _NAME.fullmatch(name)
         if not match or match[1].lower() not in _MEASURES:
             raise UserError(
                 f'tuning.measure is "{name}": choose nDCG, MRR, Recall, Precision or Success, as in nDCG@10.'
             )
-        return Measure(_MEASURES[match[1].lower()], int(match[2]))
+        return Measure(_MEASURES[match[1].lower()], int(match[2]), depth)
 
     def best(self, judged: Mapping[str, int]) -> float:
         """What the gain of a query is divided by; 0 for a query that can gain nothing."""
@@ -109,9 +112,17 @@ def value(
 ) -> Float[Array, ""]:
     """The measure of one query's ranking: documents by their best listed candidate, ties to the lower id."""
     documents = jnp.full(len(scores), -jnp.inf).at[judged.owners].max(jnp.where(listed, scores, -jnp.inf))
-    found, ids = top_k(documents, min(measure.cutoff, len(scores)))
+    found, ids = top_k(documents, min(measure.cutoff, measure.depth or measure.cutoff, len(scores)))
     gain = measure.gain(jnp.where(found > -jnp.inf, judged.grades[ids], 0.0))
     return jnp.where(judged.best > 0, gain / jnp.where(judged.best > 0, judged.best, 1.0), 0.0)
+
+
+def best_documents(ranking: Ranking, document: Callable[[Id], str], depth: int) -> dict[str, float]:
+    """The `depth` best documents of a ranking of passages and their scores, each that of its best passage."""
+    best: dict[str, float] = {}
+    for passage, score in ranking:
+        best.setdefault(document(passage), score)
+    return dict(islice(best.items(), depth))
 
 
 @dataclass(frozen=True)

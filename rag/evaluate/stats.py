@@ -52,11 +52,17 @@ class Statistics:
     seed: int = 0
 
     def __post_init__(self):
-        if self.resamples < 100:
-            raise UserError(f"resamples={self.resamples} is too few for an interval: take 100 or more.")
+        if not 100 <= self.resamples <= 1_000_000:
+            raise UserError(
+                f"statistics.resamples is {self.resamples}: give 100 to 1000000; fewer are too few for an interval."
+            )
         for name in ("confidence", "power"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is not between 0 and 1: try 0.95 or 0.8.")
+            if not 0.001 <= getattr(self, name) <= 0.999:
+                raise UserError(
+                    f"statistics.{name} is {getattr(self, name)}: give 0.001 to 0.999, such as 0.95 or 0.8."
+                )
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"statistics.seed is {self.seed}: give 0 to {(1 << 32) - 1}.")
 
 
 @dataclass(frozen=True)

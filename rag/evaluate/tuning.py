@@ -9,7 +9,7 @@ that searches use, and measured by metrics.evaluate.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
 from rag.evaluate.metrics import Qrels
-from rag.evaluate.selection import Judged, Measure, Point, Tuned, nested, value
+from rag.evaluate.selection import Judged, Measure, Point, Tuned, best_documents, nested, value
 from rag.index.fusion import (
     Convex,
     Fusion,
@@ -40,6 +40,8 @@ from rag.types import UserError
 
 _ELEMENTS = 1 << 22  # numbers that a block of queries holds at once: 16 MiB
 _ALL = np.iinfo(np.int32).max  # the depth that cuts nothing off
+_STEPS = 100  # finer weights than hundredths no number of queries can tell apart
+_K1 = 1000  # from here on term frequencies just add up
 
 
 @runtime_checkable
@@ -65,10 +67,10 @@ def _check(grid: Any, *names: str) -> None:
         object.__setattr__(grid, name, tuple(getattr(grid, name)))
         if name in names and not getattr(grid, name):
             raise UserError(f"tuning.grid.{name} is empty: give one value or more.")
-    if min(getattr(grid, "depths", ()), default=1) < 1:
-        raise UserError(f"tuning.grid.depths is {list(grid.depths)}: give depths of 1 or more.")
-    if getattr(grid, "steps", 1) < 1:
-        raise UserError(f"tuning.grid.steps is {grid.steps}: give 1 or more.")
+    if not all(1 <= depth <= _ALL for depth in getattr(grid, "depths", ())):
+        raise UserError(f"tuning.grid.depths is {list(grid.depths)}: give depths of 1 to {_ALL}.")
+    if not 1 <= getattr(grid, "steps", 1) <= _STEPS:
+        raise UserError(f"tuning.grid.steps is {grid.steps}: give 1 to {_STEPS}.")
 
 
 @dataclass(frozen=True)
@@ -124,26 +126,22 @@ class ReciprocalRankGrid:
 
 @dataclass(frozen=True)
 class BM25Grid:
-    """BM25 of one variant: k1 x b."""
+    """BM25 of the retriever's variant: k1 x b."""
 
     k1: Sequence[float | int] = (0.4, 0.6, 0.9, 1.2, 1.5, 2.0, 3.0)
     b: Sequence[float | int] = (0.0, 0.2, 0.4, 0.6, 0.75, 0.9, 1.0)
-    variant: Variant = "lucene"
-    delta: float = 0.5
 
     family: ClassVar[str] = "bm25"
 
     def __post_init__(self):
         _check(self, "k1", "b")
         for point in self.points():
-            self.weights(point)
+            BM25Weights(**point)  # says what is wrong with it
+        if max(self.k1) > _K1:
+            raise UserError(f"tuning.grid.k1 is {list(self.k1)}: give values up to {_K1}.")
 
     def points(self) -> list[Point]:
         return [{"k1": float(k1), "b": float(b)} for k1, b in product(self.k1, self.b)]
-
-    def weights(self, point: Point) -> BM25Weights:
-        """What a search takes at a point."""
-        return BM25Weights(self.variant, point["k1"], point["b"], self.delta)
 
 
 @dataclass(frozen=True)
@@ -159,6 +157,8 @@ class Tuning:
         Measure.named(self.measure)
         if self.folds < 2:
             raise UserError(f"tuning.folds is {self.folds}: give 2 or more.")
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"tuning.seed is {self.seed}: give 0 to {(1 << 32) - 1}.")
 
 
 # --- fusion -------------------------------------------------------------------------------------------------
@@ -170,14 +170,15 @@ def tune_fusion(
     options: Tuning,
     lows: Sequence[float | int] | None = None,
     document: Callable[[Id], str] = str,
+    depth: int = 100,
 ) -> Tuned:
     """Tune how the arms' rankings are fused.
 
     `rankings`: query id -> one ranking per arm, best first. Their ids are documents, or passages of which
-    `document` names the document; a document scores as its best passage. `lows`: the lowest score that each
-    arm can give, or one for all, for theoretical_min_max. A judged query without rankings counts as 0. Raises
-    UserError for a BM25Grid, arms that are not as many for every query, lows that are missing or not as many,
-    and fewer judged queries than folds.
+    `document` names the document; a document scores as its best passage, and the `depth` best documents of a
+    query count. `lows`: the lowest score that each arm can give, or one for all, for theoretical_min_max. A
+    judged query without rankings counts as 0. Raises UserError for a BM25Grid, arms that are not as many for
+    every query, lows that are missing or not as many, and fewer judged queries than folds.
     """
     grid = options.grid
     if not isinstance(grid, FusionGrid):
@@ -193,26 +194,20 @@ def tune_fusion(
     def runs(point: Point, queries: Sequence[str]) -> dict[str, dict[str, float]]:
         asked = [query for query in queries if query in rankings]
         depths = point.get("depths", [None] * arms)
-        cut = [[arm[:depth] for arm, depth in zip(rankings[q], depths, strict=True)] for q in asked]
+        cut = [[arm[:most] for arm, most in zip(rankings[q], depths, strict=True)] for q in asked]
         found = grid.fusion(point).fuse_batch(cut, lows)
-        return {q: _documents(ranking, document) for q, ranking in zip(asked, found, strict=True)}
+        return {q: best_documents(ranking, document, depth) for q, ranking in zip(asked, found, strict=True)}
 
     tables = [tabulate(rankings.get(query, [()] * arms)) for query in sorted(qrels)]
-    judged = _judged([[document(i) for i in table.ids] for table in tables], qrels, options.measure)
-    values = _fusion_values(grid, tables, judged, lows, Measure.named(options.measure))
+    measure = Measure.named(options.measure, depth)
+    judged = _judged([[document(i) for i in table.ids] for table in tables], qrels, measure)
+    values = _fusion_values(grid, tables, judged, lows, measure)
     points = _fusion_points(grid, arms)
     return nested(grid.family, options.measure, options.folds, options.seed, qrels, points, values, runs)
 
 
-def _documents(ranking: Ranking, document: Callable[[Id], str]) -> dict[str, float]:
-    best: dict[str, float] = {}
-    for passage, score in ranking:
-        best.setdefault(document(passage), score)
-    return best
-
-
-def _judged(documents: Sequence[Sequence[str]], qrels: Qrels, measure: str) -> Judged:
-    return Judged.of(documents, [qrels[query] for query in sorted(qrels)], Measure.named(measure))
+def _judged(documents: Sequence[Sequence[str]], qrels: Qrels, measure: Measure) -> Judged:
+    return Judged.of(documents, [qrels[query] for query in sorted(qrels)], measure)
 
 
 def _fusion_points(grid: FusionGrid, arms: int) -> list[Point]:
@@ -302,52 +297,68 @@ def tune_bm25(
     options: Tuning,
     document: Callable[[int], str],
     depth: int = 100,
+    weights: BM25Weights = BM25Weights(),
 ) -> Tuned:
     """Tune k1 and b for the questions, query id -> text; `document` names the document of a row of the index.
 
-    The candidates of a question are what the extreme points of the grid find among their `depth` best passages.
-    What is reported is found by whole searches. A judged query without a question counts as 0. Raises UserError
-    for a grid of fusions, fewer judged queries than folds.
+    `weights` says all else of BM25. The candidates of a question are the passages that the extreme points of the
+    grid find on the way to their `depth` best documents. What is reported is found by whole searches, as deep. A
+    judged query without a question counts as 0. Raises UserError for a grid of fusions, fewer judged queries than
+    folds.
     """
     grid = options.grid
     if not isinstance(grid, BM25Grid):
         raise UserError(f"tuning.grid is one of {grid.family}, which fuses arms: choose a BM25Grid.")
 
+    def search(texts: Sequence[str], k1: float, b: float) -> list[Ranking]:
+        return _deep(index, texts, replace(weights, k1=k1, b=b), document, depth)
+
     def runs(point: Point, queries: Sequence[str]) -> dict[str, dict[str, float]]:
         asked = [query for query in queries if query in questions]
-        found = index.search([questions[query] for query in asked], depth, grid.weights(point))
-        rankings = [list(zip(rows.tolist(), scores.tolist(), strict=True)) for scores, rows in found]
-        return {q: _documents(ranking, document) for q, ranking in zip(asked, rankings, strict=True)}
+        found = search([questions[query] for query in asked], **point)
+        return {q: best_documents(ranking, document, depth) for q, ranking in zip(asked, found, strict=True)}
 
     texts = [questions.get(query, "") for query in sorted(qrels)]
-    pools = _pools(index, texts, grid, depth)
-    judged = _judged([[document(int(row)) for row in rows] for rows in pools], qrels, options.measure)
-    values = _bm25_values(index, texts, pools, grid, judged, Measure.named(options.measure))
-    measure, folds, seed = options.measure, options.folds, options.seed
-    return nested(grid.family, measure, folds, seed, qrels, grid.points(), values, runs)
-
-
-def _pools(
-    index: LexicalIndex, texts: Sequence[str], grid: BM25Grid, depth: int
-) -> list[Int32[np.ndarray, "_"]]:
     corners = product({min(grid.k1), max(grid.k1)}, {min(grid.b), max(grid.b)})
-    found = [
-        [rows for _, rows in index.search(texts, depth, grid.weights({"k1": float(k1), "b": float(b)}))]
-        for k1, b in corners
-    ]
-    return [np.unique(np.concatenate(rows)) for rows in zip(*found, strict=True)]
+    found = [search(texts, float(k1), float(b)) for k1, b in corners]
+    pools = [sorted({row for ranking in each for row, _ in ranking}) for each in zip(*found, strict=True)]
+    measure = Measure.named(options.measure, depth)
+    judged = _judged([[document(row) for row in rows] for rows in pools], qrels, measure)
+    values = _bm25_values(index, texts, pools, grid, weights, judged, measure)
+    folds, seed = options.folds, options.seed
+    return nested(grid.family, options.measure, folds, seed, qrels, grid.points(), values, runs)
+
+
+def _deep(
+    index: LexicalIndex,
+    texts: Sequence[str],
+    weights: BM25Weights,
+    document: Callable[[int], str],
+    depth: int,
+) -> list[Ranking]:
+    """Each question's passages, deep enough for `depth` documents where so many can be found."""
+    found: list[Ranking] = [[] for _ in texts]
+    short, k = list(range(len(texts))), depth
+    while short:
+        for i, (scores, rows) in zip(short, index.search([texts[i] for i in short], k, weights), strict=True):
+            found[i] = list(zip(rows.tolist(), scores.tolist(), strict=True))
+        full = [i for i in short if len(found[i]) == k]
+        short = [i for i in full if len({document(row) for row, _ in found[i]}) < depth]
+        k *= 4
+    return found
 
 
 def _bm25_values(
     index: LexicalIndex,
     texts: Sequence[str],
-    pools: Sequence[Int32[np.ndarray, "_"]],
+    pools: Sequence[Sequence[int]],
     grid: BM25Grid,
+    weights: BM25Weights,
     judged: Judged,
     measure: Measure,
 ) -> Float32[np.ndarray, "Q P"]:
     """The measure of every query at every point."""
-    features = [index.features(text, rows) for text, rows in zip(texts, pools, strict=True)]
+    features = [index.features(t, np.array(rows, np.int32)) for t, rows in zip(texts, pools, strict=True)]
     terms = 1 << (max(len(df) for _, df, _ in features) - 1).bit_length()
     width = judged.owners.shape[1]
     tf = np.stack([_widened(tf, terms, width) for tf, _, _ in features])
@@ -357,11 +368,8 @@ def _bm25_values(
     points = np.array([[point["k1"], point["b"]] for point in grid.points()], np.float32)
     size = np.array([len(index), index.average_length], np.float32)
     block = max(1, _ELEMENTS // (len(points) * width * terms))
-    return np.asarray(
-        _weighted_values(
-            tf, df, lengths, listed, judged, points, size, grid.variant, grid.delta, measure, block
-        )
-    )
+    inputs = (tf, df, lengths, listed, judged, points, size)
+    return np.asarray(_weighted_values(*inputs, weights.variant, weights.delta, measure, block))
 
 
 @partial(jax.jit, static_argnames=("variant", "delta", "measure", "block"))

@@ -12,11 +12,26 @@ from rag import context, prompt
 from rag.context import ContextOptions
 from rag.index import fusion as fusing
 from rag.index.fusion import Fusion, ReciprocalRank
+from rag.ingest import sentences
+from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate
 from rag.retrieve import transform
 from rag.retrieve.collection import Collection, Retriever
-from rag.retrieve.transform import Instruction, lines, normal, without_echoes
+from rag.retrieve.transform import Instruction, at_least_one, lines, normal, without_echoes
 from rag.types import Hit, Message, Source, UserError
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """What the follow-up to a conversation depends on, beside the conversation."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    stop: Sequence[str]
+    seed: int
+
+    uses: ClassVar[tuple[str, ...]] = ("generator",)
+    code: ClassVar = (transform,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +56,13 @@ class Iterative(Instruction):
     fusion: Fusion = field(default_factory=ReciprocalRank)
     depth: int = 100  # of each search
 
-    code: ClassVar = (context, fusing, prompt, transform)
+    code: ClassVar = (context, fusing, prompt, sentences, transform)
+    group: ClassVar[str] = "retriever"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("max_steps", "passages", "max_context_tokens", "depth"):
-            if getattr(self, name) < 1:
-                raise UserError(f"retriever.{name} is {getattr(self, name)}: give 1 or more.")
+            at_least_one(self, name)
         if "{context}" not in self.user + self.system:
             raise UserError("The prompt shows no passages: put {context} into retriever.user.")
         if not self.finished:
@@ -93,12 +108,22 @@ class Iterative(Instruction):
         ]
         further = []
         for i, messages, written in zip(
-            going, conversations, self.write(collection, conversations), strict=True
+            going, conversations, self._written(collection, conversations), strict=True
         ):
             if follow_up := self._follow_up(written, messages, asked[i]):
                 asked[i].append(follow_up)
                 further.append(i)
         return further
+
+    def _written(self, collection: Collection, conversations: Sequence[Sequence[Message]]) -> list[list[str]]:
+        """`write`, kept a few at a time: the search around it is kept only when its last step is done."""
+
+        def compute(items: Sequence) -> list[list[str]]:
+            return self.write(collection, [[Message(*message) for message in item] for item in items])
+
+        writing = _Writing(self.sampling, self.max_new_tokens, self.stop, self.seed)
+        items = [[[message.role, message.content] for message in messages] for messages in conversations]
+        return collection.keep("follow-up", writing, items, compute, batch=16, passages=False)
 
     def _shown(self, collection: Collection, question: str, hits: Sequence[Hit]) -> list[Message]:
         """The prompt with as many of the passages as its budget holds, the best first."""

@@ -23,10 +23,12 @@ from rag import embed
 from rag.cache import content_key, file_sha256
 from rag.embed import padded_length, plan
 from rag.generate import LogLikelihood, likelihood
-from rag.models import bert, bert_checkpoint, hub
+from rag.models import bert, bert_checkpoint, checkpoint, hub, tokenizer_folder
+from rag.models import tokenizer as tokenization
 from rag.models.bert import BertClassifier
 from rag.models.bert_checkpoint import ClassifierSettings
 from rag.models.tokenizer import Tokenizer
+from rag.ops import attention, flash, linear, visibility
 from rag.retrieve.collection import Collection
 from rag.types import Hit, Message, UserError
 
@@ -57,7 +59,11 @@ class CrossEncoder:
     weights: str = field(init=False, repr=False)  # digest of the checkpoint: its name alone says too little
 
     uses: ClassVar[tuple[str, ...]] = ()
-    code: ClassVar = (bert, bert_checkpoint)
+    # No model's fingerprint stands for these.
+    code: ClassVar = (
+        *(embed, bert, bert_checkpoint, checkpoint, tokenization, tokenizer_folder),
+        *(attention, flash, linear, visibility),
+    )
 
     def __post_init__(self) -> None:
         if self.tokens_per_batch < 1:

@@ -17,14 +17,16 @@ from rag.prompt import PromptTemplate
 from rag.retrieve.collection import Collection
 from rag.types import Context, Message, UserError
 
+_SEEDS = 1 << 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Instruction:
     """What the model is asked, in one chat turn, and how it writes.
 
     `user` and `system` are texts of rag.prompt.PromptTemplate: {question} stands for the question. Raises
-    UserError for other placeholders, for a prompt without the question, for max_new_tokens below 1, and for
-    values that rag.ops.sampling.Sampling refuses.
+    UserError for other placeholders, for a prompt without the question, for max_new_tokens below 1, for
+    a seed of more than 32 bits, and for values that rag.ops.sampling.Sampling refuses.
     """
 
     user: str
@@ -38,12 +40,15 @@ class Instruction:
 
     uses: ClassVar[tuple[str, ...]] = ("generator",)
     code: ClassVar = (prompt,)
+    group: ClassVar[str] = "transform"  # of the configuration
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "repetition_penalty"):
             object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "stop", tuple(self.stop))
-        _at_least_one("max_new_tokens", self.max_new_tokens)
+        at_least_one(self, "max_new_tokens")
+        if not 0 <= self.seed < _SEEDS:
+            raise UserError(f"{self.group}.seed is {self.seed}: give 0 to {_SEEDS - 1}.")
         _ = self.template, self.sampling  # refused now rather than when a model has been loaded
 
     @property
@@ -59,7 +64,7 @@ class Instruction:
     ) -> list[list[str]]:
         """`copies` texts for each conversation; none for one that the model's context does not hold.
 
-        The n-th copy is drawn with seed + n - 1, whatever other conversations there are.
+        The n-th copy is drawn with seed + n - 1, from 0 again beyond 32 bits, whatever other conversations there are.
         """
         generator = collection.generator
         room = generator.context_length - self.max_new_tokens
@@ -68,7 +73,7 @@ class Instruction:
             return [[] for _ in fits]
         asked = [messages for messages, fit in zip(conversations, fits, strict=True) if fit]
         repeated = [messages for messages in asked for _ in range(copies)]
-        seeds = [self.seed + copy for _ in asked for copy in range(copies)]
+        seeds = [(self.seed + copy) % _SEEDS for _ in asked for copy in range(copies)]
         texts = iter(generator.generate(repeated, self.sampling, self.max_new_tokens, seeds, self.stop))
         return [[next(texts) for _ in range(copies)] if fit else [] for fit in fits]
 
@@ -93,7 +98,7 @@ class MultiQuery(Instruction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one("count", self.count)
+        at_least_one(self, "count")
 
     def expand(self, collection: Collection, questions: Sequence[str]) -> list[list[str]]:
         """Each question, and the other ways to ask it that the model wrote, in its order."""
@@ -109,7 +114,7 @@ class Decompose(Instruction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one("max_parts", self.max_parts)
+        at_least_one(self, "max_parts")
 
     def expand(self, collection: Collection, questions: Sequence[str]) -> list[list[str]]:
         """Each question, and its parts in the model's order."""
@@ -130,7 +135,7 @@ class HyDE(Instruction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one("count", self.count)
+        at_least_one(self, "count")
         if self.count > 1 and not self.temperature:
             raise UserError(
                 f"{self.count} passages at temperature 0 are the same: give transform.temperature, such as 0.7."
@@ -142,9 +147,9 @@ class HyDE(Instruction):
         return _expanded(self, collection, questions, passage, self.include_original, **options)
 
 
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"transform.{name} is {value}: give 1 or more.")
+def at_least_one(instruction: Instruction, name: str) -> None:
+    if (value := getattr(instruction, name)) < 1:
+        raise UserError(f"{instruction.group}.{name} is {value}: give 1 or more.")
 
 
 def _expanded(
