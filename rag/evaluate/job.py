@@ -203,8 +203,14 @@ class Job:
         if isinstance(self.method, Lexical):
             index, weights = collection.lexical(self.method.analyzer), self.method.weights
             return tune_bm25(index, self.dataset.queries, *judged, document, depth, weights)
-        arms = list(self.method.arms.values())
-        found = [run.search(collection, arm, self.dataset, max(depth, self.method.depth)) for arm in arms]
+        arms, k = (
+            list(self.method.arms.values()),
+            max(depth + 1, self.method.depth),
+        )  # as the hybrid asks for them
+        found = [
+            dict(zip(self.dataset.queries, hits, strict=True))
+            for hits in (collection.search(arm, list(self.dataset.queries.values()), k) for arm in arms)
+        ]
         rankings = {
             query: [
                 [

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import ClassVar
 
 import jax.numpy as jnp
 
