@@ -100,13 +100,16 @@ def test_the_templates_that_come_with_the_project(path):
     template = PromptTemplate(**fields)
     messages = render(template, "What is it?", context_of(("a.md", "It is a pump."), ("b.md", "It pumps.")))
     shown = "\n".join(message.content for message in messages)
-    assert "What is it?" in shown and "It is a pump." in shown and "It pumps." in shown
-    assert template.abstain_answer == "The documents do not answer this question."
-    assert path.read_text(encoding="utf-8").startswith("# python scripts/generate.py ")
+    assert "What is it?" in shown
+    asked_closed_book = path.stem == "closed_book"
+    assert ("It is a pump." in shown and "It pumps." in shown) != asked_closed_book
+    assert (template.abstain_answer == "The documents do not answer this question.") != asked_closed_book
+    assert path.read_text(encoding="utf-8").startswith("# python scripts/")
 
 
 def test_the_prompts_that_come_with_the_project():
-    assert {path.stem for path in (CONF / "prompt").glob("*.yaml")} == {"cited", "plain", "seed"}
+    names = {path.stem for path in (CONF / "prompt").glob("*.yaml")}
+    assert names == {"cited", "plain", "seed", "short", "few_shot", "closed_book"}
 
 
 def test_the_seed_prompt_is_the_notebooks():
@@ -129,10 +132,13 @@ def test_the_seed_prompt_is_the_notebooks():
 def test_chunker_and_context_groups_build_their_options(path):
     import importlib
 
-    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "defaults" in fields:
-        base = yaml.safe_load((path.parent / f"{fields.pop('defaults')[0]}.yaml").read_text(encoding="utf-8"))
-        fields = base | fields
+    def fields_of(path: Path) -> dict:
+        """With those of the choice that the file builds on."""
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        below = fields.pop("defaults", None)
+        return (fields_of(path.parent / f"{below[0]}.yaml") if below else {}) | fields
+
+    fields = fields_of(path)
     module, _, name = fields.pop("_target_").rpartition(".")
     options = getattr(importlib.import_module(module), name)(**fields)
     assert hash(options) == hash(getattr(importlib.import_module(module), name)(**fields))
