@@ -130,6 +130,11 @@ class CachedEmbedder:
         return self._read
 
 
+def cached(embedder: Embedder) -> Embedder:
+    """The embedder with its vectors kept, unless `fit` changes it: then a vector depends on the corpus too."""
+    return CachedEmbedder(embedder) if embedder.fit([]) is embedder else embedder
+
+
 def _hashes(kind: str, texts: Sequence[str]) -> dict[bytes, str]:
     """Each different text by its hash, in the order of first appearance."""
     return {

@@ -12,7 +12,7 @@ from jaxtyping import Float32
 
 from rag.context import ContextOptions, build_context, cited, trim
 from rag.embed import Embedder
-from rag.embed_cache import CachedEmbedder
+from rag.embed_cache import CachedEmbedder, cached
 from rag.generate import Generator
 from rag.index import store
 from rag.index.analyzer import Analyzer
@@ -64,8 +64,7 @@ def ingest(
     begin = time.perf_counter()
     store.check_writable(index)
     old = _opened(index, chunker, embedder) if add and store.exists(index) else None
-    if embedder.fit([]) is embedder:  # else a vector depends on the corpus, not on its text alone
-        embedder = CachedEmbedder(embedder)
+    embedder = cached(embedder)
     loaded, skipped = _load(corpus, progress)
     kept = _Kept() if old is None else _Kept.of(old, loaded)
     known = {document.id for document in kept.documents}

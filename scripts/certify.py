@@ -11,7 +11,8 @@ import inspect
 import json
 import sys
 
-from launch import build, launch, run_dir
+from launch import build, launch
+from this_run import run_dir
 
 
 def main(config) -> None:

@@ -1,20 +1,20 @@
 """Search in steps: a second hop that needs the first's answer, how it ends, and what the model is shown."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 
 from rag.embed import BagOfWords
-from rag.generate import LogLikelihood
 from rag.index.fusion import Convex
 from rag.index.memory import MemoryIndex
 from rag.memo import Memo
 from rag.retrieve.collection import Collection, Retriever
 from rag.retrieve.iterate import Iterative
 from rag.retrieve.search import Dense
-from rag.types import Chunk, Document, Hit, Message, Usage, UserError
+from rag.types import Chunk, Document, Hit, UserError
+from tests.generate_only import GenerateOnly
 
 DESIGNED = [
     f"the {colour} lantern was designed by {name}" for colour, name in [("blue", "mira"), ("red", "otto")]
@@ -35,31 +35,12 @@ def designer_first(prompt: str) -> str:
 
 
 @dataclass
-class Reader:
+class Reader(GenerateOnly):
     """A generator that answers a prompt by a function, and keeps what it was asked."""
 
     answer: Callable[[str], str] = designer_first
     context_length: int = 1000
     batches: list = field(default_factory=list)
-
-    @property
-    def fingerprint(self) -> str:
-        return "0" * 64
-
-    def count(self, text: str) -> int:
-        return len(text.split())
-
-    def prompt_tokens(self, messages: Sequence[Message]) -> int:
-        return sum(self.count(message.content) for message in messages)
-
-    def stream(self, messages, sampling, max_new_tokens, seed, stop) -> Iterator[str | Usage]:
-        raise NotImplementedError
-
-    def log_likelihood(self, pairs) -> list[LogLikelihood]:
-        raise NotImplementedError
-
-    def text_log_likelihood(self, pairs) -> list[LogLikelihood]:
-        raise NotImplementedError
 
     def generate(self, conversations, sampling, max_new_tokens, seeds, stop) -> list[str]:
         prompts = [messages[-1].content for messages in conversations]

@@ -1,13 +1,11 @@
 """Query transforms with a scripted model: what small models write, parsed; fallbacks; prompts, seeds and limits."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
 from rag.embed import BagOfWords
-from rag.generate import LogLikelihood
 from rag.index.memory import MemoryIndex
 from rag.ops.sampling import Sampling
 from rag.retrieve.collection import Collection, Transform
@@ -21,7 +19,8 @@ from rag.retrieve.transform import (
     passage,
     without_echoes,
 )
-from rag.types import Message, Usage, UserError
+from rag.types import Message, UserError
+from tests.generate_only import GenerateOnly
 
 Q = "Who built the tower of the old castle?"
 REWRITE = Rewrite(user="Rewrite as a search query: {question}")
@@ -31,31 +30,12 @@ DECOMPOSE = Decompose(user="Split into simpler questions.\nQuestion: {question}"
 
 
 @dataclass
-class Scripted:
+class Scripted(GenerateOnly):
     """A generator that writes what `answers` holds for the question in the prompt; keeps what it was asked."""
 
     answers: dict[str, str | list[str]]
     context_length: int = 1000
     asked: list = field(default_factory=list)
-
-    @property
-    def fingerprint(self) -> str:
-        return "0" * 64
-
-    def count(self, text: str) -> int:
-        return len(text.split())
-
-    def prompt_tokens(self, messages: Sequence[Message]) -> int:
-        return sum(self.count(message.content) for message in messages)
-
-    def stream(self, messages, sampling, max_new_tokens, seed, stop) -> Iterator[str | Usage]:
-        raise NotImplementedError
-
-    def log_likelihood(self, pairs) -> list[LogLikelihood]:
-        raise NotImplementedError
-
-    def text_log_likelihood(self, pairs) -> list[LogLikelihood]:
-        raise NotImplementedError
 
     def generate(self, conversations, sampling, max_new_tokens, seeds, stop) -> list[str]:
         self.asked.append((conversations, sampling, max_new_tokens, seeds, stop))

@@ -18,8 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import numpy as np
-
 from rag.context import cited
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.run import others
@@ -179,20 +177,16 @@ def passages(
     judged = dataset.qrels.get(query, {})
     match condition:
         case "oracle":
-            weights = {hit.chunk.id: _relevance(hit.chunk, query, dataset) for hit in _everything(collection)}
-            useful = [hit for hit in _everything(collection) if weights[hit.chunk.id] > 0]
-            best = sorted(useful, key=lambda hit: -weights[hit.chunk.id])[: reading.k]
-            return [Hit(hit.chunk, 1.0 - i / len(best)) for i, hit in enumerate(best)]
+            weighed = [(_relevance(chunk, query, dataset), chunk) for chunk in collection.chunks()]
+            useful = [(weight, chunk) for weight, chunk in weighed if weight > 0]
+            best = sorted(useful, key=lambda pair: -pair[0])[: reading.k]
+            return [Hit(chunk, 1.0 - i / len(best)) for i, (_, chunk) in enumerate(best)]
         case "random":
-            foreign = [hit for hit in _everything(collection) if judged.get(hit.chunk.document_id, 0) <= 0]
+            foreign = [chunk for chunk in collection.chunks() if judged.get(chunk.document_id, 0) <= 0]
             drawn = random.Random(f"{reading.seed} {query}").sample(foreign, min(reading.k, len(foreign)))
-            return [Hit(hit.chunk, 1.0 - i / reading.k) for i, hit in enumerate(drawn)]
+            return [Hit(chunk, 1.0 - i / reading.k) for i, chunk in enumerate(drawn)]
         case _:
             return others(hits, query, dataset)[: reading.k]
-
-
-def _everything(collection: Collection) -> list[Hit]:
-    return collection.hits(range(len(collection.index)), np.zeros(len(collection.index)))
 
 
 def _shuffled(hits: Sequence[Hit], query: str, seed: int) -> list[Hit]:
@@ -247,7 +241,7 @@ def _answers(collection: Collection, prompts: Sequence[_Prompt], reader: Reader)
         generate = collection.generator.generate
         return generate(conversations, reader.sampling, options.max_new_tokens, seeds, options.stop)
 
-    items = [[(message.role, message.content) for message in prompt.messages] for prompt in asking]
+    items = [_plain(prompt.messages) for prompt in asking]
     meaning = _Asking(reader.sampling, options)
     texts = collection.keep("answer", meaning, items, compute, batch=_BATCH, passages=False)
     return {prompt.query: (text or "").strip() for prompt, text in zip(asking, texts, strict=True)}
@@ -263,12 +257,14 @@ def _likelihoods(
         pairs = [([Message(*message) for message in messages], gold) for messages, gold in items]
         return [score.total for score in collection.generator.log_likelihood(pairs)]
 
-    items = [
-        [[(message.role, message.content) for message in prompt.messages], dataset.answers[prompt.query][0]]
-        for prompt in asking
-    ]
+    items = [[_plain(prompt.messages), dataset.answers[prompt.query][0]] for prompt in asking]
     scores = collection.keep("likelihood", _Scoring(), items, compute, batch=_BATCH, passages=False)
     return {prompt.query: score for prompt, score in zip(asking, scores, strict=True)}
+
+
+def _plain(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """A conversation as JSON can hold it."""
+    return [(message.role, message.content) for message in messages]
 
 
 def _reply(

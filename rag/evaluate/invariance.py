@@ -290,7 +290,7 @@ class _Reference:
         return self._search(self._collection(self.subject.embedder_of_batch(tokens_per_batch)))
 
     def _round(self, dtype: str) -> dict[str, list[Hit]]:
-        chunks = self.collection.index.chunks(range(len(self.collection.index)))
+        chunks = self.collection.chunks()
         vectors = rounded(self.collection.index.vectors, dtype)
         index = MemoryIndex(self.dataset.corpus, chunks, lambda _: vectors)
         embedder = Rounded(self.collection.embedder, dtype)

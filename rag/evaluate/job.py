@@ -33,13 +33,11 @@ from rag.ingest.chunk import Chunker
 from rag.measure import forget_peak_memory
 from rag.memo import Cost, Memo, package_version
 from rag.ops.sampling import Sampling
-from rag.pipeline import AnswerOptions, Reader
+from rag.pipeline import AnswerOptions, Progress, Reader
 from rag.prompt import PromptTemplate
 from rag.retrieve.collection import Collection, Retriever
-from rag.retrieve.search import Dense, Hybrid, Lexical
+from rag.retrieve.search import Hybrid, Lexical, Search
 from rag.types import Chunk, Hit, UserError
-
-Progress = Callable[[str, int, int], None]  # stage, done, of how many
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,7 @@ class Job:
 
     def _tuned(self, collection: Collection) -> Tuned:
         """The method with parameters that were never chosen on the queries they are reported for."""
-        depth, chunks = self.evaluation.depth, collection.index.chunks(range(len(collection.index)))
+        depth, chunks = self.evaluation.depth, collection.chunks()
         judged = (self.dataset.qrels, self.tuning)
 
         def document(row: int) -> str:
@@ -203,13 +201,11 @@ class Job:
         if isinstance(self.method, Lexical):
             index, weights = collection.lexical(self.method.analyzer), self.method.weights
             return tune_bm25(index, self.dataset.queries, *judged, document, depth, weights)
-        arms, k = (
-            list(self.method.arms.values()),
-            max(depth + 1, self.method.depth),
-        )  # as the hybrid asks for them
+        questions = list(self.dataset.queries.values())
+        arms = self.method.inner(depth + 1)  # as an untuned search asks for them
         found = [
-            dict(zip(self.dataset.queries, hits, strict=True))
-            for hits in (collection.search(arm, list(self.dataset.queries.values()), k) for arm in arms)
+            dict(zip(self.dataset.queries, collection.search(arm, questions, k), strict=True))
+            for arm, k in arms
         ]
         rankings = {
             query: [
@@ -221,8 +217,7 @@ class Job:
             ]
             for query in self.dataset.queries
         }
-        lows = [getattr(arm, "lowest", None) for arm in arms]
-        return tune_fusion(rankings, *judged, None if None in lows else lows, document, depth)
+        return tune_fusion(rankings, *judged, self.method.lows, document, depth)
 
     def _probed(self) -> list[str]:
         """The questions that are timed, a fixed draw."""
@@ -303,7 +298,7 @@ class Job:
         hits = collection.search(self.method, list(extra.values()), self.reading.k)
         everything = dict(found) | dict(zip(extra, hits, strict=True))
         reader = Reader(self.generator(), self.prompt, self.context, self.sampling, self.options)
-        threshold = collection.embedder.relevant_from if isinstance(self.method, Dense) else None
+        threshold = Search(collection, self.method).relevant_from
         return list(
             conditions.read(
                 collection, self.dataset, everything, threshold, reader, self.closed_book, self.reading

@@ -6,17 +6,17 @@ import numpy as np
 
 from rag.cache import content_key
 from rag.embed import Embedder
-from rag.embed_cache import CachedEmbedder
+from rag.embed_cache import cached
 from rag.evaluate.datasets import Dataset
+from rag.evaluate.selection import best_documents
 from rag.generate import Generator
 from rag.index.memory import MemoryIndex
 from rag.ingest import chunk, markdown, packing, semantic, sentences
 from rag.ingest.chunk import Chunker, chunks_of
 from rag.memo import Memo, code_version, version_of
+from rag.pipeline import Progress
 from rag.retrieve.collection import Collection, Retriever
 from rag.types import Chunk, Hit, UserError, chunk_at
-
-Progress = Callable[[str, int, int], None]  # stage, done, of how many
 
 _SPLITTING = (chunk, markdown, packing, semantic, sentences)  # the code that chunks depend on
 
@@ -32,9 +32,8 @@ def collect(
     """The dataset's corpus in these chunks, ready to be searched. UserError when there are none."""
     if not chunks:
         raise UserError(f"no document of {dataset.name} has text; check the dataset's corpus")
-    fitted = embedder.fit([chunk.text for chunk in chunks])
-    if memo is not None and fitted is embedder:  # else a vector depends on the corpus, not on its text alone
-        fitted = CachedEmbedder(embedder)
+    keeping = embedder if memo is None else cached(embedder)
+    fitted = keeping.fit([chunk.text for chunk in chunks])
 
     def embed(texts: Sequence[str]) -> np.ndarray:
         return fitted.encode(texts, progress=lambda done: progress("embed", done, len(texts)))
@@ -49,7 +48,7 @@ def chunk_all(
     if memo is None:
         return [c for document in dataset.corpus for c in chunks_of(document, chunker, embedder)]
     texts = {document.id: document for document in dataset.corpus}
-    splitting = CachedEmbedder(embedder) if embedder.fit([]) is embedder else embedder
+    splitting = cached(embedder)
 
     def compute(items: Sequence) -> list[list[tuple[int, int]]]:
         found = (chunks_of(texts[name], chunker, splitting) for name, _ in items)
@@ -91,13 +90,11 @@ def documents(
     A document scores as its best chunk (MaxP; Dai and Callan 2019). Where queries are documents of the corpus,
     none finds itself.
     """
-    run: dict[str, dict[str, float]] = {}
-    for query, hits in found.items():
-        best: dict[str, float] = {}
-        for hit in others(hits, query, dataset):
-            best.setdefault(hit.chunk.document_id, hit.score)
-        run[query] = dict(list(best.items())[:depth])
-    return run
+    rankings = {
+        query: [(hit.chunk.document_id, hit.score) for hit in others(hits, query, dataset)]
+        for query, hits in found.items()
+    }
+    return {query: best_documents(ranking, str, depth) for query, ranking in rankings.items()}
 
 
 def others(hits: Sequence[Hit], query: str, dataset: Dataset) -> list[Hit]:

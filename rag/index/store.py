@@ -32,7 +32,7 @@ from rag.embed import Embedder
 from rag.index.dense import check_vectors
 from rag.index.lexical import LexicalIndex
 from rag.measure import environment
-from rag.types import Chunk, Document, UserError
+from rag.types import Chunk, Document, UserError, chunk_at
 
 FORMAT = 1  # of the folder's contents; a reader refuses a newer one
 _MANIFEST, _LOCK, _EMBEDDER, _LEXICAL = "manifest.json", "manifest.json.lock", "embedder", "lexical"
@@ -145,13 +145,8 @@ def _check_chunks(chunks: Sequence[Chunk], documents: Sequence[Document], places
     for chunk in chunks:
         if chunk.document_id not in places:
             raise ValueError(f"chunk {chunk.id!r} is of document {chunk.document_id!r}, which is not there")
-        if chunk != _chunk(documents[places[chunk.document_id]], chunk.start, chunk.end):
+        if chunk != chunk_at(documents[places[chunk.document_id]], chunk.start, chunk.end):
             raise ValueError(f"chunk {chunk.id!r} is not that span of its document")
-
-
-def _chunk(document: Document, start: int, end: int) -> Chunk:
-    name = f"{document.id}:{start}-{end}"
-    return Chunk(name, document.id, document.path, start, end, document.text[start:end])
 
 
 def _document_row(document: Document) -> tuple[str, ...]:
@@ -341,7 +336,7 @@ class Index:
         """The chunks with these numbers, in this order. Raises IndexError for a number out of range."""
         spans = [self._span(int(row)) for row in rows]
         documents = {place: self._document(place) for place in {span["document"] for span in spans}}
-        return [_chunk(documents[span["document"]], span["start"], span["end"]) for span in spans]
+        return [chunk_at(documents[span["document"]], span["start"], span["end"]) for span in spans]
 
     def document_text(self, document_id: str) -> str:
         """The extracted text that a document's spans point into. Raises KeyError for an unknown id."""

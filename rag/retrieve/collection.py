@@ -113,8 +113,7 @@ class Collection:
             with self._building():
                 kept = self.index.lexical
                 if kept is None or kept.analyzer != analyzer:
-                    chunks = self.index.chunks(range(len(self.index)))
-                    kept = LexicalIndex.build([chunk.text for chunk in chunks], analyzer)
+                    kept = LexicalIndex.build([chunk.text for chunk in self.chunks()], analyzer)
                 self._lexical[analyzer] = kept
         return self._lexical[analyzer]
 
@@ -126,13 +125,17 @@ class Collection:
             yield
         self.build_s += time.perf_counter() - begin - (compile_seconds() - compiled)
 
+    def chunks(self) -> list[Chunk]:
+        """All of the index's chunks, in the order of their numbers."""
+        return self.index.chunks(range(len(self.index)))
+
     def row(self, chunk: Chunk) -> int:
         """The number of one of the index's chunks."""
         return self._row_of[chunk.id]
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
-        return {chunk.id: row for row, chunk in enumerate(self.index.chunks(range(len(self.index))))}
+        return {chunk.id: row for row, chunk in enumerate(self.chunks())}
 
     def hits(self, rows: Sequence[int] | np.ndarray, scores: Sequence[float] | np.ndarray) -> list[Hit]:
         """Rows and their scores as hits."""

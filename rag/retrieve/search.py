@@ -72,16 +72,19 @@ class Hybrid:
     def uses(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for arm in self.arms.values() for name in arm.uses))
 
+    @property
+    def lows(self) -> list[float] | None:
+        """The lowest score that each arm can give; None where that is not known of all."""
+        lows = [getattr(arm, "lowest", None) for arm in self.arms.values()]
+        return None if None in lows else lows
+
     def inner(self, k: int) -> list[tuple[Retriever, int]]:
         """What is searched for the same questions, and how deep."""
         return [(arm, max(k, self.depth)) for arm in self.arms.values()]
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
         arms = [collection.search(arm, questions, depth) for arm, depth in self.inner(k)]
-        lows = [getattr(arm, "lowest", None) for arm in self.arms.values()]
-        return _fused(
-            collection, list(zip(*arms, strict=True)), self.fusion, None if None in lows else lows, k
-        )
+        return _fused(collection, list(zip(*arms, strict=True)), self.fusion, self.lows, k)
 
 
 @dataclass(frozen=True)
