@@ -173,6 +173,12 @@ def _revision() -> dict[str, object]:
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
+@functools.cache
+def cpu_flags() -> tuple[str, ...]:
+    """The processor's SIMD instruction sets, in the operating system's words, lower case."""
+    return tuple(_cpu()["cpu_flags"])
+
+
 def _cpu() -> dict[str, object]:
     """The processor's name and its SIMD instruction sets: from Linux's /proc, else from macOS's sysctl."""
     try:

@@ -1,18 +1,92 @@
-"""Matmul against a weight kept as checkpoints store it, one row an output.
+"""Matmul against a weight kept as checkpoints store it, one row an output, in float or in int8.
 
-Letters: M input width, N outputs.
+An int8 weight has one scale a row, symmetric: weight[n] = scale[n] * values[n]. What is the fastest way to multiply
+by it depends on the processor and on the rows of x, all of which XLA:CPU serves by different kernels (LOG.md):
+
+    rows        with int8 dot products (VNNI, AMX)      without
+    1           digits                                  the weight converted inside the dot
+    2 to 128    digits                                  digits
+    more        bfloat16, where the processor has it    float32
+
+"Digits": x is written in two signed 8-bit digits to base 254, scaled by the row's largest entry, and each is
+multiplied exactly, int8 x int8 -> int32. That is as exact as 15 bits, where one digit would lose what one large
+entry of a row leaves of the others; and a row's result does not depend on its neighbours.
+
+Letters: R rows of x, M input width, N outputs.
 """
 
+from functools import cache
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int8, Num
+
+from rag.measure import cpu_flags
+
+_FEW = 128  # rows up to which digits win over converting the weight
+_STACKED = 32  # rows up to which both digits go in one product: a lone row falls off the int8 kernels
+
+_BY_ROWS = (((1,), (1,)), ((), ()))  # contract R M with N M
 
 
 def linear(
-    x: Float[Array, "*batch M"], weight: Float[Array, "N M"], bias: Float[Array, "N"] | None = None
+    x: Float[Array, "*batch M"],
+    weight: Num[Array, "N M"],
+    bias: Float[Array, "N"] | None = None,
+    scale: Float32[Array, "N"] | None = None,
 ) -> Float[Array, "*batch N"]:
-    """`x @ weight.T + bias`, accumulated in float32, in x's dtype.
+    """`x @ weight.T * scale + bias`, accumulated in float32 or exactly, in x's dtype.
 
-    The [N, M] layout is read row by row, which is also what XLA:CPU's one-row kernels are fast at.
+    With a `scale` the weight is int8. The [N, M] layout is read row by row, which is also what XLA:CPU's one-row
+    kernels are fast at.
     """
-    y = jnp.einsum("...m,nm->...n", x, weight, preferred_element_type=jnp.float32)
+    if scale is None:
+        y = jnp.einsum("...m,nm->...n", x, weight, preferred_element_type=jnp.float32)
+    else:
+        rows = x.reshape(-1, x.shape[-1])
+        y = (_int8(rows, weight) * scale).reshape(*x.shape[:-1], -1)
     return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def quantize(weight: Float[Array, "N M"]) -> tuple[Int8[Array, "N M"], Float32[Array, "N"]]:
+    """(values, scale): per-row symmetric int8, within scale[n] / 2 of the weight; a row of zeros has scale 0."""
+    weight = weight.astype(jnp.float32)
+    scale = jnp.abs(weight).max(axis=1) / 127
+    values = jnp.round(weight / jnp.where(scale > 0, scale, 1.0)[:, None])
+    return values.astype(jnp.int8), scale
+
+
+def _int8(x: Float[Array, "R M"], values: Int8[Array, "N M"]) -> Float32[Array, "R N"]:
+    with jax.named_scope("int8"):
+        if jax.default_backend() != "cpu":
+            return _dot(x, values.astype(x.dtype), jnp.float32)
+        rows = len(x)
+        if rows == 1 and not _multiplies("vnni", "amx_int8"):
+            return x.astype(jnp.float32) @ values.astype(jnp.float32).T  # XLA converts as it reads
+        if rows <= _FEW:
+            return _by_digits(x.astype(jnp.float32), values)
+        wide = jnp.bfloat16 if _multiplies("bf16") else jnp.float32  # holds int8 exactly
+        return _dot(x.astype(wide), values.astype(wide), jnp.float32)
+
+
+def _by_digits(x: Float32[Array, "R M"], values: Int8[Array, "N M"]) -> Float32[Array, "R N"]:
+    step = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True) / 127, jnp.finfo(jnp.float32).tiny)
+    first = jnp.round(x / step)
+    second = jnp.round((x / step - first) * 254)
+    if len(x) <= _STACKED:
+        digits = jnp.concatenate([first, second]).astype(jnp.int8)
+        first, second = jnp.split(_dot(digits, values, jnp.int32), 2)
+    else:
+        first, second = (_dot(digit.astype(jnp.int8), values, jnp.int32) for digit in (first, second))
+    return (first.astype(jnp.float32) + second.astype(jnp.float32) / 254) * step
+
+
+def _dot(x: Num[Array, "R M"], weight: Num[Array, "N M"], accumulator: type) -> Num[Array, "R N"]:
+    return lax.dot_general(x, weight, _BY_ROWS, preferred_element_type=accumulator)
+
+
+@cache
+def _multiplies(*names: str) -> bool:
+    """Whether this processor has an instruction set with one of these in its name."""
+    return any(name in flag for flag in cpu_flags() for name in names)
