@@ -42,13 +42,13 @@ class AttentionOracle(NamedTuple):
 
 
 def attention_mask(
-    batch, queries, keys, *, causal, window, q_offset, kv_length, q_segments, kv_segments
+    batch, queries, keys, *, causal, window, q_offset, kv_length, q_segments, kv_segments, q_positions=None
 ) -> np.ndarray:
     """Which key each query sees, one pair at a time: [B, T, S]."""
     mask = np.zeros((batch, queries, keys), bool)
     offsets = np.broadcast_to(q_offset, batch)
     for b, t, s in np.ndindex(mask.shape):
-        i = offsets[b] + t
+        i = offsets[b] + t if q_positions is None else q_positions[b, t]
         sees = kv_length is None or s < kv_length[b]
         sees &= not causal or s <= i
         sees &= window is None or abs(i - s) < window
@@ -67,6 +67,7 @@ def attention_oracle(
     causal=False,
     window=None,
     q_offset=0,
+    q_positions=None,
     kv_length=None,
     q_segments=None,
     kv_segments=None,
@@ -79,7 +80,7 @@ def attention_oracle(
     scale = dim**-0.5 if scale is None else scale
     mask = attention_mask(
         batch, queries, k.shape[2], causal=causal, window=window, q_offset=q_offset, kv_length=kv_length,
-        q_segments=q_segments, kv_segments=kv_segments,
+        q_segments=q_segments, kv_segments=kv_segments, q_positions=q_positions,
     )  # fmt: skip
     out, lse = np.zeros_like(q), np.full(q.shape[:3], -np.inf)
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)

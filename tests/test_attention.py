@@ -52,6 +52,7 @@ UNSORTED = {
     "q_segments": packed("92929292921111-----0", "-" * 20),
     "kv_segments": packed("2" * 17 + "9-01" + "-" * 24, "3" * 45),
 }
+SCATTERED = {"q_positions": np.array([[*range(40, 20, -1)], [3, 44, 0, 7, 7, -2, 90, *range(13, 39, 2)]])}
 CASES = {
     "full": Case(),
     "padding": Case(options={"kv_length": ints(45, 1)}),
@@ -62,6 +63,9 @@ CASES = {
     "queries before and past the keys": Case(options=CAUSAL | {"q_offset": ints(-10, 60)}),
     "causal padding": Case(options=CAUSAL | {"q_offset": ints(25, 2), "kv_length": ints(45, 18)}),
     "no keys at all": Case(options=CAUSAL | {"kv_length": ints(0, 0)}),
+    "scattered": Case(options=CAUSAL | SCATTERED),
+    "scattered window": Case(options=WINDOW | SCATTERED | {"kv_length": ints(45, 30)}),
+    "scattered, everything": Case(options=BOTH | SORTED | SCATTERED | {"kv_length": ints(42, 33)}),
     "window": Case(options=WINDOW),
     "window leaves the keys behind": Case(options=WINDOW | {"q_offset": ints(40, -20)}),
     "causal window": Case(options=BOTH),
@@ -118,7 +122,8 @@ def check(
     with_lse = implementation != "xla"
     *qkv, dout, dlse = inputs(case, dtype)
     want = attention_oracle(*qkv, dout=dout, dlse=dlse if with_lse else None, **case.options)
-    options = {"q_offset": jnp.zeros(case.b, int), "kv_length": jnp.full(case.b, case.s)} | case.options
+    options = {"q_offset": jnp.zeros(case.b, int)} if "q_positions" not in case.options else {}
+    options |= {"kv_length": jnp.full(case.b, case.s)} | case.options
     options |= {"return_lse": with_lse, "implementation": implementation, "blocks": blocks}
     if gradients:
         result, found = both_ways(*qkv, (dout, dlse) if with_lse else dout, **options)
@@ -162,6 +167,14 @@ def test_best_for_a_cache(length):
     """The choice between the whole cache and its used blocks is made at run time; both are right."""
     case = Case(t=2, s=300, options=CAUSAL | {"q_offset": ints(length - 2, 7)})
     check(case, None, gradients=False, blocks=None)
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(4, 200), (17, 600), (90, 700)])
+def test_best_for_scattered_tokens(tokens, keys):
+    """A few tokens of a prompt, computed anew in front of the whole cache."""
+    at = np.random.default_rng(1).permuted(np.tile(np.arange(keys), (2, 1)), axis=1)[:, :tokens]
+    options = CAUSAL | {"q_positions": at, "kv_length": ints(keys, keys - 50)}
+    check(Case(h=3, k=1, t=tokens, s=keys, d=16, options=options), None, gradients=False, blocks=None)
 
 
 @pytest.mark.parametrize("tokens", [70, 300, 600])
@@ -263,3 +276,9 @@ def test_contradictions(heads, options, message):
     q, k, v, *_ = inputs(Case(h=heads))
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, **{name: jnp.asarray(x) if name != "window" else x for name, x in options.items()})
+
+
+def test_offset_or_positions():
+    q, k, v, *_ = inputs(Case())
+    with pytest.raises(ValueError, match="not both"):
+        attention(q, k, v, q_offset=jnp.zeros(2, int), q_positions=jnp.asarray(SCATTERED["q_positions"]))

@@ -36,6 +36,7 @@ def attention(
     *,
     causal: bool = False,
     q_offset: int | Int[Array, ""] | Int[Array, "B"] = 0,
+    q_positions: Int[Array, "B T"] | None = None,
     kv_length: Int[Array, "B"] | None = None,
     q_segments: Int[Array, "B T"] | None = None,
     kv_segments: Int[Array, "B S"] | None = None,
@@ -47,8 +48,9 @@ def attention(
 ) -> Float[Array, "B H T D"] | tuple[Float[Array, "B H T D"], Float[Array, "B H T"]]:
     """Softmax attention; query heads share kv heads in groups of H/K, in order.
 
-    Query i of row b stands at key position q_offset[b] + i. `causal` hides the keys after it, `window` all
-    keys that are `window` or more positions away, `kv_length` the keys at or past it (right padding or the
+    The key in slot s stands at position s, query i of row b at q_offset[b] + i or, where the tokens are
+    scattered, at q_positions[b, i], in any order. `causal` hides the keys after the query, `window` all keys
+    that are `window` or more positions away, `kv_length` the keys at or past it (right padding or the
     unwritten part of a cache). With segments, which come both or not at all, a query sees only the keys of
     its own id, and a negative id is padding that sees nothing. A row that sees nothing gives zeros.
 
@@ -64,16 +66,20 @@ def attention(
     and options that contradict one another.
     """
     _check(q, k, v, q_segments, kv_segments, window, implementation)
+    if q_positions is not None and not (isinstance(q_offset, int) and q_offset == 0):
+        raise ValueError("Give q_offset or q_positions, not both.")
+    aligned = q_positions is None and isinstance(q_offset, int) and q_offset == 0  # query i stands at i
+    if q_positions is None:
+        q_positions = jnp.asarray(q_offset).reshape(-1, 1) + jnp.arange(q.shape[2])
     pattern = Pattern(causal, window)
     extent = Extent(
-        jnp.asarray(q_offset).reshape(-1),
+        q_positions,
         jnp.full((1,), k.shape[2]) if kv_length is None else kv_length,
         q_segments,
         kv_segments,
     )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    aligned = causal and isinstance(q_offset, int) and q_offset == 0
-    prefix = _PREFIX if aligned and q.shape[2] <= _SHORT_CAUSAL else None
+    prefix = _PREFIX if causal and aligned and q.shape[2] <= _SHORT_CAUSAL else None
     plan = Plan(pattern, scale, blocks or _tiles(q, k), prefix)
     match implementation or _best(q, k, plan, return_lse):
         case "reference":
@@ -158,7 +164,7 @@ def _by_length(
     """
     used = extent.kv_length.max()
     if plan.pattern.causal:
-        used = jnp.minimum(used, extent.q_offset.max() + q.shape[2])
+        used = jnp.minimum(used, extent.q_positions.max() + 1)
     dense, blocked = partial(_reference, plan=plan), partial(flash_attention, plan=plan)
     return lax.cond(4 * used > 3 * k.shape[2], dense, blocked, q, k, v, extent)
 

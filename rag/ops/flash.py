@@ -46,7 +46,7 @@ class Plan:
     pattern: Pattern
     scale: float
     blocks: Blocks
-    prefix: int | None = None  # forward in unrolled blocks of so many queries; causal, and q_offset must be 0
+    prefix: int | None = None  # forward in unrolled blocks of so many queries; causal, query i stands at i
 
 
 def flash_attention(
@@ -310,22 +310,24 @@ def _fit(plan: Plan, pairs: int, tokens: int, keys: int) -> Plan:
     return replace(plan, blocks=blocks, prefix=prefix if prefix and blocks.q % prefix == 0 else None)
 
 
-def _pad(x: Array, multiple: int, axis: int, value: int = 0) -> Array:
+def _pad(x: Array, multiple: int, axis: int, value: int | None = 0) -> Array:
+    """Up to a multiple along one axis, with the value or, if it is None, with the last entries."""
     missing = -x.shape[axis] % multiple
     if not missing:
         return x
     widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=value)
+    return jnp.pad(x, widths, "edge") if value is None else jnp.pad(x, widths, constant_values=value)
 
 
 def _by_pair(extent: Extent, pairs: int, blocks: Blocks) -> Extent:
     """The extents of each pair of batch row and kv head, padded as the blocks need."""
-    q_offset, kv_length = (jnp.repeat(x, pairs // x.shape[0]) for x in extent[:2])
+    q_positions, kv_length = (jnp.repeat(x, pairs // x.shape[0], axis=0) for x in extent[:2])
+    q_positions = _pad(q_positions, blocks.q, axis=1, value=None)
     if extent.q_segments is None:
-        return Extent(q_offset, kv_length)
+        return Extent(q_positions, kv_length)
     q_segments, kv_segments = (jnp.repeat(x, pairs // x.shape[0], axis=0) for x in extent[2:])
     return Extent(
-        q_offset,
+        q_positions,
         kv_length,
         _pad(q_segments, blocks.q, axis=1, value=-1),
         _pad(kv_segments, blocks.k, axis=1, value=-1),

@@ -1,7 +1,7 @@
 """Which key a query may see: causality, window, lengths and packed segments, as a mask or as block ranges.
 
 Letters: B batch, b is 1 or B, T query tokens, S key tokens.
-Query i of row b stands at key position q_offset[b] + i.
+Query i of row b stands at key position q_positions[b, i]; keys stand at 0, 1, 2 ...
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Pattern:
 class Extent(NamedTuple):
     """The traced part. Segments come both or not at all; a negative id is padding."""
 
-    q_offset: Int[Array, "b"]
+    q_positions: Int[Array, "b T"]  # any, in any order
     kv_length: Int[Array, "b"]  # keys at or past it do not exist
     q_segments: Int[Array, "B T"] | None = None
     kv_segments: Int[Array, "B S"] | None = None
@@ -43,7 +43,7 @@ class KeyBlocks(NamedTuple):
 
 def visible(pattern: Pattern, extent: Extent, rows: Span, columns: Span) -> Bool[Array, "b t s"]:
     """The mask of a tile of queries and keys."""
-    i = extent.q_offset[:, None, None] + (rows[0] + jnp.arange(rows[1]))[:, None]  # b t 1
+    i = lax.dynamic_slice_in_dim(extent.q_positions, *rows, axis=1)[:, :, None]  # b t 1
     j = columns[0] + jnp.arange(columns[1])  # s
     mask = j < extent.kv_length[:, None, None]
     if pattern.causal:
@@ -61,8 +61,8 @@ def key_blocks(
     pattern: Pattern, extent: Extent, i: int | Int[Array, ""], block_q: int, block_k: int
 ) -> KeyBlocks:
     """The range of key blocks that query block `i` has to look at, over all rows of the batch."""
-    first = extent.q_offset + i * block_q  # b: the positions of the block's first and last query
-    last = first + block_q - 1
+    positions = lax.dynamic_slice_in_dim(extent.q_positions, i * block_q, block_q, axis=1)
+    first, last = positions.min(axis=1), positions.max(axis=1)  # b
     some_low = all_low = jnp.zeros_like(first)  # keys [some_low, some_high) are seen by some query,
     some_high = all_high = extent.kv_length  # keys [all_low, all_high) by every one
     if pattern.causal:
