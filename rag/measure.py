@@ -15,15 +15,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 # Instruction sets that decide how fast array code can be; the rest of a processor's flags is noise.
 _SIMD = ("sse4", "ssse3", "avx", "fma", "f16c", "amx", "neon", "asimd", "sve", "i8mm", "bf16", "dotprod")
 _GEMM_SIZE = 2048
 _READ_BYTES = 512 << 20  # beyond any cache
+_ROOF_OF = {  # a row's rate -> the roof over it; both in the same unit, rates in billions
+    "GFLOP/s": "gemm_flops",
+    "bfloat16 GFLOP/s": "bf16_flops",
+    "int8 GOP/s": "int8_ops",
+    "GB/s": "read_bytes_per_s",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +42,38 @@ class Timing:
     maximum: float
     repeats: int
 
+    def times(self, factor: float | int) -> "Spread":
+        """The seconds in another unit, as in `ms=timing.times(1000)`."""
+        return Spread(factor * self.median, factor * self.minimum, factor * self.maximum)
+
+    def rate(self, work: float | int) -> "Spread":
+        """How much of `work`, which one call does, is done in a second."""
+        return Spread(work / self.median, work / self.maximum, work / self.minimum)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A figure that was taken several times: its median, the least and the most."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float | int]) -> "Spread":
+        return Spread(float(statistics.median(values)), float(min(values)), float(max(values)))
+
+
+Figure = float | int | Spread
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One case of a benchmark: our figures by name, each peer's, and how much better we are."""
 
     case: str
-    ours: Mapping[str, float | int]
-    peers: Mapping[str, Mapping[str, float | int]] = field(default_factory=dict)
+    ours: Mapping[str, Figure]
+    peers: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
     ratio: Mapping[str, float | int] = field(default_factory=dict)  # peer -> above 1 when ours is better
 
 
@@ -71,13 +102,24 @@ def ratio(ours: Timing, peer: Timing) -> float:
     return peer.median / ours.median
 
 
-def gemm_roof() -> float:
-    """The float32 matrix product's best rate on the default device, in FLOP/s."""
+def gemm_roof(dtype: str = "float32") -> float:
+    """The best rate of a matrix product of `dtype` on the default device, in operations (FLOP) a second.
+
+    bfloat16 accumulates in float32, int8 in int32; the second matrix stands by rows, as a checkpoint's weights do.
+    """
     import jax
     import jax.numpy as jnp
+    from jax import lax
 
-    square = jnp.ones((_GEMM_SIZE, _GEMM_SIZE), jnp.float32)
-    product = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
+    square = jnp.ones((_GEMM_SIZE, _GEMM_SIZE), dtype)
+    wide = jnp.int32 if dtype == "int8" else jnp.float32
+    precision = lax.Precision.HIGHEST if dtype == "float32" else None
+    by_rows = (((1,), (1,)), ((), ()))
+
+    @jax.jit
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        return lax.dot_general(x, y, by_rows, precision, preferred_element_type=wide)
+
     timing = alternate({"gemm": lambda: product(square, square)}, repeats=7)["gemm"]
     return 2 * _GEMM_SIZE**3 / timing.minimum
 
@@ -96,8 +138,39 @@ def read_roof() -> float:
 
 
 def roofs() -> dict[str, float]:
-    """What no program here can beat, for a benchmark's record: {"gemm_flops", "read_bytes_per_s"}."""
-    return {"gemm_flops": gemm_roof(), "read_bytes_per_s": read_roof()}
+    """What no program here can beat, for a benchmark's record: "gemm_flops", of float32, and "read_bytes_per_s".
+
+    With "bf16_flops" and "int8_ops" where the device has instructions for such products.
+    """
+    import jax
+
+    found = {"gemm_flops": gemm_roof(), "read_bytes_per_s": read_roof()}
+    flags, accelerated = " ".join(cpu_flags()), jax.default_backend() != "cpu"
+    if accelerated or "bf16" in flags:
+        found["bf16_flops"] = gemm_roof("bfloat16")
+    if accelerated or any(name in flags for name in ("vnni", "amx_int8", "i8mm", "dotprod")):
+        found["int8_ops"] = gemm_roof("int8")
+    return found
+
+
+def with_shares(rows: Sequence[Row], roofs: Mapping[str, float]) -> list[Row]:
+    """The rows with the share of its roof, in percent, beside each rate that has one ("GFLOP/s", "GB/s" ...)."""
+
+    def shared(figures: Mapping[str, Figure]) -> dict[str, Figure]:
+        out: dict[str, Figure] = {}
+        for name, value in figures.items():
+            out[name] = value
+            if (roof := roofs.get(_ROOF_OF.get(name, ""))) is not None:
+                median = value.median if isinstance(value, Spread) else value
+                out[f"{name}, % of roof"] = 100 * median * 1e9 / roof
+        return out
+
+    return [
+        replace(
+            row, ours=shared(row.ours), peers={peer: shared(figures) for peer, figures in row.peers.items()}
+        )
+        for row in rows
+    ]
 
 
 def compiled_temp_bytes(fn: Callable[..., object], *args: object) -> int:
@@ -121,6 +194,7 @@ def environment() -> dict[str, object]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "peak_memory_bytes": peak_memory_bytes(),
+        **_peak_device_memory(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -153,6 +227,14 @@ def peak_memory_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _peak_device_memory() -> dict[str, int]:
+    """The most that this process has held on an accelerator; nothing where the device does not tell, as a CPU."""
+    import jax
+
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {} if peak is None else {"peak_device_bytes": peak}
 
 
 def forget_peak_memory() -> None:
@@ -214,21 +296,31 @@ def print_table(rows: Sequence[Row], title: str = "") -> None:
     from rich.table import Table
     from rich.text import Text  # names are text, not rich's markup
 
+    (first, *headers), lines = columns(rows)
+    ratios = any(row.ratio for row in rows)
+    table = Table(title=title or None, caption="ratio above 1: ours is better" if ratios else None)
+    table.add_column(first, no_wrap=True)
+    for header in headers:
+        table.add_column(Text(header.replace(": ", "\n", 1)), justify="right", no_wrap=True)
+    for case, *figures in lines:
+        table.add_row(Text(case), *figures)
+    wide = None if sys.stdout.isatty() else 1000  # a log has no width: never cut a table that goes into one
+    Console(width=wide).print(table)
+
+
+def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The headers, "ours: ms" or "ratio to: torch", and each row's cells; "-" where a row has no such figure."""
     ours = _ordered(name for row in rows for name in row.ours)
     peers = _ordered((peer, name) for row in rows for peer, figures in row.peers.items() for name in figures)
     ratios = _ordered(peer for row in rows for peer in row.ratio)
-    table = Table(title=title or None, caption="ratio above 1: ours is better" if ratios else None)
-    table.add_column("case", no_wrap=True)
-    headers = [f"ours\n{name}" for name in ours] + [f"{peer}\n{name}" for peer, name in peers]
-    for header in headers + [f"ratio to\n{peer}" for peer in ratios]:
-        table.add_column(Text(header), justify="right", no_wrap=True)
+    headers = ["case", *(f"ours: {name}" for name in ours), *(f"{peer}: {name}" for peer, name in peers)]
+    lines = []
     for row in rows:
         figures = [row.ours.get(name) for name in ours]
         figures += [row.peers.get(peer, {}).get(name) for peer, name in peers]
         figures += [row.ratio.get(peer) for peer in ratios]
-        table.add_row(Text(row.case), *("-" if value is None else _short(value) for value in figures))
-    wide = None if sys.stdout.isatty() else 1000  # a log has no width: never cut a table that goes into one
-    Console(width=wide).print(table)
+        lines.append([row.case, *("-" if value is None else _short(value) for value in figures)])
+    return headers + [f"ratio to: {peer}" for peer in ratios], lines
 
 
 def _ordered(items: Iterable) -> list:
@@ -236,16 +328,39 @@ def _ordered(items: Iterable) -> list:
     return list(dict.fromkeys(items))
 
 
-def _short(value: float | int) -> str:
-    """Four significant digits, without an exponent for large ones."""
+def _short(value: Figure) -> str:
+    """Four significant digits, without an exponent for large ones; of a Spread the median [least, most]."""
+    if isinstance(value, Spread):
+        return f"{_short(value.median)} [{_short(value.low)}, {_short(value.high)}]"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
-def bench_json(bench: str, rows: Sequence[Row], roofs: Mapping[str, float]) -> str:
-    """A benchmark's one JSON line: {"bench", "machine", "rows": [{"case", "ours", "peers", "ratio"}]}.
+def bench_json(
+    bench: str, rows: Sequence[Row], roofs: Mapping[str, float], **facts: Sequence[float] | str
+) -> str:
+    """A benchmark's one JSON line: {"bench", "machine", "rows": [{"case", "ours", "peers", "ratio"}]} and any `facts`.
 
-    `machine` is environment() with what roofs() said before the benchmark.
+    `machine` is environment() with what roofs() said before the benchmark. A Spread becomes {"median", "low", "high"}.
     """
     machine = environment() | {"roofs": dict(roofs)}
-    record = {"bench": bench, "machine": machine, "rows": [asdict(row) for row in rows]}
+    record = {"bench": bench, **facts, "machine": machine, "rows": [asdict(row) for row in rows]}
     return json.dumps(record, allow_nan=False)
+
+
+def rows_of(record: Mapping[str, Any]) -> list[Row]:
+    """The rows that a line of bench_json holds, parsed."""
+
+    def figures(found: Mapping[str, Any]) -> dict[str, Figure]:
+        return {
+            name: Spread(**value) if isinstance(value, Mapping) else value for name, value in found.items()
+        }
+
+    return [
+        Row(
+            row["case"],
+            figures(row["ours"]),
+            {peer: figures(found) for peer, found in row["peers"].items()},
+            row["ratio"],
+        )
+        for row in record["rows"]
+    ]

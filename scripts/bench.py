@@ -2,26 +2,69 @@
 
     python scripts/bench.py bench=attention
     python scripts/bench.py bench=search bench.repeats=3 | tail -1 | python -m json.tool
+    python scripts/bench.py bench=search keep=results/bench && python scripts/readme.py
 
-A ratio above 1: ours is better. Peers that are not installed are named and left out (`make bench-setup`).
+A ratio above 1: ours is better. Peers that are not installed are named and left out (`make bench-setup`). The run's
+folder, and the one that `keep` names, get NAME.jsonl, to which the line is added, NAME.md and NAME.png.
 """
 
-from launch import build, launch
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from rag.measure import bench_json, print_table, roofs
+from launch import build, launch
+from this_run import overrides, run_dir
+
+from rag.cache import atomic_file
+from rag.measure import bench_json, print_table, roofs, with_shares
 
 
 def main(config) -> None:
+    from rag.report import benchmark as page
+
     benchmark = build(config.bench)
-    machine = roofs()
-    rows = benchmark.run()
+    load_before, machine = [round(load, 2) for load in os.getloadavg()], roofs()
+    rows = with_shares(benchmark.run(), machine)
     name = type(benchmark).__module__.rpartition(".")[2]
-    print(
-        f"roofs: {machine['gemm_flops'] / 1e9:.4g} GFLOP/s of float32 matrix products, "
-        f"{machine['read_bytes_per_s'] / 1e9:.4g} GB/s read from memory"
-    )
+    print("roofs: " + ", ".join(_roof(name, rate) for name, rate in machine.items()))
     print_table(rows, title=name)
-    print(bench_json(name, rows, machine))
+    line = bench_json(name, rows, machine, command=command(overrides()), load_before=load_before)
+    picture = getattr(benchmark, "picture", page.ratios)(rows)
+    for folder in [run_dir(), *([Path(config.keep).expanduser()] if config.keep else [])]:
+        write(folder / (config.name or name), line, page.markdown(json.loads(line)), picture)
+        print(f"table and picture: {folder}", file=sys.stderr)
+    print(line)
+
+
+def _roof(name: str, rate: float) -> str:
+    words = {
+        "gemm_flops": "GFLOP/s of float32 matrix products",
+        "bf16_flops": "GFLOP/s of bfloat16 ones",
+        "int8_ops": "GOP/s of int8 ones",
+        "read_bytes_per_s": "GB/s read from memory",
+    }
+    return f"{rate / 1e9:.4g} {words[name]}"
+
+
+def command(given: Sequence[str]) -> str:
+    """What to type for this run again; of a place on this machine only the last name, and no place to keep it."""
+    settings = [re.sub(r"=[~/]\S*/", "=.../", text) for text in given if not re.match(r"(keep|name)=", text)]
+    return " ".join(["python scripts/bench.py", *settings])
+
+
+def write(stem: Path, line: str, table: str, picture: bytes | None) -> None:
+    """Add the line to stem.jsonl; replace stem.md and stem.png."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{stem}.jsonl", "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    with atomic_file(f"{stem}.md", "w") as file:
+        file.write(table)
+    if picture is not None:
+        with atomic_file(f"{stem}.png") as file:
+            file.write(picture)
 
 
 if __name__ == "__main__":

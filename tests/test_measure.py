@@ -5,9 +5,7 @@ import math
 import os
 import pathlib
 import subprocess
-from types import SimpleNamespace
 
-import bench
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,6 +13,7 @@ import pytest
 from rag import measure
 from rag.measure import (
     Row,
+    Spread,
     Timing,
     alternate,
     bench_json,
@@ -22,6 +21,8 @@ from rag.measure import (
     environment,
     print_table,
     ratio,
+    rows_of,
+    with_shares,
 )
 
 ROWS = [
@@ -60,23 +61,42 @@ def test_ratio_above_one_means_ours_is_faster():
     assert ratio(Timing(1.0, 1.0, 1.0, 3), Timing(2.0, 0.1, 9.0, 3)) == 2.0
 
 
-def test_roofs_are_rates(monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "more"),
+    [
+        (("avx2", "fma"), set()),
+        (("avx512_vnni",), {"int8_ops"}),
+        (("amx_bf16", "amx_int8"), {"int8_ops", "bf16_flops"}),
+        (("bf16", "i8mm"), {"int8_ops", "bf16_flops"}),
+    ],
+)
+def test_roofs_are_rates_of_what_the_processor_multiplies(monkeypatch, flags, more):
     monkeypatch.setattr(measure, "_GEMM_SIZE", 64)
     monkeypatch.setattr(measure, "_READ_BYTES", 1 << 18)
+    monkeypatch.setattr(measure, "cpu_flags", lambda: flags)
     roofs = measure.roofs()
-    assert roofs.keys() == {"gemm_flops", "read_bytes_per_s"}
+    on_cpu = jax.default_backend() == "cpu"
+    assert roofs.keys() == {"gemm_flops", "read_bytes_per_s"} | (
+        more if on_cpu else {"int8_ops", "bf16_flops"}
+    )
     assert all(0 < rate < math.inf for rate in roofs.values())
 
 
-def test_a_benchmark_tells_the_roofs_it_ran_under(monkeypatch, capsys):
-    monkeypatch.setattr(measure, "_GEMM_SIZE", 64)
-    monkeypatch.setattr(measure, "_READ_BYTES", 1 << 18)
-    monkeypatch.setattr(bench, "build", lambda config: SimpleNamespace(run=lambda: ROWS))
-    bench.main(SimpleNamespace(bench=None))
-    first, *_, last = capsys.readouterr().out.splitlines()
-    roofs = json.loads(last)["machine"]["roofs"]
-    assert first.startswith(f"roofs: {roofs['gemm_flops'] / 1e9:.4g} GFLOP/s")
-    assert f" {roofs['read_bytes_per_s'] / 1e9:.4g} GB/s" in first
+def test_shares_of_roofs_stand_beside_rates():
+    rows = [
+        Row("a", {"GFLOP/s": Spread(50.0, 40.0, 60.0), "ms": 1.0}, {"x": {"GB/s": 3.0, "int8 GOP/s": 1.0}})
+    ]
+    [row] = with_shares(rows, {"gemm_flops": 2e11, "read_bytes_per_s": 3e10})
+    assert list(row.ours) == ["GFLOP/s", "GFLOP/s, % of roof", "ms"]
+    assert row.ours["GFLOP/s, % of roof"] == pytest.approx(25)
+    assert row.peers == {"x": {"GB/s": 3.0, "GB/s, % of roof": pytest.approx(10), "int8 GOP/s": 1.0}}
+
+
+def test_a_timing_in_another_unit_and_as_a_rate():
+    timing = Timing(0.5, 0.25, 2.0, 3)
+    assert timing.times(1000) == Spread(500.0, 250.0, 2000.0)
+    assert timing.rate(10) == Spread(20.0, 5.0, 40.0)
+    assert Spread.of([3, 1, 2, 10]) == Spread(2.5, 1.0, 10.0)
 
 
 def test_compiled_temp_bytes_sees_an_intermediate():
@@ -178,6 +198,20 @@ def test_the_json_line():
         "peers": {"torch": {"ms": 8.1}, "xla": {"ms": 98765.4}},
         "ratio": {"torch": 0.66},
     }
+
+
+def test_rows_come_back_from_their_line():
+    rows = [*ROWS, Row("c", {"ms": Spread(2.0, 1.0, 3.0)}, {"x": {"ms": Spread(5.0, 4.0, 6.0)}})]
+    assert rows_of(json.loads(bench_json("x", rows, {}))) == rows
+
+
+def test_facts_of_the_run_stand_in_the_line():
+    assert json.loads(bench_json("x", [], {}, command="python x"))["command"] == "python x"
+
+
+def test_a_spread_in_the_table(capsys):
+    print_table([Row("c", {"ms": Spread(1234.5, 1.0, 2000.0)})])
+    assert "1,234 [1, 2,000]" in capsys.readouterr().out
 
 
 def test_a_figure_that_is_no_number_is_refused():

@@ -34,6 +34,7 @@ _LOOK: Mapping[Standing, tuple[str, str, str]] = {  # colour, marker, what it me
     "open": (_GREY, "o", "no significant difference"),
 }
 _PARTS = (_SKY, _ORANGE, _PURPLE, _VERMILION, _YELLOW, _GREY)  # of a loss, in the order given
+PALETTE = (_BLUE, _VERMILION, _GREEN, _ORANGE, _PURPLE, _SKY)  # of series that mean nothing by their colour
 _STYLE = {
     "text.parse_math": False,  # a label's $ is a $
     "font.family": "DejaVu Sans",
@@ -71,7 +72,7 @@ class Mark:
     sample: bool = False  # measured on fewer queries than others: its mean does not compare by itself
 
 
-def _png(height: float, draw: Callable[[Figure], None], width: float = _WIDTH) -> bytes:
+def png(height: float, draw: Callable[[Figure], None], width: float = _WIDTH) -> bytes:
     """What `draw` puts on a figure of that height in inches."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
@@ -111,7 +112,7 @@ def forest(marks: Sequence[Mark], measure: str, confidence: float) -> bytes:
         axes.set_xlabel(f"{measure}, mean and {confidence:.0%} interval")
         figure.legend(loc="outside upper center", ncols=3)
 
-    return _png(1.2 + 0.3 * len(marks), draw)
+    return png(1.2 + 0.3 * len(marks), draw)
 
 
 def _point(axes: Axes, x: float, y: float | int, marker: str, colour: str, hollow: bool) -> None:
@@ -171,7 +172,7 @@ def pareto(marks: Sequence[Mark], measure: str, confidence: float) -> bytes:
         figure.legend(loc="outside upper center", ncols=4)
         _label_points(figure, axes, marks, steps)
 
-    return _png(5.6, draw)
+    return png(5.6, draw)
 
 
 def _log_seconds(axes: Axes, seconds: Sequence[float]) -> None:
@@ -259,7 +260,7 @@ def win_loss(panels: Mapping[str, tuple[Sequence[float], Comparison]], measure: 
         figure.supylabel(f"{measure} minus that of {shortened(baseline, 30)}", fontsize=9)
         figure.supxlabel("queries, from most won to most lost", fontsize=9)
 
-    return _png(0.6 + 1.65 * lines, draw, width=max(4.6, _WIDTH * columns / 4))
+    return png(0.6 + 1.65 * lines, draw, width=max(4.6, _WIDTH * columns / 4))
 
 
 def _panel(axes: Axes, label: str, values: np.ndarray, found: Comparison) -> None:
@@ -307,4 +308,4 @@ def losses(rows: Sequence[tuple[str, float, Mapping[str, float]]], measure: str,
         axes.set_xlabel(f"{measure} (dashed: the ceiling)")
         figure.legend(loc="outside upper center", ncols=3)
 
-    return _png(1.35 + 0.32 * len(rows), draw)
+    return png(1.35 + 0.32 * len(rows), draw)

@@ -1,99 +1,209 @@
 """Reading a prompt and writing an answer: our engine beside llama.cpp, same file, same token ids, all cores.
 
 Prefill is timed to the first new token, decode from there to the last; both decode greedily to the exact budget.
+GFLOP/s count the matrix products with the weights (attention, and the logits of all tokens but the last, are left
+out), GB/s the weights, which decode reads once a token. The last cases are answers from passages, which end where the
+model ends them: there drafting from the passages has something to copy.
 """
 
-import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
-from rag.generate.engine import Engine
+from benchmarks import grounded
+from benchmarks.peers import LlamaCpp, LlamaCppGenerator, llama_cpp_peers
+from benchmarks.pipeline import local_generator
+from rag.generate import Generator
 from rag.generate.local import LocalGenerator
-from rag.measure import Row, cores
+from rag.measure import Figure, Row, Spread, cpu_flags
 from rag.models import hub
+from rag.models.llama import Llama
+from rag.types import Message, UserError
 
-Run = Callable[[list[int], int], tuple[float, float]]  # prompt, new tokens -> seconds of prefill, of decode
+Write = Callable[[list[int], int], Iterator[int]]  # prompt, new tokens -> how many came together, each time
+Seconds = dict[str, list[tuple[float, float]]]  # of prefill and of decode, of each round, by name
+
+_TOKEN_IDS = (1000, 40000)  # prompts are of these, drawn at random
+_REST_S = 0.02  # after its turn a peer's thread pool spins for a while, on the cores of whoever comes next
 
 
 @dataclass(frozen=True)
 class Generate:
     """bench=generate: tokens per second of prefill and decode."""
 
-    weights: str = hub.DEFAULT_GENERATOR
-    dtype: str = "float32"
-    prompt_tokens: tuple[int, ...] = (256, 1024)
+    questions: grounded.Questions
+    weights: str = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
+    dtypes: Sequence[str] = ("float32", "int8")
+    prompt_tokens: Sequence[int] = (256, 1024)  # of prefill
+    contexts: Sequence[int] = (16, 256, 1024)  # tokens before the first that decode is timed for
     new_tokens: int = 64
-    steps_per_dispatch: int = 4
+    drafting: Sequence[bool] = (False, True)  # for answers from passages; an empty list leaves these out
+    grounded_tokens: int = 128  # of such an answer at most
     repeats: int = 5
 
+    def __post_init__(self):
+        if self.new_tokens < 2:
+            raise UserError(
+                f"bench.new_tokens is {self.new_tokens}; decode is timed from the first to the last of 2 or more"
+            )
+
     def run(self) -> list[Row]:
-        runs = {"ours": _ours(self.weights, self.dtype, self.steps_per_dispatch)}
-        if peer := _llama_cpp(str(hub.local_path(self.weights)), max(self.prompt_tokens) + self.new_tokens):
-            runs["llama-cpp-python"] = peer
-        return [self._row(runs, size) for size in self.prompt_tokens]
+        ours = {dtype: local_generator(self.weights, dtype) for dtype in self.dtypes}
+        sizes = sorted({*self.prompt_tokens, *self.contexts})
+        room = max(*sizes, 2048) + max(self.new_tokens, self.grounded_tokens) + 1
+        peers = llama_cpp_peers(hub.local_path(self.weights), room)
+        measured = {size: self._seconds(ours, peers, size) for size in sizes}
+        work = {dtype: work_of(generator.engine.model, dtype) for dtype, generator in ours.items()}
+        found = []
+        for dtype in self.dtypes:
+            found += [
+                self._prefill(measured[size], dtype, peers, size, work[dtype]) for size in self.prompt_tokens
+            ]
+            found += [self._decode(measured[size], dtype, peers, size, work[dtype]) for size in self.contexts]
+        return found + self._grounded(ours, peers)
 
-    def _row(self, runs: dict[str, Run], size: int) -> Row:
-        """Each round reads another prompt, so that no peer can answer from its cache; the first does not count."""
-        rng = np.random.default_rng(0)
-        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    def _seconds(self, ours: dict[str, LocalGenerator], peers: dict[str, LlamaCpp], size: int) -> Seconds:
+        """Each round reads another prompt, so that none can answer from its cache; the first does not count."""
+        rng, write = (
+            np.random.default_rng(0),
+            {name: _unending(generator) for name, generator in ours.items()},
+        )
+        write |= {name: _one_at_a_time(model) for name, model in peers.items()}
+        seconds: Seconds = {name: [] for name in write}
         for turn in range(self.repeats + 1):
-            prompt = rng.integers(1000, 40000, size).tolist()
-            for name, run in runs.items():
-                measured = run(prompt, self.new_tokens)
+            prompt = rng.integers(*_TOKEN_IDS, size).tolist()
+            for name, call in write.items():
+                time.sleep(_REST_S)
+                taken = timed(call, prompt, self.new_tokens)
                 if turn:
-                    seconds[name].append(measured)
-        figures = {name: self._figures(size, values) for name, values in seconds.items()}
-        ours = figures.pop("ours")
-        ratios = {
-            f"{peer} {stage}": ours[f"{stage} tok/s"] / values[f"{stage} tok/s"]
-            for peer, values in figures.items()
-            for stage in ("prefill", "decode")
+                    seconds[name].append(taken)
+        return seconds
+
+    def _prefill(
+        self, seconds: Seconds, dtype: str, peers: dict[str, LlamaCpp], size: int, work: "Work"
+    ) -> Row:
+        rates = {name: Spread.of([size / prefill for prefill, _ in taken]) for name, taken in seconds.items()}
+        flops = {work.unit: _scaled(rates[dtype], work.flop / 1e9)}
+        return _row(f"prefill {size}, {dtype}", rates, dtype, flops, {name: {} for name in peers})
+
+    def _decode(
+        self, seconds: Seconds, dtype: str, peers: dict[str, LlamaCpp], size: int, work: "Work"
+    ) -> Row:
+        count = self.new_tokens - 1
+        rates = {name: Spread.of([count / decode for _, decode in taken]) for name, taken in seconds.items()}
+        read = {"GB/s": _scaled(rates[dtype], work.nbytes / 1e9)}
+        theirs = {name: {"GB/s": _scaled(rates[name], model.nbytes / 1e9)} for name, model in peers.items()}
+        return _row(f"decode at {size}, {dtype}", rates, dtype, read, theirs)
+
+    def _grounded(self, ours: dict[str, LocalGenerator], peers: dict[str, LlamaCpp]) -> list[Row]:
+        """Decode of answers from passages, with and without drafting: tokens a second, of each question."""
+        if not self.drafting:
+            return []
+        search, asked = self.questions.load()
+        some = next(iter(ours.values()))
+        reader = self.questions.reader(some, self.grounded_tokens)
+        prompts = [grounded.messages(question, search, reader) for question in asked[: 2 * self.repeats + 1]]
+        cases: dict[str, Generator | LlamaCppGenerator] = {
+            f"{dtype}, {'drafting' if drafting else 'plain'}": local_generator(
+                self.weights, dtype, drafting=drafting
+            )
+            for dtype in self.dtypes
+            for drafting in self.drafting
         }
-        return Row(f"{size} in, {self.new_tokens} out", ours, figures, ratios)
+        mine = list(cases)
+        cases |= {
+            name: LlamaCppGenerator(model, some, some.tokenizer.eos_ids) for name, model in peers.items()
+        }
+        rates: dict[str, list[float]] = {name: [] for name in cases}
+        for turn, prompt in enumerate(prompts):
+            for name, generator in cases.items():
+                time.sleep(_REST_S)
+                if (rate := _answer_rate(generator, prompt, self.grounded_tokens)) is not None and turn:
+                    rates[name].append(rate)
+        spreads = {name: Spread.of(values) for name, values in rates.items() if values}
+        others = {name: spreads[name] for name in peers if name in spreads}
+        return [
+            _row(
+                f"decode of answers, {name}",
+                {name: spreads[name], **others},
+                name,
+                {},
+                {peer: {} for peer in others},
+            )
+            for name in mine
+            if name in spreads
+        ]
 
-    def _figures(self, size: int, seconds: list[tuple[float, float]]) -> dict[str, float]:
-        prefill, decode = (statistics.median(stage) for stage in zip(*seconds, strict=True))
-        return {"prefill tok/s": size / prefill, "decode tok/s": (self.new_tokens - 1) / decode}
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a model's weights ask for: FLOP of a prompt's token, bytes of a decoded one."""
+
+    flop: int
+    nbytes: int
+    unit: str  # the rate's name, by the kind of product that prefill's are: it decides the roof
 
 
-def _ours(weights: str, dtype: str, steps_per_dispatch: int) -> Run:
-    model = LocalGenerator(weights, dtype).engine.model
-    engine = Engine(model, (), steps_per_dispatch)  # no end tokens: the budget alone ends an answer
-
-    def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
-        begin = time.perf_counter()
-        decoding = engine.start([prompt], new_tokens)
-        made = len(next(decoding)[0])
-        first = time.perf_counter()
-        made += sum(len(tokens) for [tokens] in decoding)
-        assert made == new_tokens
-        return first - begin, time.perf_counter() - first
-
-    return run
+def work_of(model: Llama, dtype: str) -> Work:
+    """Norms count nothing, an embedding that is not the output head is not read through."""
+    leaves = jax.tree.leaves(model)
+    vocab = model.config.vocab_size
+    tables = [leaf for leaf in leaves if leaf.ndim == 2 and leaf.shape[0] == vocab]
+    flop = 2 * (sum(leaf.size for leaf in leaves if leaf.ndim == 2) - sum(table.size for table in tables))
+    nbytes = sum(leaf.nbytes for leaf in leaves) - sum(table.nbytes for table in tables[1:])
+    wide = dtype != "float32" and (jax.default_backend() != "cpu" or "bf16" in " ".join(cpu_flags()))
+    return Work(flop, nbytes, "bfloat16 GFLOP/s" if wide else "GFLOP/s")
 
 
-def _llama_cpp(path: str, context: int) -> Run | None:
-    try:
-        from llama_cpp import Llama
-    except ImportError:
-        print("llama-cpp-python is not installed: its column is left out (make bench-setup)", file=sys.stderr)
-        return None
-    model = Llama(
-        path, n_ctx=context, n_threads=cores(), n_threads_batch=cores(), n_batch=2048, verbose=False
-    )
+def timed(write: Write, prompt: list[int], new_tokens: int) -> tuple[float, float]:
+    """Seconds of prefill, with the first token, and of the others. RuntimeError when they are not as many."""
+    begin = time.perf_counter()
+    writing = write(prompt, new_tokens)
+    made = next(writing)
+    first = time.perf_counter()
+    made += sum(writing)
+    end = time.perf_counter()
+    if made != new_tokens:
+        raise RuntimeError(f"{made} tokens were written instead of {new_tokens}")
+    return first - begin, end - first
 
-    def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
-        model.reset()
-        begin = time.perf_counter()
-        tokens = model.generate(prompt, temp=0.0)
-        next(tokens)
-        first = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            next(tokens)
-        return first - begin, time.perf_counter() - first
 
-    return run
+def _unending(generator: LocalGenerator) -> Write:
+    engine = generator.engine
+    engine.end_ids = ()  # the budget alone ends an answer
+
+    def write(prompt: list[int], new_tokens: int) -> Iterator[int]:
+        return (len(tokens) for [tokens] in engine.start([prompt], new_tokens))
+
+    return write
+
+
+def _one_at_a_time(model: LlamaCpp) -> Write:
+    return lambda prompt, new_tokens: (1 for _ in model.write(prompt, new_tokens))
+
+
+def _answer_rate(
+    generator: Generator | LlamaCppGenerator, prompt: Sequence[Message], budget: int
+) -> float | None:
+    """Tokens a second after the first one; None for an answer that is too short to have a rate."""
+    *_, usage = generator.stream(prompt, max_new_tokens=budget)
+    return None if usage.new_tokens < 8 else (usage.new_tokens - 1) / usage.decode_s
+
+
+def _scaled(rate: Spread, factor: float) -> Spread:
+    return Spread(factor * rate.median, factor * rate.low, factor * rate.high)
+
+
+def _row(
+    case: str,
+    rates: dict[str, Spread],
+    mine: str,
+    more: dict[str, Figure],
+    theirs: dict[str, dict[str, Figure]],
+) -> Row:
+    peers = {name: {"tokens/s": rates[name], **figures} for name, figures in theirs.items()}
+    ratios = {name: rates[mine].median / rates[name].median for name in theirs}
+    return Row(case, {"tokens/s": rates[mine], **more}, peers, ratios)
