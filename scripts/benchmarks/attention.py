@@ -22,20 +22,22 @@ from rag.ops.attention import attention
 Call = Callable[[], object]
 
 _FORWARD, _BACKWARD = 2, 5  # matrix products of 2 T^2/2 D FLOP a head
+_OFTEN = 4096  # tokens up to which every repeat is run; longer ones take proportionally fewer
 
 
 @dataclass(frozen=True)
 class Attention:
     """bench=attention: milliseconds, FLOP/s and temporary memory for every length and head dim, both ways."""
 
-    tokens: tuple[int, ...] = (512, 2048, 4096)
+    tokens: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
     head_dims: tuple[int, ...] = (32, 64, 128)
     batch: int = 1
     heads: int = 9
     kv_heads: int = 3
     implementation: str | None = None  # ours: the door's choice, or a name
     gradients: bool = True  # also forward and backward together
-    repeats: int = 7
+    repeats: int = 7  # of lengths up to 4,096
+    jax_nn_tokens: int = 2048  # longest for jax.nn, whose T x T scores take gigabytes beyond
 
     def run(self) -> list[Row]:
         ways = ("forward", "forward+backward") if self.gradients else ("forward",)
@@ -46,14 +48,15 @@ class Attention:
         draw = np.random.default_rng(0).standard_normal
         q, k, v, dout = (draw((self.batch, *shape), np.float32) for shape in (*shapes, shapes[0]))
         arrays = tuple(jnp.asarray(x) for x in ((q, k, v, dout) if way != "forward" else (q, k, v)))
-        programs = {"ours": self._ours, "jax.nn": _jax_nn}
+        programs = {"ours": self._ours} | ({"jax.nn": _jax_nn} if tokens <= self.jax_nn_tokens else {})
         if way != "forward":
             programs = {name: _with_gradients(program) for name, program in programs.items()}
         memory = {name: compiled_temp_bytes(program, *arrays) for name, program in programs.items()}
         calls: dict[str, Call] = {name: _bound(jax.jit(f), arrays) for name, f in programs.items()}
         calls |= _torch(q, k, v, dout, way)
         # After its turn a peer's thread pool spins for a while, on the cores of whoever comes next.
-        timings = alternate(calls | {"rest": lambda: time.sleep(0.02)}, repeats=self.repeats)
+        repeats = -(-self.repeats * _OFTEN // max(_OFTEN, tokens))  # rounded up
+        timings = alternate(calls | {"rest": lambda: time.sleep(0.02)}, repeats=repeats)
         del timings["rest"]
         flop = (_FORWARD + (way != "forward") * _BACKWARD) * self.batch * self.heads * tokens**2 * dim
         figures = {name: _figures(timing, flop, memory.get(name)) for name, timing in timings.items()}
