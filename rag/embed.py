@@ -1,15 +1,18 @@
 """Texts to unit vectors: a BERT-family encoder of ours, or counted words.
 
-Where an encoder's time goes on a CPU is padding and attention, so equal texts are embedded once and the
-others are sorted by length and cut into batches of about as many tokens each, padded to few lengths (each is
-a program to compile). A text's vector does not depend on its neighbours, up to the rounding of float32.
+Equal texts are embedded once. The others are packed: a long text opens a row, shorter ones fill it, and rows run
+together in batches of about as many tokens each. Hardly a token is padding, the shapes are few (each is a program
+to compile), and rows are no longer than they must be, since attention is dearer the longer a row (LOG.md). Batches are
+dispatched ahead, so the next texts are tokenised while the last are computed. A text's vector does not depend on
+its neighbours, up to the rounding of float32.
 
-Letters: N texts, B batch, T tokens, E embedding dim.
+Letters: N texts, B rows of a batch, T tokens, S texts of a row, E embedding dim.
 """
 
 import json
 import math
 import re
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +25,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int
 
 from rag import cache
-from rag.models import bert, bert_checkpoint, hub, tokenizer
+from rag.models import bert, bert_checkpoint, checkpoint, hub, tokenizer
 from rag.ops import attention, flash, linear, visibility
 from rag.types import UserError
 
@@ -33,6 +36,8 @@ Progress = Callable[[int], None]  # texts done so far
 
 _BLOCK = 2048  # texts that are tokenised and sorted together
 _IN_FLIGHT = 8  # batches dispatched ahead of the one being waited for
+_NARROWEST, _WIDEST = 16, 256  # tokens of a row that holds several texts
+_SPARSE = 16  # tokens a text that a row of several has at least, on average
 _VOCABULARY = "vocabulary.json"
 
 
@@ -85,11 +90,11 @@ class Embedder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of tokens that run together, and which texts they are; rows past len(texts) are filling."""
+    """Rows of tokens that run together, and the texts in them: their numbers and lengths, -1 and 0 for none."""
 
-    texts: Int[np.ndarray, "n"]
+    texts: Int[np.ndarray, "B S"]
     tokens: Int[np.ndarray, "B T"]
-    lengths: Int[np.ndarray, "B"]
+    lengths: Int[np.ndarray, "B S"]
 
 
 class BertEmbedder:
@@ -98,12 +103,16 @@ class BertEmbedder:
     `max_length` tokens of a text are read, [CLS] and [SEP] included; None takes the checkpoint's own limit.
     Prompts are written before every passage or question; None takes the checkpoint's. Vectors have unit
     length even where the checkpoint would leave them longer, because an index compares by cosine.
-    Raises UserError for a checkpoint that cannot be loaded and a max_length beyond its positions.
+
+    `dtype` is that of the layers' weights, and so of their products: float32, bfloat16, or int8 with a scale a row
+    (rag.ops.linear); the vectors are float32 all the same, and another dtype has another fingerprint.
+    Raises UserError for a checkpoint that cannot be loaded, a max_length beyond its positions and an unknown dtype.
     """
 
     code: ClassVar = (
         bert,
         bert_checkpoint,
+        checkpoint,
         tokenizer,
         attention,
         flash,
@@ -119,9 +128,13 @@ class BertEmbedder:
         query_prompt: str | None = None,
         document_prompt: str | None = None,
         relevant_from: float | None = None,
+        dtype: str = "float32",
     ):
+        if dtype not in bert_checkpoint.DTYPES:
+            known = ", ".join(bert_checkpoint.DTYPES)
+            raise UserError(f"embedder.dtype={dtype} is no type of weights: choose from {known}")
         path = hub.local_path(uri)
-        self._model, self._tokenizer, settings = bert_checkpoint.load(path)
+        self._model, self._tokenizer, settings = bert_checkpoint.load(path, dtype)
         config, wanted = settings.config, settings.pooling.max_length if max_length is None else max_length
         longest = config.max_position_embeddings - config.position_offset
         if not 3 <= wanted <= longest:
@@ -137,9 +150,10 @@ class BertEmbedder:
         self._tokens_per_batch = tokens_per_batch
         self.relevant_from = relevant_from
         self.dim = config.hidden_size
-        self.spec = {"kind": "bert", "uri": uri, "dim": self.dim, **asdict(self._settings)}
+        self.spec = {"kind": "bert", "uri": uri, "dim": self.dim, "dtype": dtype, **asdict(self._settings)}
         digests = [cache.file_sha256(file) for file in bert_checkpoint.source_files(path)]
-        self.fingerprint = cache.content_key("bert", BERT_VERSION, digests, asdict(self._settings))
+        kind = "bert" if dtype == "float32" else f"bert in {dtype}"
+        self.fingerprint = cache.content_key(kind, BERT_VERSION, digests, asdict(self._settings))
 
     def encode(
         self, texts: Sequence[str], progress: Progress = lambda done: None
@@ -162,8 +176,8 @@ class BertEmbedder:
         found = []
         for start in range(0, len(texts), _BLOCK):
             for ids in self._ids([prompt + text for text in texts[start : start + _BLOCK]]):
-                batch = _batch([ids], np.zeros(1, np.int64), 1, padded_length(len(ids), limit))
-                states = np.asarray(bert.token_states(self._model, batch.tokens, batch.lengths))[0]
+                batch = _batch([ids], [[0]], (1, padded_length(len(ids), limit)))
+                states = np.asarray(bert.token_states(self._model, batch.tokens, batch.lengths[:, 0]))[0]
                 found.append(states[self._before : self._before + len(ids) - self._specials])
         return found
 
@@ -203,29 +217,59 @@ class BertEmbedder:
         copies = np.bincount(inverse, minlength=len(place))
         done = 0
 
-        def collect(rows: Int[np.ndarray, "n"], vectors: jax.Array) -> None:
+        def collect(batch: Batch, vectors: jax.Array) -> None:
             nonlocal done
-            unique[rows] = np.asarray(vectors)[: len(rows)]
-            done += int(copies[rows].sum())
+            there = batch.texts >= 0
+            unique[batch.texts[there]] = np.asarray(vectors)[there]
+            done += int(copies[batch.texts[there]].sum())
             progress(done)
 
         running: deque = deque()
         for batch in self._batches(list(place)):
             vectors = bert.embed(self._model, batch.tokens, batch.lengths, pooling=self._settings.pooling)
-            running.append((batch.texts, vectors))  # not waited for: the next is prepared meanwhile
+            running.append((batch, vectors))  # not waited for: the next is prepared meanwhile
             if len(running) > _IN_FLIGHT:
                 collect(*running.popleft())
-        for rows, vectors in running:
-            collect(rows, vectors)
+        for batch, vectors in running:
+            collect(batch, vectors)
         return unique[inverse]
 
     def _batches(self, texts: Sequence[str]) -> Iterator[Batch]:
         limit = self._settings.pooling.max_length
         for start in range(0, len(texts), _BLOCK):
             ids = self._ids(texts[start : start + _BLOCK])
-            lengths = np.array([len(row) for row in ids])
-            for rows, size, width in plan(lengths, self._tokens_per_batch, limit):
-                yield _batch([ids[row] for row in rows], rows + start, size, width)
+            packed = pack([len(row) for row in ids], limit)
+            used = np.array([sum(len(ids[i]) for i in row) for row in packed])
+            for rows, size, width in plan(used, self._tokens_per_batch, limit):
+                yield _batch(ids, [packed[row] for row in rows], (size, width), start)
+
+
+def pack(lengths: Sequence[int], longest: int) -> list[list[int]]:
+    """Which texts share a row, each text once: the longest left opens one, then the longest that fits goes in.
+
+    A row has the next power of two of its first text's tokens as room, between 16 and 256, and no more than
+    `longest`; a text beyond 256 tokens stands alone. Best-fit decreasing (Johnson et al. 1974).
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    sizes, rows = [-lengths[i] for i in order], []  # ascending, as bisect wants them
+    while order:
+        first = -sizes.pop(0)
+        row, room = [order.pop(0)], min(max(_NARROWEST, _power(first)), longest, _WIDEST) - first
+        while len(row) < most_texts(first) and (place := bisect_left(sizes, -room)) < len(sizes):
+            room += sizes.pop(place)
+            row.append(order.pop(place))
+        rows.append(row)
+    return rows
+
+
+def most_texts(width: int) -> int:
+    """How many texts a row may hold that is padded to so many tokens."""
+    return max(1, min(_power(width), _WIDEST) // _SPARSE)
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 def plan(
@@ -242,7 +286,7 @@ def plan(
         width = padded_length(int(lengths[order[start]]), longest)
         size = max(1, tokens_per_batch // width)
         rows = order[start : start + size]
-        yield rows, min(size, 1 << (len(rows) - 1).bit_length()), width
+        yield rows, min(size, _power(len(rows))), width
         start += size
 
 
@@ -252,13 +296,18 @@ def padded_length(length: int, longest: int) -> int:
     return min(-(-length // grain) * grain, longest)
 
 
-def _batch(ids: Sequence[Sequence[int]], rows: Int[np.ndarray, "n"], size: int, width: int) -> Batch:
-    tokens = np.zeros((size, width), np.int32)
-    lengths = np.ones(size, np.int32)  # a filling row has one token, so that its mean is finite
-    for i, row in enumerate(ids):
-        tokens[i, : len(row)] = row
-        lengths[i] = len(row)
-    return Batch(rows, tokens, lengths)
+def _batch(
+    ids: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], shape: tuple[int, int], start: int = 0
+) -> Batch:
+    """The rows' texts, of which ids[i] is text start + i, and rows of filling up to the shape (B, T)."""
+    most = most_texts(shape[1]) if max(map(len, rows)) > 1 else 1
+    tokens = np.zeros(shape, np.int32)
+    texts, lengths = np.full((shape[0], most), -1), np.zeros((shape[0], most), np.int32)
+    for b, row in enumerate(rows):
+        texts[b, : len(row)] = np.array(row) + start
+        lengths[b, : len(row)] = [len(ids[i]) for i in row]
+        tokens[b, : lengths[b].sum()] = np.concatenate([ids[i] for i in row])
+    return Batch(texts, tokens, lengths)
 
 
 class BagOfWords:

@@ -82,7 +82,7 @@ def test_vectors_do_not_depend_on_the_batching(folder, embedder):
 def test_equal_texts_are_embedded_once(embedder, batches):
     done = []
     vectors = embedder.encode(["ab", "cd", "ab"] * 5, progress=done.append)
-    assert batches == [(2, 16)]
+    assert batches == [(2, 16)]  # [CLS], two letters, [SEP]
     assert done == [15]
     np.testing.assert_array_equal(vectors[0], vectors[2])
 
@@ -121,7 +121,7 @@ def test_pooling_and_prompts_of_the_checkpoint(tmp_path, embedder):
     assert own.spec["pooling"] == {"mode": "cls", "normalize": True, "max_length": 50}
     model, tokenizer, _ = bert_checkpoint.load(folder)
     tokens = jnp.array([tokenizer.encode("question why")])
-    first = bert.forward(model, tokens, jnp.array([tokens.shape[1]]))[0, 0]
+    first = bert.forward(model, tokens, jnp.array([[tokens.shape[1]]]))[0, 0]
     np.testing.assert_allclose(
         own.encode_queries(["why"])[0], first / np.linalg.norm(first), atol=ENCODER_TOLERANCE
     )
@@ -150,7 +150,7 @@ def test_token_vectors_are_the_states_between_the_special_tokens(folder, embedde
     model, tokenizer, _ = bert_checkpoint.load(folder)
     for text, vectors in zip(TEXTS, embedder.token_vectors(TEXTS), strict=True):
         ids = tokenizer.encode_batch([text], max_length=70)[0]
-        hidden = np.asarray(bert.forward(model, jnp.array([ids]), jnp.array([len(ids)])))[0, 1:-1]
+        hidden = np.asarray(bert.forward(model, jnp.array([ids]), jnp.array([[len(ids)]])))[0, 1:-1]
         assert vectors.dtype == np.float32
         assert vectors.shape == (len(ids) - 2, embedder.dim)
         expected = hidden / np.linalg.norm(hidden, axis=1, keepdims=True)

@@ -6,7 +6,11 @@ sequence-classification head (`classify`), which is how cross-encoders score a q
 The modules are typed pytrees of weights under Hugging Face's names; the maths is in the functions below them,
 in reading order, and is jitted with the model as an argument.
 
-Letters: B batch, T tokens, H heads, D head dim, M width, F ffn, V vocab, E embedding dim (= M), L labels.
+A row may hold several texts one after the other, then padding. `lengths` [B, S] says how long each is, 0 where there
+are fewer than S: a text sees only itself, and its positions start at 0.
+
+Letters: B batch, T tokens, S texts of a row, H heads, D head dim, M width, F ffn, V vocab, E embedding dim (= M),
+L labels.
 """
 
 from dataclasses import dataclass
@@ -58,14 +62,18 @@ class Table(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """weight [out, in], bias [out]."""
+    """weight [out, in], bias [out], and a scale [out] once the weight is int8; a bfloat16 weight rounds x as well."""
 
     def __init__(self, size_in: int, size_out: int, rngs: nnx.Rngs):
         self.weight = nnx.Param(size_in**-0.5 * jax.random.normal(rngs(), (size_out, size_in)))
         self.bias = nnx.Param(jnp.zeros(size_out))
+        self.scale = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch M"]) -> Float[Array, "*batch N"]:
-        return linear(x, self.weight[...], self.bias[...])
+        weight, bias = self.weight[...], self.bias[...]
+        if self.scale is not None:
+            return linear(x, weight, bias, self.scale[...])
+        return linear(x.astype(weight.dtype), weight, bias).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -171,7 +179,7 @@ def classify(
     model: BertClassifier, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], token_types: Int[Array, "B T"]
 ) -> Float[Array, "B L"]:
     """The labels' logits of each row, float32; padding past a row's length changes nothing."""
-    first = forward(model.bert, tokens, lengths, token_types)[:, 0]
+    first = forward(model.bert, tokens, lengths[:, None], token_types)[:, 0]
     with jax.named_scope("head"):
         return model.out_proj(jnp.tanh(model.dense(first))).astype(jnp.float32)
 
@@ -179,65 +187,87 @@ def classify(
 @jax.jit
 def token_states(model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B T E"]:
     """The last layer's state of every token, float32, of unit length; meaningless past a row's length."""
-    hidden = forward(model, tokens, lengths).astype(jnp.float32)
+    hidden = forward(model, tokens, lengths[:, None]).astype(jnp.float32)
     return hidden / jnp.linalg.norm(hidden, axis=-1, keepdims=True)
 
 
 @partial(jax.jit, static_argnames="pooling")
 def embed(
-    model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], *, pooling: Pooling
-) -> Float[Array, "B E"]:
-    """One float32 vector a row; row b holds lengths[b] >= 1 tokens, then padding that changes nothing."""
+    model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B S"], *, pooling: Pooling
+) -> Float[Array, "B S E"]:
+    """One float32 vector a text, zeros where there is none; padding changes nothing."""
     return pool(forward(model, tokens, lengths), lengths, pooling)
 
 
 def forward(
     model: Bert,
     tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, "B S"],
     token_types: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T M"]:
-    """Hidden states of the last layer, meaningless past a row's length; token types are 0 unless given."""
+    """Hidden states of the last layer, meaningless past a row's texts; token types are 0 unless given."""
     c = model.config
-    x = _embed_tokens(model.embeddings, c, tokens, token_types)
+    segments, positions = _places(lengths, tokens.shape[1])
+    x = _embed_tokens(model.embeddings, c, tokens, positions, token_types)
+    # One text a row is a matter of its length alone, which attention serves faster where rows are long.
+    extent = {"kv_length": lengths[:, 0]}
+    if lengths.shape[1] > 1:
+        extent = {"q_segments": segments, "kv_segments": segments}
     for i, layer in enumerate(model.encoder.layer):
         with jax.named_scope(f"layer_{i}"):
-            x = layer.attention.output(_attend(layer.attention.self, c, x, lengths), x)
+            x = layer.attention.output(_attend(layer.attention.self, c, x, extent), x)
             x = layer.output(_expand(layer.intermediate, c, x), x)
     return x
 
 
-def pool(hidden: Float[Array, "B T M"], lengths: Int[Array, "B"], pooling: Pooling) -> Float[Array, "B M"]:
-    """The first token's state or the mean over a row's tokens, float32, of unit length if so asked."""
+def pool(
+    hidden: Float[Array, "B T M"], lengths: Int[Array, "B S"], pooling: Pooling
+) -> Float[Array, "B S M"]:
+    """A text's first state or the mean over its tokens, float32, of unit length if so asked; zeros for no text."""
     with jax.named_scope("pool"):
-        hidden = hidden.astype(jnp.float32)
+        segments, positions = _places(lengths, hidden.shape[1])
+        weights = (segments[:, None] == jnp.arange(lengths.shape[1])[:, None]).astype(jnp.float32)  # b s t
         if pooling.mode == "cls":
-            vectors = hidden[:, 0]
+            weights *= positions[:, None] == 0
         else:
-            inside = jnp.arange(hidden.shape[1]) < lengths[:, None]
-            vectors = jnp.einsum("btm,bt->bm", hidden, inside.astype(jnp.float32)) / lengths[:, None]
+            weights /= jnp.maximum(lengths, 1)[..., None]
+        vectors = jnp.einsum("btm,bst->bsm", hidden.astype(jnp.float32), weights)
         if pooling.normalize:
-            vectors = vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+            norms = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+            vectors = vectors / jnp.where(norms > 0, norms, 1.0)
         return vectors
 
 
+def _places(lengths: Int[Array, "B S"], count: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """Which of its row's texts each of `count` tokens belongs to, -1 for padding, and its place in it."""
+    t = jnp.arange(count)
+    ends = jnp.cumsum(lengths, axis=1)
+    segments = (t[:, None] >= ends[:, None]).sum(axis=-1)  # b t: the texts that end before
+    inside = segments < lengths.shape[1]
+    starts = jnp.take_along_axis(ends - lengths, jnp.where(inside, segments, 0), axis=1)
+    return jnp.where(inside, segments, -1), jnp.where(inside, t - starts, 0)
+
+
 def _embed_tokens(
-    layer: Embeddings, c: BertConfig, tokens: Int[Array, "B T"], token_types: Int[Array, "B T"] | None
+    layer: Embeddings,
+    c: BertConfig,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    token_types: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T M"]:
     with jax.named_scope("embeddings"):
-        first, count = c.position_offset, tokens.shape[1]
-        positions = layer.position_embeddings.weight[first : first + count]
+        places = layer.position_embeddings.weight[positions + c.position_offset]
         types = layer.token_type_embeddings.weight
-        segments = types[0] if token_types is None else types[token_types]
-        return layer.LayerNorm(layer.word_embeddings.weight[tokens] + positions + segments)
+        kinds = types[0] if token_types is None else types[token_types]
+        return layer.LayerNorm(layer.word_embeddings.weight[tokens] + places + kinds)
 
 
 def _attend(
-    layer: SelfAttention, c: BertConfig, x: Float[Array, "B T M"], lengths: Int[Array, "B"]
+    layer: SelfAttention, c: BertConfig, x: Float[Array, "B T M"], extent: dict[str, Array]
 ) -> Float[Array, "B T M"]:
     with jax.named_scope("attention"):
         q, k, v = (_heads(p(x), c.num_attention_heads) for p in (layer.query, layer.key, layer.value))
-        return _joined(attention(q, k, v, kv_length=lengths))
+        return _joined(attention(q, k, v, **extent))
 
 
 def _heads(x: Float[Array, "B T M"], heads: int) -> Float[Array, "B H T D"]:
@@ -258,7 +288,9 @@ def _expand(layer: Intermediate, c: BertConfig, x: Float[Array, "B T M"]) -> Flo
 def _activation(x: Float[Array, "B T F"], name: Activation) -> Float[Array, "B T F"]:
     match name:
         case "gelu":
-            return jax.nn.gelu(x, approximate=False)
+            return (
+                0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+            )  # jax.nn.gelu's erfc takes XLA:CPU three times as long
         case "gelu_new":
             return jax.nn.gelu(x, approximate=True)
         case "relu":
