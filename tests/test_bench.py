@@ -14,6 +14,7 @@ from benchmarks.evaluation import Evaluation
 from benchmarks.generate import Generate, work_of
 from benchmarks.grounded import Questions, another_use, joined, messages
 from benchmarks.growth import Growth, passages, power_law, series
+from benchmarks.peers import LlamaCppGenerator, open_llama_cpp, requantised
 from benchmarks.pipeline import Clock, Pipeline
 from benchmarks.pipeline import rows as pipeline_rows
 from benchmarks.reading import MEASURES, Outcome, Reading, Task, _LlamaCpp, rows
@@ -393,3 +394,30 @@ def test_llama_cpp_answers_and_scores_from_the_same_prompt(generator_weights):
     [expected] = ours.log_likelihood([(question, "the moon")])
     assert scored == pytest.approx(expected.total, abs=0.2 * len(gold))
     assert np.isfinite(scored)
+
+
+@pytest.mark.weights
+def test_llama_cpp_stands_where_the_pipeline_has_a_generator(generator_weights, tmp_path, monkeypatch):
+    """It writes what bench=reading's does, reset or not, and to the budget where no token ends it."""
+    pytest.importorskip("llama_cpp")
+    ours = LocalGenerator(str(generator_weights))
+    question = [Message("user", "Tides follow the moon. What do tides follow?")]
+    peer = _LlamaCpp.open(str(generator_weights), 128)
+    peer.read(ours.tokenizer.chat(question))
+    expected = peer.answer(ours.tokenizer, 24, ())
+    for reuse in (False, True):
+        its = LlamaCppGenerator(
+            open_llama_cpp(generator_weights, 128, reuse=reuse), ours, ours.tokenizer.eos_ids
+        )
+        for _ in range(
+            1 if reuse else 2
+        ):  # a prompt kept whole is read again by its last token only: another rounding
+            *pieces, usage = its.stream(question, max_new_tokens=24)
+            assert "".join(pieces) == expected != ""
+            assert usage.prompt_tokens == ours.prompt_tokens(question)
+    monkeypatch.setenv("RAG_CACHE", str(tmp_path))
+    smaller = requantised(generator_weights, "Q4_0")
+    assert smaller.is_relative_to(tmp_path) and smaller == requantised(generator_weights, "Q4_0")
+    assert 0 < smaller.stat().st_size < generator_weights.stat().st_size
+    *_, usage = LlamaCppGenerator(open_llama_cpp(smaller, 128), ours).stream(question, max_new_tokens=50)
+    assert usage.new_tokens == 50

@@ -104,6 +104,7 @@ def open_llama_cpp(path: Path, context: int, *, reuse: bool = False) -> LlamaCpp
 
 def llama_cpp_peers(path: Path, context: int, *, reuse: bool = False) -> dict[str, LlamaCpp]:
     """Column -> model: the file as it is, in its fastest requantisation, and as it is with `reuse` if asked for."""
+    context = max(context, _TRIAL_PROMPT + _TRIAL_TOKENS + 1)
     same = open_llama_cpp(path, context)
     if same is None:
         return {}
