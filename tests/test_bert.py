@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -45,7 +46,10 @@ def golden(family: str) -> tuple[Bert, dict[str, np.ndarray]]:
 def test_hidden_states_are_those_of_transformers(family):
     model, arrays = golden(family)
     hidden = jax.jit(bert.forward)(
-        model, jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["lengths"])[:, None], jnp.asarray(arrays["types"])
+        model,
+        jnp.asarray(arrays["tokens"]),
+        jnp.asarray(arrays["lengths"])[:, None],
+        jnp.asarray(arrays["types"]),
     )
     assert hidden.dtype == jnp.float32
     for ours, theirs, length in zip(hidden, arrays["hidden"], arrays["lengths"], strict=True):
@@ -65,7 +69,76 @@ def test_pooling(mode, normalize):
     hidden = np.random.default_rng(0).normal(size=(3, 7, 5)).astype(np.float32)
     lengths = np.array([7, 3, 1], np.int32)
     ours = bert.pool(jnp.asarray(hidden), jnp.asarray(lengths)[:, None], Pooling(mode, normalize, 7))
-    np.testing.assert_allclose(ours[:, 0], pooling_oracle(hidden, lengths, mode, normalize), atol=ENCODER_TOLERANCE)
+    np.testing.assert_allclose(
+        ours[:, 0], pooling_oracle(hidden, lengths, mode, normalize), atol=ENCODER_TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_that_share_a_row_do_not_see_one_another(family, mode):
+    model, arrays = golden(family)
+    pooling = Pooling(mode, False, 64)
+    texts = [row[:n] for row, n in zip(arrays["tokens"], arrays["lengths"], strict=True)]
+    alone = [
+        bert.embed(model, jnp.asarray([text]), jnp.array([[len(text)]]), pooling=pooling)[0, 0]
+        for text in texts
+    ]
+    row = np.concatenate([*texts, np.full(5, 7)])[None]  # padded with a token like any other
+    lengths = jnp.array([[*map(len, texts), 0]])
+    packed = bert.embed(model, jnp.asarray(row), lengths, pooling=pooling)
+    assert packed.shape == (1, len(texts) + 1, alone[0].shape[0])
+    np.testing.assert_allclose(packed[0, :-1], alone, atol=ENCODER_TOLERANCE)
+    np.testing.assert_array_equal(packed[0, -1], 0)  # no text
+
+
+def test_pooling_of_texts_that_share_a_row():
+    hidden = np.random.default_rng(0).normal(size=(2, 9, 5)).astype(np.float32)
+    lengths = np.array([[4, 3, 2], [5, 0, 0]], np.int32)
+    cut = [hidden[0, :4], hidden[0, 4:7], hidden[0, 7:], hidden[1, :5]]
+    for mode in ("mean", "cls"):
+        pooled = bert.pool(jnp.asarray(hidden), jnp.asarray(lengths), Pooling(mode, True, 9))
+        expected = [pooling_oracle(x[None], np.array([len(x)]), mode, True)[0] for x in cut]
+        np.testing.assert_allclose([*pooled[0], pooled[1, 0]], expected, atol=ENCODER_TOLERANCE)
+        np.testing.assert_array_equal(pooled[1, 1:], 0)
+
+
+def test_the_exact_gelu_is_that_of_erf():
+    x = np.linspace(-12, 12, 2001)
+    expected = [0.5 * value * math.erfc(-value / math.sqrt(2)) for value in x]
+    config = dataclasses.replace(CONFIG, hidden_size=1, num_attention_heads=1, intermediate_size=1)
+    layer = jax.tree.map(jnp.ones_like, bert.Intermediate(config, nnx.Rngs(0)))
+    layer.dense.bias = nnx.Param(jnp.zeros(1))
+    ours = bert._expand(layer, config, jnp.asarray(x, jnp.float32)[None, :, None])[0, :, 0]
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_layers_in_fewer_bits(tmp_path, monkeypatch, dtype):
+    folder = write_checkpoint(tmp_path / "tiny")
+    model, _, _ = bert_checkpoint.load(folder)
+    ids, lengths = (
+        jnp.full((40, 8), 9).at[:, 1::2].set(17),
+        jnp.full((40, 1), 8),
+    )  # enough rows for the wide path
+    expected = bert.forward(model, ids, lengths)
+    monkeypatch.setattr(bert_checkpoint, "cpu_flags", lambda: ("amx_bf16",))
+    less, _, _ = bert_checkpoint.load(folder, dtype)
+    kinds = {
+        str(leaf.get_value().dtype)
+        for path, leaf in nnx.to_flat_state(nnx.state(less))
+        if path[-1] == "weight" and "encoder" in path and "LayerNorm" not in path
+    }
+    assert kinds == {dtype}
+    assert less.embeddings.word_embeddings.weight[...].dtype == jnp.float32
+    error = np.abs(bert.forward(less, ids, lengths) - expected).max()
+    assert 1e-6 < error < 0.2 * np.abs(expected).max()
+    monkeypatch.setattr(bert_checkpoint, "cpu_flags", lambda: ("avx2",))
+    plain, _, _ = bert_checkpoint.load(folder, "bfloat16")  # its values, where products of it would be slow
+    weight = plain.encoder.layer[0].output.dense.weight[...]
+    original = model.encoder.layer[0].output.dense.weight[...]
+    assert weight.dtype == jnp.float32
+    np.testing.assert_array_equal(weight, original.astype(jnp.bfloat16))
 
 
 def test_padding_changes_nothing():

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from rag import embed
-from rag.embed import BagOfWords, BertEmbedder, padded_length, plan
+from rag.embed import BagOfWords, BertEmbedder, most_texts, pack, padded_length, plan
+from rag.memo import version_of
 from rag.models import bert, bert_checkpoint
 from rag.types import UserError
 from tests.reference import ENCODER_TOLERANCE, counter_cosine
@@ -187,6 +188,59 @@ def test_a_plan_runs_each_row_once(lengths, tokens_per_batch):
         assert max(lengths[row] for row in rows) <= width == padded_length(lengths[rows[0]], 256)
         seen += rows.tolist()
     assert sorted(seen) == list(range(len(lengths)))
+
+
+@settings(deadline=None, max_examples=200)
+@given(strategies.lists(strategies.integers(1, 300), max_size=80), strategies.sampled_from([40, 256, 300]))
+def test_packing_places_each_text_once_in_a_row_with_room(lengths, longest):
+    lengths = [min(length, longest) for length in lengths]
+    rows = pack(lengths, longest)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    for row in rows:
+        used, first = sum(lengths[i] for i in row), lengths[row[0]]
+        assert used <= longest
+        assert len(row) <= most_texts(padded_length(used, longest))
+        assert len(row) == 1 or (used < max(2 * first, 17) and used <= 256)  # attention is over the whole row
+    assert rows == pack(lengths, longest)
+
+
+def test_packing_fills_rows():
+    lengths = np.clip(np.random.default_rng(0).lognormal(4, 1, 500), 3, 256).astype(int).tolist()
+    rows = pack(lengths, 256)
+    filled = sum(padded_length(sum(lengths[i] for i in row), 256) for row in rows)
+    assert filled < 1.05 * sum(lengths)
+    assert len({padded_length(sum(lengths[i] for i in row), 256) for row in rows}) <= 8
+    assert pack([200, 100, 56, 9], 256) == [[0, 2], [1, 3]]  # the largest that fits
+    assert pack([], 256) == []
+
+
+def test_texts_of_all_lengths_share_rows(embedder, batches):
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    texts = [
+        (letters * 3)[i % 26 : i % 26 + n] for i, n in enumerate([60, 4, 30, 2, 9, 20, 33, 1, 16, 68, 5, 12])
+    ]
+    together = embedder.encode(texts)
+    used = sum(min(len(text), 68) + 2 for text in texts)
+    assert sum(b * t for b, t in batches) < 1.3 * used
+    for text, vector in zip(texts, together, strict=True):
+        np.testing.assert_allclose(embedder.encode([text])[0], vector, atol=ENCODER_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_weights_in_fewer_bits(folder, embedder, dtype):
+    less = BertEmbedder(str(folder), dtype=dtype)
+    vectors = less.encode(TEXTS)
+    cosines = np.sum(vectors * embedder.encode(TEXTS), axis=1)
+    assert vectors.dtype == np.float32
+    assert 0.98 < cosines.min() < 0.9999999
+    assert less.fingerprint != embedder.fingerprint
+    assert less.spec["dtype"] == dtype
+    assert version_of(less) != version_of(embedder)  # what kept vectors are found by
+
+
+def test_an_unknown_dtype_is_told(folder):
+    with pytest.raises(UserError, match=r"embedder\.dtype=float16 .* float32, bfloat16, int8"):
+        BertEmbedder(str(folder), dtype="float16")
 
 
 def test_padded_lengths_are_few():

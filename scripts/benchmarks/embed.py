@@ -1,13 +1,21 @@
-"""Texts to vectors, end to end with tokenising: our encoder beside sentence-transformers, float32, all cores.
+"""Texts to vectors, end to end with tokenising: our encoder in each type of weights beside its peers, all cores.
+
+    sentence-transformers   torch, float32
+    ONNX Runtime int8       the same weights: torch's export, quantised dynamically, fed texts of like lengths
 
 The texts are stretches of the sample documents, their lengths drawn from a log-normal distribution.
 """
 
+import logging
 import random
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,45 +25,70 @@ from rag.models import hub
 
 Encode = Callable[[list[str]], np.ndarray]  # texts -> unit vectors, N x E
 
-_PEER = "sentence-transformers"
+_TORCH, _ONNX = "sentence-transformers", "ONNX Runtime int8"
 _DOCUMENTS = Path(__file__).parents[2] / "data" / "sample" / "documents"
+_RATE = {
+    "float32": "GFLOP/s",
+    "bfloat16": "bfloat16 GFLOP/s",
+    "int8": "bfloat16 GFLOP/s",
+}  # int8 is multiplied so
 
 
 @dataclass(frozen=True)
 class Embed:
-    """bench=embed: texts and tokens per second, and how far the two libraries' vectors agree."""
+    """bench=embed: a row for each of our types of weights, all timed in turns with the peers.
+
+    "min cosine" is to our float32 vectors. The operations are those of the texts' own tokens, padding left out.
+    """
 
     weights: str = hub.DEFAULT_EMBEDDER
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "int8")
     tokens_per_batch: int = 1024
     texts: int = 1000
     median_words: int = 70
     spread: float = 0.7  # standard deviation of the logarithm of the words
-    batch_size: int = 32  # of sentence-transformers; its own default
+    batch_size: int = 32  # of the peers; sentence-transformers' own default
     repeats: int = 3
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtypes", tuple(self.dtypes))
+
     def run(self) -> list[Row]:
-        embedder = BertEmbedder(self.weights, tokens_per_batch=self.tokens_per_batch)
         texts = mixed_texts(self.texts, self.median_words, self.spread)
-        limit = embedder.spec["pooling"]["max_length"]
-        tokens = sum(min(2 + len(embedder.token_spans(text)), limit) for text in texts)
-        encoders: dict[str, Encode] = {"ours": embedder.encode}
-        if peer := _sentence_transformers(str(hub.local_path(self.weights)), self.batch_size):
-            encoders[_PEER] = peer
+        ours = {
+            name: BertEmbedder(self.weights, tokens_per_batch=self.tokens_per_batch, dtype=name)
+            for name in dict.fromkeys(("float32", *self.dtypes))
+        }
+        spec, folder = ours["float32"].spec, str(hub.local_path(self.weights))
+        peers = {
+            _TORCH: _sentence_transformers(folder, self.batch_size),
+            _ONNX: _onnx(folder, self.batch_size, spec["pooling"]),
+        }
+        peers = {name: encode for name, encode in peers.items() if encode}
+        calls = {name: embedder.encode for name, embedder in ours.items()} | peers
         vectors: dict[str, np.ndarray] = {}
 
-        def call(name: str) -> Callable[[], None]:
-            def encode() -> None:
-                vectors[name] = encoders[name](texts)
+        def call(name: str) -> None:
+            vectors[name] = calls[name](texts)
 
-            return encode
-
-        timings = alternate({name: call(name) for name in encoders}, repeats=self.repeats)
-        figures = {name: _figures(timing, len(texts), tokens) for name, timing in timings.items()}
-        ours, ratios = figures.pop("ours"), {}
-        if _PEER in figures:
-            ours["min cosine"] = float(np.sum(vectors["ours"] * vectors[_PEER], axis=1).min())
-            ratios[_PEER] = ratio(timings["ours"], timings[_PEER])
-        return [Row(f"{len(texts)} texts, {tokens} tokens", ours, figures, ratios)]
+        timings = alternate({name: partial(call, name) for name in calls}, repeats=self.repeats)
+        limit = spec["pooling"]["max_length"]
+        lengths = [min(2 + len(ours["float32"].token_spans(text)), limit) for text in texts]
+        figures = {
+            name: _figures(timing, lengths)
+            | {"min cosine": float(np.sum(vectors["float32"] * vectors[name], axis=1).min())}
+            for name, timing in timings.items()
+        }
+        work = operations(lengths, spec["config"]) / 1e9
+        return [
+            Row(
+                f"{name}, {len(texts)} texts, {sum(lengths)} tokens",
+                figures[name] | {_RATE[name]: work / timings[name].median},
+                {peer: figures[peer] for peer in peers},
+                {peer: ratio(timings[name], timings[peer]) for peer in peers},
+            )
+            for name in self.dtypes
+        ]
 
 
 def mixed_texts(count: int, median_words: int, spread: float) -> list[str]:
@@ -69,18 +102,97 @@ def mixed_texts(count: int, median_words: int, spread: float) -> list[str]:
     return texts
 
 
-def _figures(timing: Timing, texts: int, tokens: int) -> dict[str, float]:
-    return {"texts/s": texts / timing.median, "tokens/s": tokens / timing.median}
+def operations(lengths: list[int], config: dict[str, Any]) -> int:
+    """Of the encoder's matrix products, two for each multiply-add: six projections a token, two products a pair."""
+    width, inner, layers = (config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    projections = sum(lengths) * (4 * width * width + 2 * width * inner)
+    return 2 * layers * (projections + 2 * width * sum(n * n for n in lengths))
+
+
+def _figures(timing: Timing, lengths: list[int]) -> dict[str, float]:
+    return {"texts/s": len(lengths) / timing.median, "tokens/s": sum(lengths) / timing.median}
+
+
+def _left_out(peer: str, error: ImportError) -> None:
+    print(f"{peer} is left out, its column stays empty: {error} (make bench-setup)", file=sys.stderr)
 
 
 def _sentence_transformers(folder: str, batch_size: int) -> Encode | None:
     try:
         import torch
         from sentence_transformers import SentenceTransformer
-    except ImportError:
-        print(f"{_PEER} is not installed: its column is left out (make bench-setup)", file=sys.stderr)
-        return None
+    except ImportError as error:
+        return _left_out(_TORCH, error)
     torch.set_num_threads(cores())
     model = SentenceTransformer(folder, device="cpu")
     options = {"batch_size": batch_size, "normalize_embeddings": True, "show_progress_bar": False}
     return lambda texts: model.encode(texts, **options)
+
+
+def _onnx(folder: str, batch_size: int, pooling: dict[str, Any]) -> Encode | None:
+    try:
+        import onnxruntime
+        from transformers import AutoTokenizer
+
+        model = _quantised(folder)
+    except ImportError as error:
+        return _left_out(_ONNX, error)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = cores()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def encode(texts: list[str]) -> np.ndarray:
+        ids = tokenizer(texts, truncation=True, max_length=pooling["max_length"])["input_ids"]
+        order = np.argsort([-len(row) for row in ids], kind="stable")
+        vectors: Any = [None] * len(texts)
+        for start in range(0, len(order), batch_size):
+            some = order[start : start + batch_size]
+            tokens = np.zeros((len(some), len(ids[some[0]])), np.int64)
+            mask = np.zeros_like(tokens)
+            for b, i in enumerate(some):
+                tokens[b, : len(ids[i])], mask[b, : len(ids[i])] = ids[i], 1
+            [hidden] = session.run(None, {"input_ids": tokens, "attention_mask": mask})
+            for b, i in enumerate(some):
+                inside = hidden[b, : len(ids[i])]
+                vector = inside[0] if pooling["mode"] == "cls" else inside.mean(axis=0)
+                vectors[i] = vector / np.linalg.norm(vector)
+        return np.stack(vectors)
+
+    return encode
+
+
+def _quantised(folder: str) -> bytes:
+    """The encoder in ONNX's format, its products int8 with scales made as they run (quantize_dynamic)."""
+    import torch
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from transformers import AutoModel
+
+    class States(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+
+        def forward(self, input_ids, attention_mask):
+            return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    inputs = (torch.tensor([[1, 2, 3, 4], [1, 2, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
+    free = {0: "batch", 1: "tokens"}
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's advice on its other forms
+        exported, quantised = Path(place, "model.onnx"), Path(place, "int8.onnx")
+        torch.onnx.export(
+            States(),
+            inputs,
+            str(exported),
+            input_names=["input_ids", "attention_mask"],
+            output_names=["states"],
+            dynamic_axes={"input_ids": free, "attention_mask": free, "states": free},
+            dynamo=False,
+        )
+        logging.disable(logging.WARNING)  # it names every product that it leaves as it is
+        try:
+            quantize_dynamic(exported, quantised, weight_type=QuantType.QInt8)
+        finally:
+            logging.disable(logging.NOTSET)
+        return quantised.read_bytes()
