@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from rag.generate.engine import Engine, bucket, decode, prefill
+from rag.generate.engine import Decoding, Engine, bucket
+from rag.models.checkpoint import quantized
 from rag.models.llama import forward, logits
 from rag.ops.sampling import Sampling
 from rag.types import UserError
@@ -97,18 +99,49 @@ def test_repetition_penalty_forbids_what_was_seen(model):
 
 
 def test_the_cache_is_donated(model):
-    state = prefill(
-        model,
-        jnp.array([[1, 2, 3, 4]]),
-        jnp.array([4]),
-        jnp.array([9]),
-        jax.random.key(0)[None],
-        capacity=64,
-        sampling=Sampling(),
-        end_ids=(),
-    )
-    decode(model, state, steps=2, sampling=Sampling(), end_ids=())
+    engine = Engine(model, ())
+    state = engine.prefill([[1, 2, 3, 4]], 9)
+    engine.decode(state, Sampling())
     assert state.cache.keys[0].is_deleted()
+
+
+def test_unrolled_steps_write_what_a_loop_writes(model, expected):
+    engine = Engine(model, (), steps_per_dispatch=3)
+    engine.loop = False
+    assert engine.generate(PROMPTS, 20) == expected
+
+
+def test_an_int8_model_is_the_float_model_of_its_rounded_weights():
+    small, rounded = quantized(tiny_model()), tiny_model()
+    for (_, layer), (_, plain) in zip(nnx.iter_modules(small), nnx.iter_modules(rounded), strict=True):
+        if getattr(layer, "scale", None) is not None:
+            plain.weight = nnx.Param(layer.weight[...] * layer.scale[...][:, None])
+    tokens, start = jnp.asarray([PROMPTS[2]], jnp.int32), jnp.zeros(1, jnp.int32)
+    want, got = (logits(m, whole(m, tokens, start)[0][0]) for m in (rounded, small))
+    assert np.abs(got - want).max() < 1e-2 * np.abs(want).max()
+    engine = Engine(small, ())
+    assert not engine.loop and engine.steps_per_dispatch == 1
+    assert engine.generate(PROMPTS, 8) == [engine.generate([prompt], 8)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("fresh", [[79], [3, 4, 50, 79], list(range(40, 80)), list(range(80))])
+def test_a_resumed_prompt_writes_what_a_prefilled_one_writes(model, expected, fresh):
+    """Whichever tokens are read behind the others: here exact, because the others were read in full."""
+    engine, prompt = Engine(model, ()), PROMPTS[2]
+    cache = engine.prefill([prompt], 20).cache
+    holes = jax.tree.map(lambda a: a.at[:, :, jnp.asarray(fresh)].set(7.0), cache)
+    state = engine.resume(holes, prompt, fresh, 20)
+    np.testing.assert_allclose(state.cache.values[1][:, :, :80], cache.values[1][:, :, :80], atol=2e-5)
+    assert [token for [made] in Decoding(engine, state, Sampling()) for token in made] == expected[2]
+
+
+def test_a_prompt_is_resumed_up_to_its_last_token_in_a_cache_of_its_size(model):
+    engine = Engine(model, ())
+    cache = engine.prefill([[1, 2, 3]], 5).cache
+    with pytest.raises(ValueError, match="last token must be fresh"):
+        engine.resume(cache, [1, 2, 3], [1], 5)
+    with pytest.raises(ValueError, match=r"Engine\.capacity"):
+        engine.resume(cache, [1, 2, 3], [2], 500)
 
 
 def test_a_cached_forward_equals_the_whole_one(model):

@@ -2,9 +2,10 @@
 
 Prompts of a batch are padded on the right to one bucketed length, so that few shapes are compiled; each row
 then writes at its own position. Decode runs several steps a dispatch in one `while_loop`, because in float32 that
-costs nothing on CPU and hides the host's work between steps.
+costs nothing on CPU and hides the host's work between steps; int8 products fall off their fast path in loops on
+some processors, so there the steps of a dispatch are unrolled, and one is the default.
 
-Letters: B batch, T prompt tokens, V vocab.
+Letters: B batch, T prompt tokens, C slots of the cache, M width, V vocab.
 """
 
 import time
@@ -15,8 +16,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from rag.models.checkpoint import Packed, pack
 from rag.models.llama import KVCache, Llama, forward, logits
 from rag.ops.sampling import Sampling, sample
 from rag.types import UserError
@@ -49,7 +51,7 @@ def is_finished(
 
 @partial(jax.jit, static_argnames=("capacity", "sampling", "end_ids"))
 def prefill(
-    model: Llama,
+    packed: Packed[Llama],
     tokens: Int[Array, "B T"],
     length: Int[Array, "B"],
     budget: Int[Array, "B"],
@@ -60,23 +62,75 @@ def prefill(
     end_ids: tuple[int, ...],
 ) -> DecodeState:
     """Read right-padded prompts of `length` tokens and choose the first new token of each row."""
-    rows, width = tokens.shape
+    model, rows = packed.module, len(tokens)
     hidden, cache = forward(model, tokens, jnp.zeros(rows, jnp.int32))
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-    padding = jnp.arange(width) >= length[:, None]
-    vocab = model.config.vocab_size
-    seen = jnp.zeros((rows, vocab), bool).at[jnp.arange(rows)[:, None], tokens].max(~padding)
-    state = DecodeState(
-        cache.padded(capacity), length, length, budget, jnp.zeros(rows, bool), key, seen
-    )  # .token is a placeholder that _advance fills
-    return _advance(state, logits(model, last), sampling, end_ids)
+    seen = _seen(model, tokens, length)
+    return _begin(model, cache.padded(capacity), last, length, budget, key, seen, sampling, end_ids)
 
 
-@partial(jax.jit, static_argnames=("steps", "sampling", "end_ids"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("sampling", "end_ids"), donate_argnames=("cache",))
+def resume(
+    packed: Packed[Llama],
+    cache: KVCache,
+    fresh: Int[Array, "1 T"],
+    positions: Int[Array, "1 T"],
+    last: Int[Array, ""],
+    prompt: Int[Array, "1 C"],
+    length: Int[Array, "1"],
+    budget: Int[Array, "1"],
+    key: Key[Array, "1"],
+    *,
+    sampling: Sampling,
+    end_ids: tuple[int, ...],
+) -> DecodeState:
+    """Read the `fresh` tokens of a prompt whose others' keys and values are in the cache already.
+
+    fresh[0, last] is the prompt's last token; what follows it is filling, at positions behind the prompt. `prompt`
+    holds all `length` tokens.
+    """
+    model = packed.module
+    hidden, cache = forward(model, fresh, positions, cache)
+    seen = _seen(model, prompt, length)
+    return _begin(model, cache, hidden[:, last], length, budget, key, seen, sampling, end_ids)
+
+
+def _seen(model: Llama, tokens: Int[Array, "B T"], length: Int[Array, "B"]) -> Bool[Array, "B V"]:
+    """Which tokens stand among the first `length` of each row."""
+    rows, width = tokens.shape
+    there = jnp.arange(width) < length[:, None]
+    empty = jnp.zeros((rows, model.config.vocab_size), bool)
+    return empty.at[jnp.arange(rows)[:, None], tokens].max(there)
+
+
+def _begin(
+    model: Llama,
+    cache: KVCache,
+    last: Float[Array, "B M"],
+    length: Int[Array, "B"],
+    budget: Int[Array, "B"],
+    key: Key[Array, "B"],
+    seen: Bool[Array, "B V"],
+    sampling: Sampling,
+    end_ids: tuple[int, ...],
+) -> DecodeState:
+    """The state with its first token chosen from the prompt's last hidden state."""
+    state = DecodeState(cache, length, length, budget, jnp.zeros(len(length), bool), key, seen)
+    return _advance(state, logits(model, last), sampling, end_ids)  # .token was a placeholder
+
+
+@partial(jax.jit, static_argnames=("steps", "sampling", "end_ids", "loop"), donate_argnames=("state",))
 def decode(
-    model: Llama, state: DecodeState, *, steps: int, sampling: Sampling, end_ids: tuple[int, ...]
+    packed: Packed[Llama],
+    state: DecodeState,
+    *,
+    steps: int,
+    sampling: Sampling,
+    end_ids: tuple[int, ...],
+    loop: bool = True,
 ) -> tuple[DecodeState, Int[Array, "steps B"]]:
-    """Up to `steps` more tokens a row; -1 where a row had already finished."""
+    """Up to `steps` more tokens a row, in a lax loop or unrolled; -1 where a row had already finished."""
+    model = packed.module
 
     def step(carry):
         i, state, made = carry
@@ -91,8 +145,13 @@ def decode(
         i, state, _ = carry
         return (i < steps) & ~jnp.all(state.finished)
 
-    made = jnp.full((steps, state.token.shape[0]), -1, jnp.int32)
-    _, state, made = jax.lax.while_loop(unfinished, step, (0, state, made))
+    carry = (0, state, jnp.full((steps, state.token.shape[0]), -1, jnp.int32))
+    if loop:
+        _, state, made = jax.lax.while_loop(unfinished, step, carry)
+    else:
+        for _ in range(steps):
+            carry = step(carry)
+        _, state, made = carry
     return state, made
 
 
@@ -119,6 +178,23 @@ def bucket(length: int) -> int:
     return max(step, -(-length // step) * step)
 
 
+def fresh_bucket(count: int) -> int:
+    """The padded number of tokens read behind a cache: powers of two to 64, then as `bucket`."""
+    return max(8, 1 << (count - 1).bit_length()) if count <= 64 else bucket(count)
+
+
+def padded_rows(prompts: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B T"]:
+    """The prompts, padded on the right with zeros."""
+    rows = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return rows
+
+
+def _keys(seeds: Sequence[int]) -> Key[Array, "B"]:
+    return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+
+
 def batches(
     lengths: Sequence[int], tokens_per_batch: int, new_tokens: int = 0
 ) -> Iterator[tuple[slice, int]]:
@@ -139,10 +215,89 @@ def batches(
 class Engine:
     """A model with the ids that end its answers."""
 
-    def __init__(self, model: Llama, end_ids: Collection[int], steps_per_dispatch: int = 4):
-        self.model = model
+    def __init__(self, model: Llama, end_ids: Collection[int], steps_per_dispatch: int | None = None):
+        """`steps_per_dispatch` None: 4, or 1 where int8 products should not stand in a loop."""
+        self.model, self.packed = model, pack(model)
         self.end_ids = tuple(sorted(end_ids))
-        self.steps_per_dispatch = steps_per_dispatch
+        self.loop = model.embed_tokens.scale is None or jax.default_backend() != "cpu"
+        self.steps_per_dispatch = steps_per_dispatch or (4 if self.loop else 1)
+
+    def capacity(self, prompt_tokens: int, max_new_tokens: int) -> int:
+        """Slots of the cache for a prompt and its answer: what `prefill` makes and `resume` asks for."""
+        return bucket(bucket(prompt_tokens) + max_new_tokens)
+
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),
+        seeds: Sequence[int] | None = None,
+    ) -> DecodeState:
+        """Read a batch of prompts; a row's seed alone decides its random draws.
+
+        Raises UserError for an empty prompt, a budget below one token, and prompts that leave no room for it in
+        the model's context.
+        """
+        self.check(prompts, max_new_tokens)
+        longest = max(map(len, prompts))
+        return prefill(
+            self.packed,
+            padded_rows(prompts, bucket(longest)),
+            np.array([len(prompt) for prompt in prompts], np.int32),
+            np.full(len(prompts), max_new_tokens, np.int32),
+            _keys(seeds or [0] * len(prompts)),
+            capacity=self.capacity(longest, max_new_tokens),
+            sampling=sampling,
+            end_ids=self.end_ids,
+        )
+
+    def resume(
+        self,
+        cache: KVCache,
+        prompt: Sequence[int],
+        fresh: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+    ) -> DecodeState:
+        """Read the tokens of a prompt at the positions `fresh`, ascending; the cache, donated, holds all others.
+
+        It has one row and `capacity` slots. The prompt's last token must be fresh: it decides the first new one.
+        """
+        self.check([prompt], max_new_tokens)
+        count, capacity = len(fresh), cache.capacity
+        if fresh[-1] != len(prompt) - 1 or capacity != self.capacity(len(prompt), max_new_tokens):
+            raise ValueError("the last token must be fresh, and the cache of Engine.capacity")
+        width = fresh_bucket(count)
+        behind = np.minimum(
+            len(prompt) + np.arange(width - count), capacity - 1
+        )  # overwritten before it is seen
+        positions = np.concatenate([np.asarray(fresh, np.int32), behind]).astype(np.int32)
+        tokens = np.asarray([*(prompt[at] for at in fresh), *[0] * (width - count)], np.int32)
+        return resume(
+            self.packed,
+            cache,
+            tokens[None],
+            positions[None],
+            np.int32(count - 1),
+            padded_rows([prompt], capacity),
+            np.array([len(prompt)], np.int32),
+            np.array([max_new_tokens], np.int32),
+            _keys([seed]),
+            sampling=sampling,
+            end_ids=self.end_ids,
+        )
+
+    def decode(self, state: DecodeState, sampling: Sampling) -> tuple[DecodeState, Int[Array, "steps B"]]:
+        """One dispatch: `steps_per_dispatch` more tokens a row, -1 where it had finished. The state is donated."""
+        return decode(
+            self.packed,
+            state,
+            steps=self.steps_per_dispatch,
+            sampling=sampling,
+            end_ids=self.end_ids,
+            loop=self.loop,
+        )
 
     def start(
         self,
@@ -151,28 +306,9 @@ class Engine:
         sampling: Sampling = Sampling(),
         seeds: Sequence[int] | None = None,
     ) -> "Decoding":
-        """Prefill a batch of prompts; the answers' tokens come from the Decoding that is returned.
-
-        A row's seed alone decides its random draws. Raises UserError for an empty prompt, a budget below one
-        token, and prompts that leave no room for it in the model's context.
-        """
-        self._check(prompts, max_new_tokens)
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        tokens = np.zeros((len(prompts), bucket(max(map(len, prompts)))), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        keys = jax.vmap(jax.random.key)(np.asarray(seeds or [0] * len(prompts), np.uint32))
+        """Prefill a batch of prompts; the answers' tokens come from the Decoding that is returned."""
         begin = time.perf_counter()
-        state = prefill(
-            self.model,
-            tokens,
-            lengths,
-            np.full(len(prompts), max_new_tokens, np.int32),
-            keys,
-            capacity=bucket(tokens.shape[1] + max_new_tokens),
-            sampling=sampling,
-            end_ids=self.end_ids,
-        )
+        state = self.prefill(prompts, max_new_tokens, sampling, seeds)
         return Decoding(self, state, sampling, time.perf_counter() - begin)
 
     def generate(
@@ -190,7 +326,8 @@ class Engine:
                 row.extend(tokens)
         return made
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        """UserError for what `prefill` cannot read."""
         limit = self.model.config.max_position_embeddings
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
@@ -211,10 +348,15 @@ class Decoding:
     tracing and compiling it, or reading it from the compilation cache; the device works on after that.
     """
 
-    def __init__(self, engine: Engine, state: DecodeState, sampling: Sampling, prefill_prepare_s: float):
+    def __init__(self, engine: Engine, state: DecodeState, sampling: Sampling, prefill_prepare_s: float = 0.0):
         self._engine, self._state, self._sampling = engine, state, sampling
         self._first = True
         self.prefill_prepare_s, self.decode_prepare_s = prefill_prepare_s, 0.0
+
+    @property
+    def state(self) -> DecodeState:
+        """As it stands; the next step donates it."""
+        return self._state
 
     def finish(self, row: int) -> None:
         """Make no more tokens for this row."""
@@ -230,14 +372,8 @@ class Decoding:
             return self._rows(np.asarray(self._state.token)[None])
         if np.asarray(self._state.finished).all():
             raise StopIteration
-        engine, begin = self._engine, time.perf_counter()
-        self._state, made = decode(
-            engine.model,
-            self._state,
-            steps=engine.steps_per_dispatch,
-            sampling=self._sampling,
-            end_ids=engine.end_ids,
-        )
+        begin = time.perf_counter()
+        self._state, made = self._engine.decode(self._state, self._sampling)
         self.decode_prepare_s = self.decode_prepare_s or time.perf_counter() - begin
         return self._rows(np.asarray(made))
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rag import cache
 from rag.generate import LogLikelihood, engine, likelihood
-from rag.generate.engine import Decoding, Engine, batches
+from rag.generate.engine import DecodeState, Decoding, Engine, batches
 from rag.generate.likelihood import log_probs
 from rag.models import chat_template, checkpoint, hub, llama, llama_checkpoint, tokenizer
 from rag.models.tokenizer import TextStream, Tokenizer
@@ -18,7 +18,7 @@ from rag.ops import attention, flash, linear, rope, sampling, visibility
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage, UserError
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8")
 GENERATOR_VERSION = 1  # part of fingerprints: raise it when the same weights begin to write other answers
 
 
@@ -36,7 +36,7 @@ class LocalGenerator:
         weights: str = hub.DEFAULT_GENERATOR,
         dtype: str = "float32",
         context_length: int | None = None,
-        steps_per_dispatch: int = 4,
+        steps_per_dispatch: int | None = None,
         tokens_per_batch: int = 4096,
     ):
         """`weights` is a URI of rag.models.hub; `context_length` None takes the checkpoint's own.
@@ -46,25 +46,25 @@ class LocalGenerator:
         """
         if dtype not in DTYPES:
             raise UserError(f"generator.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-        if steps_per_dispatch < 1:
+        if steps_per_dispatch is not None and steps_per_dispatch < 1:
             raise UserError(f"generator.steps_per_dispatch is {steps_per_dispatch}; give 1 or more")
         if tokens_per_batch < 1:
             raise UserError(f"generator.tokens_per_batch is {tokens_per_batch}; give about 4096")
         self._tokens_per_batch = tokens_per_batch
         self._path = hub.local_path(weights)
-        self._dtype, self._limit, self._steps = jnp.dtype(dtype), context_length, steps_per_dispatch
+        self._dtype, self._limit, self._steps = dtype, context_length, steps_per_dispatch
 
     @cached_property
     def _loaded(self) -> tuple[Engine, Tokenizer]:
-        model, tokenizer = llama_checkpoint.load(self._path)
-        model = checkpoint.to_device(model, self._dtype)
+        model, tokenizer = llama_checkpoint.load(self._path, int8=self._dtype == "int8")
+        model = checkpoint.to_device(model, None if self._dtype == "int8" else jnp.dtype(self._dtype))
         return Engine(model, tokenizer.eos_ids, self._steps), tokenizer
 
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits of the weights' bytes, dtype and context length; nothing is loaded for it."""
         digests = [cache.file_sha256(file) for file in llama_checkpoint.source_files(self._path)]
-        return cache.content_key("llama", GENERATOR_VERSION, digests, self._dtype.name, self._limit)
+        return cache.content_key("llama", GENERATOR_VERSION, digests, self._dtype, self._limit)
 
     @property
     def engine(self) -> Engine:
@@ -97,9 +97,9 @@ class LocalGenerator:
         stop: Sequence[str] = (),
     ) -> Iterator[str | Usage]:
         """Yield the answer's text as it is decoded, then its Usage. A stop string ends it and is left out."""
-        prompt = self.tokenizer.chat(messages)
         begin = time.perf_counter()
-        decoding = self.engine.start([prompt], max_new_tokens, sampling, [seed])
+        prompt, state = self._start(messages, max_new_tokens, sampling, seed)
+        decoding = Decoding(self.engine, state, sampling, time.perf_counter() - begin)
         decoder, text, new_tokens, prefilled = TextStream(self.tokenizer), StoppedText(stop), 0, None
         for [tokens] in decoding:
             prefilled = prefilled or time.perf_counter()
@@ -114,6 +114,13 @@ class LocalGenerator:
         decode_s = time.perf_counter() - prefilled - decoding.decode_prepare_s
         prepare_s = decoding.prefill_prepare_s + decoding.decode_prepare_s
         yield Usage(len(prompt), new_tokens, prefill_s, decode_s, prepare_s)
+
+    def _start(
+        self, messages: Sequence[Message], max_new_tokens: int, sampling: Sampling, seed: int
+    ) -> tuple[list[int], DecodeState]:
+        """The prompt's token ids, and the state behind it with its first new token chosen."""
+        prompt = self.tokenizer.chat(messages)
+        return prompt, self.engine.prefill([prompt], max_new_tokens, sampling, [seed])
 
     def generate(
         self,

@@ -11,8 +11,9 @@ Reading and dequantising a GGUF costs seconds, so what was read once is kept as 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from flax import nnx
 
 from rag import cache
 from rag.models.tokenizer import read_json
+from rag.ops.linear import quantize
 from rag.types import UserError
 
 M = TypeVar("M", bound=nnx.Module)
@@ -73,11 +75,43 @@ def _dotted(path: Sequence[Any]) -> str:
     return ".".join(map(str, path))
 
 
-def to_device(module: M, dtype: np.dtype) -> M:
-    """The module with its parameters on the default device; on CPU a memory-mapped float32 file is not copied."""
-    return jax.tree.map(
-        lambda a: jax.device_put(a if a.dtype == dtype else np.asarray(a, dtype), may_alias=True), module
-    )
+def to_device(module: M, dtype: np.dtype | None = None) -> M:
+    """The module with its parameters on the default device, in `dtype` or (None) in their own.
+
+    On CPU a memory-mapped file of that dtype is not copied.
+    """
+
+    def placed(a: np.ndarray) -> jax.Array:
+        return jax.device_put(a if dtype in (None, a.dtype) else np.asarray(a, dtype), may_alias=True)
+
+    return jax.tree.map(placed, module)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["structure"])
+@dataclass(frozen=True)
+class Packed(Generic[M]):
+    """A module as a tuple of its arrays, which jit takes in a tenth of the time that it takes a module in."""
+
+    arrays: tuple[jax.Array, ...]
+    structure: Any  # jax's PyTreeDef
+
+    @property
+    def module(self) -> M:
+        return jax.tree.unflatten(self.structure, self.arrays)
+
+
+def pack(module: M) -> Packed[M]:
+    arrays, structure = jax.tree.flatten(module)
+    return Packed(tuple(arrays), structure)
+
+
+def quantized(module: M) -> M:
+    """The module with the weight of every layer that has a place for a scale made int8 (rag.ops.linear.quantize)."""
+    for _, layer in nnx.iter_modules(module):
+        if hasattr(layer, "scale"):
+            values, scale = quantize(layer.weight[...])
+            layer.weight, layer.scale = nnx.Param(values), nnx.Param(scale)
+    return module
 
 
 def _match(table: Sequence[Rule], name: str) -> tuple[Rule | None, str]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from rag.models.checkpoint import quantized
 from rag.ops.attention import attention
 from rag.ops.linear import linear
 from rag.ops.rope import rope_angles, rotate
@@ -42,15 +43,15 @@ class LlamaConfig:
 
 
 class Linear(nnx.Module):
-    """weight [out, in] and perhaps a bias [out]."""
+    """weight [out, in], perhaps a bias [out], and a scale [out] once the weight is int8."""
 
     def __init__(self, size_in: int, size_out: int, rngs: nnx.Rngs, bias: bool = False):
-        scale = size_in**-0.5
-        self.weight = nnx.Param(scale * jax.random.normal(rngs(), (size_out, size_in)))
+        self.weight = nnx.Param(size_in**-0.5 * jax.random.normal(rngs(), (size_out, size_in)))
         self.bias = nnx.Param(jnp.zeros(size_out)) if bias else None
+        self.scale = nnx.data(None)
 
-    def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T N"]:
-        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
+    def __call__(self, x: Float[Array, "*batch M"]) -> Float[Array, "*batch N"]:
+        return linear(x, self.weight[...], *(p and p[...] for p in (self.bias, self.scale)))
 
 
 class RMSNorm(nnx.Module):
@@ -100,10 +101,15 @@ class Layer(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """weight [vocab, width]."""
+    """weight [vocab, width], and a scale [vocab] once the weight is int8."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.weight = nnx.Param(jax.random.normal(rngs(), (config.vocab_size, config.hidden_size)))
+        self.scale = nnx.data(None)
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
+        rows = self.weight[...][tokens]
+        return rows if self.scale is None else rows * self.scale[...][tokens][..., None]
 
 
 class Llama(nnx.Module):
@@ -137,39 +143,53 @@ class KVCache:
 
 
 def forward(
-    model: Llama, tokens: Int[Array, "B T"], start: Int[Array, "B"], cache: KVCache | None = None
+    model: Llama, tokens: Int[Array, "B T"], positions: Int[Array, "B *at"], cache: KVCache | None = None
 ) -> tuple[Float[Array, "B T M"], KVCache]:
     """Hidden states after the last norm, and the cache with these tokens' keys and values written to it.
 
-    Row b's tokens stand at positions start[b] + 0..T-1. Without a cache, start must be zeros and the cache
-    that is returned holds T tokens. Rows padded on the right are safe: attention is causal, so no token sees the
-    padding after it, and what the padding wrote to the cache lies at positions that are overwritten first.
+    `positions` are [B], of consecutive tokens from there on, or [B, T], of tokens anywhere and in any order: each
+    is written to the slot of its position and sees the slots up to it. Without a cache positions must be zeros
+    [B], and the cache that is returned holds T tokens. Rows padded on the right are safe: attention is causal, so
+    no token sees the padding after it, and what the padding wrote lies at positions that are overwritten first.
     """
     c = model.config
-    positions = start[:, None] + jnp.arange(tokens.shape[1])
-    angles = rope_angles(positions, c.head_dim, c.rope_theta, c.rope_factors)
+    each = positions if positions.ndim == 2 else positions[:, None] + jnp.arange(tokens.shape[1])
+    angles = rope_angles(each, c.head_dim, c.rope_theta, c.rope_factors)
     with jax.named_scope("embed"):
-        x = model.embed_tokens.weight[...][tokens]
+        x = model.embed_tokens(tokens)
     keys, values = [], []
     for i, layer in enumerate(model.layers):
         cached = None if cache is None else (cache.keys[i], cache.values[i])
         with jax.named_scope(f"layer_{i}"):
-            attended, (k, v) = _attend(layer.self_attn, c, layer.input_layernorm(x), angles, start, cached)
-            x = x + attended
-            x = x + _mlp(layer.mlp, layer.post_attention_layernorm(x))
+            x, (k, v) = layer_forward(layer, c, x, angles, positions, cached)
         keys.append(k)
         values.append(v)
     return model.norm(x), KVCache(tuple(keys), tuple(values))
 
 
+def layer_forward(
+    layer: Layer,
+    c: LlamaConfig,
+    x: Float[Array, "B T M"],
+    angles: Float[Array, "B T R"],
+    positions: Int[Array, "B *at"],
+    cached: tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]] | None,
+) -> tuple[Float[Array, "B T M"], tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]]:
+    """One layer of `forward`: the residual stream behind it, and its keys and values with these tokens' written."""
+    attended, written = _attend(layer.self_attn, c, layer.input_layernorm(x), angles, positions, cached)
+    x = x + attended
+    return x + _mlp(layer.mlp, layer.post_attention_layernorm(x)), written
+
+
 def logits(model: Llama, hidden: Float[Array, "B M"]) -> Float[Array, "B V"]:
     """Next-token logits, float32, of hidden states that `forward` gave."""
     head = model.embed_tokens if model.lm_head is None else model.lm_head
+    scale = None if head.scale is None else head.scale[...]
     with jax.named_scope("lm_head"):
-        return jnp.einsum("bm,vm->bv", hidden, head.weight[...], preferred_element_type=jnp.float32)
+        return linear(hidden.astype(jnp.float32), head.weight[...], scale=scale)
 
 
-def _attend(layer: SelfAttention, c: LlamaConfig, x, angles, start, cached):
+def _attend(layer: SelfAttention, c: LlamaConfig, x, angles, positions, cached):
     with jax.named_scope("attention"):
         q = _heads(layer.q_proj(x), c.num_attention_heads)
         k = _heads(layer.k_proj(x), c.num_key_value_heads)
@@ -180,8 +200,9 @@ def _attend(layer: SelfAttention, c: LlamaConfig, x, angles, start, cached):
         if cached is None:
             out = attention(q, k, v, causal=True)
         else:
-            k, v = _write(cached[0], k, start), _write(cached[1], v, start)
-            out = attention(q, k, v, causal=True, q_offset=start)
+            k, v = _write(cached[0], k, positions), _write(cached[1], v, positions)
+            places = {"q_offset" if positions.ndim == 1 else "q_positions": positions}
+            out = attention(q, k, v, causal=True, **places)
         b, _, t, _ = out.shape
         return layer.o_proj(out.transpose(0, 2, 1, 3).reshape(b, t, -1)), (k, v)
 
@@ -192,12 +213,17 @@ def _heads(x: Float[Array, "B T HD"], heads: int) -> Float[Array, "B H T D"]:
 
 
 def _write(
-    cache: Float[Array, "B K S D"], new: Float[Array, "B K T D"], start: Int[Array, "B"]
+    cache: Float[Array, "B K S D"], new: Float[Array, "B K T D"], positions: Int[Array, "B *at"]
 ) -> Float[Array, "B K S D"]:
-    """The cache with `new` at slots start[b] and on of each row; in place where the cache was donated."""
+    """The cache with `new` at its positions; in place where the cache was donated."""
+    new = new.astype(cache.dtype)
+    if positions.ndim == 2:
+        return jax.vmap(lambda row, n, at: row.at[:, at].set(n))(cache, new, positions)
     if cache.shape[0] == 1:  # one slice, where the vmapped form below is a scatter
-        return jax.lax.dynamic_update_slice(cache, new, (0, 0, start[0], 0))
-    return jax.vmap(lambda row, n, at: jax.lax.dynamic_update_slice(row, n, (0, at, 0)))(cache, new, start)
+        return jax.lax.dynamic_update_slice(cache, new, (0, 0, positions[0], 0))
+    return jax.vmap(lambda row, n, at: jax.lax.dynamic_update_slice(row, n, (0, at, 0)))(
+        cache, new, positions
+    )
 
 
 def _mlp(layer: MLP, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
@@ -205,6 +231,11 @@ def _mlp(layer: MLP, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
         return layer.down_proj(jax.nn.silu(layer.gate_proj(x)) * layer.up_proj(x))
 
 
-def abstract(config: LlamaConfig) -> Llama:
+def abstract(config: LlamaConfig, *, int8: bool = False) -> Llama:
     """The model's shapes without its weights, for `checkpoint.fill`."""
-    return nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
+
+    def made() -> Llama:
+        model = Llama(config, nnx.Rngs(0))
+        return quantized(model) if int8 else model
+
+    return nnx.eval_shape(made)

@@ -40,17 +40,29 @@ NAMES = (
 )
 
 
-def load(path: Path) -> tuple[Llama, Tokenizer]:
-    """The decoder and tokenizer of a GGUF file or a Hugging Face folder, float32, memory-mapped.
+def load(path: Path, *, int8: bool = False) -> tuple[Llama, Tokenizer]:
+    """The decoder and tokenizer of a GGUF file or a Hugging Face folder, memory-mapped, float32 or int8.
 
     Raises UserError for another architecture and for tensors that do not fit.
     """
+    if int8:
+        folder = checkpoint.keep("llama int8", source_files(path), partial(_quantize, path))
+        return checkpoint.load_module(_abstract(folder, int8=True), folder), Tokenizer.load(folder)
     convert = _convert_gguf if checkpoint.is_gguf(path) else _convert_huggingface
     folder = checkpoint.keep("llama", source_files(path), partial(convert, path))
+    return checkpoint.load_module(_abstract(folder), folder), Tokenizer.load(folder)
+
+
+def _abstract(folder: Path, *, int8: bool = False) -> Llama:
+    """The shapes of a converted checkpoint."""
     values = json.loads((folder / "config.json").read_text())
     factors = values.pop("rope_factors")
-    config = LlamaConfig(**values, rope_factors=tuple(factors) if factors else None)
-    return checkpoint.load_module(abstract(config), folder), Tokenizer.load(folder)
+    return abstract(LlamaConfig(**values, rope_factors=tuple(factors) if factors else None), int8=int8)
+
+
+def _quantize(path: Path, folder: Path) -> None:
+    model, tokenizer = load(path)
+    _write(checkpoint.quantized(model), tokenizer, folder)
 
 
 def source_files(path: Path) -> list[Path]:
