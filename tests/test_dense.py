@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag.index import dense
+from rag.index import dense, growing
 from rag.index.dense import DenseIndex, check_vectors
 from rag.measure import compiled_temp_bytes
 from rag.types import UserError
@@ -72,6 +72,68 @@ def test_the_pure_function_takes_any_number_of_queries(queries):
         np.testing.assert_array_equal(scores, expected[0])
 
 
+def _proofs(vectors, questions, k) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return DenseIndex(vectors)._prove(questions, k)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("n", "dim", "queries", "k"), [(6000, 24, 40, 10), (12007, 384, 33, 3), (30000, 48, 70, 100)]
+)
+def test_what_bfloat16_proves_is_exact(n, dim, queries, k):
+    """Whether or not this processor would be asked to: against the products in full, and float64."""
+    vectors, questions = _units(n, dim), _units(queries, dim, seed=1)
+    scores, ids, proven = _proofs(vectors, questions, k)
+    full = DenseIndex(vectors)._search_in_full(questions, k)
+    assert proven.mean() > 0.5
+    np.testing.assert_array_equal(scores[proven], full[0][proven])
+    np.testing.assert_array_equal(ids[proven], full[1][proven])
+    expected, _ = top_k_oracle(_float64_scores(questions, vectors), k)
+    np.testing.assert_allclose(scores[proven], expected[proven], atol=SEARCH_TOLERANCE)
+
+
+@on_cpu
+def test_bfloat16_proves_nothing_that_rounding_hides():
+    """Rows that bfloat16 cannot tell apart, more than are looked at: only float32 knows which is best."""
+    vectors, question = _units(20000, 64), _units(1, 64, seed=3)
+    near = np.arange(5, 20000, 40)
+    vectors[near] = question + 1e-4 * _units(len(near), 64, seed=4)
+    questions = np.concatenate([question, _units(39, 64, seed=1)])
+    _, _, proven = _proofs(vectors, questions, 10)
+    assert not proven[0]
+    exact = _float64_scores(questions, vectors)
+    scores, ids = DenseIndex(vectors).search(questions, 10)
+    found = np.take_along_axis(exact, ids, axis=1)
+    np.testing.assert_allclose(found, top_k_oracle(exact, 10)[0], atol=SEARCH_TOLERANCE)
+    np.testing.assert_allclose(scores, found, atol=SEARCH_TOLERANCE)
+
+
+@on_cpu
+@pytest.mark.parametrize("flags", [(), ("avx512_bf16",)])
+def test_processors_with_and_without_bfloat16_agree(monkeypatch, flags):
+    monkeypatch.setattr(dense, "cpu_flags", lambda: flags)
+    asked = []
+    prove = DenseIndex._prove
+    monkeypatch.setattr(DenseIndex, "_prove", lambda *args: asked.append(1) or prove(*args))
+    vectors, questions = _integers(5003), _integers(1040)
+    scores, ids = DenseIndex(vectors).search(questions, 2)
+    expected = top_k_oracle(_float64_scores(questions, vectors), 2)
+    np.testing.assert_array_equal(ids, expected[1])
+    np.testing.assert_array_equal(scores, expected[0])
+    assert bool(asked) == bool(flags)
+
+
+@on_cpu
+def test_maxima_beyond_the_room_are_taken_in_batches(monkeypatch):
+    monkeypatch.setattr(dense, "_MAXIMA_BYTES", 100_000)
+    vectors, questions = _integers(5003), _integers(1070)[:70]
+    index = DenseIndex(vectors)
+    assert index._batch == 32
+    np.testing.assert_array_equal(
+        index.search(questions, 2)[1], top_k_oracle(_float64_scores(questions, vectors), 2)[1]
+    )
+
+
 @on_cpu
 def test_a_result_does_not_depend_on_the_batch():
     vectors, questions = _units(12007, 384), _units(300, 384, seed=1)
@@ -118,13 +180,13 @@ def test_growing():
     index = DenseIndex(vectors[:300])
     index.add(vectors[300:310])  # doubles the room
     index.search(questions, 5)
-    programs = dense.search._cache_size(), dense._append._cache_size()
+    programs = dense.search._cache_size(), growing._append._cache_size()
     for live in range(310, 590, 10):
         index.add(vectors[live : live + 10])
         assert len(index) == live + 10
         expected = top_k_oracle(_float64_scores(questions, vectors[: live + 10]), 5)
         np.testing.assert_array_equal(index.search(questions, 5)[1], expected[1])
-    assert (dense.search._cache_size(), dense._append._cache_size()) == programs
+    assert (dense.search._cache_size(), growing._append._cache_size()) == programs
     index.add(vectors[590:])
     expected = top_k_oracle(_float64_scores(questions, vectors), 5)
     np.testing.assert_array_equal(index.search(questions, 5)[1], expected[1])
@@ -161,7 +223,7 @@ def test_a_memory_map_is_not_copied(tmp_path):
     np.save(tmp_path / "vectors.npy", _units(100))
     mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
     index = DenseIndex(mapped)
-    assert index._rows.unsafe_buffer_pointer() == mapped.ctypes.data
+    assert index.rows.unsafe_buffer_pointer() == mapped.ctypes.data
     expected = top_k_oracle(_float64_scores(_units(2, seed=1), mapped), 3)
     np.testing.assert_array_equal(index.search(_units(2, seed=1), 3)[1], expected[1])
 

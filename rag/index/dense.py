@@ -1,38 +1,43 @@
 """Exact nearest neighbours by cosine: the inner product of unit vectors, every vector looked at.
 
     N vectors (rows, of which the first `live` count), Q queries, E embedding dim, k results
-    G groups of consecutive rows, R rows of a block, C candidates
+    G groups of consecutive rows, R rows of a block
 
 Reading the vectors is nearly all of the work for a few queries: all scores of a query are kept, and its best
 rows taken from them. For many queries multiplying is, and writing N x Q scores would cost as much again: the
 rows are taken in blocks whose scores stay in the processor's cache, only the maxima of small groups of rows
-are kept, and the rows of the best groups are scored once more. Either way the vectors are read in place (a
-memory map is not copied), and the temporary memory is a small part of theirs.
-
-Which program serves a query depends on the batch it comes in, and XLA's product rounds differently from
-program to program. So the scores that are returned, and the order they give, always come from one small
-product, a query by its candidates: a result does not change with the batch, and equal vectors tie.
+are kept, and the rows of the best groups are scored once more. From a few dozen queries on, a processor with
+bfloat16 products finds the maxima several times faster in those, from blocks converted as they are read; what
+the rounding can have changed is bounded, and queries whose result that leaves in doubt are searched again in
+float32. Either way the vectors are read in place (a memory map is not copied), the temporary memory is a
+small part of theirs, and the results are the same: the k best in float32, ties to the lower row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from rag.ops.topk import best_members, members, two_level_top_k
+from rag.index import rescore
+from rag.index.growing import Growing, bucket
+from rag.measure import cpu_flags
 from rag.types import UserError
 
-_BATCH = 256  # queries of one call to XLA
-_LEAST = 4  # queries of the smallest program: below it int8 and bfloat16 products fall off their fast path
+_BATCH = 1024  # queries of one call to XLA, unless their maxima would take more than
+_MAXIMA_BYTES = 256 << 20
 _FEW = 8  # queries for which all scores are kept at once
-_ROWS = 4096  # rows of a block: with _BATCH queries their scores are 4 MiB
+_MANY = 32  # queries from which bfloat16 pays for converting the vectors, and for proving
+_ROWS = 4096  # rows of a block: with 256 queries their scores are 4 MiB
 _BLOCKS = 64  # blocks that one program takes: it grows with them
 _GROUP = 8  # rows of a group: fewer leave more maxima to choose from, more leave more rows to score again
 _SPARE = 2  # candidates beyond k, for those that another rounding would have let in
 _CHECKED_ROWS = 1 << 14
+_BY_ROWS = (((1,), (1,)), ((), ()))
 
 
 @partial(jax.jit, static_argnames="k")
@@ -49,31 +54,18 @@ def search(
     live = jnp.asarray(n if live is None else live)
     if _by_groups(n, len(queries), k):
         return _search_groups(vectors, queries, _maxima(vectors, queries), k, live)
-    one = partial(_best_scores, vectors, k=min(k + _SPARE, n), live=live)
-    return _in_blocks(lambda block: _rescored(vectors, block, *jax.vmap(one)(block), k), _FEW, queries)
+
+    def block(queries):
+        every = jax.vmap(partial(rescore.scores, vectors))(queries)
+        few = min(k + _SPARE, n)
+        return rescore.best_of_estimates(vectors, queries, every, live, k=k, candidates=few)
+
+    return rescore.in_blocks(block, _FEW, queries)
 
 
 def _by_groups(n: int, queries: int, k: int) -> bool:
     """Whether group maxima pay: not for few queries, nor if the best groups are a good part of all rows."""
     return queries > _FEW and n >= max(256 * k, _ROWS)
-
-
-def _best_scores(
-    vectors: Float[Array, "N E"], query: Float[Array, "E"], k: int, live: Int[Array, ""]
-) -> tuple[Int[Array, "k"], Bool[Array, "k"]]:
-    """The rows of one query's k highest scores, ascending, and which of them count."""
-    best, ids = two_level_top_k(_scores(vectors, query), live, k)
-    order = jnp.argsort(ids)
-    return ids[order], (best > -jnp.inf)[order]
-
-
-def _best_groups(
-    maxima: Float[Array, "G"], k: int, live: Int[Array, ""]
-) -> tuple[Int[Array, "C"], Bool[Array, "C"]]:
-    """The rows of the k groups of highest maximum for one query, ascending, and which of them count."""
-    whole = live // _GROUP
-    best, winners = two_level_top_k(maxima, whole, k)
-    return members(jnp.where(best > -jnp.inf, winners, whole), live, _GROUP)
 
 
 def _search_groups(
@@ -84,51 +76,11 @@ def _search_groups(
     live: Int[Array, ""],
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
     """Each query by way of the highest scores in the groups of rows."""
-    one = partial(_best_groups, k=k + _SPARE, live=live)
-
-    def block(queries, maxima):
-        return _rescored(vectors, queries, *jax.vmap(one)(maxima), k)
-
-    return _in_blocks(block, _LEAST, queries, maxima)  # few at once: their rows fit the processor's cache
-
-
-def _in_blocks(
-    search: Callable[..., tuple[Array, Array]], size: int, *arrays: Float[Array, "Q _"]
-) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
-    """`search` of the arrays, at most `size` rows at a time."""
-    count = len(arrays[0])
-    if count <= size:
-        return search(*arrays)
-    padded = [jnp.pad(array, ((0, -count % size), (0, 0))) for array in arrays]
-    blocks = [array.reshape(-1, size, array.shape[1]) for array in padded]
-    scores, ids = jax.lax.map(lambda block: search(*block), blocks)
-    return jax.lax.collapse(scores, 0, 2)[:count], jax.lax.collapse(ids, 0, 2)[:count]
-
-
-def _scores(vectors: Float[Array, "N E"], query: Float[Array, "E"]) -> Float32[Array, "N"]:
-    with jax.named_scope("scores"):
-        return jnp.einsum("ne,e->n", vectors, query, precision="highest", preferred_element_type=jnp.float32)
-
-
-def _rescored(
-    vectors: Float[Array, "N E"],
-    queries: Float[Array, "Q E"],
-    ids: Int[Array, "Q C"],
-    usable: Bool[Array, "Q C"],
-    k: int,
-) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
-    """The k best of each query's candidates, by scores that only the query and the row decide.
-
-    XLA is slow to multiply each query by rows of its own, and rounds a row by where it stands if there is only
-    one query. So all rows are multiplied by all queries, of which there are at least two, and each query
-    keeps its own.
-    """
-    with jax.named_scope("rescore"):
-        count, width = ids.shape
-        rows = vectors.at[ids.ravel()].get(mode="clip")
-        scores = jax.vmap(partial(_scores, rows), out_axes=1)(queries).reshape(count, width, count)
-        own = scores[jnp.arange(count), :, jnp.arange(count)]
-        return jax.vmap(partial(best_members, k=k))(own, ids, usable)
+    nothing = jnp.zeros(len(queries))
+    best, ids, _ = rescore.best_of_groups(
+        vectors, queries, maxima, nothing, live, k=k, group=_GROUP, groups=k + _SPARE
+    )
+    return best, ids
 
 
 def _maxima(vectors: Float[Array, "N E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q G"]:
@@ -144,15 +96,23 @@ def _maxima(vectors: Float[Array, "N E"], queries: Float[Array, "Q E"]) -> Float
 
 
 def _block_maxima(rows: Float[Array, "R E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q G"]:
-    return jax.vmap(lambda query: _scores(rows, query).reshape(-1, _GROUP).max(axis=1))(queries)
+    return jax.vmap(lambda query: rescore.scores(rows, query).reshape(-1, _GROUP).max(axis=1))(queries)
 
 
-@jax.jit
+def _half_maxima(rows: Float[Array, "R E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q G"]:
+    """_block_maxima of both rounded to bfloat16."""
+    half = (queries.astype(jnp.bfloat16), rows.astype(jnp.bfloat16))
+    products = jax.lax.dot_general(*half, _BY_ROWS, preferred_element_type=jnp.float32)
+    return products.reshape(len(queries), -1, _GROUP).max(axis=2)
+
+
+@partial(jax.jit, static_argnames="half")
 def _maxima_of_blocks(
-    blocks: Sequence[Float[Array, "_ E"]], queries: Float[Array, "Q E"]
+    blocks: Sequence[Float[Array, "_ E"]], queries: Float[Array, "Q E"], half: bool
 ) -> Float32[Array, "Q G"]:
     """_maxima of the blocks one below the other: as arrays of their own they need not be copied out of one."""
-    return jnp.concatenate([_block_maxima(rows, queries) for rows in blocks], axis=1)
+    of_block = _half_maxima if half else _block_maxima
+    return jnp.concatenate([of_block(rows, queries) for rows in blocks], axis=1)
 
 
 @partial(jax.jit, static_argnames="k")
@@ -166,6 +126,41 @@ def _search_pieces(
     return _search_groups(vectors, queries, jnp.concatenate(maxima, axis=1), k, live)
 
 
+@partial(jax.jit, static_argnames="k")
+def _prove_pieces(
+    vectors: Float[Array, "N E"],
+    queries: Float[Array, "Q E"],
+    maxima: Sequence[Float[Array, "Q _"]],
+    slack: Float[Array, "Q"],
+    k: int,
+    live: Int[Array, ""],
+) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"], Bool[Array, "Q"]]:
+    bounds = jnp.concatenate(maxima, axis=1)
+    options = {
+        "k": k,
+        "group": _GROUP,
+        "groups": k + k // 2 + 8,
+    }  # as far as rounding lets rows change places
+    return rescore.best_of_groups(vectors, queries, bounds, slack, live, **options)
+
+
+class Rounded(NamedTuple):
+    """What bfloat16 makes of vectors: the largest length of one of them, and of the difference to one."""
+
+    length: float
+    error: float
+
+
+@jax.jit
+def _rounded(blocks: Sequence[Float[Array, "_ E"]]) -> Float32[Array, "2"]:
+    def block(rows):
+        half = rows.astype(jnp.bfloat16).astype(jnp.float32)
+        both = jnp.stack([jnp.square(half).sum(axis=1), jnp.square(rows - half).sum(axis=1)])
+        return both.max(axis=1)
+
+    return jnp.sqrt(jnp.stack([block(rows) for rows in blocks]).max(axis=0))
+
+
 class DenseIndex:
     """Vectors on the device, searched in batches of few shapes, so that few programs are ever compiled.
 
@@ -173,11 +168,24 @@ class DenseIndex:
     """
 
     def __init__(self, vectors: Float32[np.ndarray, "N E"]):
-        self._rows = jax.device_put(vectors, may_alias=True)
-        self._live = len(vectors)
+        self._rows = Growing(jax.device_put(vectors, may_alias=True))
 
     def __len__(self) -> int:
-        return self._live
+        return self._rows.live
+
+    @property
+    def dim(self) -> int:
+        return self.rows.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the vectors."""
+        return len(self) * self.dim * self.rows.dtype.itemsize
+
+    @property
+    def rows(self) -> Float32[Array, "C E"]:
+        """The vectors, and room behind the live ones."""
+        return self._rows.values
 
     def search(
         self, queries: Float[np.ndarray, "Q E"], k: int
@@ -186,75 +194,89 @@ class DenseIndex:
 
         UserError for queries of another width, for NaN or infinity in them, and for k < 1.
         """
-        self._check(queries, k)
-        k = min(k, self._live)
-        found = [self._search(queries[start : start + _BATCH], k) for start in range(0, len(queries), _BATCH)]
-        scores, ids = zip(*found, strict=True) if found else ([np.zeros((0, k))], [np.zeros((0, k))])
-        return np.concatenate(scores).astype(np.float32), np.concatenate(ids).astype(np.int32)
+        rescore.check_queries(queries, self.dim, k)
+        k = min(k, len(self))
+        if not len(queries):
+            return np.zeros((0, k), np.float32), np.zeros((0, k), np.int32)
+        size = self._batch
+        batches = [queries[start : start + size] for start in range(0, len(queries), size)]
+        return rescore.stacked([self._search(batch, k) for batch in batches])
+
+    @property
+    def _batch(self) -> int:
+        """The power of two of queries whose maxima take no more than _MAXIMA_BYTES."""
+        room = _MAXIMA_BYTES // (4 * (len(self) // _GROUP + 1))
+        return max(_MANY, min(_BATCH, 1 << room.bit_length() - 1 if room else 0))
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        padded = np.zeros((_bucket(len(queries)), queries.shape[1]), np.float32)
-        padded[: len(queries)] = queries
-        live = np.int32(self._live)
-        if self._blocks and _by_groups(self._live, len(padded), k):
-            pieces = [self._blocks[i : i + _BLOCKS] for i in range(0, len(self._blocks), _BLOCKS)]
-            maxima = [_maxima_of_blocks(piece, padded) for piece in pieces]
-            scores, ids = _search_pieces(self._rows, padded, maxima, k, live)
+        """Exact, by bfloat16 where that pays and then again in float32 what it could not prove."""
+        if not (len(queries) >= _MANY and self._blocks and _by_groups(len(self), len(queries), k)):
+            return self._search_in_full(queries, k)
+        if not any("bf16" in flag for flag in cpu_flags()):
+            return self._search_in_full(queries, k)
+        scores, ids, proven = self._prove(queries, k)
+        if not proven.all():
+            scores[~proven], ids[~proven] = self._search_in_full(queries[~proven], k)
+        return scores, ids
+
+    def _search_in_full(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        padded, live = rescore.padded(queries, bucket(len(queries))), np.int32(len(self))
+        if self._blocks and _by_groups(len(self), len(padded), k):
+            found = _search_pieces(self.rows, padded, self._maxima(padded, half=False), k, live)
         else:
-            scores, ids = search(self._rows, padded, k, live)
-        return np.asarray(scores)[: len(queries)], np.asarray(ids)[: len(queries)]
+            found = search(self.rows, padded, k, live)
+        return tuple(np.array(part[: len(queries)]) for part in jax.device_get(found))
+
+    def _prove(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The results of bfloat16 maxima, and whether each is proven to be the exact one.
+
+        |q.x - q'.x'| <= |q - q'| |x'| + |q| |x - x'|, for vectors q, x that round to q', x'.
+        """
+        padded, live = rescore.padded(queries, bucket(len(queries))), np.int32(len(self))
+        length = rescore.lengths(padded)
+        error = rescore.lengths(padded - padded.astype(jnp.bfloat16).astype(np.float32))
+        worst = self._rounded
+        slack = error * worst.length + length * (worst.error + rescore.rounding(self.dim) * worst.length)
+        maxima = self._maxima(padded, half=True)
+        found = _prove_pieces(self.rows, padded, maxima, slack.astype(np.float32), k, live)
+        return tuple(np.array(part[: len(queries)]) for part in jax.device_get(found))
+
+    def _maxima(self, queries: np.ndarray, half: bool) -> list[Float32[Array, "Q _"]]:
+        return [_maxima_of_blocks(piece, queries, half) for piece in self._pieces]
+
+    @cached_property
+    def _rounded(self) -> Rounded:
+        """Found when first needed, because all vectors are read for it."""
+        worst = np.max([np.asarray(_rounded(piece)) for piece in self._pieces], axis=0)
+        return Rounded(*(1.001 * worst).tolist())  # these sums were rounded, too
+
+    @property
+    def _pieces(self) -> list[list[Array]]:
+        return [self._blocks[i : i + _BLOCKS] for i in range(0, len(self._blocks), _BLOCKS)]
 
     @cached_property
     def _blocks(self) -> list[Array]:
         """The whole groups of rows, in blocks that share their memory; none where they would be copies."""
-        if next(iter(self._rows.devices())).platform != "cpu":
+        if next(iter(self.rows.devices())).platform != "cpu":
             return []
-        rows = np.asarray(self._rows)[: self._live // _GROUP * _GROUP]
+        rows = np.asarray(self.rows)[: len(self) // _GROUP * _GROUP]
         return [
             jax.device_put(rows[start : start + _ROWS], may_alias=True)
             for start in range(0, len(rows), _ROWS)
         ]
 
-    def _check(self, queries: np.ndarray, k: int) -> None:
-        width = self._rows.shape[1]
-        if queries.shape[1] != width:
-            raise UserError(
-                f"The query vectors have {queries.shape[1]} dimensions and the index has {width}: "
-                "embed them with the embedder that built the index."
-            )
-        if not np.isfinite(queries).all():
-            raise UserError("A query vector holds NaN or infinity: check the embedder and its input.")
-        if k < 1:
-            raise UserError(f"Cannot return {k} results: ask for k of 1 or more.")
-
     def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
         """Append rows. Full room doubles; otherwise this neither copies nor compiles anything anew."""
-        rows = np.zeros((_bucket(len(vectors)), vectors.shape[1]), np.float32)
-        rows[: len(vectors)] = vectors
-        needed = self._live + len(rows)  # the padding is written too: a later addition overwrites it
         self._blocks = []  # they cannot share memory that is about to be written to
-        if needed > len(self._rows):  # so always before the first addition: the caller's memory is not ours
-            self._rows = _grown(self._rows, max(needed, 2 * self._live))
-        self._rows = _append(self._rows, rows, np.int32(self._live))
-        self._live += len(vectors)
+        self._rows.append(vectors)
 
 
-def _bucket(count: int) -> int:
-    """The power of two, at least _LEAST, that holds `count`."""
-    return max(_LEAST, 1 << (count - 1).bit_length())
+@dataclass(frozen=True)
+class Exact:
+    """Options of a DenseIndex: it has none."""
 
-
-@partial(jax.jit, static_argnames="capacity")
-def _grown(rows: Float[Array, "N E"], capacity: int) -> Float[Array, "C E"]:
-    return jnp.zeros((capacity, rows.shape[1]), rows.dtype).at[: len(rows)].set(rows)
-
-
-@partial(jax.jit, donate_argnames="buffer")
-def _append(
-    buffer: Float[Array, "C E"], rows: Float[Array, "n E"], live: Int[Array, ""]
-) -> Float[Array, "C E"]:
-    """Write rows in place (the buffer is donated: undonated, all of it would be copied)."""
-    return jax.lax.dynamic_update_slice(buffer, rows, (live, jnp.zeros_like(live)))
+    def build(self, vectors: Float32[np.ndarray, "N E"]) -> DenseIndex:
+        return DenseIndex(vectors)
 
 
 def check_vectors(vectors: Float[np.ndarray, "N E"]) -> None:

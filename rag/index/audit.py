@@ -1,0 +1,67 @@
+"""How much of the exact results an approximate index finds, on a sample of queries: k results of Q queries."""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Float32, Int
+
+from rag.index.dense import DenseIndex
+
+_BATCH = 16  # queries asked at once: an index may answer large batches exactly
+_Z = 1.6448536269514722  # one-sided 95%
+
+
+@runtime_checkable
+class VectorIndex(Protocol):
+    """Vectors that are searched by cosine."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that a search reads."""
+        ...
+
+    def search(
+        self, queries: Float[np.ndarray, "Q E"], k: int
+    ) -> tuple[Float32[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+        """min(k, len) rows of each query: cosines, best first, and row numbers; lower ones win ties."""
+        ...
+
+    def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
+        """Append rows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """The share of the exact k best that was found: its mean over the queries, and a bound from below.
+
+    `at_least` is Wilson's one-sided 95% bound, counting each query as one trial: a query's share varies less
+    than a coin of that probability, so the bound errs on the low side, and is below 1 even if all was found.
+    """
+
+    recall: float
+    at_least: float
+    queries: int
+    k: int
+
+
+def audit(index: VectorIndex, exact: DenseIndex, queries: Float[np.ndarray, "Q E"], k: int) -> Audit:
+    """Compare the index's results with exact search. A row scored as high as the exact k-th counts as found."""
+    if not len(queries):
+        raise ValueError("an audit needs queries")
+    best, _ = exact.search(queries, k)
+    batches = [queries[start : start + _BATCH] for start in range(0, len(queries), _BATCH)]
+    found = np.concatenate([index.search(batch, k)[0] for batch in batches])
+    recall = float(np.mean(found >= best[:, -1:]))
+    return Audit(recall, wilson(recall, len(queries)), len(queries), best.shape[1])
+
+
+def wilson(share: float, trials: int) -> float:
+    """The lower end of Wilson's one-sided 95% interval for a probability (Wilson 1927)."""
+    centre = share + _Z**2 / (2 * trials)
+    spread = _Z * math.sqrt(share * (1 - share) / trials + _Z**2 / (4 * trials**2))
+    return (centre - spread) / (1 + _Z**2 / trials)

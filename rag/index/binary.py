@@ -1,0 +1,196 @@
+"""Approximate nearest neighbours: vectors in one bit a dimension, the best of them scored exactly.
+
+    N vectors, Q queries, E embedding dim, k results, W words of 32 bits that hold E, P bit planes of a query
+
+RaBitQ (Gao and Long 2024, arXiv:2405.12497): a vector less the corpus's mean is turned by a random rotation, so
+that no dimension matters more than others, and its signs are kept. With b its signs as +-1 and y the rotated
+difference, <q, b> |y|^2 / |y|_1 estimates <q, y> without bias; the factor is kept beside the bits. A query is
+rounded to P bits a dimension, so that <q, b> is P counts of the bits in which two words differ.
+
+The rows of highest estimate are scored exactly. How many that takes for the recall that was asked for is found
+by comparing with exact search, on rows of the index as queries; `audit` says what recall other queries get.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, UInt32
+
+from rag.index import rescore
+from rag.index.audit import Audit, audit
+from rag.index.dense import DenseIndex
+from rag.index.growing import Growing, bucket
+from rag.types import UserError
+
+_PLANES = 4
+_MANY = 32  # queries from which exact search is as fast for each
+_BLOCK = 1 << 14  # rows that are coded at once
+_WORD = 32
+
+
+@dataclass(frozen=True)
+class Binary:
+    """Options of a BinaryIndex: `recall` of the exact results that is asked for, `sample` rows to calibrate on."""
+
+    recall: float = 0.99
+    sample: int = 256
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 < self.recall < 1:
+            raise UserError(f"vector_index.recall is {self.recall}; give a share between 0 and 1")
+        if self.sample < 1:
+            raise UserError(f"vector_index.sample is {self.sample}; give 1 or more")
+
+    def build(self, vectors: Float32[np.ndarray, "N E"]) -> "BinaryIndex":
+        return BinaryIndex(vectors, self)
+
+
+class BinaryIndex:
+    """A DenseIndex and one bit of each entry: nearly the same results, for few queries in a small part of the time."""
+
+    def __init__(self, vectors: Float32[np.ndarray, "N E"], options: Binary | None = None):
+        self.options = options or Binary()
+        self.exact = DenseIndex(vectors)
+        dim, rng = vectors.shape[1], np.random.default_rng(self.options.seed)
+        self._rotation = np.linalg.qr(rng.standard_normal((dim, dim)))[0].astype(np.float32)
+        self._centre = vectors.mean(axis=0) if len(vectors) else np.zeros(dim, np.float32)
+        parts = [self._coded(vectors[start : start + _BLOCK]) for start in range(0, len(vectors), _BLOCK)]
+        parts = parts or [self._coded(vectors)]
+        bits, factors = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+        self._bits, self._factors = Growing(jnp.asarray(bits), axis=1), Growing(jnp.asarray(factors))
+        self._calibrated: dict[int, tuple[int, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self.exact)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the vectors and their codes, both of which a search reads."""
+        return self.exact.nbytes + len(self) * 4 * (len(self._bits.values) + 1)
+
+    def search(
+        self, queries: Float[np.ndarray, "Q E"], k: int
+    ) -> tuple[Float32[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+        """min(k, len) rows of each query, nearly all of them the best: exact cosines, best first, row numbers.
+
+        UserError as DenseIndex.search. Batches of more than 31 queries are searched exactly.
+        """
+        rescore.check_queries(queries, self.exact.dim, k)
+        approximate = 0 < len(queries) < _MANY and 4 * k < len(self)
+        candidates = self.candidates(k) if approximate else len(self)
+        if 4 * candidates >= len(self):
+            return self.exact.search(queries, k)
+        padded = rescore.padded(queries, bucket(len(queries), 1))
+        scores, ids = _search(
+            self.exact.rows,
+            (self._bits.values, self._factors.values),
+            padded,
+            self._rotation,
+            np.int32(len(self)),
+            k=k,
+            candidates=candidates,
+        )
+        return np.array(scores[: len(queries)]), np.array(ids[: len(queries)])
+
+    def candidates(self, k: int) -> int:
+        """Rows scored exactly for k results: found when first asked for, and again when the index has doubled."""
+        size, found = self._calibrated.get(k, (0, 0))
+        if len(self) >= 2 * size:
+            found = self._calibrate(k)
+            self._calibrated[k] = len(self), found
+        return found
+
+    def _calibrate(self, k: int) -> int:
+        """The power of two of candidates that hold `recall` of the sampled rows' k nearest other rows.
+
+        Half of the misses that are allowed are left for queries that are unlike the rows.
+        """
+        sample = np.random.default_rng(self.options.seed).permutation(len(self))[: self.options.sample]
+        queries = np.asarray(self.exact.rows[jnp.asarray(sample)])
+        _, best = self.exact.search(queries, k + 1)
+        live, ranks = np.int32(len(self)), []
+        for query, ids in zip(queries, best, strict=True):
+            coded = (self._bits.values, self._factors.values)
+            ranks.append(np.asarray(_ranks(coded, query, self._rotation, ids[1:], live)))
+        wanted = np.quantile(np.concatenate(ranks), (1 + self.options.recall) / 2, method="higher")
+        return bucket(max(int(wanted) + 1, k))
+
+    def audit(self, queries: Float[np.ndarray, "Q E"], k: int) -> Audit:
+        """The recall that these queries get, a few at a time, against exact search."""
+        return audit(self, self.exact, queries, k)
+
+    def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
+        """Append rows, as DenseIndex.add does; the mean that codes are relative to stays."""
+        self.exact.add(vectors)
+        bits, factors = self._coded(vectors)
+        self._bits.append(bits)
+        self._factors.append(factors)
+
+    def _coded(self, vectors: np.ndarray) -> tuple[UInt32[np.ndarray, "W n"], Float32[np.ndarray, "n"]]:
+        padded = rescore.padded(vectors, bucket(len(vectors)))
+        bits, factors = jax.device_get(_code(padded, self._centre, self._rotation))
+        return np.array(bits[:, : len(vectors)]), np.array(factors[: len(vectors)])
+
+
+@jax.jit
+def _code(
+    vectors: Float32[Array, "n E"], centre: Float32[Array, "E"], rotation: Float32[Array, "E E"]
+) -> tuple[UInt32[Array, "W n"], Float32[Array, "n"]]:
+    """The signs of the rotated differences, and |y|^2 / |y|_1 of each; a difference of zero has the factor 0."""
+    rotated = jnp.matmul(vectors - centre, rotation, precision="highest")
+    total = jnp.abs(rotated).sum(axis=1)
+    factors = jnp.square(rotated).sum(axis=1) / jnp.where(total > 0, total, 1.0)
+    return jax.vmap(_words, out_axes=1)(rotated > 0), factors
+
+
+def _words(bits: Array) -> UInt32[Array, "W"]:
+    """E truth values packed into words, zeros behind them."""
+    wide = jnp.pad(bits, (0, -len(bits) % _WORD)).astype(jnp.uint32).reshape(-1, _WORD)
+    return (wide << jnp.arange(_WORD, dtype=jnp.uint32)).sum(axis=1, dtype=jnp.uint32)
+
+
+def _estimates(
+    bits: UInt32[Array, "W N"],
+    factors: Float32[Array, "N"],
+    query: Float32[Array, "E"],
+    rotation: Float32[Array, "E E"],
+) -> Float32[Array, "N"]:
+    """<q, x> of every row x but for what all have in common, the product with the mean."""
+    with jax.named_scope("estimates"):
+        rotated = jnp.matmul(query, rotation, precision="highest")
+        top = 2**_PLANES - 1
+        step = jnp.maximum(2 * jnp.abs(rotated).max() / top, jnp.finfo(jnp.float32).tiny)
+        levels = jnp.clip(jnp.round(rotated / step + top / 2), 0, top).astype(jnp.uint32)
+        differing = jnp.zeros(bits.shape[1], jnp.int32)
+        for plane in range(_PLANES):
+            words = _words((levels >> plane) & 1)
+            for row, word in zip(bits, words, strict=True):
+                differing += jax.lax.population_count(row ^ word).astype(jnp.int32) << plane
+        return (top * len(query) - 2 * differing).astype(jnp.float32) * factors * (step / 2)
+
+
+@partial(jax.jit, static_argnames=("k", "candidates"))
+def _search(vectors, coded, queries, rotation, live, *, k: int, candidates: int):
+    def one(query: Float32[Array, "1 E"]) -> tuple[Float32[Array, "1 k"], Int[Array, "1 k"]]:
+        estimates = _estimates(*coded, query[0], rotation)[None]
+        return rescore.best_of_estimates(vectors, query, estimates, live, k=k, candidates=candidates)
+
+    return rescore.in_blocks(one, 1, queries)
+
+
+@jax.jit
+def _ranks(
+    coded: tuple[UInt32[Array, "W N"], Float32[Array, "N"]],
+    query: Float32[Array, "E"],
+    rotation: Float32[Array, "E E"],
+    ids: Int[Array, "k"],
+    live: Int[Array, ""],
+) -> Int[Array, "k"]:
+    """How many live rows have a higher estimate than each of these."""
+    estimates = _estimates(*coded, query, rotation)
+    counted = jnp.where(jnp.arange(len(estimates)) < live, estimates, -jnp.inf)
+    return jax.lax.map(lambda row: (counted > estimates[row]).sum(), ids)

@@ -1,0 +1,112 @@
+"""Approximate nearest neighbours by the first dimensions of vectors trained to be cut (Matryoshka).
+
+    N vectors, Q queries, E embedding dim, D dimensions of the prefix, k results
+
+Kusupati et al. 2022 (arXiv:2205.13147) train embedders so that the first D dimensions, made unit vectors again,
+are an embedding of their own. They are scanned, and the rows that they put first are scored exactly by the
+whole vectors. With an embedder that was not trained so the recall is poor: `audit` says how poor.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from rag.index import rescore
+from rag.index.audit import Audit, audit
+from rag.index.dense import DenseIndex
+from rag.index.growing import Growing, bucket
+from rag.types import UserError
+
+_MANY = 32  # queries from which exact search is as fast
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Options of a PrefixIndex: the first `dims` dimensions choose `candidates` rows, which are scored exactly."""
+
+    dims: int = 128
+    candidates: int = 256
+
+    def __post_init__(self):
+        if self.dims < 1:
+            raise UserError(f"vector_index.dims is {self.dims}; give 1 or more")
+        if self.candidates < 1:
+            raise UserError(f"vector_index.candidates is {self.candidates}; give 1 or more")
+
+    def build(self, vectors: Float32[np.ndarray, "N E"]) -> "PrefixIndex":
+        return PrefixIndex(vectors, self)
+
+
+class PrefixIndex:
+    """A DenseIndex and the first dimensions of its vectors: most of the same results, with less reading."""
+
+    def __init__(self, vectors: Float32[np.ndarray, "N E"], options: Prefix | None = None):
+        self.options = options or Prefix()
+        if self.options.dims > vectors.shape[1]:
+            raise UserError(
+                f"vector_index.dims is {self.options.dims} and the vectors have {vectors.shape[1]} dimensions: "
+                "give fewer than that"
+            )
+        self.exact = DenseIndex(vectors)
+        self._prefixes = Growing(jnp.asarray(self._cut(vectors)))
+
+    def __len__(self) -> int:
+        return len(self.exact)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the vectors and their prefixes, both of which a search reads."""
+        return self.exact.nbytes + 4 * len(self) * self.options.dims
+
+    def search(
+        self, queries: Float[np.ndarray, "Q E"], k: int
+    ) -> tuple[Float32[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+        """min(k, len) rows of each query: exact cosines, best first, and row numbers; lower ones win ties.
+
+        UserError as DenseIndex.search. Batches of more than 31 queries are searched exactly.
+        """
+        rescore.check_queries(queries, self.exact.dim, k)
+        candidates = max(k, self.options.candidates)
+        if not 0 < len(queries) < _MANY or candidates >= len(self):
+            return self.exact.search(queries, k)
+        padded = rescore.padded(queries, bucket(len(queries), 1))
+        rows, prefixes = self.exact.rows, self._prefixes.values
+        found = _search(
+            rows, prefixes, padded, self._cut(padded), np.int32(len(self)), k=k, candidates=candidates
+        )
+        scores, ids = (np.array(part[: len(queries)]) for part in found)
+        return scores, ids
+
+    def audit(self, queries: Float[np.ndarray, "Q E"], k: int) -> Audit:
+        """The recall that these queries get, a few at a time, against exact search."""
+        return audit(self, self.exact, queries, k)
+
+    def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
+        """Append rows, as DenseIndex.add does."""
+        self.exact.add(vectors)
+        self._prefixes.append(self._cut(vectors))
+
+    def _cut(self, vectors: Float[np.ndarray, "n E"]) -> Float32[np.ndarray, "n D"]:
+        """The first dimensions as unit vectors; zeros stay zeros."""
+        cut = np.asarray(vectors[:, : self.options.dims], np.float32)
+        norms = np.linalg.norm(cut, axis=1, keepdims=True)
+        return cut / np.where(norms > 0, norms, np.float32(1))
+
+
+@partial(jax.jit, static_argnames=("k", "candidates"))
+def _search(
+    vectors: Float[Array, "N E"],
+    prefixes: Float[Array, "N D"],
+    queries: Float[Array, "Q E"],
+    cut: Float[Array, "Q D"],
+    live: Int[Array, ""],
+    *,
+    k: int,
+    candidates: int,
+) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
+    estimates = jax.vmap(partial(rescore.scores, prefixes))(cut)
+    return rescore.best_of_estimates(vectors, queries, estimates, live, k=k, candidates=candidates)

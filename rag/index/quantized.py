@@ -1,0 +1,169 @@
+"""Nearest neighbours by a scan of 8-bit vectors that proves its results exact, and says which ones.
+
+    N vectors, Q queries, E embedding dim, k results, G groups of consecutive rows
+
+Every vector is kept a second time in 8 bits with the length of what that leaves out. For a query q and a row x,
+written in 8 bits as q' and x', Cauchy and Schwarz give q.x <= q'.x' + |q| |x - x'| + |q - q'| |x'|: a bound on
+the exact score that takes a quarter of the reading. The rows of highest bound are scored exactly; where the
+k-th of them beats the highest bound left out, nothing can have been missed. The other queries are searched
+again, exactly: what is returned is always what DenseIndex returns.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, Int8
+
+from rag.index import rescore
+from rag.index.dense import DenseIndex
+from rag.index.growing import Growing, bucket
+from rag.ops.linear import quantize
+from rag.types import UserError
+
+_BATCH = 16  # queries of one scan: their two digits are 32 rows, past which the int8 product is slow
+_MANY = 32  # queries from which the exact search is as fast
+_GROUP = 16  # rows of a group
+_BLOCK = 1 << 14  # rows that are converted at once
+_BASE = 254  # of the second digit: the first one rounds to half a step of 127 either way
+_BY_ROWS = (((1,), (1,)), ((), ()))
+
+
+@dataclass(frozen=True)
+class Int8Scan:
+    """Options of an Int8Index: `candidates` groups of 16 rows beyond the k best are scored exactly."""
+
+    candidates: int = 32
+
+    def __post_init__(self):
+        if self.candidates < 1:
+            raise UserError(f"vector_index.candidates is {self.candidates}; give 1 or more")
+
+    def build(self, vectors: Float32[np.ndarray, "N E"]) -> "Int8Index":
+        return Int8Index(vectors, self)
+
+
+class Int8Index:
+    """A DenseIndex and its vectors in 8 bits: the same results, for few queries in a part of the time."""
+
+    def __init__(self, vectors: Float32[np.ndarray, "N E"], options: Int8Scan | None = None):
+        self.options = options or Int8Scan()
+        self.exact = DenseIndex(vectors)
+        parts = [_coded(vectors[start : start + _BLOCK]) for start in range(0, len(vectors), _BLOCK)]
+        parts = parts or [_coded(vectors)]
+        codes, scales, errors = (np.concatenate(part) for part in zip(*parts, strict=True))
+        self._codes, self._scales, self._errors = (Growing(jnp.asarray(x)) for x in (codes, scales, errors))
+        self._length = _longest(vectors)
+
+    def __len__(self) -> int:
+        return len(self.exact)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the vectors and their codes, both of which a search reads."""
+        return self.exact.nbytes + len(self) * (self.exact.dim + 8)
+
+    def search(
+        self, queries: Float[np.ndarray, "Q E"], k: int
+    ) -> tuple[Float32[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+        """The min(k, len) best rows of each query, exactly; UserError as DenseIndex.search."""
+        scores, ids, _ = self.search_with_proof(queries, k)
+        return scores, ids
+
+    def search_with_proof(
+        self, queries: Float[np.ndarray, "Q E"], k: int
+    ) -> tuple[Float32[np.ndarray, "Q k"], Int[np.ndarray, "Q k"], Bool[np.ndarray, "Q"]]:
+        """What `search` returns, and which queries the scan proved; the others were searched again, exactly.
+
+        Batches of more than 31 queries, and k of a good part of all rows, go to the exact search unscanned.
+        """
+        rescore.check_queries(queries, self.exact.dim, k)
+        if not 0 < len(queries) < _MANY or len(self) < 4 * _GROUP * (k + self.options.candidates):
+            return *self.exact.search(queries, k), np.zeros(len(queries), bool)
+        batches = [queries[start : start + _BATCH] for start in range(0, len(queries), _BATCH)]
+        scores, ids, proven = rescore.stacked([self._scan(batch, k) for batch in batches])
+        if not proven.all():
+            scores[~proven], ids[~proven] = self.exact.search(queries[~proven], k)
+        return scores, ids, proven
+
+    def _scan(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        padded = rescore.padded(queries, bucket(len(queries), 1))
+        digits, steps = _digits(padded)
+        first, second = np.split(digits.astype(np.float64), 2)
+        left_out = rescore.lengths(padded - (first + second / _BASE) * steps[:, None])
+        lengths = rescore.lengths(padded)
+        slack = (left_out + lengths * rescore.rounding(self.exact.dim)) * self._length
+        found = _search(
+            self.exact.rows,
+            (self._codes.values, self._scales.values, self._errors.values),
+            padded,
+            (digits, steps, lengths.astype(np.float32), slack.astype(np.float32)),
+            np.int32(len(self)),
+            k=k,
+            groups=k + self.options.candidates,
+        )
+        return tuple(np.array(part[: len(queries)]) for part in jax.device_get(found))
+
+    def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
+        """Append rows, as DenseIndex.add does."""
+        self.exact.add(vectors)
+        for part, new in zip((self._codes, self._scales, self._errors), _coded(vectors), strict=True):
+            part.append(new)
+        self._length = max(self._length, _longest(vectors))
+
+
+def _coded(
+    vectors: Float32[np.ndarray, "n E"],
+) -> tuple[Int8[np.ndarray, "n E"], Float32[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
+    """8-bit values, the scale of each row, and the length of what they leave out (no less than the true one)."""
+    padded = rescore.padded(vectors, bucket(len(vectors)))
+    return tuple(np.array(part[: len(vectors)]) for part in jax.device_get(_code(padded)))
+
+
+@jax.jit
+def _code(
+    vectors: Float32[Array, "n E"],
+) -> tuple[Int8[Array, "n E"], Float32[Array, "n"], Float32[Array, "n"]]:
+    values, scales = quantize(vectors)
+    return values, scales, 1.001 * jnp.linalg.norm(vectors - values * scales[:, None], axis=1)
+
+
+def _digits(queries: Float32[np.ndarray, "Q E"]) -> tuple[Int8[np.ndarray, "D E"], Float32[np.ndarray, "Q"]]:
+    """Each query in two signed digits, first ones first (D = 2 Q), and what a first digit counts."""
+    steps = np.maximum(np.abs(queries).max(axis=1) / 127, np.finfo(np.float32).tiny).astype(np.float32)
+    first = np.round(queries / steps[:, None])
+    second = np.round((queries / steps[:, None] - first) * _BASE)
+    return np.concatenate([first, second]).astype(np.int8), steps
+
+
+@partial(jax.jit, static_argnames=("k", "groups"))
+def _search(vectors, codes, queries, written, live, *, k: int, groups: int):
+    digits, steps, lengths, slack = written
+    bounds = _bounds(*codes, digits, steps, lengths)
+    return rescore.best_of_groups(vectors, queries, bounds, slack, live, k=k, group=_GROUP, groups=groups)
+
+
+def _bounds(
+    codes: Int8[Array, "N E"],
+    scales: Float32[Array, "N"],
+    errors: Float32[Array, "N"],
+    digits: Int8[Array, "D E"],
+    steps: Float32[Array, "Q"],
+    lengths: Float32[Array, "Q"],
+) -> Float32[Array, "Q G"]:
+    """What no score in a whole group exceeds, but for what the query's digits leave out; D = 2 Q."""
+    with jax.named_scope("bounds"):
+        products = jax.lax.dot_general(codes, digits, _BY_ROWS, preferred_element_type=jnp.int32)
+        first, second = jnp.split(products.astype(jnp.float32), 2, axis=1)
+        scores = (first + second / _BASE) * steps * scales[:, None] + errors[:, None] * lengths
+        whole = len(codes) // _GROUP * _GROUP
+        return scores[:whole].reshape(-1, _GROUP, len(steps)).max(axis=1).T
+
+
+def _longest(vectors: Float32[np.ndarray, "N E"]) -> float:
+    """No less than the length of any of the vectors, or of one of them in 8 bits."""
+    blocks = [vectors[start : start + _BLOCK] for start in range(0, len(vectors), _BLOCK)]
+    longest = max((float(np.linalg.norm(block, axis=1).max()) for block in blocks), default=0.0)
+    return longest * (1 + vectors.shape[1] ** 0.5 / 254 + 1e-3)  # half a step of each entry

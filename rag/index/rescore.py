@@ -1,0 +1,152 @@
+"""What every search of vectors ends with: exact scores of the candidates, and whether these were enough.
+
+    N vectors (rows, of which the first `live` count), Q queries, E embedding dim, k results
+    G groups of consecutive rows, C candidates
+
+A cheap first pass says of every group of rows how high a score in it can be at most. The groups of highest
+bound are scored exactly. If the k-th best exact score is above every bound that was left out, no other row
+can be among the k best: the result is proven, whatever the first pass was.
+
+XLA's products round differently from program to program. So the scores that are returned, and the order they
+give, always come from one small product, a query by its candidates: a result does not change with the batch,
+and equal vectors tie.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int
+
+from rag.index.growing import LEAST
+from rag.ops.topk import best_members, members, two_level_top_k
+from rag.types import UserError
+
+
+def scores(vectors: Float[Array, "N E"], query: Float[Array, "E"]) -> Float32[Array, "N"]:
+    """The inner products in full float32."""
+    with jax.named_scope("scores"):
+        return jnp.einsum("ne,e->n", vectors, query, precision="highest", preferred_element_type=jnp.float32)
+
+
+def rescored(
+    vectors: Float[Array, "N E"],
+    queries: Float[Array, "Q E"],
+    ids: Int[Array, "Q C"],
+    usable: Bool[Array, "Q C"],
+    k: int,
+) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
+    """The k best of each query's usable candidates by exact scores; the first to stand wins a tie.
+
+    XLA is slow to multiply each query by rows of its own, and rounds a row by where it stands if there is only
+    one query. So all rows are multiplied by all queries, a lone one twice, and each query keeps its own.
+    """
+    with jax.named_scope("rescore"):
+        count, width = ids.shape
+        rows = vectors.at[ids.ravel()].get(mode="clip")
+        factors = queries if count > 1 else jnp.concatenate([queries, queries])
+        products = jax.vmap(partial(scores, rows), out_axes=1)(factors).reshape(count, width, len(factors))
+        own = products[jnp.arange(count), :, jnp.arange(count)]
+        return jax.vmap(partial(best_members, k=k))(own, ids, usable)
+
+
+def best_of_groups(
+    vectors: Float[Array, "N E"],
+    queries: Float[Array, "Q E"],
+    bounds: Float[Array, "Q G"],
+    slack: Float[Array, "Q"],
+    live: Int[Array, ""],
+    *,
+    k: int,
+    group: int,
+    groups: int,
+) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"], Bool[Array, "Q"]]:
+    """The k best of the `groups` groups of highest bound, and of each query whether no other row can be.
+
+    bounds[q, g] + slack[q] is no less than the score of any row of group g, whose rows stand from g * group
+    on. Only the first `live` rows count, and of the bounds only those of groups wholly below.
+    """
+    whole = live // group
+
+    def candidates(bounds: Float[Array, "G"]):
+        best, winners = two_level_top_k(bounds, whole, min(groups + 1, len(bounds)))
+        unseen = best[groups] if len(best) > groups else -jnp.inf
+        best, winners = best[:groups], winners[:groups]
+        return *members(jnp.where(best > -jnp.inf, winners, whole), live, group), unseen
+
+    def block(queries, bounds, slack):
+        ids, usable, unseen = jax.vmap(candidates)(bounds)
+        best, ids = rescored(vectors, queries, ids, usable, k)
+        return best, ids, (unseen == -jnp.inf) | (best[:, -1] > unseen + slack)
+
+    return in_blocks(block, LEAST, queries, bounds, slack)  # few at once: their rows fit the cache
+
+
+def best_of_estimates(
+    vectors: Float[Array, "N E"],
+    queries: Float[Array, "Q E"],
+    estimates: Float[Array, "Q N"],
+    live: Int[Array, ""],
+    *,
+    k: int,
+    candidates: int,
+) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
+    """The k best, by exact scores, of each query's `candidates` rows of highest estimate."""
+
+    def chosen(estimates: Float[Array, "N"]):
+        best, ids = two_level_top_k(estimates, live, candidates)
+        order = jnp.argsort(ids)
+        return ids[order], (best > -jnp.inf)[order]
+
+    def block(queries, estimates):
+        return rescored(vectors, queries, *jax.vmap(chosen)(estimates), k)
+
+    return in_blocks(block, LEAST, queries, estimates)
+
+
+def in_blocks(
+    search: Callable[..., tuple[Array, ...]], size: int, *arrays: Float[Array, "Q ..."]
+) -> tuple[Array, ...]:
+    """`search` of the arrays, at most `size` rows at a time."""
+    count = len(arrays[0])
+    if count <= size:
+        return search(*arrays)
+    padded = [jnp.pad(array, ((0, -count % size), *((0, 0),) * (array.ndim - 1))) for array in arrays]
+    blocks = [array.reshape(len(array) // size, size, *array.shape[1:]) for array in padded]
+    found = jax.lax.map(lambda block: search(*block), blocks)
+    return tuple(jax.lax.collapse(array, 0, 2)[:count] for array in found)
+
+
+def rounding(dim: int) -> float:
+    """What float32 sums of `dim` products may be off by, relative to the vectors' lengths: two such sums."""
+    return 4 * dim * float(np.finfo(np.float32).eps)
+
+
+def lengths(vectors: Float[np.ndarray, "Q E"]) -> Float64[np.ndarray, "Q"]:
+    """Euclidean, in float64."""
+    return np.linalg.norm(vectors.astype(np.float64), axis=1)
+
+
+def check_queries(queries: Float[np.ndarray, "Q E"], dim: int, k: int) -> None:
+    """UserError for queries of another width, for NaN or infinity in them, and for k < 1."""
+    if queries.shape[1] != dim:
+        raise UserError(
+            f"The query vectors have {queries.shape[1]} dimensions and the index has {dim}: "
+            "embed them with the embedder that built the index."
+        )
+    if not np.isfinite(queries).all():
+        raise UserError("A query vector holds NaN or infinity: check the embedder and its input.")
+    if k < 1:
+        raise UserError(f"Cannot return {k} results: ask for k of 1 or more.")
+
+
+def padded(queries: Float[np.ndarray, "Q E"], count: int) -> Float32[np.ndarray, "P E"]:
+    """The queries with rows of zeros below, `count` in all."""
+    return np.pad(queries.astype(np.float32), ((0, count - len(queries)), (0, 0)))
+
+
+def stacked(found: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    """The results of batches as those of one."""
+    return tuple(np.concatenate(part) for part in zip(*found, strict=True))
