@@ -109,7 +109,9 @@ def test_the_exact_gelu_is_that_of_erf():
     config = dataclasses.replace(CONFIG, hidden_size=1, num_attention_heads=1, intermediate_size=1)
     layer = jax.tree.map(jnp.ones_like, bert.Intermediate(config, nnx.Rngs(0)))
     layer.dense.bias = nnx.Param(jnp.zeros(1))
-    ours = bert._expand(layer, config, jnp.asarray(x, jnp.float32)[None, :, None])[0, :, 0]
+    ours = jax.jit(bert._expand, static_argnums=1)(layer, config, jnp.asarray(x, jnp.float32)[None, :, None])[
+        0, :, 0
+    ]
     np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 
@@ -121,7 +123,8 @@ def test_layers_in_fewer_bits(tmp_path, monkeypatch, dtype):
         jnp.full((40, 8), 9).at[:, 1::2].set(17),
         jnp.full((40, 1), 8),
     )  # enough rows for the wide path
-    expected = bert.forward(model, ids, lengths)
+    run = jax.jit(bert.forward)
+    expected = run(model, ids, lengths)
     monkeypatch.setattr(bert_checkpoint, "cpu_flags", lambda: ("amx_bf16",))
     less, _, _ = bert_checkpoint.load(folder, dtype)
     kinds = {
@@ -131,7 +134,7 @@ def test_layers_in_fewer_bits(tmp_path, monkeypatch, dtype):
     }
     assert kinds == {dtype}
     assert less.embeddings.word_embeddings.weight[...].dtype == jnp.float32
-    error = np.abs(bert.forward(less, ids, lengths) - expected).max()
+    error = np.abs(run(less, ids, lengths) - expected).max()
     assert 1e-6 < error < 0.2 * np.abs(expected).max()
     monkeypatch.setattr(bert_checkpoint, "cpu_flags", lambda: ("avx2",))
     plain, _, _ = bert_checkpoint.load(folder, "bfloat16")  # its values, where products of it would be slow

@@ -163,7 +163,7 @@ def _onnx(folder: str, batch_size: int, pooling: dict[str, Any]) -> Encode | Non
 
 
 def _quantised(folder: str) -> bytes:
-    """The encoder in ONNX's format, its products int8 with scales made as they run (quantize_dynamic)."""
+    """The encoder in ONNX's format, int8: a scale for each output of a weight, and for activations as they run."""
     import torch
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from transformers import AutoModel
@@ -192,7 +192,7 @@ def _quantised(folder: str) -> bytes:
         )
         logging.disable(logging.WARNING)  # it names every product that it leaves as it is
         try:
-            quantize_dynamic(exported, quantised, weight_type=QuantType.QInt8)
+            quantize_dynamic(exported, quantised, per_channel=True, weight_type=QuantType.QInt8)
         finally:
             logging.disable(logging.NOTSET)
         return quantised.read_bytes()
