@@ -434,5 +434,5 @@ def test_a_certificate_is_plain_values():
     made = certify(subject(Points()), Variations(k=2, measure="MAP", **FEW))
     assert isinstance(made, Certificate)
     record = strict(json.dumps(made.summary(), allow_nan=False))
-    assert record["method"] == "Dense()"
+    assert record["method"] == "Dense(index=Exact())"
     assert len(record["dataset"]["fingerprint"]) == 64

@@ -17,7 +17,7 @@ from rag.types import UserError
 from tests.reference import top_k_oracle
 from tests.test_topk import on_cpu
 
-OPTIONS = [Exact(), Int8Scan(), Binary(sample=32), Prefix(dims=16)]
+OPTIONS = [Exact(), Int8Scan(), Binary(sample=32, k=5), Prefix(dims=16)]
 PROGRAMS = [
     dense.search, quantized._search, quantized._code, binary._search, binary._ranks, prefix._search,
     growing._append,
@@ -62,7 +62,7 @@ def test_scores_are_those_of_the_exact_index(options):
     vectors, queries = _units(5000), _units(40, seed=1)
     scores, ids = DenseIndex(vectors).search(queries, 50)
     index = options.build(vectors)
-    for count in (1, 2, 5, 17, 31, 40):
+    for count in (1, 5, 40):
         found, rows = index.search(queries[:count], 10)
         assert (found.dtype, rows.dtype) == (np.float32, np.int32)
         assert found.shape == rows.shape == (count, 10)
@@ -132,6 +132,7 @@ def test_bad_queries_are_told(options):
         (lambda: Int8Scan(candidates=0), "candidates is 0"),
         (lambda: Binary(recall=1.0), "recall is 1.0"),
         (lambda: Binary(sample=0), "sample is 0"),
+        (lambda: Binary(k=0), "k is 0"),
         (lambda: Prefix(dims=0), "dims is 0"),
         (lambda: Prefix(candidates=0), "candidates is 0"),
         (lambda: Prefix(dims=49).build(_units(10)), "dims is 49 and the vectors have 48"),
@@ -211,9 +212,7 @@ def test_the_estimate_is_nearly_without_bias():
     vectors, query = _units(4000, 384) + np.float32(0.05), _units(1, 384, seed=4)[0]
     index = BinaryIndex(vectors)
     estimates = np.asarray(
-        binary._estimates(
-            index._bits.values, index._factors.values, jnp.asarray(query), jnp.asarray(index._rotation)
-        )
+        binary._estimates(index._bits.values, index._factors.values, jnp.asarray(query), index._rotation)
     )
     exact = _exact(query[None], vectors - vectors.mean(axis=0))[0]
     error = estimates - exact

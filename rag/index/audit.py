@@ -35,6 +35,15 @@ class VectorIndex(Protocol):
         ...
 
 
+@runtime_checkable
+class VectorSearch(Protocol):
+    """A frozen dataclass of options: one way of searching vectors."""
+
+    def build(self, vectors: Float32[np.ndarray, "N E"]) -> VectorIndex:
+        """The vectors, ready to be searched; a memory map is not copied."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Audit:
     """The share of the exact k best that was found: its mean over the queries, and a bound from below.

@@ -8,7 +8,7 @@ difference, <q, b> |y|^2 / |y|_1 estimates <q, y> without bias; the factor is ke
 rounded to P bits a dimension, so that <q, b> is P counts of the bits in which two words differ.
 
 The rows of highest estimate are scored exactly. How many that takes for the recall that was asked for is found
-by comparing with exact search, on rows of the index as queries; `audit` says what recall other queries get.
+by comparing with exact search, on queries mixed of the index's own rows; `audit` says what other queries get.
 """
 
 from dataclasses import dataclass
@@ -33,17 +33,22 @@ _WORD = 32
 
 @dataclass(frozen=True)
 class Binary:
-    """Options of a BinaryIndex: `recall` of the exact results that is asked for, `sample` rows to calibrate on."""
+    """Options of a BinaryIndex: the `recall` of the exact results that is asked for, and how that is calibrated.
+
+    Building does so for `k` results, on `sample` rows; another k is calibrated when first asked for.
+    """
 
     recall: float = 0.99
+    k: int = 10
     sample: int = 256
     seed: int = 0
 
     def __post_init__(self):
         if not 0 < self.recall < 1:
             raise UserError(f"vector_index.recall is {self.recall}; give a share between 0 and 1")
-        if self.sample < 1:
-            raise UserError(f"vector_index.sample is {self.sample}; give 1 or more")
+        for name in ("k", "sample"):
+            if getattr(self, name) < 1:
+                raise UserError(f"vector_index.{name} is {getattr(self, name)}; give 1 or more")
 
     def build(self, vectors: Float32[np.ndarray, "N E"]) -> "BinaryIndex":
         return BinaryIndex(vectors, self)
@@ -56,13 +61,15 @@ class BinaryIndex:
         self.options = options or Binary()
         self.exact = DenseIndex(vectors)
         dim, rng = vectors.shape[1], np.random.default_rng(self.options.seed)
-        self._rotation = np.linalg.qr(rng.standard_normal((dim, dim)))[0].astype(np.float32)
+        self._rotation = jnp.asarray(np.linalg.qr(rng.standard_normal((dim, dim)))[0], jnp.float32)
         self._centre = vectors.mean(axis=0) if len(vectors) else np.zeros(dim, np.float32)
         parts = [self._coded(vectors[start : start + _BLOCK]) for start in range(0, len(vectors), _BLOCK)]
         parts = parts or [self._coded(vectors)]
         bits, factors = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
         self._bits, self._factors = Growing(jnp.asarray(bits), axis=1), Growing(jnp.asarray(factors))
-        self._calibrated: dict[int, tuple[int, int]] = {}
+        self._calibrated: dict[int, tuple[int, int]] = {}  # k -> the length then, and the candidates found
+        if self._scans(self.options.k):
+            self.candidates(self.options.k)
 
     def __len__(self) -> int:
         return len(self.exact)
@@ -80,7 +87,7 @@ class BinaryIndex:
         UserError as DenseIndex.search. Batches of more than 31 queries are searched exactly.
         """
         rescore.check_queries(queries, self.exact.dim, k)
-        approximate = 0 < len(queries) < _MANY and 4 * k < len(self)
+        approximate = 0 < len(queries) < _MANY and self._scans(k)
         candidates = self.candidates(k) if approximate else len(self)
         if 4 * candidates >= len(self):
             return self.exact.search(queries, k)
@@ -96,6 +103,10 @@ class BinaryIndex:
         )
         return np.array(scores[: len(queries)]), np.array(ids[: len(queries)])
 
+    def _scans(self, k: int) -> bool:
+        """Whether k is a small part of the rows: otherwise they are all scored."""
+        return 8 * k < len(self)
+
     def candidates(self, k: int) -> int:
         """Rows scored exactly for k results: found when first asked for, and again when the index has doubled."""
         size, found = self._calibrated.get(k, (0, 0))
@@ -105,12 +116,14 @@ class BinaryIndex:
         return found
 
     def _calibrate(self, k: int) -> int:
-        """The power of two of candidates that hold `recall` of the sampled rows' k nearest other rows.
+        """The power of two of candidates that hold `recall` of the k nearest rows of sampled queries.
 
-        Half of the misses that are allowed are left for queries that are unlike the rows.
+        Rows would be too easy: questions are less like them than they are like each other. A sampled query is
+        two parts of a row, itself not counted, and one of another; and half of the misses are left as a margin.
         """
         sample = np.random.default_rng(self.options.seed).permutation(len(self))[: self.options.sample]
-        queries = np.asarray(self.exact.rows[jnp.asarray(sample)])
+        rows = np.asarray(self.exact.rows[jnp.asarray(sample)])
+        queries = 2 * rows + np.roll(rows, 1, axis=0)
         _, best = self.exact.search(queries, k + 1)
         live, ranks = np.int32(len(self)), []
         for query, ids in zip(queries, best, strict=True):

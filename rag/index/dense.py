@@ -220,7 +220,7 @@ class DenseIndex:
         return scores, ids
 
     def _search_in_full(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        padded, live = rescore.padded(queries, bucket(len(queries))), np.int32(len(self))
+        padded, live = rescore.padded(queries, bucket(len(queries), 1)), np.int32(len(self))
         if self._blocks and _by_groups(len(self), len(padded), k):
             found = _search_pieces(self.rows, padded, self._maxima(padded, half=False), k, live)
         else:

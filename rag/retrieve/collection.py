@@ -19,7 +19,7 @@ from rag.embed import Embedder
 from rag.embed_cache import CachedEmbedder
 from rag.generate import Generator
 from rag.index.analyzer import Analyzer
-from rag.index.dense import DenseIndex
+from rag.index.audit import VectorIndex, VectorSearch
 from rag.index.lexical import LexicalIndex
 from rag.index.memory import MemoryIndex
 from rag.index.store import Index
@@ -80,6 +80,7 @@ class Collection:
     ):
         """`embedder` is the one that made the index's vectors; `generator` is called when a method first needs one."""
         self.index, self.embedder, self._generator, self.memo = index, embedder, generator, memo
+        self._dense: dict[VectorSearch, VectorIndex] = {}
         self._lexical: dict[Analyzer, LexicalIndex] = {}
         self.build_s = 0.0  # seconds spent on making vectors and postings ready to be searched
 
@@ -91,8 +92,7 @@ class Collection:
     @property
     def nbytes(self) -> int:
         """Of the vectors and postings in use."""
-        vectors = self.index.vectors.nbytes if "dense" in self.__dict__ else 0
-        return vectors + sum(lexical.nbytes for lexical in self._lexical.values())
+        return sum(index.nbytes for index in (*self._dense.values(), *self._lexical.values()))
 
     @cached_property
     def generator(self) -> Generator:
@@ -101,11 +101,12 @@ class Collection:
             raise RuntimeError("this collection has no generator, and a method asks for one")
         return self._generator()
 
-    @cached_property
-    def dense(self) -> DenseIndex:
-        """The passages' vectors, ready to be searched."""
-        with self._building():
-            return DenseIndex(self.index.vectors)
+    def dense(self, options: VectorSearch) -> VectorIndex:
+        """The passages' vectors, ready to be searched in the way of these options."""
+        if options not in self._dense:
+            with self._building():
+                self._dense[options] = options.build(self.index.vectors)
+        return self._dense[options]
 
     def lexical(self, analyzer: Analyzer) -> LexicalIndex:
         """The passages' postings under an analyzer: those kept with the index, or built from the texts."""

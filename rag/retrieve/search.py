@@ -9,11 +9,15 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from rag.index import analyzer as analysis
-from rag.index import dense, lexical
+from rag.index import dense, growing, lexical, rescore
 from rag.index import fusion as fusing
 from rag.index.analyzer import Analyzer
+from rag.index.binary import Binary
+from rag.index.dense import Exact
 from rag.index.fusion import Fusion, ReciprocalRank
 from rag.index.lexical import BM25Weights, TfIdfWeights
+from rag.index.prefix import Prefix
+from rag.index.quantized import Int8Scan
 from rag.ops import topk
 from rag.retrieve.collection import Collection, Reranker, Retriever, Transform
 from rag.types import Hit, UserError
@@ -21,14 +25,17 @@ from rag.types import Hit, UserError
 
 @dataclass(frozen=True)
 class Dense:
-    """Exact cosine search over the embedder's vectors."""
+    """Cosine search over the embedder's vectors: exact, or as `index` says."""
+
+    index: Exact | Int8Scan | Binary | Prefix = field(default_factory=Exact)
 
     uses: ClassVar[tuple[str, ...]] = ("embedder",)
-    code: ClassVar = (dense, topk)
+    code: ClassVar = (dense, rescore, growing, topk)
     lowest: ClassVar[float] = -1.0  # that a score can be
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        scores, rows = collection.dense.search(collection.embedder.encode_queries(questions), k)
+        index = collection.dense(self.index)
+        scores, rows = index.search(collection.embedder.encode_queries(questions), k)
         return [collection.hits(*found) for found in zip(rows, scores, strict=True)]
 
 
