@@ -9,8 +9,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from rag import cache
-from rag.generate import LogLikelihood, engine, likelihood
-from rag.generate.engine import DecodeState, Decoding, Engine, batches
+from rag.generate import LogLikelihood, batching, drafting, engine, likelihood
+from rag.generate.batching import Prompts, Rows, plan, serve
+from rag.generate.drafting import Drafting, DraftPolicy, can_draft
+from rag.generate.engine import DecodeState, Decoding, Engine
 from rag.generate.likelihood import log_probs
 from rag.models import chat_template, checkpoint, hub, llama, llama_checkpoint, tokenizer
 from rag.models.tokenizer import TextStream, Tokenizer
@@ -27,7 +29,7 @@ class LocalGenerator:
 
     # What answers depend on.
     code: ClassVar = (
-        *(engine, likelihood, llama, llama_checkpoint, tokenizer, chat_template),
+        *(engine, batching, drafting, likelihood, llama, llama_checkpoint, tokenizer, chat_template),
         *(attention, flash, visibility, linear, rope, sampling),
     )
 
@@ -38,11 +40,14 @@ class LocalGenerator:
         context_length: int | None = None,
         steps_per_dispatch: int | None = None,
         tokens_per_batch: int = 4096,
+        drafting: bool = False,
     ):
         """`weights` is a URI of rag.models.hub; `context_length` None takes the checkpoint's own.
 
         `tokens_per_batch` bounds the padded tokens, new ones included, that `generate` and the likelihoods hold
-        at once; it changes their speed and memory, and results no more than float rounding does.
+        at once; it changes their speed and memory, and results no more than float rounding does. Neither does
+        `drafting` from the text so far (rag.generate.drafting), for what `stream` writes with greedy sampling and no
+        repetition penalty; all else is decoded plainly.
         """
         if dtype not in DTYPES:
             raise UserError(f"generator.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -51,6 +56,7 @@ class LocalGenerator:
         if tokens_per_batch < 1:
             raise UserError(f"generator.tokens_per_batch is {tokens_per_batch}; give about 4096")
         self._tokens_per_batch = tokens_per_batch
+        self._drafts = DraftPolicy() if drafting else None
         self._path = hub.local_path(weights)
         self._dtype, self._limit, self._steps = dtype, context_length, steps_per_dispatch
 
@@ -99,7 +105,11 @@ class LocalGenerator:
         """Yield the answer's text as it is decoded, then its Usage. A stop string ends it and is left out."""
         begin = time.perf_counter()
         prompt, state = self._start(messages, max_new_tokens, sampling, seed)
-        decoding = Decoding(self.engine, state, sampling, time.perf_counter() - begin)
+        started_s = time.perf_counter() - begin
+        if self._drafts is not None and can_draft(sampling):
+            decoding = Drafting(self.engine, state, prompt, self._drafts, started_s)
+        else:
+            decoding = Decoding(self.engine, state, sampling, started_s)
         decoder, text, new_tokens, prefilled = TextStream(self.tokenizer), StoppedText(stop), 0, None
         for [tokens] in decoding:
             prefilled = prefilled or time.perf_counter()
@@ -132,41 +142,24 @@ class LocalGenerator:
     ) -> list[str]:
         """The answers to any number of conversations of any lengths, in their order.
 
-        Those of like lengths are decoded together, as many as `tokens_per_batch` allows; which do depends on the
-        conversations and not on their order.
+        They are decoded together, as many as `tokens_per_batch` allows, and take one another's places as they end
+        (rag.generate.batching); which do depends on the conversations and not on their order. Equal ones with
+        equal seeds are answered once. Raises UserError as `Engine.check` does.
         """
-        prompts = [self.tokenizer.chat(messages) for messages in conversations]
+        if not conversations:
+            return []
+        prompts = [tuple(self.tokenizer.chat(messages)) for messages in conversations]
+        self.engine.check(prompts, max_new_tokens)
         each = [0] * len(prompts) if seeds is None else list(seeds)
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], each[i]))
-        answers = [""] * len(prompts)
-        lengths = [len(prompts[i]) for i in order]
-        for some, size in batches(lengths, self._tokens_per_batch, max_new_tokens):
-            members = order[some]
-            filled = [*members, *members[-1:] * (size - len(members))]  # copies, ended at once
-            decoding = self.engine.start(
-                [prompts[i] for i in filled], max_new_tokens, sampling, [each[i] for i in filled]
-            )
-            for row in range(len(members), size):
-                decoding.finish(row)
-            for i, text in zip(members, self._texts(decoding, len(members), stop), strict=True):
-                answers[i] = text
-        return answers
-
-    def _texts(self, decoding: Decoding, count: int, stop: Sequence[str]) -> list[str]:
-        """What the first `count` rows of a batch write."""
-        decoders, texts = (
-            [TextStream(self.tokenizer) for _ in range(count)],
-            [StoppedText(stop) for _ in range(count)],
-        )
-        answers = [""] * count
-        for new in decoding:
-            for row, tokens in enumerate(new[:count]):
-                answers[row] += texts[row].push("".join(map(decoders[row].push, tokens)))
-                if tokens and texts[row].stopped:
-                    decoding.finish(row)
-        for row, (decoder, text) in enumerate(zip(decoders, texts, strict=True)):
-            answers[row] += text.push(decoder.finish()) + text.finish()
-        return answers
+        asked = dict(zip(zip(prompts, each, strict=True), conversations, strict=True))
+        requests = list(asked)
+        writers = [_Writer(self.tokenizer, stop) for _ in requests]
+        rows = Rows(self.engine, sampling, self._tokens_per_batch, len(requests))
+        groups = plan(requests, max_new_tokens, self._tokens_per_batch)
+        read = Prompts(self.engine, requests, max_new_tokens, sampling)
+        serve(groups, read, rows, lambda i, tokens: writers[i].push(tokens))
+        texts = {request: writer.finish() for request, writer in zip(requests, writers, strict=True)}
+        return [texts[request] for request in zip(prompts, each, strict=True)]
 
     def log_likelihood(self, pairs: Sequence[tuple[Sequence[Message], str]]) -> list[LogLikelihood]:
         """log p(text | conversation) of each pair, in order: how likely the model's answer would be that text.
@@ -188,6 +181,21 @@ class LocalGenerator:
         ids = [(prompt, self.tokenizer.encode(text, special=False)) for prompt, text in pairs]
         found = log_probs(self.engine.model, ids, self._tokens_per_batch)
         return [LogLikelihood(math.fsum(values.tolist()), len(values)) for values in found]
+
+
+class _Writer:
+    """One answer's text from its tokens, up to the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self._decoder, self._stopped, self._text = TextStream(tokenizer), StoppedText(stop), ""
+
+    def push(self, tokens: Sequence[int]) -> bool:
+        """Whether the answer goes on."""
+        self._text += self._stopped.push("".join(map(self._decoder.push, tokens)))
+        return not self._stopped.stopped
+
+    def finish(self) -> str:
+        return self._text + self._stopped.push(self._decoder.finish()) + self._stopped.finish()
 
 
 class StoppedText:
