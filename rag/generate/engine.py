@@ -65,8 +65,8 @@ def prefill(
     model, rows = packed.module, len(tokens)
     hidden, cache = forward(model, tokens, jnp.zeros(rows, jnp.int32))
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-    seen = _seen(model, tokens, length)
-    return _begin(model, cache.padded(capacity), last, length, budget, key, seen, sampling, end_ids)
+    seen = tokens_seen(model, tokens, length)
+    return choose_first(model, cache.padded(capacity), last, length, budget, key, seen, sampling, end_ids)
 
 
 @partial(jax.jit, static_argnames=("sampling", "end_ids"), donate_argnames=("cache",))
@@ -91,11 +91,11 @@ def resume(
     """
     model = packed.module
     hidden, cache = forward(model, fresh, positions, cache)
-    seen = _seen(model, prompt, length)
-    return _begin(model, cache, hidden[:, last], length, budget, key, seen, sampling, end_ids)
+    seen = tokens_seen(model, prompt, length)
+    return choose_first(model, cache, hidden[:, last], length, budget, key, seen, sampling, end_ids)
 
 
-def _seen(model: Llama, tokens: Int[Array, "B T"], length: Int[Array, "B"]) -> Bool[Array, "B V"]:
+def tokens_seen(model: Llama, tokens: Int[Array, "B T"], length: Int[Array, "B"]) -> Bool[Array, "B V"]:
     """Which tokens stand among the first `length` of each row."""
     rows, width = tokens.shape
     there = jnp.arange(width) < length[:, None]
@@ -103,7 +103,7 @@ def _seen(model: Llama, tokens: Int[Array, "B T"], length: Int[Array, "B"]) -> B
     return empty.at[jnp.arange(rows)[:, None], tokens].max(there)
 
 
-def _begin(
+def choose_first(
     model: Llama,
     cache: KVCache,
     last: Float[Array, "B M"],
@@ -191,22 +191,20 @@ def padded_rows(prompts: Sequence[Sequence[int]], width: int) -> Int[np.ndarray,
     return rows
 
 
-def _keys(seeds: Sequence[int]) -> Key[Array, "B"]:
+def row_keys(seeds: Sequence[int]) -> Key[Array, "B"]:
+    """A stream of random numbers for each row."""
     return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
 
 
-def batches(
-    lengths: Sequence[int], tokens_per_batch: int, new_tokens: int = 0
-) -> Iterator[tuple[slice, int]]:
-    """Which of the prompts run together, for lengths that stand longest first: (a slice of them, rows to run).
+def batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[tuple[slice, int]]:
+    """Which of the texts run together, for lengths that stand longest first: (a slice of them, rows to run).
 
-    Rows times the padded length with its new tokens stay within `tokens_per_batch` unless one row alone is
-    longer. The number of rows is a power of two, so that few programs are compiled; rows may exceed the slice.
+    Rows times the padded length stay within `tokens_per_batch` unless one row alone is longer. The number of rows
+    is a power of two, so that few programs are compiled; rows may exceed the slice.
     """
     start = 0
     while start < len(lengths):
-        width = bucket(lengths[start]) if not new_tokens else bucket(bucket(lengths[start]) + new_tokens)
-        most = 1 << (max(1, tokens_per_batch // width).bit_length() - 1)
+        most = 1 << (max(1, tokens_per_batch // bucket(lengths[start])).bit_length() - 1)
         count = min(most, len(lengths) - start)
         yield slice(start, start + count), 1 << (count - 1).bit_length()
         start += count
@@ -245,7 +243,7 @@ class Engine:
             padded_rows(prompts, bucket(longest)),
             np.array([len(prompt) for prompt in prompts], np.int32),
             np.full(len(prompts), max_new_tokens, np.int32),
-            _keys(seeds or [0] * len(prompts)),
+            row_keys(seeds or [0] * len(prompts)),
             capacity=self.capacity(longest, max_new_tokens),
             sampling=sampling,
             end_ids=self.end_ids,
@@ -283,7 +281,7 @@ class Engine:
             padded_rows([prompt], capacity),
             np.array([len(prompt)], np.int32),
             np.array([max_new_tokens], np.int32),
-            _keys([seed]),
+            row_keys([seed]),
             sampling=sampling,
             end_ids=self.end_ids,
         )
@@ -348,7 +346,9 @@ class Decoding:
     tracing and compiling it, or reading it from the compilation cache; the device works on after that.
     """
 
-    def __init__(self, engine: Engine, state: DecodeState, sampling: Sampling, prefill_prepare_s: float = 0.0):
+    def __init__(
+        self, engine: Engine, state: DecodeState, sampling: Sampling, prefill_prepare_s: float = 0.0
+    ):
         self._engine, self._state, self._sampling = engine, state, sampling
         self._first = True
         self.prefill_prepare_s, self.decode_prepare_s = prefill_prepare_s, 0.0
