@@ -1,8 +1,9 @@
 """Question and context to chat messages, by templates that are data: nothing in them is ever evaluated."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rag.types import Context, Message, Source, UserError
 
@@ -53,19 +54,60 @@ def render(
     """Return the messages to send: the system text unless it is blank, the earlier turns, the user's turn.
 
     Each template is filled in one pass, so what looks like a placeholder in a question, a passage or a path
-    stays as it was written.
+    stays as it was written. The messages say where their passages are, and which beginning is the template's own.
     """
-    passages = template.separator.join(render_passage(template, source) for source in context.sources)
-    values = {"question": question, "context": passages}
-    system = _fill(template.system, values)
-    first = [Message("system", system)] if system.strip() else []
-    return [*first, *history, Message("user", _fill(template.user, values))]
+    shown = _joined([_passage(template, source) for source in context.sources], template.separator)
+    values = {"question": (question, ()), "context": shown}
+    system = _message("system", template.system, values)
+    first = [system] if system.content.strip() else []
+    return [*first, *history, _message("user", template.user, values)]
 
 
 def render_passage(template: PromptTemplate, source: Source) -> str:
     """Return one source as the prompt shows it, without the separator."""
-    return _fill(template.passage, {"n": str(source.n), "text": source.text, "path": source.path})
+    return _passage(template, source)[0]
 
 
-def _fill(template: str, values: dict[str, str]) -> str:
-    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
+_Marked = tuple[str, tuple[tuple[int, int], ...]]  # a text, and the spans in it that are passages
+
+
+def _message(role: Literal["system", "user"], template: str, values: dict[str, _Marked]) -> Message:
+    content, spans = _fill(template, values)
+    placeholder = _PLACEHOLDER.search(template)
+    fixed = placeholder.start() if placeholder else len(content)
+    return Message(role, content, _with_space(content, spans), fixed)
+
+
+def _with_space(content: str, spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The spans that are not empty, each with the space before it: tokens of most vocabularies begin with one."""
+    widened, end = [], 0
+    for start, stop in spans:
+        if start < stop:
+            widened.append((start - (start > end and content[start - 1] == " "), stop))
+            end = stop
+    return tuple(widened)
+
+
+def _passage(template: PromptTemplate, source: Source) -> _Marked:
+    text = (source.text, ((0, len(source.text)),))
+    return _fill(template.passage, {"n": (str(source.n), ()), "text": text, "path": (source.path, ())})
+
+
+def _joined(texts: Sequence[_Marked], separator: str) -> _Marked:
+    parts = [part for text in texts for part in ((separator, ()), text)]
+    return _concatenated(parts[1:])
+
+
+def _fill(template: str, values: dict[str, _Marked]) -> _Marked:
+    """The template with its placeholders' values, in one pass."""
+    parts = re.split(_PLACEHOLDER, template)  # literal, name, literal, ...
+    return _concatenated(values[part] if i % 2 else (part, ()) for i, part in enumerate(parts))
+
+
+def _concatenated(texts: Iterable[_Marked]) -> _Marked:
+    """The texts one behind another, with their spans moved to where they now are."""
+    content, spans = "", []
+    for text, inside in texts:
+        spans += [(len(content) + start, len(content) + end) for start, end in inside]
+        content += text
+    return content, tuple(spans)

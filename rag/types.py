@@ -75,10 +75,17 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat turn, in the roles that chat templates know."""
+    """One chat turn, in the roles that chat templates know; equal to another that says the same.
+
+    `reusable` are the character spans (start, end) of the passages in it, ascending and apart: texts that are the
+    same whatever stands around them, and so may be read once for many prompts. Its first `fixed` characters are the
+    template's own, the same whatever is asked and retrieved.
+    """
 
     role: Literal["system", "user", "assistant"]
     content: str
+    reusable: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    fixed: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

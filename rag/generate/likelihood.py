@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from rag.generate.engine import batches, bucket
-from rag.models.llama import Llama, forward, logits
+from rag.generate.engine import batches, bucket, fresh_bucket
+from rag.models.checkpoint import Packed
+from rag.models.llama import KVCache, Llama, forward, logits
 from rag.types import UserError
 
 ROWS = 128  # log-probabilities that one call makes; V x 128 logits are 25 MB for a vocabulary of 49,152
@@ -67,6 +68,41 @@ def log_probs(
     return found
 
 
+@jax.jit
+def hidden_behind(
+    packed: Packed[Llama], cache: KVCache, tokens: Int[Array, "1 T"], positions: Int[Array, "1 T"]
+) -> Float[Array, "1 T M"]:
+    """States of tokens at any positions behind what a cache holds."""
+    return forward(packed.module, tokens, positions, cache)[0]
+
+
+def log_probs_behind(
+    packed: Packed[Llama],
+    cache: KVCache,
+    prompt: Sequence[int],
+    fresh: Sequence[int],
+    continuation: Sequence[int],
+) -> Float32[np.ndarray, "n"]:
+    """As `log_probs`, of one pair of which the cache holds the prompt's tokens but those at the positions `fresh`.
+
+    The prompt's last token must be fresh, and the cache have room for the continuation.
+    """
+    tokens = [*(prompt[at] for at in fresh), *continuation[:-1]]
+    positions = [*fresh, *range(len(prompt), len(prompt) + len(continuation) - 1)]
+    padding = fresh_bucket(len(tokens)) - len(tokens)
+    behind = range(positions[-1] + 1, positions[-1] + 1 + padding)
+    hidden = hidden_behind(
+        packed,
+        cache,
+        np.array([[*tokens, *[0] * padding]], np.int32),
+        np.minimum(np.array([[*positions, *behind]], np.int32), cache.capacity - 1),
+    )
+    wanted = np.zeros((3, -(-len(continuation) // ROWS) * ROWS), np.int32)
+    wanted[1, : len(continuation)] = len(fresh) - 1 + np.arange(len(continuation))
+    wanted[2, : len(continuation)] = continuation
+    return _log_probs_of(packed.module, hidden, wanted)[: len(continuation)]
+
+
 def _scored(
     model: Llama, tokens: Int[np.ndarray, "B T"], pairs: Sequence[Pair]
 ) -> list[Float32[np.ndarray, "n"]]:
@@ -78,11 +114,18 @@ def _scored(
     padding = (0, -len(token) % ROWS)  # one program whatever the number of tokens
     wanted = np.stack([np.pad(a, padding) for a in (row, place, token)]).astype(np.int32)
     hidden = hidden_states(model, tokens)
+    values = _log_probs_of(model, hidden, wanted)[: len(token)]
+    return np.split(values, np.cumsum(sizes)[:-1])
+
+
+def _log_probs_of(
+    model: Llama, hidden: Float[Array, "B T M"], wanted: Int[np.ndarray, "3 R"]
+) -> Float32[np.ndarray, "R"]:
+    """`token_log_probs` of rows, places and tokens, `ROWS` at a time."""
     made = [
         token_log_probs(model, hidden, *wanted[:, at : at + ROWS]) for at in range(0, wanted.shape[1], ROWS)
     ]
-    values = np.concatenate([np.asarray(part) for part in made])[: len(token)]
-    return np.split(values, np.cumsum(sizes)[:-1])
+    return np.concatenate([np.asarray(part) for part in made])
 
 
 def _check(pairs: Sequence[Pair], limit: int) -> None:

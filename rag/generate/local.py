@@ -3,17 +3,22 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32
 
 from rag import cache
-from rag.generate import LogLikelihood, batching, drafting, engine, likelihood
+from rag.generate import LogLikelihood, batching, blend, chunk_kv, drafting, engine, likelihood, prefix_cache
 from rag.generate.batching import Prompts, Rows, plan, serve
+from rag.generate.chunk_kv import ChunkOptions, ChunkReader
 from rag.generate.drafting import Drafting, DraftPolicy, can_draft
 from rag.generate.engine import DecodeState, Decoding, Engine
 from rag.generate.likelihood import log_probs
+from rag.generate.prefix_cache import PrefixCache
 from rag.models import chat_template, checkpoint, hub, llama, llama_checkpoint, tokenizer
 from rag.models.tokenizer import TextStream, Tokenizer
 from rag.ops import attention, flash, linear, rope, sampling, visibility
@@ -21,6 +26,7 @@ from rag.ops.sampling import Sampling
 from rag.types import Message, Usage, UserError
 
 DTYPES = ("float32", "bfloat16", "int8")
+KV_REUSE = ("none", "prefix", "chunk", "blend")
 GENERATOR_VERSION = 1  # part of fingerprints: raise it when the same weights begin to write other answers
 
 
@@ -29,7 +35,8 @@ class LocalGenerator:
 
     # What answers depend on.
     code: ClassVar = (
-        *(engine, batching, drafting, likelihood, llama, llama_checkpoint, tokenizer, chat_template),
+        *(engine, batching, drafting, prefix_cache, chunk_kv, blend, likelihood),
+        *(llama, llama_checkpoint, tokenizer, chat_template),
         *(attention, flash, visibility, linear, rope, sampling),
     )
 
@@ -41,6 +48,12 @@ class LocalGenerator:
         steps_per_dispatch: int | None = None,
         tokens_per_batch: int = 4096,
         drafting: bool = False,
+        kv_reuse: str = "none",
+        kv_path: str | None = None,
+        kv_dtype: str = "float16",
+        kv_recompute: int = 0,
+        blend_share: float = 0.15,
+        prefix_mib: int = 512,
     ):
         """`weights` is a URI of rag.models.hub; `context_length` None takes the checkpoint's own.
 
@@ -48,6 +61,12 @@ class LocalGenerator:
         at once; it changes their speed and memory, and results no more than float rounding does. Neither does
         `drafting` from the text so far (rag.generate.drafting), for what `stream` writes with greedy sampling and no
         repetition penalty; all else is decoded plainly.
+
+        `kv_reuse` names what of a prompt is not read again: "none"; "prefix", what earlier prompts began with, in
+        memory up to `prefix_mib` MiB (rag.generate.prefix_cache; exact); "chunk", the messages' passages but for the
+        first `kv_recompute` tokens of each (rag.generate.chunk_kv), kept as `kv_dtype` in chunk_kv below the folder
+        `kv_path`, None for the cache's; "blend", these but for the `blend_share` that differs most
+        (rag.generate.blend). The last two change answers, and make of `generate` a loop over `stream`.
         """
         if dtype not in DTYPES:
             raise UserError(f"generator.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -55,6 +74,13 @@ class LocalGenerator:
             raise UserError(f"generator.steps_per_dispatch is {steps_per_dispatch}; give 1 or more")
         if tokens_per_batch < 1:
             raise UserError(f"generator.tokens_per_batch is {tokens_per_batch}; give about 4096")
+        if kv_reuse not in KV_REUSE:
+            raise UserError(f"generator.kv_reuse is {kv_reuse!r}; choose one of {', '.join(KV_REUSE)}")
+        if prefix_mib < 0:
+            raise UserError(f"generator.prefix_mib is {prefix_mib}; give 0 or more MiB")
+        share = blend_share if kv_reuse == "blend" else 0.0
+        self._kv_reuse, self._prefix_bytes = kv_reuse, prefix_mib << 20
+        self._chunk_options = ChunkOptions(kv_path, kv_dtype, kv_recompute, share)
         self._tokens_per_batch = tokens_per_batch
         self._drafts = DraftPolicy() if drafting else None
         self._path = hub.local_path(weights)
@@ -68,9 +94,32 @@ class LocalGenerator:
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits of the weights' bytes, dtype and context length; nothing is loaded for it."""
+        """64 hex digits of all that answers depend on: the weights' bytes, dtype, context length, passages kept.
+
+        Nothing is loaded for it.
+        """
+        if not self._reuses_passages:
+            return self._model_fingerprint
+        options = replace(self._chunk_options, path=None)
+        return cache.content_key(self._model_fingerprint, self._kv_reuse, options)
+
+    @cached_property
+    def _model_fingerprint(self) -> str:
         digests = [cache.file_sha256(file) for file in llama_checkpoint.source_files(self._path)]
         return cache.content_key("llama", GENERATOR_VERSION, digests, self._dtype, self._limit)
+
+    @property
+    def _reuses_passages(self) -> bool:
+        return self._kv_reuse in ("chunk", "blend")
+
+    @cached_property
+    def chunks(self) -> ChunkReader:
+        """What reads passages for kv_reuse=chunk and blend."""
+        return ChunkReader(*self._loaded, self._model_fingerprint, self._chunk_options)
+
+    @cached_property
+    def _prefixes(self) -> PrefixCache:
+        return PrefixCache(self.engine, self._prefix_bytes)
 
     @property
     def engine(self) -> Engine:
@@ -92,7 +141,7 @@ class LocalGenerator:
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of a conversation in the checkpoint's chat format."""
-        return len(self.tokenizer.chat(messages))
+        return len(self.chunks.prompt(messages) if self._reuses_passages else self.tokenizer.chat(messages))
 
     def stream(
         self,
@@ -129,7 +178,11 @@ class LocalGenerator:
         self, messages: Sequence[Message], max_new_tokens: int, sampling: Sampling, seed: int
     ) -> tuple[list[int], DecodeState]:
         """The prompt's token ids, and the state behind it with its first new token chosen."""
+        if self._reuses_passages:
+            return self.chunks.start(messages, max_new_tokens, sampling, seed)
         prompt = self.tokenizer.chat(messages)
+        if self._kv_reuse == "prefix":
+            return prompt, self._prefixes.start(prompt, max_new_tokens, sampling, seed)
         return prompt, self.engine.prefill([prompt], max_new_tokens, sampling, [seed])
 
     def generate(
@@ -148,6 +201,8 @@ class LocalGenerator:
         """
         if not conversations:
             return []
+        if self._reuses_passages:
+            return self._one_by_one(conversations, sampling, max_new_tokens, seeds, stop)
         prompts = [tuple(self.tokenizer.chat(messages)) for messages in conversations]
         self.engine.check(prompts, max_new_tokens)
         each = [0] * len(prompts) if seeds is None else list(seeds)
@@ -161,12 +216,31 @@ class LocalGenerator:
         texts = {request: writer.finish() for request, writer in zip(requests, writers, strict=True)}
         return [texts[request] for request in zip(prompts, each, strict=True)]
 
+    def _one_by_one(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        seeds: Sequence[int] | None,
+        stop: Sequence[str],
+    ) -> list[str]:
+        each = [0] * len(conversations) if seeds is None else seeds
+        streams = (
+            self.stream(messages, sampling, max_new_tokens, seed, stop)
+            for messages, seed in zip(conversations, each, strict=True)
+        )
+        return ["".join(piece for piece in stream if isinstance(piece, str)) for stream in streams]
+
     def log_likelihood(self, pairs: Sequence[tuple[Sequence[Message], str]]) -> list[LogLikelihood]:
         """log p(text | conversation) of each pair, in order: how likely the model's answer would be that text.
 
         Conversation and text become tokens apart, so that the text's do not depend on what stands before it;
         the token that would end the answer is not counted. Raises UserError for a pair beyond the context.
         """
+        if self._reuses_passages:
+            texts = [self.tokenizer.encode(text, special=False) for _, text in pairs]
+            found = [self.chunks.log_probs(pair[0], ids) for pair, ids in zip(pairs, texts, strict=True)]
+            return [_total(values) for values in found]
         return self._likelihoods([(self.tokenizer.chat(messages), text) for messages, text in pairs])
 
     def text_log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
@@ -180,7 +254,11 @@ class LocalGenerator:
     def _likelihoods(self, pairs: Sequence[tuple[list[int], str]]) -> list[LogLikelihood]:
         ids = [(prompt, self.tokenizer.encode(text, special=False)) for prompt, text in pairs]
         found = log_probs(self.engine.model, ids, self._tokens_per_batch)
-        return [LogLikelihood(math.fsum(values.tolist()), len(values)) for values in found]
+        return [_total(values) for values in found]
+
+
+def _total(log_probabilities: Float32[np.ndarray, "n"]) -> LogLikelihood:
+    return LogLikelihood(math.fsum(log_probabilities.tolist()), len(log_probabilities))
 
 
 class _Writer:

@@ -10,7 +10,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NoReturn
 from urllib.parse import urlsplit
 
@@ -84,7 +84,7 @@ class OllamaGenerator:
         }
         if stop:  # an empty list would take away the model's own
             options["stop"] = list(stop)
-        turns = [asdict(message) for message in messages]
+        turns = [{"role": message.role, "content": message.content} for message in messages]
         body = {"model": self.model, "messages": turns, "stream": True, "options": options}
         for line in self._lines("/api/chat", body):
             if text := line.get("message", {}).get("content"):

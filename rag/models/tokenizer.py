@@ -164,11 +164,54 @@ class Tokenizer:
         Only the template's special tokens are special: the same characters inside a message stay characters.
         Raises UserError when the checkpoint has no template, or its template rejects the messages.
         """
+        [mark] = _unused_characters(messages, 1)
+        masked = [replace(message, content=self._mask(message.content, mark)) for message in messages]
+        return self._chat_ids(self._rendered(masked, add_generation_prompt), mark)
+
+    def chat_pieces(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> list[tuple[list[int], bool]]:
+        """A conversation as `chat` writes it, in pieces that become tokens by themselves: (ids, is it a passage?).
+
+        It is cut around the messages' `reusable` spans, and where the first message that is not `fixed` to its end
+        stops being so. The ids of a passage are the same in every conversation, and special tokens arise nowhere
+        but from the template. Raises UserError as `chat` does.
+        """
+        mask, *cuts = _unused_characters(messages, 4)
+        end_fixed, begin, end = cuts
+        marked, open_ended = [], False
+        for message in messages:
+            spans = [(start, stop) for start, stop in message.reusable if start < stop]
+            places = [(stop, end) for _, stop in spans] + [(start, begin) for start, _ in spans]
+            if not open_ended and message.fixed < len(message.content):
+                open_ended = True
+                places.insert(0, (message.fixed, end_fixed))
+            marked.append(replace(message, content=self._marked(message.content, places, mask)))
+        pieces: list[tuple[list[int], bool]] = []
+        inside = False
+        for part in re.split(f"([{''.join(cuts)}])", self._rendered(marked, add_generation_prompt)):
+            if part in cuts:
+                inside = part == begin
+            elif part:
+                own = part.removeprefix(" ") if pieces and self.spec.strips_space else part  # it adds one
+                pieces.append((self._chat_ids(own, mask), inside))
+        return pieces
+
+    def _marked(self, content: str, places: list[tuple[int, str]], mask: str) -> str:
+        """The message with the marks at their places, and what lies between them masked."""
+        parts, last = [], 0
+        for place, mark in sorted(places, key=lambda item: item[0]):  # stable: an end before a beginning
+            parts += [self._mask(content[last:place], mask), mark]
+            last = place
+        return "".join([*parts, self._mask(content[last:], mask)])
+
+    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         if self.spec.chat_template is None:
             raise UserError("the checkpoint has no chat template; choose an instruction-tuned one")
-        mark = _unused_character(messages)
-        masked = [replace(message, content=self._mask(message.content, mark)) for message in messages]
-        text = self._template(masked, add_generation_prompt)
+        return self._template(messages, add_generation_prompt)
+
+    def _chat_ids(self, text: str, mark: str) -> list[int]:
+        """Ids of a part of a rendered conversation, where `mark` stands inside what is no special token."""
         if mark not in text:
             return self.encode(text, special=False, parse_special=True)
         ids: list[int] = []
@@ -296,14 +339,13 @@ def _valid(text: str) -> str:
     return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
-def _unused_character(messages: Sequence[Message]) -> str:
-    """A Unicode noncharacter (reserved for such internal use) that no message holds."""
+def _unused_characters(messages: Sequence[Message], count: int) -> list[str]:
+    """Unicode noncharacters (reserved for such internal use) that no message holds."""
     used = set().union(*(message.content for message in messages))
-    free = (chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in used)
-    mark = next(free, None)
-    if mark is None:
-        raise UserError("the messages hold every noncharacter from U+FDD0 to U+FDEF; remove one of them")
-    return mark
+    free = [chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in used]
+    if len(free) < count:
+        raise UserError("the messages hold every noncharacter from U+FDD0 to U+FDEF; remove some of them")
+    return free[:count]
 
 
 def read_core(folder: Path) -> tokenizers.Tokenizer:

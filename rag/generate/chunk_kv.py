@@ -1,0 +1,326 @@
+"""Passages are read once: their keys and values are kept on disk, and a prompt that shows them reads only the rest.
+
+A passage is read behind the prompt's own beginning alone (the system text and what the template puts first), as if it
+were the first one: the first tokens of a text draw much attention whatever they are (StreamingLLM, Xiao et al. 2023,
+arXiv:2309.17453), and every passage that was read without them would bring such a sink of its own. What is kept are
+the keys before the rotation by their positions, and the values; a key is rotated to wherever the passage stands in a
+prompt. The first passage is exact. A later one does not know those before it, unless its first tokens (EPIC, Hu et al.
+2024, arXiv:2410.15332) or those that differ most (CacheBlend, rag.generate.blend) are read anew.
+
+    chunk_kv/<key>.npy   [L, 2, K, T, D] float16: keys, values; or int8 with a float32 scale for each vector
+
+The key is made of the model, the ids of the beginning and the ids of the passage. Files appear whole or not at all.
+
+Letters: L layers, K kv heads, T tokens of a passage, C slots of the cache, D head dim, B passages read together.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float16, Float32, Int, Shaped
+
+from rag.cache import atomic_file, cache_root, content_key, writing
+from rag.generate.blend import LAYERS, blend
+from rag.generate.engine import DecodeState, Engine, batches, bucket, fresh_bucket, padded_rows
+from rag.generate.likelihood import log_probs_behind
+from rag.models.checkpoint import Packed
+from rag.models.llama import KVCache, Llama, LlamaConfig, forward
+from rag.models.tokenizer import Tokenizer
+from rag.ops.rope import rope_angles, rotate
+from rag.ops.sampling import Sampling
+from rag.types import Message, UserError
+
+DTYPES = ("float16", "int8")
+FORMAT = 1  # of the files; part of their keys
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkOptions:
+    """How passages are kept, and how much of them is read anew. Raises UserError for what cannot be."""
+
+    path: str | None = None  # of the folder that chunk_kv is in; None: the cache's
+    dtype: str = "float16"  # of the files, or int8: half the bytes
+    recompute: int = 0  # first tokens of each passage that are read anew
+    blend_share: float = 0.0  # of the passages' tokens, those that are read anew because they differ most
+    behind_prefix: bool = (
+        True  # False: passages are read without the prompt's beginning, to show what that costs
+    )
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise UserError(f"generator.kv_dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.recompute < 0:
+            raise UserError(f"generator.kv_recompute is {self.recompute}; give 0 or more tokens")
+        if not 0.0 <= self.blend_share <= 1.0:
+            raise UserError(f"generator.blend_share is {self.blend_share}; give a share from 0 to 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A prompt, and what of it may be kept."""
+
+    ids: list[int]
+    beginning: Ids  # what passages are read behind; the prompt begins with `shared` tokens of it
+    shared: int
+    passages: tuple[tuple[int, Ids], ...]  # where each begins, and its ids
+
+
+def parts_of(tokenizer: Tokenizer, messages: Sequence[Message]) -> Parts:
+    """The prompt of a conversation in pieces, as `Tokenizer.chat_pieces` cuts it.
+
+    The beginning is that of the conversation without its earlier turns, so that they do not change the passages.
+    """
+    pieces = tokenizer.chat_pieces(messages)
+    short = _without_turns(messages)
+    beginning = (pieces if len(short) == len(messages) else tokenizer.chat_pieces(short))[0]
+    ids: list[int] = []
+    passages = []
+    for some, reusable in pieces:
+        if reusable:
+            passages.append((len(ids), tuple(some)))
+        ids += some
+    kept = () if beginning[1] else tuple(beginning[0])
+    return Parts(ids, kept, min(_common(kept, ids), len(ids) - 1), tuple(passages))
+
+
+def _without_turns(messages: Sequence[Message]) -> list[Message]:
+    """The template's own messages at the beginning, and the first that holds passages."""
+    own = next((i for i, m in enumerate(messages) if m.fixed < len(m.content)), len(messages))
+    shown = next((i for i, m in enumerate(messages) if m.reusable), own)
+    return [*messages[: min(own, shown)], *messages[shown : shown + 1]]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+@jax.jit
+def read(packed: Packed[Llama], tokens: Int[Array, "B T"]) -> Float16[Array, "B L 2 K T D"]:
+    """Keys before their rotation, and values, of right-padded rows."""
+    _, cache = forward(packed.module, tokens, jnp.zeros(len(tokens), jnp.int32))
+    back = jnp.broadcast_to(
+        -_angles(packed.module.config, tokens.shape[1]), (*tokens.shape, cache.keys[0].shape[3] // 2)
+    )
+    keys = [rotate(k.astype(jnp.float32), back) for k in cache.keys]
+    pairs = [jnp.stack([k, v.astype(jnp.float32)], axis=1) for k, v in zip(keys, cache.values, strict=True)]
+    return jnp.stack(pairs, axis=1).astype(jnp.float16)
+
+
+@jax.jit
+def placed(
+    packed: Packed[Llama],
+    values: Shaped[Array, "L 2 K C D"],
+    scales: Float32[Array, "L 2 K C 1"] | None,
+) -> KVCache:
+    """A cache of what was kept, each key rotated to its slot; `scales` are those of int8 values."""
+    model, (layers, _, _, slots, _) = packed.module, values.shape
+    dtype = model.norm.weight[...].dtype
+    there = _angles(model.config, slots)
+
+    def layer(i: int, which: int) -> Float[Array, "1 K C D"]:
+        vectors = values[i, which][None].astype(jnp.float32)
+        return vectors if scales is None else vectors * scales[i, which][None]
+
+    keys = tuple(rotate(layer(i, 0), there).astype(dtype) for i in range(layers))
+    return KVCache(keys, tuple(layer(i, 1).astype(dtype) for i in range(layers)))
+
+
+def _angles(c: LlamaConfig, size: int) -> Float[Array, "1 T R"]:
+    return rope_angles(jnp.arange(size)[None], c.head_dim, c.rope_theta, c.rope_factors)
+
+
+class ChunkStore:
+    """The files of one model's passages."""
+
+    def __init__(self, folder: Path, model: str, shape: tuple[int, int, int], dtype: str):
+        """`model` is what identifies it, `shape` its layers, kv heads and head dim."""
+        self.folder, self._model, self._shape, self._dtype = folder, model, shape, dtype
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of a file's items: a number, or a vector of int8 with its scale."""
+        if self._dtype == "float16":
+            return np.dtype(np.float16)
+        return np.dtype([("scale", np.float32), ("values", np.int8, (self._shape[2],))])
+
+    def path(self, beginning: Ids, passage: Ids) -> Path:
+        """Where a passage that is read behind this beginning is kept."""
+        return self.folder / f"{content_key(FORMAT, self._model, self._dtype, beginning, passage)}.npy"
+
+    def load(self, beginning: Ids, passage: Ids) -> Shaped[np.ndarray, "L 2 K T *D"] | None:
+        """What is kept, memory-mapped; None where nothing is. Raises UserError for a file that is damaged."""
+        path = self.path(beginning, passage)
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            return None
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path} is damaged ({error}): remove it, and it is computed anew") from error
+        layers, heads, dim = self._shape
+        vector = (dim,) if self._dtype == "float16" else ()
+        if found.dtype != self.dtype or found.shape != (layers, 2, heads, len(passage), *vector):
+            raise UserError(f"{path} is no passage of this model: remove it, and it is computed anew")
+        return found
+
+    def save(self, beginning: Ids, passage: Ids, kv: Float16[np.ndarray, "L 2 K T D"]) -> int:
+        """Keep a passage; returns the bytes of its file. Raises UserError when it cannot be written."""
+        path = self.path(beginning, passage)
+        with writing(), atomic_file(path) as file:
+            np.save(file, np.ascontiguousarray(kv) if self._dtype == "float16" else self._rounded(kv))
+        return path.stat().st_size
+
+    def _rounded(self, kv: Float16[np.ndarray, "L 2 K T D"]) -> Shaped[np.ndarray, "L 2 K T"]:
+        vectors = kv.astype(np.float32)
+        rounded = np.empty(kv.shape[:-1], self.dtype)
+        rounded["scale"] = np.maximum(np.abs(vectors).max(axis=-1), 1e-12) / 127
+        rounded["values"] = np.rint(vectors / rounded["scale"][..., None])
+        return rounded
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What filling the store with prompts' passages came to."""
+
+    passages: int  # different ones, beginnings included
+    computed: int  # of them; the others were there
+    tokens: int  # of all of them
+    nbytes: int  # of all their files
+
+
+class ChunkReader:
+    """An engine that reads of a prompt what was never read before. Reads the model's `fingerprint`, 64 hex digits."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, fingerprint: str, options: ChunkOptions = ChunkOptions()
+    ):
+        self._engine, self._tokenizer, self._options = engine, tokenizer, options
+        c = engine.model.config
+        folder = (Path(options.path).expanduser() if options.path else cache_root()) / "chunk_kv"
+        shape = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim)
+        self.store = ChunkStore(folder, fingerprint, shape, options.dtype)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation: those of its pieces."""
+        return parts_of(self._tokenizer, messages).ids
+
+    def start(
+        self, messages: Sequence[Message], max_new_tokens: int, sampling: Sampling = Sampling(), seed: int = 0
+    ) -> tuple[list[int], DecodeState]:
+        """The prompt's ids, and the state behind it. Raises UserError as `Engine.prefill` does."""
+        parts = parts_of(self._tokenizer, messages)
+        self._engine.check([parts.ids], max_new_tokens)
+        cache, fresh = self.assembled(parts, self._engine.capacity(len(parts.ids), max_new_tokens))
+        return parts.ids, self._engine.resume(cache, parts.ids, fresh, max_new_tokens, sampling, seed)
+
+    def log_probs(self, messages: Sequence[Message], continuation: Sequence[int]) -> Float32[np.ndarray, "n"]:
+        """The log-probability of every token of a continuation of the conversation."""
+        if not continuation:
+            return np.zeros(0, np.float32)
+        parts = parts_of(self._tokenizer, messages)
+        self._engine.check([parts.ids], len(continuation))
+        room = fresh_bucket(len(parts.ids)) + fresh_bucket(len(continuation))
+        cache, fresh = self.assembled(parts, self._engine.capacity(len(parts.ids), room))
+        return log_probs_behind(self._engine.packed, cache, parts.ids, fresh, continuation)
+
+    def fill(
+        self, prompts: Iterable[Sequence[Message]], progress: Callable[[int], None] = lambda done: None
+    ) -> Filled:
+        """Read the passages of all prompts that are not kept yet, and keep them; `progress` is told how many."""
+        wanted = {
+            entry: None
+            for messages in prompts
+            for entry in self._entries(parts_of(self._tokenizer, messages))
+        }
+        missing = [entry for entry in wanted if not self.store.path(*entry).exists()]
+        self._read(missing, lambda done: progress(len(wanted) - len(missing) + done))
+        nbytes = sum(self.store.path(*entry).stat().st_size for entry in wanted)
+        return Filled(len(wanted), len(missing), sum(len(passage) for _, passage in wanted), nbytes)
+
+    def assembled(self, parts: Parts, capacity: int) -> tuple[KVCache, list[int]]:
+        """A cache with what was kept in its place, and the positions that must still be read."""
+        entries = self._entries(parts)
+        kept = [self.store.load(*entry) for entry in entries]
+        if missing := [entry for entry, found in zip(entries, kept, strict=True) if found is None]:
+            self._read(list(dict.fromkeys(missing)))
+            kept = [self.store.load(*entry) for entry in entries]
+        ends = [(0, parts.shared), *((at, at + len(ids)) for at, ids in parts.passages)]
+        if not parts.beginning:
+            ends = ends[1:]
+        cache = self._placed([(*end, kv) for end, kv in zip(ends, kept, strict=True)], capacity)
+        there = np.zeros(len(parts.ids), bool)
+        for start, end in ends:
+            there[start:end] = True
+        for at, ids in parts.passages:
+            if not self._exact(parts, at):
+                there[at : at + min(self._options.recompute, len(ids))] = False
+        there[-1] = False
+        if self._options.blend_share and parts.passages:
+            return self._blended(cache, parts, there), [len(parts.ids) - 1]
+        return cache, np.flatnonzero(~there).tolist()
+
+    def _exact(self, parts: Parts, at: int) -> bool:
+        """Whether a passage stands where it was read."""
+        return self._options.behind_prefix and at == parts.shared == len(parts.beginning)
+
+    def _entries(self, parts: Parts) -> list[tuple[Ids, Ids]]:
+        """What the store should hold: the beginning, unless it is empty, and the passages behind it."""
+        behind = parts.beginning if self._options.behind_prefix else ()
+        passages = [(behind, ids) for _, ids in parts.passages]
+        return [((), parts.beginning), *passages] if parts.beginning else passages
+
+    def _placed(self, kept: Sequence[tuple[int, int, np.ndarray]], capacity: int) -> KVCache:
+        """Copied side by side into one array, so that one program serves all lengths."""
+        c, int8 = self._engine.model.config, self._options.dtype == "int8"
+        shape = (c.num_hidden_layers, 2, c.num_key_value_heads, capacity, c.head_dim)
+        values = np.zeros(shape, np.int8 if int8 else np.float16)
+        scales = np.zeros((*shape[:-1], 1), np.float32) if int8 else None
+        for start, end, kv in kept:
+            part = kv[:, :, :, : end - start]
+            values[:, :, :, start:end] = part["values"] if int8 else part
+            if int8:
+                scales[:, :, :, start:end, 0] = part["scale"]
+        return placed(self._engine.packed, values, scales)
+
+    def _blended(self, cache: KVCache, parts: Parts, there: np.ndarray) -> KVCache:
+        width = bucket(len(parts.ids))
+        kept, candidates = np.zeros(width, bool), np.zeros(width, bool)
+        kept[: len(there)] = there
+        for at, ids in parts.passages:
+            candidates[at : at + len(ids)] = there[at : at + len(ids)] & (not self._exact(parts, at))
+        inside = sum(len(ids) for _, ids in parts.passages)
+        anew = np.count_nonzero(~there) + round(self._options.blend_share * inside)
+        return blend(
+            self._engine.packed,
+            cache,
+            padded_rows([parts.ids], width),
+            np.int32(len(parts.ids)),
+            kept,
+            candidates,
+            count=min(width, fresh_bucket(int(anew))),
+            layers=min(LAYERS, self._engine.model.config.num_hidden_layers),
+        )
+
+    def _read(self, entries: Sequence[tuple[Ids, Ids]], progress: Callable[[int], None] = lambda done: None):
+        """Compute and keep passages, those of like lengths together."""
+        order = sorted(entries, key=lambda entry: -len(entry[0]) - len(entry[1]))
+        done = 0
+        for some, size in batches([len(a) + len(b) for a, b in order], _TOKENS_TOGETHER):
+            members = order[some]
+            rows = [[*beginning, *passage] for beginning, passage in members]
+            rows += [rows[-1]] * (size - len(rows))
+            made = np.asarray(read(self._engine.packed, padded_rows(rows, bucket(len(rows[0])))))
+            for (beginning, passage), kv in zip(members, made, strict=False):
+                start = len(beginning)
+                self.store.save(beginning, passage, kv[:, :, :, start : start + len(passage)])
+            done += len(members)
+            progress(done)
+
+
+_TOKENS_TOGETHER = 1024  # padded, of passages read in one batch

@@ -1,0 +1,264 @@
+"""Passages read once and put together: against a plain reading, and against rotations by complex numbers."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rag.generate import chunk_kv
+from rag.generate.blend import blend
+from rag.generate.chunk_kv import ChunkOptions, ChunkReader, parts_of
+from rag.generate.engine import Decoding, Engine, padded_rows
+from rag.generate.likelihood import log_probs
+from rag.models import llama_checkpoint
+from rag.models.checkpoint import pack
+from rag.models.llama import KVCache, Llama, forward
+from rag.ops.sampling import Sampling
+from rag.prompt import PromptTemplate, render
+from rag.types import Context, Message, Source, UserError
+from tests.tiny import CONFIG, write_checkpoint
+
+TEMPLATE = PromptTemplate(
+    user="Read:\n{context}\n\nQ: {question}", passage="[{n}] {text}", system="Be brief."
+)
+PASSAGES = ("Seals sleep on ice and under water.", "Falk dug the harbour in 1742, by hand.", "It rained.")
+
+HALF = (
+    5e-3  # what the rounding of float16 files comes to, relative, behind two layers of large random weights
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        model, tokenizer = llama_checkpoint.load(folder)
+    model = jax.tree.map(jnp.asarray, model)
+    return Engine(model, tokenizer.eos_ids), tokenizer
+
+
+@pytest.fixture
+def reader(loaded, tmp_path):
+    return lambda **options: ChunkReader(*loaded, "f" * 64, ChunkOptions(str(tmp_path / "kv"), **options))
+
+
+def asked(*passages, question="Who dug it?", history=(), template=TEMPLATE):
+    sources = tuple(Source(n, "a.md", 0, len(t), 1.0, t) for n, t in enumerate(passages, 1))
+    return render(template, question, Context(sources, tokens=0), history)
+
+
+def difference(one: KVCache, other: KVCache, slots: slice) -> float:
+    """The largest of all layers', relative."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    parts = [(np.asarray(a[:, :, slots]), np.asarray(b[:, :, slots])) for a, b in pairs]
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in parts)
+
+
+def full(engine, ids):
+    return forward(engine.model, jnp.asarray([ids]), jnp.zeros(1, jnp.int32))[1]
+
+
+def test_a_prompt_in_parts(loaded):
+    _, tokenizer = loaded
+    parts = parts_of(tokenizer, asked(*PASSAGES))
+    chat = asked(*PASSAGES)
+    assert parts.ids == tokenizer.chat(chat)  # each byte is a token here, so that cuts change none
+    shown = [tokenizer.decode(ids) for _, ids in parts.passages]
+    assert shown == [" " + text for text in PASSAGES]
+    assert all(tuple(parts.ids[at : at + len(ids)]) == ids for at, ids in parts.passages)
+    beginning = tokenizer.decode(parts.beginning, skip_special=False)
+    assert beginning == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nRead:\n"
+    assert parts.shared == len(parts.beginning)
+
+
+def test_neither_question_nor_history_nor_path_changes_what_is_kept(loaded):
+    _, tokenizer = loaded
+    first = parts_of(tokenizer, asked(*PASSAGES))
+    turns = (Message("user", "Hi there"), Message("assistant", "Hello."))
+    later = parts_of(tokenizer, asked(*PASSAGES[::-1], question="Why?", history=turns))
+    assert later.beginning == first.beginning
+    assert 0 < later.shared < len(later.beginning)
+    assert {ids for _, ids in later.passages} == {ids for _, ids in first.passages}
+    question_first = replace(TEMPLATE, user="{question} by {context}")
+    some, other = (
+        parts_of(tokenizer, asked(PASSAGES[0], question=q, template=question_first)) for q in ("A", "B")
+    )
+    assert some.beginning == other.beginning
+
+
+def test_the_first_passage_is_exact(loaded, reader):
+    engine, _ = loaded
+    template = replace(TEMPLATE, passage="{text}")  # nothing stands between the beginning and it
+    ids, state = reader().start(asked(PASSAGES[0], template=template), 16)
+    plain = engine.prefill([ids], 16)
+    assert difference(state.cache, plain.cache, slice(0, len(ids))) < HALF
+    assert np.array_equal(state.token, plain.token)
+    texts = [[t for [ts] in Decoding(engine, s, Sampling()) for t in ts] for s in (state, plain)]
+    assert texts[0] == texts[1] and len(texts[0]) > 1
+
+
+def rotated(k, positions):
+    """Keys [1, K, T, D] turned to positions, the pairs (i, i + D/2) as complex numbers."""
+    half = k.shape[-1] // 2
+    numbers = np.asarray(k[..., :half], np.float64) + 1j * np.asarray(k[..., half:], np.float64)
+    turned = numbers * np.exp(1j * positions[:, None] * CONFIG.rope_theta ** (-np.arange(half) / half))
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float16", 5e-3), ("int8", 0.1)])
+def test_a_passage_is_turned_to_its_place(loaded, reader, dtype, tolerance):
+    engine, tokenizer = loaded
+    parts = parts_of(tokenizer, asked(*PASSAGES))
+    cache, fresh = reader(dtype=dtype).assembled(parts, engine.capacity(len(parts.ids), 8))
+    at, ids = parts.passages[2]
+    start = len(parts.beginning)
+    alone = full(engine, [*parts.beginning, *ids])
+    for layer in range(CONFIG.num_hidden_layers):
+        keys = rotated(alone.keys[layer][:, :, start:], np.full(len(ids), at - start))
+        values = alone.values[layer][:, :, start:]
+        scale = float(np.abs(keys).max())
+        np.testing.assert_allclose(
+            cache.keys[layer][:, :, at : at + len(ids)], keys, atol=tolerance * scale / 3
+        )
+        scale = float(np.abs(values).max())
+        np.testing.assert_allclose(
+            cache.values[layer][:, :, at : at + len(ids)], values, atol=tolerance * scale / 3
+        )
+    inside = {i for at, ids in parts.passages for i in range(at, at + len(ids))} | set(range(start))
+    assert fresh == [i for i in range(len(parts.ids)) if i not in inside]
+    assert fresh[-1] == len(parts.ids) - 1
+
+
+@pytest.mark.parametrize("options", [{"recompute": 1000}, {"blend_share": 1.0}])
+def test_all_read_anew_is_a_plain_reading(loaded, reader, options):
+    engine, _ = loaded
+    ids, state = reader(**options).start(asked(*PASSAGES), 8)
+    plain = engine.prefill([ids], 8)
+    assert difference(state.cache, plain.cache, slice(0, len(ids))) < HALF
+    assert np.array_equal(state.token, plain.token)
+    _, mixed = reader().start(asked(*PASSAGES), 8)
+    assert difference(mixed.cache, plain.cache, slice(0, len(ids))) > 10 * HALF
+
+
+def test_recomputing_takes_the_first_tokens_of_each_later_passage(loaded, reader):
+    engine, tokenizer = loaded
+    template = replace(TEMPLATE, passage="{text}")
+    parts = parts_of(tokenizer, asked(*PASSAGES, template=template))
+    size = engine.capacity(len(parts.ids), 8)
+    without, some = (reader(recompute=n).assembled(parts, size)[1] for n in (0, 3))
+    begins = [at for at, _ in parts.passages][1:]
+    assert sorted({*some} - {*without}) == [at + i for at in begins for i in range(3)]
+
+
+def test_blending_reads_anew_what_differs_most():
+    """Three layers: the second shows the differences, the third tells which tokens were read anew."""
+    model = Llama(replace(CONFIG, num_hidden_layers=3), nnx.Rngs(3))
+    model = jax.tree.map(lambda a: a * 3 if a.ndim == 2 else a, model)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 256, 40)
+    plain = forward(model, jnp.asarray(ids[None]), jnp.zeros(1, jnp.int32))[1]
+    noise = rng.uniform(0.1, 2.0, 40)[:, None]  # how far off each kept token is
+    off = [
+        [
+            jnp.asarray(np.asarray(a) + noise * np.sign(rng.standard_normal(a.shape)), jnp.float32)
+            for a in part
+        ]
+        for part in (plain.keys, plain.values)
+    ]
+    old = KVCache(tuple(off[0]), tuple(off[1])).padded(64)
+    kept, candidates = np.arange(64) < 35, (np.arange(64) < 35) & (np.arange(64) >= 5)
+    tokens = jnp.asarray(padded_rows([ids.tolist()], 64))
+    before = [np.asarray(a) for a in (old.keys[2], old.values[2])]
+    new = blend(pack(model), old, tokens, np.int32(40), kept, candidates, count=16, layers=2)
+    first = [KVCache(some.keys[:2], some.values[:2]) for some in (new, plain)]
+    assert difference(*first, slice(0, 40)) < 1e-4
+    changed = [
+        i
+        for i in range(40)
+        if not np.array_equal(before[0][:, :, i], new.keys[2][:, :, i])
+        and not np.array_equal(before[1][:, :, i], new.values[2][:, :, i])
+    ]
+    most = sorted(range(5, 35), key=lambda i: -noise[i, 0])[:11]
+    assert changed == sorted([*most, *range(35, 40)])
+
+
+def test_what_is_kept_is_not_computed_again(loaded, reader, monkeypatch):
+    ours = reader()
+    chats = [asked(*PASSAGES[:2]), asked(PASSAGES[2], PASSAGES[0], question="Why?")]
+    seen = []
+    done = ours.fill(chats, seen.append)
+    assert (done.passages, done.computed, seen[-1]) == (4, 4, 4)  # the beginning is one of them
+    files = sorted(ours.store.folder.glob("*.npy"))
+    assert len(files) == 4 and done.nbytes == sum(file.stat().st_size for file in files)
+    files[1].unlink()  # as if killed before it
+    assert ours.fill(chats).computed == 1
+
+    def computed(*_):
+        raise AssertionError("a passage that is kept is computed again")
+
+    monkeypatch.setattr(chunk_kv, "read", computed)
+    assert ours.fill(chats).computed == 0
+    assert len(ours.start(chats[1], 4)[0]) > 40
+    with pytest.raises(AssertionError):
+        ours.start(asked("Another passage."), 4)
+
+
+def test_another_model_another_beginning_and_another_dtype_are_kept_apart(loaded, reader, tmp_path):
+    paths = {
+        reader().store.path((1,), (2,)),
+        reader().store.path((), (1, 2)),
+        reader(dtype="int8").store.path((1,), (2,)),
+        ChunkReader(*loaded, "e" * 64, ChunkOptions(str(tmp_path / "kv"))).store.path((1,), (2,)),
+    }
+    assert len(paths) == 4
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", None])
+def test_a_damaged_file_is_named(loaded, reader, damage):
+    ours = reader()
+    parts = parts_of(loaded[1], asked(PASSAGES[0]))
+    ours.fill([asked(PASSAGES[0])])
+    path = ours.store.path(parts.beginning, parts.passages[0][1])
+    if damage is None:
+        np.save(path, np.zeros((2, 2), np.float16))
+    else:
+        path.write_bytes(damage)
+    with pytest.raises(UserError, match=rf"{path.name}.*remove it"):
+        ours.start(asked(PASSAGES[0]), 4)
+
+
+def test_likelihoods_behind_what_was_kept(loaded, reader):
+    engine, tokenizer = loaded
+    chat, gold = asked(*PASSAGES), tokenizer.encode("Falk, in 1742", special=False)
+    exact = reader(recompute=1000)
+    [expected] = log_probs(engine.model, [(exact.prompt(chat), gold)])
+    np.testing.assert_allclose(exact.log_probs(chat, gold), expected, rtol=HALF, atol=HALF)
+    mixed = reader().log_probs(chat, gold)
+    assert mixed.shape == expected.shape and np.abs(mixed - expected).max() > 1
+    assert reader().log_probs(chat, []).shape == (0,)
+
+
+def test_a_conversation_without_passages(loaded, reader):
+    engine, tokenizer = loaded
+    chat = [Message("user", "Hello there")]
+    ids, state = reader().start(chat, 4)
+    assert ids == tokenizer.chat(chat)
+    assert np.array_equal(state.token, engine.prefill([ids], 4).token)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dtype": "int4"}, r"kv_dtype is 'int4'"),
+        ({"recompute": -1}, r"kv_recompute is -1"),
+        ({"blend_share": 1.5}, r"blend_share is 1\.5"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(UserError, match=message):
+        ChunkOptions(**options)
