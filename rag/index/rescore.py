@@ -41,12 +41,13 @@ def rescored(
     """The k best of each query's usable candidates by exact scores; the first to stand wins a tie.
 
     XLA is slow to multiply each query by rows of its own, and rounds a row by where it stands if there is only
-    one query. So all rows are multiplied by all queries, a lone one twice, and each query keeps its own.
+    one query, by how many there are if they are few. So all rows are multiplied by all queries, repeated until
+    they are LEAST, and each query keeps its own.
     """
     with jax.named_scope("rescore"):
         count, width = ids.shape
         rows = vectors.at[ids.ravel()].get(mode="clip")
-        factors = queries if count > 1 else jnp.concatenate([queries, queries])
+        factors = jnp.resize(queries, (max(count, LEAST), queries.shape[1]))
         products = jax.vmap(partial(scores, rows), out_axes=1)(factors).reshape(count, width, len(factors))
         own = products[jnp.arange(count), :, jnp.arange(count)]
         return jax.vmap(partial(best_members, k=k))(own, ids, usable)
