@@ -38,7 +38,7 @@ from rag.ops.sampling import Sampling
 ROWS = 16  # rows beyond this gain nothing: attention, which dominates, costs the same for each
 READ = 1024  # tokens read at once: more make the products no faster
 SHARED = 64  # prefixes are cut to a multiple of this, so that few programs are compiled
-CAPACITY = 512  # and the cache's slots to a multiple of this
+CAPACITY = 512  # for the same reason the cache has a multiple of so many slots, or below it a power of two
 
 Request = tuple[tuple[int, ...], int]  # a prompt's token ids, and the seed of its draws
 
@@ -145,7 +145,9 @@ def _split(shared: Sequence[int], start: int, stop: int) -> list[tuple[int, int,
 
 def slots(tokens: int) -> int:
     """The cache's capacity for that many tokens a row."""
-    return bucket(tokens) if tokens <= CAPACITY // 2 else -(-tokens // CAPACITY) * CAPACITY
+    if tokens <= CAPACITY:
+        return max(128, 1 << (tokens - 1).bit_length())
+    return -(-tokens // CAPACITY) * CAPACITY
 
 
 def rows_for(capacity: int, tokens_per_batch: int) -> int:

@@ -1,0 +1,233 @@
+"""Continuous batching against each request alone, for any mixture of lengths, ends and shared beginnings."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from rag.generate import batching
+from rag.generate.batching import Group, Prompts, Rows, families, plan, rows_for, serve, slots
+from rag.generate.engine import Engine
+from rag.models.checkpoint import quantized
+from rag.ops.sampling import Sampling
+from tests.tiny import tiny_model
+
+RNG = np.random.default_rng(5)
+SHARED = tuple(RNG.integers(1, 250, 66).tolist())
+OTHER = tuple(RNG.integers(1, 250, 67).tolist())
+
+
+def drawn(length):
+    return tuple(RNG.integers(1, 250, length).tolist())
+
+
+REQUESTS = [(drawn(n), 0) for n in (3, 70, 5, 140, 1, 9, 30, 30, 64, 65)] + [
+    *[(SHARED + drawn(n), n) for n in (1, 12, 40, 7)],
+    *[(OTHER + drawn(n), 1) for n in (2, 33, 8)],
+    (SHARED, 0),
+]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(tiny_model(), ())
+
+
+def alone(engine, requests, budget, sampling=Sampling()):
+    return [engine.generate([prompt], budget, sampling, [seed])[0] for prompt, seed in requests]
+
+
+def together(engine, requests, budget, sampling=Sampling(), room=4096, enough=None, spy=None):
+    """Each request's tokens; `enough[i]` is how many its reader wants."""
+    made = [[] for _ in requests]
+
+    def take(i, tokens):
+        made[i].extend(tokens)
+        return enough is None or len(made[i]) < enough[i]
+
+    rows, groups = Rows(engine, sampling, room, len(requests)), plan(requests, budget, room)
+    serve(groups, Prompts(engine, requests, budget, sampling), spy(rows) if spy else rows, take)
+    assert rows.busy == 0
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(engine):
+    return alone(engine, REQUESTS, 12)
+
+
+@pytest.mark.parametrize("room", [1, 1100, 16384])
+def test_tokens_are_those_of_each_request_alone(engine, expected, room):
+    assert together(engine, REQUESTS, 12, room=room) == expected
+
+
+def test_the_order_of_requests_changes_nothing(engine, expected):
+    order = RNG.permutation(len(REQUESTS))
+    made = together(engine, [REQUESTS[i] for i in order], 12)
+    assert made == [expected[i] for i in order]
+
+
+def test_an_end_token_frees_the_row_for_the_next(expected):
+    end = max((t for row in expected for t in row), key=lambda t: sum(t in row for row in expected))
+    cut = [row[: row.index(end)] if end in row else row for row in expected]
+    assert len({len(row) for row in cut}) > 3
+    engine = Engine(tiny_model(), (end,), steps_per_dispatch=1)
+    assert together(engine, REQUESTS, 12, room=1100) == cut
+
+
+def test_draws_are_those_of_each_request_alone(engine):
+    sampling = Sampling(temperature=0.9, top_k=30, repetition_penalty=1.3)
+    requests = [(prompt, 7 * i) for i, (prompt, _) in enumerate(REQUESTS)] + [(REQUESTS[0][0], 99)]
+    made = together(engine, requests, 10, sampling, room=2048)
+    assert made == alone(engine, requests, 10, sampling)
+    assert made[0] != made[-1]  # the same prompt
+
+
+def test_int8_with_one_step_a_dispatch():
+    engine = Engine(quantized(tiny_model()), ())
+    assert engine.steps_per_dispatch == 1
+    few = [request for request in REQUESTS if len(request[0]) < 64]
+    assert together(engine, few, 10, room=1100) == alone(engine, few, 10)
+
+
+class Watched:
+    """Rows that record how full they are at each step."""
+
+    def __init__(self, rows):
+        self.rows, self.steps = rows, []
+
+    def __getattr__(self, name):
+        return getattr(self.rows, name)
+
+    def step(self):
+        self.steps.append(self.rows.busy)
+        return self.rows.step()
+
+
+def test_a_row_that_is_left_serves_the_next_request_at_once(engine, expected):
+    enough = [1 + 3 * (i % 4) for i in range(len(REQUESTS))]
+    watched = []
+
+    def spy(rows):
+        watched.append(Watched(rows))
+        return watched[0]
+
+    single = Engine(tiny_model(), (), steps_per_dispatch=1)
+    made = together(single, REQUESTS, 12, room=2048, enough=enough, spy=spy)
+    assert made == [row[:n] for row, n in zip(expected, enough, strict=True)]
+    steps = watched[0].steps
+    assert max(steps) == 4
+    assert sum(steps) == sum(
+        n - 1 for n in enough
+    )  # the first token is the prefill's; no row is decoded in vain
+    assert steps[: len(steps) // 2] == [4] * (len(steps) // 2)
+
+
+def test_growing_rows_keep_what_they_serve(engine):
+    short, long = [(drawn(9), 0), (drawn(20), 0)], (drawn(350), 0)
+    requests = [*short, long]
+    rows, read, made = Rows(engine, Sampling(), 1100, 3), Prompts(engine, requests, 20), {0: [], 1: [], 2: []}
+    for group in (Group((0, 1), slots(84)), Group((2,), slots(404))):
+        assert rows.has_room(group) == (group.members != (2,))  # two rows of 512 slots, and both in use
+        if group.members == (2,):
+            rows.leave({0})
+            assert rows.has_room(group)
+        for request, tokens in rows.join(group, read(group)):
+            made[request] += tokens
+        for request, tokens in rows.step():
+            made[request] += tokens
+    while rows.busy:
+        for request, tokens in rows.step():
+            made[request] += tokens
+    whole = alone(engine, requests, 20)
+    assert made[0] == whole[0][: len(made[0])]
+    assert [made[1], made[2]] == whole[1:]
+
+
+def test_prefixes_are_read_once(engine, monkeypatch):
+    read, lengths = batching.read_prefix, []
+
+    def spy(packed, tokens):
+        lengths.append(tokens.shape)
+        return read(packed, tokens)
+
+    monkeypatch.setattr(batching, "read_prefix", spy)
+    requests = [request for request in REQUESTS if request[0][:64] in (SHARED[:64], OTHER[:64])]
+    assert together(engine, requests, 6) == alone(engine, requests, 6)
+    assert lengths == [(1, 64), (1, 64)]
+
+
+def by_trial(prompts):
+    """The most tokens that need not be read, over all ways to cut the sorted prompts into families."""
+    order, best = sorted(prompts), [0]
+    for stop in range(1, len(order) + 1):
+        found = []
+        for start in range(stop):
+            run = order[start:stop]
+            least = min(len(p) for p in run) - 1
+            same = next((i for i in range(least) if len({p[i] for p in run}) > 1), least)
+            found.append(best[start] + (same // 64 * 64 * (len(run) - 1)))
+        best.append(max(found))
+    return best[-1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_families_save_the_most(seed):
+    rng = np.random.default_rng(seed)
+    trunk = [(1,) * 64, (2,) * 64, (1,) * 128, (1,) * 64 + (2,) * 64, (1,) * 192]
+    prompts = list(
+        {trunk[rng.integers(5)] + tuple(rng.integers(1, 4, rng.integers(1, 80))) for _ in range(14)}
+    )
+    found = families(prompts)
+    assert sorted(i for _, members in found for i in members) == list(range(len(prompts)))
+    for prefix, members in found:
+        assert prefix % 64 == 0
+        assert len({prompts[i][:prefix] for i in members}) == 1
+        assert all(len(prompts[i]) > prefix for i in members)
+    assert sum(prefix * (len(members) - 1) for prefix, members in found) == by_trial(prompts)
+
+
+@pytest.mark.parametrize("room", [1, 1000, 5000])
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_plan_asks_for_what_there_is(room, apart):
+    groups = plan(REQUESTS, 12, room, apart)
+    assert sorted(i for group in groups for i in group.members) == list(range(len(REQUESTS)))
+    capacities = [group.capacity for group in groups]
+    assert capacities == sorted(capacities)  # so that rows only grow
+    for group in groups:
+        assert len(group.members) <= rows_for(group.capacity, room)
+        assert len(group.members) & (len(group.members) - 1) == 0
+        assert all(len(REQUESTS[i][0]) + 12 <= group.capacity for i in group.members)
+    assert apart == all(len(group.members) == 1 for group in groups) or room == 1
+
+
+def test_rows_read_elsewhere_are_inserted_alike(engine, expected):
+    """As LocalGenerator's do that begin behind a cache: each with a cache of Engine.capacity."""
+    made = [[] for _ in REQUESTS]
+
+    def read(group):
+        [i] = group.members
+        prompt, seed = REQUESTS[i]
+        return engine.prefill([prompt], 12, Sampling(), [seed])
+
+    def take(i, tokens):
+        made[i].extend(tokens)
+        return True
+
+    serve(plan(REQUESTS, 12, 2048, apart=True), read, Rows(engine, Sampling(), 2048), take)
+    assert made == expected
+
+
+def test_insert_changes_one_row_alone(engine):
+    part = engine.prefill([drawn(5), drawn(60)], 4)
+    state = batching.vacant(part, 4, 256)
+    before = jax.tree.map(np.asarray, replace(state, key=jax.random.key_data(state.key)))
+    after = batching.insert(state, part, np.int32(1), np.int32(2))
+    assert after.token[2] == part.token[1]
+    assert not after.finished[2]
+    assert np.array_equal(jax.random.key_data(after.key[2]), jax.random.key_data(part.key[1]))
+    for new, old, source in zip(after.cache.keys, before.cache.keys, part.cache.keys, strict=True):
+        width = min(256, source.shape[2])
+        assert np.array_equal(new[2, :, :width], source[1, :, :width])
+        assert np.array_equal(np.delete(new, 2, axis=0), np.delete(old, 2, axis=0))
