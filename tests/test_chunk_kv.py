@@ -13,6 +13,7 @@ from rag.generate.blend import blend
 from rag.generate.chunk_kv import ChunkOptions, ChunkReader, parts_of
 from rag.generate.engine import Decoding, Engine, padded_rows
 from rag.generate.likelihood import log_probs
+from rag.generate.local import LocalGenerator
 from rag.models import llama_checkpoint
 from rag.models.checkpoint import pack
 from rag.models.llama import KVCache, Llama, forward
@@ -192,9 +193,10 @@ def test_what_is_kept_is_not_computed_again(loaded, reader, monkeypatch):
     chats = [asked(*PASSAGES[:2]), asked(PASSAGES[2], PASSAGES[0], question="Why?")]
     seen = []
     done = ours.fill(chats, seen.append)
-    assert (done.passages, done.computed, seen[-1]) == (4, 4, 4)  # the beginning is one of them
+    assert (len(done.sizes), done.computed, seen[-1]) == (4, 4, 4)  # the beginning is one of them
     files = sorted(ours.store.folder.glob("*.npy"))
-    assert len(files) == 4 and done.nbytes == sum(file.stat().st_size for file in files)
+    assert {file: nbytes for file, (_, nbytes) in done.sizes.items()} == {f: f.stat().st_size for f in files}
+    assert {tokens for tokens, _ in done.sizes.values()} >= {1 + len(text) for text in PASSAGES}
     files[1].unlink()  # as if killed before it
     assert ours.fill(chats).computed == 1
 
@@ -262,3 +264,45 @@ def test_a_conversation_without_passages(loaded, reader):
 def test_options_that_cannot_be(options, message):
     with pytest.raises(UserError, match=message):
         ChunkOptions(**options)
+
+
+# --- behind the generator
+
+
+@pytest.fixture
+def generator(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    write_checkpoint(folder)
+    return lambda **options: LocalGenerator(str(folder), kv_path=str(tmp_path), **options)
+
+
+def test_every_kind_of_reuse_writes_an_answer(generator, tmp_path):
+    chats = [asked(*PASSAGES), asked(*PASSAGES[::-1], question="Why?")]
+    plain = generator()
+    prefix = generator(kv_reuse="prefix")
+    for chat in (*chats, *chats):
+        streams = [list(some.stream(chat, max_new_tokens=12)) for some in (plain, prefix)]
+        assert streams[0][:-1] == streams[1][:-1] and len(streams[0]) > 1
+    assert prefix.fingerprint == plain.fingerprint and not (tmp_path / "chunk_kv").exists()
+    exact = generator(kv_reuse="chunk", kv_recompute=1000)
+    assert exact.prompt_tokens(chats[0]) == plain.prompt_tokens(chats[0])
+    golds = [(chat, "by hand") for chat in chats]
+    for one, other in zip(exact.log_likelihood(golds), plain.log_likelihood(golds), strict=True):
+        assert (one.total, one.tokens) == (pytest.approx(other.total, rel=1e-2), 7)
+    made = {kind: generator(kv_reuse=kind) for kind in ("chunk", "blend")}
+    assert len({some.fingerprint for some in (plain, exact, *made.values())}) == 4
+    for some in made.values():
+        alone = ["".join(p for p in some.stream(c, max_new_tokens=8) if isinstance(p, str)) for c in chats]
+        assert some.generate(chats, max_new_tokens=8) == alone and all(alone)
+    assert len(list((tmp_path / "chunk_kv").glob("*.npy"))) == 4  # one set of files for all of them
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"kv_reuse": "some"}, "kv_reuse is 'some'"), ({"prefix_mib": -1}, "prefix_mib is -1")],
+)
+def test_kinds_that_are_not_there(generator, options, message):
+    with pytest.raises(UserError, match=message):
+        generator(**options)

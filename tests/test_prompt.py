@@ -143,3 +143,39 @@ def test_chunker_and_context_groups_build_their_options(path):
     options = getattr(importlib.import_module(module), name)(**fields)
     assert hash(options) == hash(getattr(importlib.import_module(module), name)(**fields))
     assert path.read_text(encoding="utf-8").startswith("# python scripts/")
+
+
+# --- where the passages are
+
+
+def shown(message):
+    return [message.content[start:end] for start, end in message.reusable]
+
+
+def test_a_message_says_where_its_passages_are():
+    context = context_of(("a.md", "One."), ("{text}", "Two."), ("c.md", ""))
+    system, user = render(TEMPLATE, "{context} Two.", context)
+    assert shown(user) == [" One.", " Two."]  # each with its space; the empty one is none
+    assert user.content[: user.fixed] == ""
+    assert (system.reusable, system.fixed) == ((), len(system.content))
+
+
+def test_passages_in_the_system_text_and_twice():
+    template = PromptTemplate(user="Q {question} {context}", system="Use: {context}|", passage="{text}")
+    system, user = render(template, "Why?", context_of(("a", "A"), ("b", "B")))
+    assert (shown(system), shown(user)) == ([" A", "B"], [" A", "B"])
+    assert system.content[: system.fixed] == "Use: " and user.content[: user.fixed] == "Q "
+
+
+@given(ANY, st.lists(ANY, max_size=4), st.sampled_from(["", " ", "  ", "--"]))
+def test_the_spans_are_the_passages(question, texts, separator):
+    template = PromptTemplate(user="{context}{question}", passage="{text}", separator=separator)
+    message = render(template, question, context_of(*(("p", text) for text in texts)))[-1]
+    assert [text.removeprefix(" ") for text in shown(message)] == [t.removeprefix(" ") for t in texts if t]
+    ends = [place for span in message.reusable for place in span]
+    assert ends == sorted(ends)
+
+
+def test_spans_make_no_difference_to_what_a_message_says():
+    assert Message("user", "A", ((0, 1),), 1) == Message("user", "A")
+    assert len({Message("user", "A", ((0, 1),)), Message("user", "A")}) == 1

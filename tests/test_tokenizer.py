@@ -236,6 +236,59 @@ def test_folder_with_a_damaged_config(tmp_path):
             Tokenizer.from_folder(tmp_path)
 
 
+# --- conversations in pieces
+
+
+def pieces_of(tokenizer, *messages):
+    return [
+        (tokenizer.decode(ids, skip_special=False), passage)
+        for ids, passage in tokenizer.chat_pieces(messages)
+    ]
+
+
+def test_a_conversation_is_cut_around_its_passages():
+    tokenizer = byte_level()
+    user = Message("user", "In: hello world, world", ((3, 9), (9, 15)), 3)
+    assert pieces_of(tokenizer, Message("system", "Be", fixed=2), user) == [
+        ("<|im_start|>system\nBe<|im_end|>\n<|im_start|>user\nIn:", False),
+        (" hello", True),
+        (" world", True),
+        (", world<|im_end|>\n<|im_start|>assistant\n", False),
+    ]
+    alone = tokenizer.encode(" world", special=False)
+    assert tokenizer.chat_pieces([user])[2] == (alone, True)
+    plain = [Message("user", "hello world")]
+    assert tokenizer.chat(plain) == [index for ids, _ in tokenizer.chat_pieces(plain) for index in ids]
+
+
+def test_the_fixed_beginning_ends_once():
+    tokenizer = byte_level()
+    found = pieces_of(
+        tokenizer, Message("user", "abc", fixed=3), Message("user", "def", fixed=1), Message("user", "x")
+    )
+    assert [text for text, _ in found] == [
+        "<|im_start|>user\nabc<|im_end|>\n<|im_start|>user\nd",
+        "ef<|im_end|>\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n",
+    ]
+
+
+@pytest.mark.parametrize("spans", [(), ((0, 5),), ((0, 5), (5, 10)), ((2, 6),), ((0, 10),), ((3, 3),)])
+def test_no_piece_of_a_message_is_a_special_token(spans):
+    tokenizer = byte_level()
+    content, special = (
+        "<|im_end|>",
+        {tokenizer.encode(t, parse_special=True, special=False)[0] for t in SPECIAL},
+    )
+    pieces = tokenizer.chat_pieces([Message("user", content, spans)])
+    ids = [index for some, _ in pieces for index in some]
+    assert sum(index in special for index in ids) == 3  # the template's own
+    assert tokenizer.decode(ids, skip_special=False).count(content) == 2
+    assert [passage for _, passage in pieces].count(True) == len([1 for a, b in spans if a < b])
+
+
+SPECIAL = ("<|im_start|>", "<|im_end|>")
+
+
 # --- the real ones ------------------------------------------------------------------------------------------
 
 

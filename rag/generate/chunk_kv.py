@@ -188,10 +188,8 @@ class ChunkStore:
 class Filled:
     """What filling the store with prompts' passages came to."""
 
-    passages: int  # different ones, beginnings included
-    computed: int  # of them; the others were there
-    tokens: int  # of all of them
-    nbytes: int  # of all their files
+    computed: int  # passages; the others were there
+    sizes: dict[Path, tuple[int, int]]  # the file of each different one, beginnings too: tokens and bytes
 
 
 class ChunkReader:
@@ -240,8 +238,8 @@ class ChunkReader:
         }
         missing = [entry for entry in wanted if not self.store.path(*entry).exists()]
         self._read(missing, lambda done: progress(len(wanted) - len(missing) + done))
-        nbytes = sum(self.store.path(*entry).stat().st_size for entry in wanted)
-        return Filled(len(wanted), len(missing), sum(len(passage) for _, passage in wanted), nbytes)
+        files = {self.store.path(*entry): len(entry[1]) for entry in wanted}
+        return Filled(len(missing), {file: (tokens, file.stat().st_size) for file, tokens in files.items()})
 
     def assembled(self, parts: Parts, capacity: int) -> tuple[KVCache, list[int]]:
         """A cache with what was kept in its place, and the positions that must still be read."""

@@ -98,7 +98,7 @@ class LocalGenerator:
 
         Nothing is loaded for it.
         """
-        if not self._reuses_passages:
+        if not self.reuses_passages:
             return self._model_fingerprint
         options = replace(self._chunk_options, path=None)
         return cache.content_key(self._model_fingerprint, self._kv_reuse, options)
@@ -109,7 +109,8 @@ class LocalGenerator:
         return cache.content_key("llama", GENERATOR_VERSION, digests, self._dtype, self._limit)
 
     @property
-    def _reuses_passages(self) -> bool:
+    def reuses_passages(self) -> bool:
+        """Whether passages are kept: messages then become tokens in pieces."""
         return self._kv_reuse in ("chunk", "blend")
 
     @cached_property
@@ -141,7 +142,7 @@ class LocalGenerator:
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of a conversation in the checkpoint's chat format."""
-        return len(self.chunks.prompt(messages) if self._reuses_passages else self.tokenizer.chat(messages))
+        return len(self.chunks.prompt(messages) if self.reuses_passages else self.tokenizer.chat(messages))
 
     def stream(
         self,
@@ -178,7 +179,7 @@ class LocalGenerator:
         self, messages: Sequence[Message], max_new_tokens: int, sampling: Sampling, seed: int
     ) -> tuple[list[int], DecodeState]:
         """The prompt's token ids, and the state behind it with its first new token chosen."""
-        if self._reuses_passages:
+        if self.reuses_passages:
             return self.chunks.start(messages, max_new_tokens, sampling, seed)
         prompt = self.tokenizer.chat(messages)
         if self._kv_reuse == "prefix":
@@ -201,7 +202,7 @@ class LocalGenerator:
         """
         if not conversations:
             return []
-        if self._reuses_passages:
+        if self.reuses_passages:
             return self._one_by_one(conversations, sampling, max_new_tokens, seeds, stop)
         prompts = [tuple(self.tokenizer.chat(messages)) for messages in conversations]
         self.engine.check(prompts, max_new_tokens)
@@ -237,7 +238,7 @@ class LocalGenerator:
         Conversation and text become tokens apart, so that the text's do not depend on what stands before it;
         the token that would end the answer is not counted. Raises UserError for a pair beyond the context.
         """
-        if self._reuses_passages:
+        if self.reuses_passages:
             texts = [self.tokenizer.encode(text, special=False) for _, text in pairs]
             found = [self.chunks.log_probs(pair[0], ids) for pair, ids in zip(pairs, texts, strict=True)]
             return [_total(values) for values in found]
