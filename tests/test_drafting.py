@@ -199,6 +199,17 @@ def test_a_draft_is_made_where_it_is_expected_to_pay():
     assert taught(1.5, True).size(long, SIZES[0] - 1) == 0
 
 
+def test_a_size_not_yet_measured_costs_no_more_than_a_longer_one():
+    policy = DraftPolicy()
+    assert policy.cost(0) == 1
+    assert policy.cost(SIZES[0]) == policy.cost(SIZES[1]) > 1
+    policy.took(0, 1.0)
+    policy.took(SIZES[1], 1.25)
+    assert [policy.cost(size) for size in SIZES] == [1.25, 1.25]
+    policy.took(SIZES[0], 1.125)
+    assert [policy.cost(size) for size in SIZES] == [1.125, 1.25]
+
+
 def test_the_expectation_is_the_sum_of_the_chances_of_reaching_each_token():
     policy = DraftPolicy()
     for _ in range(2000):

@@ -29,8 +29,8 @@ from rag.ops.sampling import Sampling
 SIZES = (3, 7)  # tokens of a draft; each is a program of its own
 
 # How often a token that followed the same n tokens before is the next one, n = 1, 2, ... (the last: and more): what is
-# believed before anything is seen, and what it counts for. Measured on answers from passages, see LOG.md.
-_BELIEVED = (0.35, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+# believed before anything is seen, and what it counts for. Measured on answers from passages.
+_BELIEVED = (0.23, 0.5, 0.6, 0.6, 0.75, 0.75, 0.8, 0.8)
 _BELIEF = 8.0
 _MEMORY = 64.0  # tokens that an estimate remembers
 _ASSUMED_COST = 1.5  # of a verification, in plain steps, before it was measured
@@ -160,11 +160,15 @@ class DraftPolicy:
         return total
 
     def cost(self, size: int) -> float:
-        """Seconds of a verification, in plain steps."""
-        plain, seconds = self._seconds[0], self._seconds[size]
-        if size and not (plain and seconds):
+        """Seconds of a verification, in plain steps; until it was measured no more than a longer one's."""
+        plain = self._seconds[0]
+        longer = [self._seconds[other] for other in SIZES if other >= size and self._seconds[other]]
+        if size == 0:
+            return 1.0
+        if not plain or not longer:
             return _ASSUMED_COST
-        return median(seconds) / median(plain) if size else 1.0
+        ratio = median(longer[0]) / median(plain)
+        return ratio if self._seconds[size] else min(ratio, _ASSUMED_COST)
 
     def took(self, size: int, seconds: float) -> None:
         """Learn the cost of a verification, or with size 0 of a plain step."""
