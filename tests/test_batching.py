@@ -10,6 +10,7 @@ from rag.generate import batching
 from rag.generate.batching import Group, Prompts, Rows, families, plan, rows_for, serve, slots
 from rag.generate.engine import Engine
 from rag.models.checkpoint import quantized
+from rag.ops import linear
 from rag.ops.sampling import Sampling
 from tests.tiny import tiny_model
 
@@ -84,7 +85,8 @@ def test_draws_are_those_of_each_request_alone(engine):
     assert made[0] != made[-1]  # the same prompt
 
 
-def test_int8_with_one_step_a_dispatch():
+def test_int8_with_one_step_a_dispatch(monkeypatch):
+    monkeypatch.setattr(linear, "_FEW", 1 << 20)  # beyond it prompts read together round by how many they are
     engine = Engine(quantized(tiny_model()), ())
     assert engine.steps_per_dispatch == 1
     few = [request for request in REQUESTS if len(request[0]) < 64]

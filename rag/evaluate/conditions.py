@@ -236,7 +236,7 @@ def _answers(collection: Collection, prompts: Sequence[_Prompt], reader: Reader)
     options = reader.options
 
     def compute(items: Sequence) -> list[str]:
-        conversations = [[Message(*message) for message in messages] for messages in items]
+        conversations = [_messages(item) for item in items]
         seeds = [options.seed] * len(items)
         generate = collection.generator.generate
         return generate(conversations, reader.sampling, options.max_new_tokens, seeds, options.stop)
@@ -254,7 +254,7 @@ def _likelihoods(
     asking = [prompt for prompt in prompts if prompt.messages and dataset.answers.get(prompt.query)]
 
     def compute(items: Sequence) -> list[float]:
-        pairs = [([Message(*message) for message in messages], gold) for messages, gold in items]
+        pairs = [(_messages(messages), gold) for messages, gold in items]
         return [score.total for score in collection.generator.log_likelihood(pairs)]
 
     items = [[_plain(prompt.messages), dataset.answers[prompt.query][0]] for prompt in asking]
@@ -262,9 +262,14 @@ def _likelihoods(
     return {prompt.query: score for prompt, score in zip(asking, scores, strict=True)}
 
 
-def _plain(messages: Sequence[Message]) -> list[tuple[str, str]]:
+def _plain(messages: Sequence[Message]) -> list[tuple]:
     """A conversation as JSON can hold it."""
-    return [(message.role, message.content) for message in messages]
+    return [(message.role, message.content, message.reusable, message.fixed) for message in messages]
+
+
+def _messages(plain: Sequence[Sequence]) -> list[Message]:
+    """What `_plain` was made of."""
+    return [Message(role, text, tuple(map(tuple, spans)), fixed) for role, text, spans, fixed in plain]
 
 
 def _reply(
