@@ -35,11 +35,11 @@ def main(config) -> None:
     from rag.index.store import Index
 
     index = Index.open(Path(config.index.path).expanduser())
+    if config.generator.get("kv_reuse") in ("none", "prefix"):
+        config.generator.kv_reuse = "chunk"  # blend reads the same files
     generator, template, context = (build(config[name]) for name in ("generator", "prompt", "context"))
-    if not isinstance(generator, LocalGenerator) or not generator.reuses_passages:
-        raise UserError(
-            "Only our own engine keeps passages: set generator=local and generator.kv_reuse=chunk."
-        )
+    if not isinstance(generator, LocalGenerator):
+        raise UserError("Only our own engine keeps passages: set generator=local.")
     begin, computed, entries = time.perf_counter(), 0, {}
     with progress_bars() as update:
         for start in range(0, len(index), _TOGETHER):

@@ -118,29 +118,32 @@ def families(prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, list[int]]]:
     A prefix is 0 or a multiple of SHARED, and shorter than each of its prompts.
     """
     order = sorted(range(len(prompts)), key=prompts.__getitem__)
-    shared = [_common(prompts[a], prompts[b]) for a, b in pairwise(order)]
-    return [(prefix, order[start:stop]) for prefix, start, stop in _split(shared, 0, len(order))]
+    shared = [_common(prompts[a], prompts[b]) // SHARED * SHARED for a, b in pairwise(order)]
+    best = [
+        (0, 0, 0)
+    ]  # of the first n sorted prompts: tokens saved, and where their last family starts, its prefix
+    for stop in range(1, len(order) + 1):
+        alone, prefix = (best[stop - 1][0], stop - 1, 0), None
+        best.append(alone)
+        for start in range(
+            stop - 2, -1, -1
+        ):  # a run of sorted prompts shares the smallest of its neighbours' parts
+            prefix = shared[start] if prefix is None else min(prefix, shared[start])
+            if not prefix:
+                break
+            best[stop] = max(best[stop], (best[start][0] + prefix * (stop - start - 1), start, prefix))
+    found, stop = [], len(order)
+    while stop:
+        _, start, prefix = best[stop]
+        found.append((prefix, order[start:stop]))
+        stop = start
+    return found[::-1]
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     """Tokens that both begin with, leaving each at least one of its own."""
     most = min(len(a), len(b)) - 1
     return next((i for i in range(most) if a[i] != b[i]), most)
-
-
-def _split(shared: Sequence[int], start: int, stop: int) -> list[tuple[int, int, int]]:
-    """One family of the sorted prompts start..stop, or, if that saves more, several: (prefix, start, stop).
-
-    shared[i] is what prompts i and i + 1 have in common; a run of sorted prompts shares the smallest of these.
-    """
-    if stop - start < 2:
-        return [(0, start, stop)]
-    between = range(start, stop - 1)
-    prefix = min(shared[i] for i in between) // SHARED * SHARED
-    cuts = [start, *(i + 1 for i in between if shared[i] < prefix + SHARED), stop]
-    apart = [family for a, b in pairwise(cuts) for family in _split(shared, a, b)]
-    saved = sum(length * (b - a - 1) for length, a, b in apart)
-    return [(prefix, start, stop)] if prefix * (stop - start - 1) >= saved else apart
 
 
 def slots(tokens: int) -> int:
