@@ -109,14 +109,14 @@ def test_a_row_that_is_left_serves_the_next_request_at_once(engine, expected):
         return rows
 
     single = Engine(tiny_model(), (), steps_per_dispatch=1)
-    made = together(single, REQUESTS, 12, room=2048, enough=enough, spy=spy)
+    made = together(single, REQUESTS, 12, room=512, enough=enough, spy=spy)
     assert made == [row[:n] for row, n in zip(expected, enough, strict=True)]
     steps = watched[0].steps
     assert max(steps) == 4
     assert sum(steps) == sum(
         n - 1 for n in enough
     )  # the first token is the prefill's; no row is decoded in vain
-    assert steps[: len(steps) // 2] == [4] * (len(steps) // 2)
+    assert np.mean(steps[: len(steps) // 2]) > 3  # a group of two waits for two rows
 
 
 def test_growing_rows_keep_what_they_serve(engine):

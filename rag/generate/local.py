@@ -21,7 +21,7 @@ from rag.generate.likelihood import log_probs
 from rag.generate.prefix_cache import PrefixCache
 from rag.models import chat_template, checkpoint, hub, llama, llama_checkpoint, tokenizer
 from rag.models.tokenizer import TextStream, Tokenizer
-from rag.ops import attention, flash, linear, rope, sampling, visibility
+from rag.ops import attention, flash, linear, native, rope, sampling, visibility
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage, UserError
 
@@ -37,7 +37,7 @@ class LocalGenerator:
     code: ClassVar = (
         *(engine, batching, drafting, prefix_cache, chunk_kv, blend, likelihood),
         *(llama, llama_checkpoint, tokenizer, chat_template),
-        *(attention, flash, visibility, linear, rope, sampling),
+        *(attention, flash, visibility, linear, native, rope, sampling),
     )
 
     def __init__(
@@ -48,6 +48,7 @@ class LocalGenerator:
         steps_per_dispatch: int | None = None,
         tokens_per_batch: int = 4096,
         drafting: bool = False,
+        native: bool = True,
         kv_reuse: str = "none",
         kv_path: str | None = None,
         kv_dtype: str = "float16",
@@ -60,7 +61,8 @@ class LocalGenerator:
         `tokens_per_batch` bounds the padded tokens, new ones included, that `generate` and the likelihoods hold
         at once; it changes their speed and memory, and results no more than float rounding does. Neither does
         `drafting` from the text so far (rag.generate.drafting), for what `stream` writes with greedy sampling and no
-        repetition penalty; all else is decoded plainly.
+        repetition penalty; all else is decoded plainly. Nor does `native`, which lets one conversation be decoded by
+        rag.ops.native where weights are int8 and a C++ compiler is there.
 
         `kv_reuse` names what of a prompt is not read again: "none"; "prefix", what earlier prompts began with, in
         memory up to `prefix_mib` MiB (rag.generate.prefix_cache; exact); "chunk", the messages' passages but for the
@@ -82,7 +84,7 @@ class LocalGenerator:
         self._kv_reuse, self._prefix_bytes = kv_reuse, prefix_mib << 20
         self._chunk_options = ChunkOptions(kv_path, kv_dtype, kv_recompute, share)
         self._tokens_per_batch = tokens_per_batch
-        self._drafts = DraftPolicy() if drafting else None
+        self._drafts, self._native = DraftPolicy() if drafting else None, native
         self._path = hub.local_path(weights)
         self._dtype, self._limit, self._steps = dtype, context_length, steps_per_dispatch
 
@@ -90,6 +92,8 @@ class LocalGenerator:
     def _loaded(self) -> tuple[Engine, Tokenizer]:
         model, tokenizer = llama_checkpoint.load(self._path, int8=self._dtype == "int8")
         model = checkpoint.to_device(model, None if self._dtype == "int8" else jnp.dtype(self._dtype))
+        if self._native:
+            llama.use_native(model)
         return Engine(model, tokenizer.eos_ids, self._steps), tokenizer
 
     @cached_property

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from rag.models.checkpoint import quantized
+from rag.ops import native
 from rag.ops.attention import attention
 from rag.ops.linear import linear
 from rag.ops.rope import rope_angles, rotate
@@ -122,6 +123,7 @@ class Llama(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, rngs)
+        self.native = False  # whether a token alone goes through rag.ops.native
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
@@ -161,7 +163,10 @@ def forward(
     for i, layer in enumerate(model.layers):
         cached = None if cache is None else (cache.keys[i], cache.values[i])
         with jax.named_scope(f"layer_{i}"):
-            x, (k, v) = layer_forward(layer, c, x, angles, positions, cached)
+            if model.native and cached is not None and tokens.shape == (1, 1):
+                x, (k, v) = _native_layer(layer, c, x, angles, positions, cached)
+            else:
+                x, (k, v) = layer_forward(layer, c, x, angles, positions, cached)
         keys.append(k)
         values.append(v)
     return model.norm(x), KVCache(tuple(keys), tuple(values))
@@ -179,6 +184,28 @@ def layer_forward(
     attended, written = _attend(layer.self_attn, c, layer.input_layernorm(x), angles, positions, cached)
     x = x + attended
     return x + _mlp(layer.mlp, layer.post_attention_layernorm(x)), written
+
+
+def _native_layer(layer: Layer, c: LlamaConfig, x, angles, positions, cached):
+    """layer_forward of one token by rag.ops.native."""
+    a, m = layer.self_attn, layer.mlp
+    projections = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
+    return native.decoder_layer(
+        x,
+        positions.reshape(1),
+        angles,
+        (layer.input_layernorm.weight[...], layer.post_attention_layernorm.weight[...]),
+        [(p.weight[...], p.scale[...]) for p in projections],
+        cached,
+        c.rms_norm_eps,
+    )
+
+
+def use_native(model: Llama) -> None:
+    """Let rag.ops.native read the model's single tokens, if it reads models of this kind and can be had here."""
+    c = model.config
+    plain = model.embed_tokens.scale is not None and not c.qkv_bias and not c.qk_norm
+    model.native = plain and native.available()
 
 
 def logits(model: Llama, hidden: Float[Array, "B M"]) -> Float[Array, "B V"]:

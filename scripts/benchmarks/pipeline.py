@@ -62,6 +62,7 @@ class Pipeline:
         for case, reader in ours.items():
             if case.endswith(_KEEPS_PASSAGES):
                 _read_passages(asked[self.warmup :], search, reader)
+        self._compile(asked[self.warmup :], search)
         readers = ours | self._peers(asked, search, next(iter(ours.values())))
         clocks: dict[str, list[Clock]] = {name: [] for name in readers}
         for question in asked:
@@ -74,6 +75,14 @@ class Pipeline:
         generator = local_generator(self.weights, dtype, kv_reuse)
         generator.engine.end_ids = ()  # the budget alone ends an answer
         return self.questions.reader(generator, self.new_tokens)
+
+    def _compile(self, questions: Sequence[str], search: Search) -> None:
+        """Every program that these prompts' lengths ask for, by readers whose memory is thrown away."""
+        for dtype in self.dtypes:
+            for kind in self.kv_reuse:
+                reader = self._ours(dtype, kind)
+                for question in questions:
+                    clocked(question, search, reader)
 
     def _peers(self, asked: Sequence[str], search: Search, ours: Reader) -> dict[str, Reader]:
         prompts = (grounded.messages(question, search, ours) for question in asked)
