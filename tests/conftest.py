@@ -6,6 +6,7 @@ Also what every test shares: the default weights, and the variable that turns th
 import os
 from pathlib import Path
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
@@ -36,3 +37,10 @@ def generator_weights() -> Path:
     from rag.models import hub
 
     return hub.local_path(hub.DEFAULT_GENERATOR)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+    """Compiled programs go with the module that asked for them: a process may map only so many of them."""
+    yield
+    jax.clear_caches()

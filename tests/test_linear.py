@@ -46,7 +46,7 @@ def test_every_path_multiplies_by_the_rounded_weight(weight, rows, flags, monkey
 
 def test_bias_and_leading_dimensions(weight):
     values, scale = quantize(weight)
-    x, bias = rows_of(6).reshape(2, 3, WIDTH), jnp.arange(OUTPUTS, dtype=jnp.float32)
+    x, bias = jnp.asarray(rows_of(6)).reshape(2, 3, WIDTH), jnp.arange(OUTPUTS, dtype=jnp.float32)
     got = linear(x, values, bias, scale)
     np.testing.assert_allclose(
         got.reshape(6, -1), linear(x.reshape(6, WIDTH), values, None, scale) + bias, atol=1e-4
@@ -56,8 +56,7 @@ def test_bias_and_leading_dimensions(weight):
 
 def test_zeros_and_tiny_rows_stay_finite(weight):
     values, scale = quantize(weight)
-    x = np.zeros((3, WIDTH), np.float32)
-    x[1] = 1e-42
+    x = jnp.zeros((3, WIDTH)).at[1].set(1e-42)
     assert not np.any(linear(x, values, None, scale))
 
 

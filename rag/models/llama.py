@@ -204,7 +204,7 @@ def _native_layer(layer: Layer, c: LlamaConfig, x, angles, positions, cached):
 def use_native(model: Llama) -> None:
     """Let rag.ops.native read the model's single tokens, if it reads models of this kind and can be had here."""
     c = model.config
-    plain = model.embed_tokens.scale is not None and not c.qkv_bias and not c.qk_norm
+    plain = model.embed_tokens.scale is not None and not c.qkv_bias and not c.qk_norm and c.head_dim <= 256
     model.native = plain and native.available()
 
 

@@ -110,30 +110,35 @@ void Rotate(float* x, const float* cos, const float* sin, int64_t half) {
   }
 }
 
+constexpr int64_t kMostDim = 256;  // of a head
+
 // What one head has attended to: the largest score, the sum of the exponentials, and the values they weigh.
 struct Attended {
-  float top = -1e30f, total = 0;
-  std::vector<float> values;
+  float top, total, values[kMostDim];
 };
 
-// One head's query against the slots of a share.
+// One head's query against the slots of a share; `weights` is scratch.
 void Attend(const float* q, const float* keys, const float* values, Share slots, int64_t dim, float* weights,
-            Attended& out) {
+            Attended& result) {
   const float scale = 1 / std::sqrt(static_cast<float>(dim));
+  float top = -1e30f, total = 0, sum[kMostDim] = {};
   for (int64_t s = slots.begin; s < slots.end; s++) {
     float score = 0;
     for (int64_t d = 0; d < dim; d++) score += q[d] * keys[s * dim + d];
     weights[s] = score * scale;
-    out.top = std::max(out.top, weights[s]);
+    top = std::max(top, weights[s]);
   }
   for (int64_t s = slots.begin; s < slots.end; s++) {
-    weights[s] = std::exp(weights[s] - out.top);
-    out.total += weights[s];
+    weights[s] = std::exp(weights[s] - top);
+    total += weights[s];
   }
-  out.values.assign(dim, 0.0f);
   for (int64_t s = slots.begin; s < slots.end; s++) {
-    for (int64_t d = 0; d < dim; d++) out.values[d] += weights[s] * values[s * dim + d];
+    const float weight = weights[s];
+    for (int64_t d = 0; d < dim; d++) sum[d] += weight * values[s * dim + d];
   }
+  result.top = top;
+  result.total = total;
+  std::copy(sum, sum + dim, result.values);
 }
 
 // The shares of one head together, as flash-decoding does it.

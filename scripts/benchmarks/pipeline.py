@@ -45,6 +45,7 @@ class Pipeline:
     weights: str = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
     dtypes: Sequence[str] = ("float32", "int8")
     kv_reuse: Sequence[str] = ("none", "prefix", "chunk", "blend")
+    drafting: bool = False
     new_tokens: int = 64
     repeats: int = 7  # questions, each asked once
     warmup: int = 2  # questions before them
@@ -72,7 +73,7 @@ class Pipeline:
         return rows({name: taken[self.warmup :] for name, taken in clocks.items()}, list(ours))
 
     def _ours(self, dtype: str, kv_reuse: str) -> Reader:
-        generator = local_generator(self.weights, dtype, kv_reuse)
+        generator = local_generator(self.weights, dtype, kv_reuse, self.drafting)
         generator.engine.end_ids = ()  # the budget alone ends an answer
         return self.questions.reader(generator, self.new_tokens)
 
