@@ -74,6 +74,12 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
 
 
 @needs_compiler
+def test_small_numbers_stay_what_they_are():
+    """A library linked with -ffast-math would flush them to zero in the whole process."""
+    assert np.float32(1e-45) / np.float32(1) > 0 and np.float64(5e-324) * 1.0 > 0
+
+
+@needs_compiler
 def test_the_library_is_built_once(monkeypatch, tmp_path):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path))
     built = native._library()

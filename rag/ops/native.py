@@ -27,9 +27,25 @@ from rag.measure import cores, cpu_flags
 
 _SOURCE = Path(__file__).with_name("decoder_layer.cc")
 _TARGET = "rag_decoder_layer"
+# Not -ffast-math: a library linked with it makes the whole process flush small numbers to zero.
 _FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-ffast-math", "-mprefer-vector-width=512"),
-    *("-fPIC", "-shared", "-pthread", "-w"),
+    *(
+        "-std=c++17",
+        "-O3",
+        "-march=native",
+        "-mprefer-vector-width=512",
+        "-fPIC",
+        "-shared",
+        "-pthread",
+        "-w",
+    ),
+    *(
+        "-fassociative-math",
+        "-freciprocal-math",
+        "-fno-signed-zeros",
+        "-fno-trapping-math",
+        "-fno-math-errno",
+    ),
 )
 
 Weight = tuple[Int8[Array, "_ _"], Float32[Array, "_"]]  # [N, M] values, [N] scale: rag.ops.linear.quantize
