@@ -51,7 +51,9 @@ def _roof(name: str, rate: float) -> str:
 
 def command(given: Sequence[str]) -> str:
     """What to type for this run again; of a place on this machine only the last name, and no place to keep it."""
-    settings = [re.sub(r"=('?)[~/]\S*/", r"=\1.../", text) for text in given if not re.match(r"(keep|name)=", text)]
+    settings = [
+        re.sub(r"=('?)[~/]\S*/", r"=\1.../", text) for text in given if not re.match(r"(keep|name)=", text)
+    ]
     return " ".join(["python scripts/bench.py", *settings])
 
 
