@@ -35,8 +35,8 @@ from rag.models.checkpoint import Packed
 from rag.models.llama import KVCache, Llama, forward
 from rag.ops.sampling import Sampling
 
-ROWS = 16  # rows beyond this gain nothing: attention, which dominates, costs the same for each
-READ = 1024  # tokens read at once: more make the products no faster
+ROWS = 16  # at most; chosen, not measured
+READ = 1024  # tokens read at once; chosen, not measured
 SHARED = 64  # prefixes are cut to a multiple of this, so that few programs are compiled
 CAPACITY = 512  # for the same reason the cache has a multiple of so many slots, or below it a power of two
 

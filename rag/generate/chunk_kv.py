@@ -39,6 +39,8 @@ FORMAT = 1  # of the files; part of their keys
 
 Ids = tuple[int, ...]
 
+_TOKENS_TOGETHER = 1024  # padded, of passages read in one batch
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkOptions:
@@ -319,6 +321,3 @@ class ChunkReader:
                 self.store.save(beginning, passage, kv[:, :, :, start : start + len(passage)])
             done += len(members)
             progress(done)
-
-
-_TOKENS_TOGETHER = 1024  # padded, of passages read in one batch

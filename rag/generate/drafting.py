@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from rag.generate.engine import DecodeState, Engine, is_finished
+from rag.generate.engine import DecodeState, Decoding, Engine, is_finished
 from rag.models.checkpoint import Packed
 from rag.models.llama import Llama, forward, logits
 from rag.ops.sampling import Sampling
@@ -201,8 +201,8 @@ class DraftCounts:
     plain_steps: int = 0
 
 
-class Drafting:
-    """One answer being decoded with drafts: engine.Decoding's protocol, its tokens in fewer steps.
+class Drafting(Decoding):
+    """One answer being decoded with drafts: its tokens in fewer steps.
 
     `decode_prepare_s` are the seconds that the first call of each size of draft took to return; `counts` says what
     the drafts were worth.
@@ -217,23 +217,11 @@ class Drafting:
         prefill_prepare_s: float = 0.0,
     ):
         """`state` has one row, which holds the prompt; sampling is greedy (`can_draft`)."""
-        self._engine, self._state, self._policy = engine, state, policy
+        super().__init__(engine, state, Sampling(), prefill_prepare_s)
+        self._policy = policy
         self._text = SuffixAutomaton(prompt)  # built while the device still reads the prompt
-        self._first, self._prepared = True, set[int]()
-        self.prefill_prepare_s, self.decode_prepare_s = prefill_prepare_s, 0.0
+        self._prepared = set[int]()
         self.counts = DraftCounts()
-
-    @property
-    def state(self) -> DecodeState:
-        """As it stands; the next step donates it."""
-        return self._state
-
-    def finish(self, row: int) -> None:
-        """Make no more tokens for this row, the only one."""
-        self._state = replace(self._state, finished=self._state.finished.at[row].set(True))
-
-    def __iter__(self) -> "Drafting":
-        return self
 
     def __next__(self) -> list[list[int]]:
         """The next tokens of the one row, end tokens left out."""
