@@ -13,7 +13,7 @@ Letters: B batch, T tokens, S texts of a row, H heads, D head dim, M width, F ff
 L labels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from rag.models.checkpoint import copies
 from rag.ops.attention import attention
 from rag.ops.linear import linear
 
@@ -299,9 +300,22 @@ def _activation(x: Float[Array, "B T F"], name: Activation) -> Float[Array, "B T
 
 def abstract(config: BertConfig) -> Bert:
     """The model's shapes without its weights, for `checkpoint.fill`."""
-    return nnx.eval_shape(lambda: Bert(config, nnx.Rngs(0)))
+    return _deepened(nnx.eval_shape(lambda: Bert(_of_one_layer(config), nnx.Rngs(0))), config)
 
 
 def abstract_classifier(config: BertConfig, labels: int) -> BertClassifier:
     """The shapes of an encoder with its head, for `checkpoint.fill`."""
-    return nnx.eval_shape(lambda: BertClassifier(config, labels, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: BertClassifier(_of_one_layer(config), labels, nnx.Rngs(0)))
+    model.bert = _deepened(model.bert, config)
+    return model
+
+
+def _of_one_layer(config: BertConfig) -> BertConfig:
+    return replace(config, num_hidden_layers=1)
+
+
+def _deepened(model: Bert, config: BertConfig) -> Bert:
+    """The abstract encoder of one layer with as many as the config says."""
+    model.config = config
+    model.encoder.layer = copies(model.encoder.layer[0], config.num_hidden_layers)
+    return model

@@ -43,8 +43,6 @@ def fill(module: M, tensors: Mapping[str, np.ndarray], table: Sequence[Rule], so
 
     `source` names the checkpoint in errors. Raises UserError for unknown, missing and wrong-shape tensors.
     """
-    graph, state = nnx.split(module)
-    wanted = {_dotted(path): leaf.get_value().shape for path, leaf in nnx.to_flat_state(state)}
     found: dict[str, Any] = {}
     unknown = []
     for name in tensors:
@@ -54,21 +52,33 @@ def fill(module: M, tensors: Mapping[str, np.ndarray], table: Sequence[Rule], so
         elif rule.path is not None:
             array = tensors[name]
             found[rule.path.replace("{i}", layer)] = rule.transform(array) if rule.transform else array
-    missing = sorted(wanted.keys() - found.keys())
-    surplus = sorted(unknown) + sorted(found.keys() - wanted.keys())
+    return _filled(module, found, unknown, source)
+
+
+def _filled(module: M, found: Mapping[str, np.ndarray], unknown: Sequence[str], source: str) -> M:
+    """`fill` with the parameters by their dotted paths; `unknown` are the file's names that no rule knows."""
+    graph, state = nnx.split(module)
+    flat = {_dotted(path): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    missing = sorted(flat.keys() - found.keys())
+    surplus = sorted(unknown) + sorted(found.keys() - flat.keys())
     if missing or surplus:
         raise UserError(
             f"{source} does not hold this architecture: {_some('missing', missing)}; {_some('unknown', surplus)}; "
             "check that the checkpoint is complete and of a supported model family"
         )
-    for path, shape in wanted.items():
-        if found[path].shape != shape:
+    for name, (_, leaf) in flat.items():
+        if found[name].shape != leaf.get_value().shape:
             raise UserError(
-                f"{source} holds {path} with shape {tuple(found[path].shape)} where its own configuration says "
-                f"{tuple(shape)}; the checkpoint is damaged or of another model"
+                f"{source} holds {name} with shape {tuple(found[name].shape)} where its own configuration says "
+                f"{tuple(leaf.get_value().shape)}; the checkpoint is damaged or of another model"
             )
-    flat = [(path, leaf.replace(found[_dotted(path)])) for path, leaf in nnx.to_flat_state(state)]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    values = [(path, leaf.replace(found[name])) for name, (path, leaf) in flat.items()]
+    return nnx.merge(graph, nnx.from_flat_state(values))
+
+
+def copies(layer: M, count: int) -> nnx.List:
+    """So many abstract layers like this one: to trace one and copy its shapes is much sooner done than to trace all."""
+    return nnx.List([jax.tree.map(lambda shape: shape, layer) for _ in range(count)])
 
 
 def _dotted(path: Sequence[Any]) -> str:
@@ -262,4 +272,4 @@ def load_module(module: M, folder: Path) -> M:
     """The abstract `module` with its parameters memory-mapped from `save_module`'s files."""
     paths = [_dotted(path) for path, _ in nnx.to_flat_state(nnx.state(module))]
     tensors = {path: np.load(folder / f"{path}.npy", mmap_mode="r") for path in paths}
-    return fill(module, tensors, [Rule(path, path) for path in paths], str(folder))
+    return _filled(module, tensors, (), str(folder))

@@ -6,7 +6,7 @@ converted (rag.models.checkpoint.keep), so that the second start maps memory ins
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,10 @@ def _abstract(folder: Path, *, int8: bool = False) -> Llama:
     """The shapes of a converted checkpoint."""
     values = json.loads((folder / "config.json").read_text())
     factors = values.pop("rope_factors")
-    return abstract(LlamaConfig(**values, rope_factors=tuple(factors) if factors else None), int8=int8)
+    config = LlamaConfig(**values, rope_factors=tuple(factors) if factors else None)
+    model = abstract(replace(config, num_hidden_layers=1), int8=int8)
+    model.config, model.layers = config, checkpoint.copies(model.layers[0], config.num_hidden_layers)
+    return model
 
 
 def _quantize(path: Path, folder: Path) -> None:
