@@ -16,6 +16,7 @@ Letters: L layers, K kv heads, T tokens of a passage, C slots of the cache, D he
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -115,23 +116,22 @@ def read(packed: Packed[Llama], tokens: Int[Array, "B T"]) -> Float16[Array, "B 
     return jnp.stack(pairs, axis=1).astype(jnp.float16)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames=("config", "dtype"))
 def placed(
-    packed: Packed[Llama],
-    values: Shaped[Array, "L 2 K C D"],
-    scales: Float32[Array, "L 2 K C 1"] | None,
-) -> KVCache:
-    """A cache of what was kept, each key rotated to its slot; `scales` are those of int8 values."""
-    model, (layers, _, _, slots, _) = packed.module, values.shape
-    dtype = model.norm.weight[...].dtype
-    there = _angles(model.config, slots)
+    values: Shaped[Array, "2 K C D"],
+    scales: Float32[Array, "2 K C 1"] | None,
+    *,
+    config: LlamaConfig,
+    dtype: np.dtype,
+) -> tuple[Float[Array, "1 K C D"], Float[Array, "1 K C D"]]:
+    """A layer's cache of what was kept, each key rotated to its slot; `scales` are those of int8 values.
 
-    def layer(i: int, which: int) -> Float[Array, "1 K C D"]:
-        vectors = values[i, which][None].astype(jnp.float32)
-        return vectors if scales is None else vectors * scales[i, which][None]
-
-    keys = tuple(rotate(layer(i, 0), there).astype(dtype) for i in range(layers))
-    return KVCache(keys, tuple(layer(i, 1).astype(dtype) for i in range(layers)))
+    Of one layer, because a program of all takes a second to compile for each number of slots.
+    """
+    vectors = values.astype(jnp.float32)
+    if scales is not None:
+        vectors = vectors * scales
+    return rotate(vectors[:1], _angles(config, values.shape[2])).astype(dtype), vectors[1:].astype(dtype)
 
 
 def _angles(c: LlamaConfig, size: int) -> Float[Array, "1 T R"]:
@@ -286,7 +286,12 @@ class ChunkReader:
             values[:, :, :, start:end] = part["values"] if int8 else part
             if int8:
                 scales[:, :, :, start:end, 0] = part["scale"]
-        return placed(self._engine.packed, values, scales)
+        dtype = self._engine.model.norm.weight[...].dtype
+        layers = [
+            placed(layer, None if scales is None else scales[i], config=c, dtype=dtype)
+            for i, layer in enumerate(values)
+        ]
+        return KVCache(*zip(*layers, strict=True))
 
     def _blended(self, cache: KVCache, parts: Parts, there: np.ndarray) -> KVCache:
         width = bucket(len(parts.ids))
