@@ -152,7 +152,7 @@ def _absorb(
     weights = _exp2(scores - new_top[..., None])
     shrink = _exp2(top - new_top)
     # A product with ones: on XLA:CPU it is 3x as fast as a sum.
-    sums = jnp.einsum("prc,c->pr", weights, jnp.ones(weights.shape[-1]))
+    sums = weights.sum(axis=-1)
     acc = acc * shrink[..., None] + jnp.einsum("prc,pcd->prd", weights, v)
     return acc, new_top, total * shrink + sums
 
@@ -251,8 +251,8 @@ def _scores(
     if not masked:
         return scores
     mask = visible(plan.pattern, extent, rows, columns)
-    by_head = scores.reshape(mask.shape[0], -1, *mask.shape[1:])  # P G block_q C
-    return jnp.where(mask[:, None], by_head, _MASKED).reshape(scores.shape)
+    heads = scores.shape[1] // rows[1]
+    return jnp.where(jnp.tile(mask, (1, heads, 1)), scores, _MASKED)
 
 
 def _exp2(x: Float[Array, "..."]) -> Float[Array, "..."]:
