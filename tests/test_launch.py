@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -328,13 +328,16 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def command(conf, tmp_path, monkeypatch) -> list[str]:
+def command(conf, tmp_path, monkeypatch) -> Iterator[list[str]]:
     root = CONF.parent
     (tmp_path / "tiny.py").write_text(SCRIPT.format(paths=[str(root), str(root / "scripts")]))
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    return [sys.executable, str(tmp_path / "tiny.py")]
+    # A shell's background jobs ignore Ctrl-C, and so would the scripts that they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield [sys.executable, str(tmp_path / "tiny.py")]
+    signal.signal(signal.SIGINT, before)
 
 
 def test_stdout_holds_the_result_and_nothing_else(command, tmp_path):

@@ -1,4 +1,4 @@
-"""The C++ decoder layer against the same layer in JAX."""
+"""The C++ decoder against the same maths in JAX."""
 
 from dataclasses import replace
 
@@ -17,28 +17,79 @@ from tests.tiny import CONFIG, tiny_model
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler, or no CPU backend")
 
 
+# Widths that AMX tiles divide, and CONFIG's, which they don't.
+WIDE = replace(CONFIG, hidden_size=64, intermediate_size=128, head_dim=48, vocab_size=320)
+SLOTS = 96  # more than one tile of attention
+
+
 @pytest.fixture
 def model():
     return quantized(tiny_model())
 
 
+def filled_cache(config: llama.LlamaConfig, batch: int) -> llama.KVCache:
+    rng = np.random.default_rng(0)
+    shape = (batch, config.num_key_value_heads, SLOTS, config.head_dim)
+
+    def arrays():
+        count = config.num_hidden_layers
+        return tuple(jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(count))
+
+    return llama.KVCache(arrays(), arrays())
+
+
 @needs_compiler
-@pytest.mark.parametrize("position", [0, 1, 36, 63])
-def test_a_token_through_all_layers_equals_jax(model, position):
-    rng = np.random.default_rng(position)
-    shape = (1, CONFIG.num_key_value_heads, 64, CONFIG.head_dim)
-    arrays = [
-        jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2 * CONFIG.num_hidden_layers)
-    ]
-    cache = llama.KVCache(tuple(arrays[::2]), tuple(arrays[1::2]))
-    token, start = jnp.asarray([[17]], jnp.int32), jnp.asarray([position], jnp.int32)
-    want, want_cache = jax.jit(llama.forward)(model, token, start, cache)
+@pytest.mark.parametrize("config", [CONFIG, WIDE], ids=["tiny", "wide"])
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [[0]],
+        [[SLOTS - 1]],
+        [[70], [3], [40]],  # a batch, a token each
+        [[12, 13, 14]],
+        [list(range(60, 69))],  # one more than a block of tokens
+        [[5, 2, 80, 77, 31], [90, 0, 1, 64, 63]],  # anywhere, in any order
+        [list(range(30, 94))],
+    ],
+    ids=lambda positions: f"{len(positions)}x{len(positions[0])}",
+)
+def test_tokens_through_all_layers_equal_jax(config, positions):
+    model = quantized(tiny_model(config=config))
+    at, cache = np.asarray(positions, np.int32), filled_cache(config, len(positions))
+    tokens = np.arange(at.size, dtype=np.int32).reshape(at.shape) * 7 % 300
+    want, want_cache = jax.jit(llama.forward)(model, tokens, at, cache)
+    want_logits = llama.logits(model, want[:, -1])
     llama.use_native(model)
     assert model.native
-    got, got_cache = jax.jit(llama.forward)(model, token, start, cache)
-    np.testing.assert_allclose(got, want, atol=2e-3 * np.abs(want).max())
+    got, got_cache = jax.jit(llama.forward)(model, tokens, at, cache)
+    close(got, want)
+    close(llama.logits(model, want[:, -1]), want_logits)
     for new, old in zip(jax.tree.leaves(got_cache), jax.tree.leaves(want_cache), strict=True):
-        np.testing.assert_allclose(new, old, atol=2e-3 * np.abs(old).max())
+        close(new, old)
+
+
+def close(got, want) -> None:
+    np.testing.assert_allclose(got, want, atol=2e-3 * np.abs(want).max())
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("rows", "width", "outputs"), [(1, 64, 48), (1, 50, 7), (3, 64, 33), (20, 192, 80), (70, 128, 16)]
+)
+def test_products_equal_numpy(rows, width, outputs):
+    rng = np.random.default_rng(rows)
+    x = (rng.standard_normal((rows, width)) * rng.exponential(size=width)).astype(np.float32)
+    values = rng.integers(-127, 128, (outputs, width)).astype(np.int8)
+    scale = rng.exponential(size=outputs).astype(np.float32)
+    want = x.astype(np.float64) @ (values * scale[:, None].astype(np.float64)).T
+    got = jax.jit(native.linear)(x, (values, scale))
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+@needs_compiler
+def test_rows_of_zeros_stay_zero():
+    got = native.linear(jnp.zeros((3, 64)), (jnp.ones((16, 64), jnp.int8), jnp.ones(16)))
+    np.testing.assert_array_equal(got, 0)
 
 
 @needs_compiler
@@ -48,7 +99,7 @@ def test_decoding_writes_the_same_tokens(model):
     llama.use_native(model)
     engine = Engine(model, ())
     assert [engine.generate([prompt], 12)[0] for prompt in prompts] == want
-    assert engine.generate(prompts, 12) == want  # two rows: XLA's
+    assert engine.generate(prompts, 12) == want
 
 
 def test_what_it_cannot_read_is_left_to_xla():

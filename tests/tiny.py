@@ -30,9 +30,9 @@ TEMPLATE = (
 IM_END = 257
 
 
-def tiny_model(seed: int = 0) -> Llama:
+def tiny_model(seed: int = 0, config: LlamaConfig = CONFIG) -> Llama:
     """Random weights, large enough that greedy tokens vary."""
-    model = Llama(CONFIG, nnx.Rngs(seed))
+    model = Llama(config, nnx.Rngs(seed))
     return jax.tree.map(lambda a: a * 3 if a.ndim == 2 else a, model)
 
 

@@ -123,7 +123,7 @@ class Llama(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, rngs)
-        self.native = False  # whether a token alone goes through rag.ops.native
+        self.native = False  # whether a few tokens behind a cache go through rag.ops.native
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
@@ -159,14 +159,13 @@ def forward(
     angles = rope_angles(each, c.head_dim, c.rope_theta, c.rope_factors)
     with jax.named_scope("embed"):
         x = model.embed_tokens(tokens)
+    if cache is not None and model.native and each.size <= native.most_rows():
+        return _native_forward(model, x, each, angles, cache)
     keys, values = [], []
     for i, layer in enumerate(model.layers):
         cached = None if cache is None else (cache.keys[i], cache.values[i])
         with jax.named_scope(f"layer_{i}"):
-            if model.native and cached is not None and tokens.shape == (1, 1):
-                x, (k, v) = _native_layer(layer, c, x, angles, positions, cached)
-            else:
-                x, (k, v) = layer_forward(layer, c, x, angles, positions, cached)
+            x, (k, v) = layer_forward(layer, c, x, angles, positions, cached)
         keys.append(k)
         values.append(v)
     return model.norm(x), KVCache(tuple(keys), tuple(values))
@@ -186,26 +185,24 @@ def layer_forward(
     return x + _mlp(layer.mlp, layer.post_attention_layernorm(x)), written
 
 
-def _native_layer(layer: Layer, c: LlamaConfig, x, angles, positions, cached):
-    """layer_forward of one token by rag.ops.native."""
-    a, m = layer.self_attn, layer.mlp
-    projections = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
-    return native.decoder_layer(
-        x,
-        positions.reshape(1),
-        angles,
-        (layer.input_layernorm.weight[...], layer.post_attention_layernorm.weight[...]),
-        [(p.weight[...], p.scale[...]) for p in projections],
-        cached,
-        c.rms_norm_eps,
-    )
+def _native_forward(model: Llama, x, positions, angles, cache: KVCache) -> tuple[Array, KVCache]:
+    """All layers of `forward` by rag.ops.native."""
+    layers = []
+    for layer in model.layers:
+        a, m = layer.self_attn, layer.mlp
+        projections = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
+        norms = layer.input_layernorm.weight[...], layer.post_attention_layernorm.weight[...]
+        layers.append(native.Layer(norms, [(p.weight[...], p.scale[...]) for p in projections]))
+    eps = model.config.rms_norm_eps
+    x, keys, values = native.decoder(x, positions, angles, layers, cache.keys, cache.values, eps)
+    return model.norm(x), KVCache(keys, values)
 
 
 def use_native(model: Llama) -> None:
-    """Let rag.ops.native read the model's single tokens, if it reads models of this kind and can be had here."""
+    """Let rag.ops.native read what stands behind a cache, if it reads models of this kind and can be had here."""
     c = model.config
-    plain = model.embed_tokens.scale is not None and not c.qkv_bias and not c.qk_norm and c.head_dim <= 256
-    model.native = plain and native.available()
+    plain = model.embed_tokens.scale is not None and not c.qkv_bias and not c.qk_norm
+    model.native = plain and c.head_dim <= native.MOST_DIM and native.available()
 
 
 def logits(model: Llama, hidden: Float[Array, "B M"]) -> Float[Array, "B V"]:
@@ -213,6 +210,8 @@ def logits(model: Llama, hidden: Float[Array, "B M"]) -> Float[Array, "B V"]:
     head = model.embed_tokens if model.lm_head is None else model.lm_head
     scale = None if head.scale is None else head.scale[...]
     with jax.named_scope("lm_head"):
+        if model.native and len(hidden) <= native.most_rows():
+            return native.linear(hidden, (head.weight[...], head.scale[...]))
         return linear(hidden.astype(jnp.float32), head.weight[...], scale=scale)
 
 

@@ -1,10 +1,11 @@
-"""A decoder layer for one token as one C++ call (decoder_layer.cc), where this machine has a compiler.
+"""A few tokens through a decoder with int8 weights as one C++ call (decoder.cc), where this machine has a compiler.
 
 An option that nothing depends on: without it, or where it does not apply, XLA runs the same maths. What it saves is
-not arithmetic but the forty small steps of a layer, between which XLA's threads go to sleep. The library is built
-at first use, in seconds, and kept in the cache folder under its source, the compiler and the processor.
+not arithmetic but the forty small steps of a layer, between which XLA's threads go to sleep, and the making or loading
+of the programs that hold them. The library is built at first use, in seconds, and kept in the cache folder under its
+source, the compiler and the processor.
 
-Letters: M width, F ffn, H query heads, K kv heads, D head dim, S slots of the cache.
+Letters: B batch, T tokens of a row, L layers, M width, K kv heads, D head dim, S slots of the cache, N outputs.
 """
 
 import ctypes
@@ -13,8 +14,10 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache as once
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -25,8 +28,8 @@ from jaxtyping import Array, Float32, Int8, Int32
 from rag import cache
 from rag.measure import cores, cpu_flags
 
-_SOURCE = Path(__file__).with_name("decoder_layer.cc")
-_TARGET = "rag_decoder_layer"
+_SOURCE = Path(__file__).with_name("decoder.cc")
+_TARGETS = {"rag_decoder": "RagDecoder", "rag_linear": "RagLinear"}
 # Not -ffast-math: a library linked with it makes the whole process flush small numbers to zero.
 _FLAGS = (
     *(
@@ -48,20 +51,35 @@ _FLAGS = (
     ),
 )
 
+MOST_DIM = 256  # of a head
+
 Weight = tuple[Int8[Array, "_ _"], Float32[Array, "_"]]  # [N, M] values, [N] scale: rag.ops.linear.quantize
 
 
 @once
 def available() -> bool:
-    """Whether the layer can be called in this process: on CPU, with a C++ compiler or a library built before."""
-    if jax.default_backend() != "cpu":
-        return False
+    """Whether it can be called in this process: on an x86 CPU with AVX2, with a C++ compiler."""
+    return _loaded() is not None
+
+
+@once
+def most_rows() -> int:
+    """Tokens, B * T, up to which it is faster than XLA: more where the processor has AMX tiles."""
+    return 64 if _loaded().RagHasTiles() else 8
+
+
+@once
+def _loaded() -> ctypes.CDLL | None:
+    if jax.default_backend() != "cpu" or "avx2" not in cpu_flags():
+        return None
     library = _library()
     if library is None:
-        return False
-    handler = ctypes.CDLL(str(library)).RagDecoderLayer
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler), platform="cpu")
-    return True
+        return None
+    loaded = ctypes.CDLL(str(library))
+    loaded.RagHasTiles.restype = ctypes.c_bool
+    for target, symbol in _TARGETS.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
+    return loaded
 
 
 def _library() -> Path | None:
@@ -91,26 +109,45 @@ def _build(compiler: str, path: Path) -> bool:
     return True
 
 
-def decoder_layer(
-    x: Float32[Array, "1 1 M"],
-    position: Int32[Array, "1"],
-    angles: Float32[Array, "1 1 R"],
-    norms: tuple[Float32[Array, "M"], Float32[Array, "M"]],
-    projections: Sequence[Weight],
-    cached: tuple[Float32[Array, "1 K S D"], Float32[Array, "1 K S D"]],
-    eps: float,
-) -> tuple[Float32[Array, "1 1 M"], tuple[Float32[Array, "1 K S D"], Float32[Array, "1 K S D"]]]:
-    """One token at `position` through a layer: the residual stream behind it, and the cache with it written.
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of a layer: RMSNorm's before attention and before the MLP; q, k, v, o, gate, up and down."""
 
-    `norms` are RMSNorm's weights before attention and before the MLP, `projections` q, k, v, o, gate, up and down,
-    `angles` the token's R = D/2 rotations. In place where the cache was donated. Ask `available` first.
+    norms: tuple[Float32[Array, "M"], Float32[Array, "M"]]
+    projections: Sequence[Weight]
+
+    @property
+    def arrays(self) -> list[Array]:
+        q_to_o, mlp = self.projections[:4], self.projections[4:]
+        return [self.norms[0], *chain(*q_to_o), self.norms[1], *chain(*mlp)]
+
+
+def decoder(
+    x: Float32[Array, "B T M"],
+    positions: Int32[Array, "B T"],
+    angles: Float32[Array, "B T R"],
+    layers: Sequence[Layer],
+    keys: Sequence[Float32[Array, "B K S D"]],
+    values: Sequence[Float32[Array, "B K S D"]],
+    eps: float,
+) -> tuple[Float32[Array, "B T M"], tuple[Array, ...], tuple[Array, ...]]:
+    """The residual stream behind all layers, and keys and values with these tokens' written to their positions.
+
+    A token sees the slots up to its position. `angles` are the tokens' R = D/2 rotations. In place where the cache
+    was donated. At most `most_rows()` tokens are fast; ask `available` first.
     """
-    results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *cached))
-    q_to_o = [array for weight in projections[:4] for array in weight]
-    mlp = [array for weight in projections[4:] for array in weight]
-    angles = angles[0, 0]
-    arguments = [x, position, jnp.cos(angles), jnp.sin(angles), norms[0], *q_to_o, norms[1], *mlp, *cached]
-    aliases = {len(arguments) - 2: 1, len(arguments) - 1: 2}
-    call = jax.ffi.ffi_call(_TARGET, results, input_output_aliases=aliases)
-    y, keys, values = call(*arguments, threads=np.int64(cores()), eps=np.float32(eps))
-    return y, (keys, values)
+    caches = [array for pair in zip(keys, values, strict=True) for array in pair]
+    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, *caches)]
+    arguments, aliases = [x, positions, jnp.cos(angles), jnp.sin(angles)], {}
+    for i, layer in enumerate(layers):
+        arguments += [*layer.arrays, keys[i], values[i]]
+        aliases |= {len(arguments) - 2: 2 * i + 1, len(arguments) - 1: 2 * i + 2}
+    call = jax.ffi.ffi_call("rag_decoder", results, input_output_aliases=aliases)
+    y, *written = call(*arguments, threads=np.int64(cores()), eps=np.float32(eps))
+    return y, tuple(written[::2]), tuple(written[1::2])
+
+
+def linear(x: Float32[Array, "R M"], weight: Weight) -> Float32[Array, "R N"]:
+    """`x @ (values * scale[:, None]).T` by rows of x. Ask `available` first."""
+    result = jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[0]), x.dtype)
+    return jax.ffi.ffi_call("rag_linear", result)(x, *weight, threads=np.int64(cores()))
