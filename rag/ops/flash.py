@@ -151,10 +151,8 @@ def _absorb(
     new_top = jnp.maximum(top, scores.max(axis=-1))
     weights = _exp2(scores - new_top[..., None])
     shrink = _exp2(top - new_top)
-    # A product with ones: on XLA:CPU it is 3x as fast as a sum.
-    sums = weights.sum(axis=-1)
     acc = acc * shrink[..., None] + jnp.einsum("prc,pcd->prd", weights, v)
-    return acc, new_top, total * shrink + sums
+    return acc, new_top, total * shrink + weights.sum(axis=-1)
 
 
 def _normalise(
