@@ -216,9 +216,17 @@ def forward(
         extent = {"q_segments": segments, "kv_segments": segments}
     for i, layer in enumerate(model.encoder.layer):
         with jax.named_scope(f"layer_{i}"):
-            x = layer.attention.output(_attend(layer.attention.self, c, x, extent), x)
-            x = layer.output(_expand(layer.intermediate, c, x), x)
+            x = encoder_layer(layer, x, extent, c=c)
     return x
+
+
+@partial(jax.jit, static_argnames="c")
+def encoder_layer(
+    layer: Layer, x: Float[Array, "B T M"], extent: dict[str, Array], *, c: BertConfig
+) -> Float[Array, "B T M"]:
+    """One layer, jitted by itself so that the program of all of them traces it once."""
+    x = layer.attention.output(_attend(layer.attention.self, c, x, extent), x)
+    return layer.output(_expand(layer.intermediate, c, x), x)
 
 
 def pool(
