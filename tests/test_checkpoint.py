@@ -68,6 +68,15 @@ def test_fill_is_strict(toy, tensors, change, message):
         checkpoint.fill(toy, tensors, TABLE, "toy")
 
 
+def test_copied_layers_are_what_tracing_each_gives(toy, tensors):
+    copied = nnx.eval_shape(Toy)
+    copied.layers = checkpoint.copies(copied.layers[0], 2)
+    assert nnx.split(copied)[0] == nnx.split(toy)[0]
+    filled = checkpoint.fill(copied, tensors, TABLE, "toy")  # each layer has a place of its own
+    np.testing.assert_array_equal(filled.layers[0].weight[...], -tensors["blk.0.w"])
+    np.testing.assert_array_equal(filled.layers[1].weight[...], -tensors["blk.1.w"])
+
+
 def test_saved_parameters_come_back_memory_mapped(toy, tensors, tmp_path):
     filled = checkpoint.fill(toy, tensors, TABLE, "toy")
     checkpoint.save_module(filled, tmp_path)
