@@ -1,9 +1,9 @@
-"""A few tokens through a decoder with int8 weights as one C++ call (decoder.cc), where this machine has a compiler.
+"""A few tokens through a decoder with int8 weights as one C++ call (cpp/), where this machine has a compiler.
 
 An option that nothing depends on: without it, or where it does not apply, XLA runs the same maths. What it saves is
 not arithmetic but the forty small steps of a layer, between which XLA's threads go to sleep, and the making or loading
 of the programs that hold them. The library is built at first use, in seconds, and kept in the cache folder under its
-source, the compiler and the processor.
+sources, the compiler and the processor.
 
 Letters: B batch, T tokens of a row, L layers, M width, K kv heads, D head dim, S slots of the cache, N outputs.
 """
@@ -28,7 +28,7 @@ from jaxtyping import Array, Float32, Int8, Int32
 from rag import cache
 from rag.measure import cores, cpu_flags
 
-_SOURCE = Path(__file__).with_name("decoder.cc")
+_SOURCES = Path(__file__).with_name("cpp")
 _TARGETS = {"rag_decoder": "RagDecoder", "rag_linear": "RagLinear"}
 # Not -ffast-math: a library linked with it makes the whole process flush small numbers to zero.
 _FLAGS = (
@@ -88,7 +88,11 @@ def _library() -> Path | None:
     if compiler is None:
         return None
     key = cache.content_key(
-        _SOURCE.read_text(), compiler, _FLAGS, list(cpu_flags()), metadata.version("jaxlib")
+        [file.read_text() for file in sorted(_SOURCES.iterdir())],
+        compiler,
+        _FLAGS,
+        list(cpu_flags()),
+        metadata.version("jaxlib"),
     )
     path = cache.cache_root() / "native" / f"{key}.so"
     if not path.exists():
@@ -101,7 +105,14 @@ def _library() -> Path | None:
 def _build(compiler: str, path: Path) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "library.so"
-        command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(built)]
+        command = [
+            compiler,
+            *_FLAGS,
+            f"-I{jax.ffi.include_dir()}",
+            str(_SOURCES / "decoder.cc"),
+            "-o",
+            str(built),
+        ]
         if subprocess.run(command, capture_output=True, check=False).returncode:
             return False
         with cache.atomic_file(path) as file:
