@@ -68,6 +68,20 @@ def test_tokens_through_all_layers_equal_jax(config, positions):
         close(new, old)
 
 
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 3])
+def test_prompts_longer_than_a_call_are_read_in_blocks(rows, monkeypatch):
+    monkeypatch.setattr(native, "_AT_ONCE", 20)
+    model = quantized(tiny_model(config=WIDE))
+    tokens, starts = np.arange(rows * 40, dtype=np.int32).reshape(rows, 40), np.zeros(rows, np.int32)
+    want, want_cache = jax.jit(llama.forward)(model, tokens, starts)
+    llama.use_native(model)
+    got, got_cache = jax.jit(llama.forward)(model, tokens, starts)
+    close(got, want)
+    for new, old in zip(jax.tree.leaves(got_cache), jax.tree.leaves(want_cache), strict=True):
+        close(new, old)
+
+
 def close(got, want) -> None:
     np.testing.assert_allclose(got, want, atol=2e-3 * np.abs(want).max())
 
@@ -82,13 +96,13 @@ def test_products_equal_numpy(rows, width, outputs):
     values = rng.integers(-127, 128, (outputs, width)).astype(np.int8)
     scale = rng.exponential(size=outputs).astype(np.float32)
     want = x.astype(np.float64) @ (values * scale[:, None].astype(np.float64)).T
-    got = jax.jit(native.linear)(x, (values, scale))
+    got = jax.jit(native.linear)(x, values, scale)
     np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
 @needs_compiler
 def test_rows_of_zeros_stay_zero():
-    got = native.linear(jnp.zeros((3, 64)), (jnp.ones((16, 64), jnp.int8), jnp.ones(16)))
+    got = native.linear(jnp.zeros((3, 64)), jnp.ones((16, 64), jnp.int8), jnp.ones(16))
     np.testing.assert_array_equal(got, 0)
 
 

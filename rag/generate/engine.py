@@ -2,7 +2,7 @@
 
 Prompts of a batch are padded on the right to one bucketed length, so that few shapes are compiled; each row
 then writes at its own position. Decode runs several steps a dispatch in one `while_loop`, because in float32 that
-costs nothing on CPU and hides the host's work between steps; int8 products fall off their fast path in loops on
+costs nothing on CPU and hides the host's work between steps; XLA's int8 products fall off their fast path in loops on
 some processors, so there the steps of a dispatch are unrolled, and one is the default.
 
 Letters: B batch, T prompt tokens, C slots of the cache, M width, V vocab.
@@ -217,7 +217,8 @@ class Engine:
         """`steps_per_dispatch` None: 4, or 1 where int8 products should not stand in a loop."""
         self.model, self.packed = model, pack(model)
         self.end_ids = tuple(sorted(end_ids))
-        self.loop = model.embed_tokens.scale is None or jax.default_backend() != "cpu"
+        plain = model.embed_tokens.scale is None
+        self.loop = plain or model.native or jax.default_backend() != "cpu"
         self.steps_per_dispatch = steps_per_dispatch or (4 if self.loop else 1)
 
     def capacity(self, prompt_tokens: int, max_new_tokens: int) -> int:

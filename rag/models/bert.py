@@ -69,11 +69,12 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(size_in**-0.5 * jax.random.normal(rngs(), (size_out, size_in)))
         self.bias = nnx.Param(jnp.zeros(size_out))
         self.scale = nnx.data(None)
+        self.native = False  # whether rag.ops.native multiplies
 
     def __call__(self, x: Float[Array, "*batch M"]) -> Float[Array, "*batch N"]:
         weight, bias = self.weight[...], self.bias[...]
         if self.scale is not None:
-            return linear(x, weight, bias, self.scale[...])
+            return linear(x, weight, bias, self.scale[...], by_native=self.native)
         return linear(x.astype(weight.dtype), weight, bias).astype(x.dtype)
 
 

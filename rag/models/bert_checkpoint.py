@@ -122,7 +122,8 @@ def convert_layers(model: Bert, dtype: str) -> Bert:
     sooner than bfloat16 ones.
     """
     if dtype == "int8":
-        return checkpoint.quantized(model)
+        model = checkpoint.quantized(model)
+        checkpoint.multiply_natively(model)
     if dtype == "bfloat16":
         multiplies = jax.default_backend() != "cpu" or any("bf16" in flag for flag in cpu_flags())
         for _, layer in nnx.iter_modules(model):

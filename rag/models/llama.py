@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from rag.models.checkpoint import quantized
+from rag.models.checkpoint import multiply_natively, quantized
 from rag.ops import native
 from rag.ops.attention import attention
 from rag.ops.linear import linear
@@ -50,9 +50,11 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(size_in**-0.5 * jax.random.normal(rngs(), (size_out, size_in)))
         self.bias = nnx.Param(jnp.zeros(size_out)) if bias else None
         self.scale = nnx.data(None)
+        self.native = False  # whether rag.ops.native multiplies
 
     def __call__(self, x: Float[Array, "*batch M"]) -> Float[Array, "*batch N"]:
-        return linear(x, self.weight[...], *(p and p[...] for p in (self.bias, self.scale)))
+        bias, scale = (p and p[...] for p in (self.bias, self.scale))
+        return linear(x, self.weight[...], bias, scale, by_native=self.native)
 
 
 class RMSNorm(nnx.Module):
@@ -123,7 +125,7 @@ class Llama(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, rngs)
-        self.native = False  # whether a few tokens behind a cache go through rag.ops.native
+        self.native = False  # whether tokens go through rag.ops.native
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
@@ -149,7 +151,7 @@ def forward(
 ) -> tuple[Float[Array, "B T M"], KVCache]:
     """Hidden states after the last norm, and the cache with these tokens' keys and values written to it.
 
-    `positions` are [B], of consecutive tokens from there on, or [B, T], of tokens anywhere and in any order: each
+    `positions` are [B], of consecutive tokens from there on, or [B, T], of tokens anywhere in ascending order: each
     is written to the slot of its position and sees the slots up to it. Without a cache positions must be zeros
     [B], and the cache that is returned holds T tokens. Rows padded on the right are safe: attention is causal, so
     no token sees the padding after it, and what the padding wrote lies at positions that are overwritten first.
@@ -159,8 +161,10 @@ def forward(
     angles = rope_angles(each, c.head_dim, c.rope_theta, c.rope_factors)
     with jax.named_scope("embed"):
         x = model.embed_tokens(tokens)
-    if cache is not None and model.native and each.size <= native.most_rows():
-        return _native_forward(model, x, each, angles, cache)
+    if model.native and native.reads(each.size):
+        empty = jnp.zeros((len(x), c.num_key_value_heads, x.shape[1], c.head_dim), x.dtype)
+        nothing = KVCache((empty,) * c.num_hidden_layers, (empty,) * c.num_hidden_layers)
+        return _native_forward(model, x, each, angles, nothing if cache is None else cache)
     keys, values = [], []
     for i, layer in enumerate(model.layers):
         cached = None if cache is None else (cache.keys[i], cache.values[i])
@@ -199,10 +203,11 @@ def _native_forward(model: Llama, x, positions, angles, cache: KVCache) -> tuple
 
 
 def use_native(model: Llama) -> None:
-    """Let rag.ops.native read what stands behind a cache, if it reads models of this kind and can be had here."""
+    """Let rag.ops.native read, if it reads models of this kind and can be had here."""
     c = model.config
     plain = model.embed_tokens.scale is not None and not c.qkv_bias and not c.qk_norm
     model.native = plain and c.head_dim <= native.MOST_DIM and native.available()
+    multiply_natively(model)
 
 
 def logits(model: Llama, hidden: Float[Array, "B M"]) -> Float[Array, "B V"]:
@@ -210,9 +215,8 @@ def logits(model: Llama, hidden: Float[Array, "B M"]) -> Float[Array, "B V"]:
     head = model.embed_tokens if model.lm_head is None else model.lm_head
     scale = None if head.scale is None else head.scale[...]
     with jax.named_scope("lm_head"):
-        if model.native and len(hidden) <= native.most_rows():
-            return native.linear(hidden, (head.weight[...], head.scale[...]))
-        return linear(hidden.astype(jnp.float32), head.weight[...], scale=scale)
+        by_native = model.native and native.reads(len(hidden))
+        return linear(hidden.astype(jnp.float32), head.weight[...], scale=scale, by_native=by_native)
 
 
 def _attend(layer: SelfAttention, c: LlamaConfig, x, angles, positions, cached):

@@ -8,6 +8,8 @@ by it depends on the processor and on the rows of x, all of which XLA:CPU serves
     2 to 128    digits                                  digits
     more        bfloat16, where the processor has it    float32
 
+With AMX and a compiler, rag.ops.native multiplies any number of rows by digits, and several times as fast.
+
 "Digits": x is written in two signed 8-bit digits to base 254, scaled by the row's largest entry, and each is
 multiplied exactly, int8 x int8 -> int32. That is as exact as 15 bits, where one digit would lose what one large
 entry of a row leaves of the others; and a row's result does not depend on its neighbours.
@@ -23,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int8, Num
 
 from rag.measure import cpu_flags
+from rag.ops import native
 
 _FEW = 128  # rows up to which digits win over converting the weight
 _STACKED = 32  # rows up to which both digits go in one product: a lone row falls off the int8 kernels
@@ -35,17 +38,20 @@ def linear(
     weight: Num[Array, "N M"],
     bias: Float[Array, "N"] | None = None,
     scale: Float32[Array, "N"] | None = None,
+    *,
+    by_native: bool = False,
 ) -> Float[Array, "*batch N"]:
     """`x @ weight.T * scale + bias`, accumulated in float32 or exactly, in x's dtype.
 
-    With a `scale` the weight is int8. The [N, M] layout is read row by row, which is also what XLA:CPU's one-row
-    kernels are fast at.
+    With a `scale` the weight is int8; `by_native` multiplies by rag.ops.native, which must be available. The [N, M]
+    layout is read row by row, which is also what XLA:CPU's one-row kernels are fast at.
     """
     if scale is None:
         y = jnp.einsum("...m,nm->...n", x, weight, preferred_element_type=jnp.float32)
     else:
         rows = x.reshape(-1, x.shape[-1])
-        y = (_int8(rows, weight) * scale).reshape(*x.shape[:-1], -1)
+        product = native.linear if by_native else _int8
+        y = product(rows, weight, scale).reshape(*x.shape[:-1], -1)
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
@@ -57,17 +63,23 @@ def quantize(weight: Float[Array, "N M"]) -> tuple[Int8[Array, "N M"], Float32[A
     return values.astype(jnp.int8), scale
 
 
-def _int8(x: Float[Array, "R M"], values: Int8[Array, "N M"]) -> Float32[Array, "R N"]:
+def _int8(
+    x: Float[Array, "R M"], values: Int8[Array, "N M"], scale: Float32[Array, "N"]
+) -> Float32[Array, "R N"]:
     with jax.named_scope("int8"):
-        if jax.default_backend() != "cpu":
-            return _dot(x, values.astype(x.dtype), jnp.float32)
-        rows = len(x)
-        if rows == 1 and not _multiplies("vnni", "amx_int8"):
-            return x.astype(jnp.float32) @ values.astype(jnp.float32).T  # XLA converts as it reads
-        if rows <= _FEW:
-            return _by_digits(x.astype(jnp.float32), values)
-        wide = jnp.bfloat16 if _multiplies("bf16") else jnp.float32  # holds int8 exactly
-        return _dot(x.astype(wide), values.astype(wide), jnp.float32)
+        return _product(x, values) * scale
+
+
+def _product(x: Float[Array, "R M"], values: Int8[Array, "N M"]) -> Float32[Array, "R N"]:
+    if jax.default_backend() != "cpu":
+        return _dot(x, values.astype(x.dtype), jnp.float32)
+    rows = len(x)
+    if rows == 1 and not _multiplies("vnni", "amx_int8"):
+        return x.astype(jnp.float32) @ values.astype(jnp.float32).T  # XLA converts as it reads
+    if rows <= _FEW:
+        return _by_digits(x.astype(jnp.float32), values)
+    wide = jnp.bfloat16 if _multiplies("bf16") else jnp.float32  # holds int8 exactly
+    return _dot(x.astype(wide), values.astype(wide), jnp.float32)
 
 
 def _by_digits(x: Float32[Array, "R M"], values: Int8[Array, "N M"]) -> Float32[Array, "R N"]:

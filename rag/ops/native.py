@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from rag import cache
 from rag.measure import cores, cpu_flags
@@ -44,6 +44,7 @@ _FLAGS = (
     ),
     *(
         "-fassociative-math",
+        "-ffinite-math-only",
         "-freciprocal-math",
         "-fno-signed-zeros",
         "-fno-trapping-math",
@@ -51,6 +52,8 @@ _FLAGS = (
     ),
 )
 
+FEW = 8  # tokens that cost hardly more than one even without AMX
+_AT_ONCE = 256  # tokens of one call: more would not be read faster, and take memory
 MOST_DIM = 256  # of a head
 
 Weight = tuple[Int8[Array, "_ _"], Float32[Array, "_"]]  # [N, M] values, [N] scale: rag.ops.linear.quantize
@@ -63,9 +66,14 @@ def available() -> bool:
 
 
 @once
-def most_rows() -> int:
-    """Tokens, B * T, up to which it is faster than XLA: more where the processor has AMX tiles."""
-    return 64 if _loaded().RagHasTiles() else 8
+def has_tiles() -> bool:
+    """Whether products go through AMX's matrix unit, where many tokens are its strength: there `linear` beats XLA."""
+    return available() and _loaded().RagHasTiles()
+
+
+def reads(tokens: int) -> bool:
+    """Whether `decoder` reads so many tokens, B * T, faster than XLA does. Ask `available` first."""
+    return has_tiles() or tokens <= FEW
 
 
 @once
@@ -144,21 +152,34 @@ def decoder(
 ) -> tuple[Float32[Array, "B T M"], tuple[Array, ...], tuple[Array, ...]]:
     """The residual stream behind all layers, and keys and values with these tokens' written to their positions.
 
-    A token sees the slots up to its position. `angles` are the tokens' R = D/2 rotations. In place where the cache
-    was donated. At most `most_rows()` tokens are fast; ask `available` first.
+    A token sees the slots up to its position, those of later tokens of its row included if they stand there. So
+    positions ascend, unless there are no more than _AT_ONCE tokens. `angles` are the tokens' R = D/2 rotations. In
+    place where the cache was donated. Ask `available` first.
     """
+    step, read = max(1, _AT_ONCE // len(x)), []
     caches = [array for pair in zip(keys, values, strict=True) for array in pair]
+    for at in range(0, x.shape[1], step):
+        some = (array[:, at : at + step] for array in (x, positions, angles))
+        y, caches = _decoder(*some, layers, caches, eps)
+        read.append(y)
+    return jnp.concatenate(read, axis=1), tuple(caches[::2]), tuple(caches[1::2])
+
+
+def _decoder(x, positions, angles, layers: Sequence[Layer], caches: list[Array], eps: float):
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, *caches)]
     arguments, aliases = [x, positions, jnp.cos(angles), jnp.sin(angles)], {}
     for i, layer in enumerate(layers):
-        arguments += [*layer.arrays, keys[i], values[i]]
+        arguments += [*layer.arrays, *caches[2 * i : 2 * i + 2]]
         aliases |= {len(arguments) - 2: 2 * i + 1, len(arguments) - 1: 2 * i + 2}
     call = jax.ffi.ffi_call("rag_decoder", results, input_output_aliases=aliases)
     y, *written = call(*arguments, threads=np.int64(cores()), eps=np.float32(eps))
-    return y, tuple(written[::2]), tuple(written[1::2])
+    return y, written
 
 
-def linear(x: Float32[Array, "R M"], weight: Weight) -> Float32[Array, "R N"]:
-    """`x @ (values * scale[:, None]).T` by rows of x. Ask `available` first."""
-    result = jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[0]), x.dtype)
-    return jax.ffi.ffi_call("rag_linear", result)(x, *weight, threads=np.int64(cores()))
+def linear(
+    x: Float[Array, "R M"], values: Int8[Array, "N M"], scale: Float32[Array, "N"]
+) -> Float32[Array, "R N"]:
+    """`x @ (values * scale[:, None]).T`: a row's product does not depend on its neighbours. Ask `available` first."""
+    result = jax.ShapeDtypeStruct((len(x), len(values)), jnp.float32)
+    call = jax.ffi.ffi_call("rag_linear", result)
+    return call(x.astype(jnp.float32), values, scale, threads=np.int64(cores()))

@@ -164,24 +164,27 @@ struct Shape {
   int64_t rows() const { return batch * tokens; }
 };
 
-// Thread i's share of the slots of every row, for all of its queries [R, H, D]; results [R, H, threads].
+// Thread i's part of attending, for queries [R, H, D]: of few tokens a share of the slots for all of them, so that the
+// cache is read once, and of many every so many rows. Results [R, H, threads].
 inline void AttendShare(const Shape& z, const float* query, const float* keys, const float* values,
                         const int32_t* positions, int i, int threads, Attended* results) {
   const float scale = 1 / std::sqrt(static_cast<float>(z.dim));
   const int64_t group = z.heads / z.kv_heads;
+  const bool by_rows = z.tokens >= 16 * threads;
   Buffer transposed(z.dim * kTile);
   std::vector<Query> q;
   for (int64_t n = 0; n < z.rows() * z.heads; n++) results[n * threads + i].Clear(z.dim);
   for (int64_t b = 0; b < z.batch; b++) {
     const int32_t* at = positions + b * z.tokens;
-    const Share share(*std::max_element(at, at + z.tokens) + 1, i, threads);
+    const int64_t slots = *std::max_element(at, at + z.tokens) + 1;
+    const Share share = by_rows ? Share(slots, 0, 1) : Share(slots, i, threads);
     for (int64_t kv = 0; kv < z.kv_heads; kv++) {
       for (int64_t s = share.begin; s < share.end; s += kTile) {
         const int64_t offset = ((b * z.kv_heads + kv) * z.slots + s) * z.dim;
         Tile tile{keys + offset, values + offset, nullptr, std::min(kTile, share.end - s), z.dim};
         q.clear();
         for (int64_t r = b * z.tokens; r < (b + 1) * z.tokens; r++) {
-          if (positions[r] < s) continue;
+          if (positions[r] < s || (by_rows && r / 8 % threads != i)) continue;
           for (int64_t n = r * z.heads + kv * group; n < r * z.heads + (kv + 1) * group; n++) {
             q.push_back({query + n * z.dim, std::min(tile.slots, positions[r] + 1 - s), results + n * threads + i});
           }

@@ -50,22 +50,34 @@ struct Layer {
   float *keys, *values;  // [B, K, S, D]
 };
 
+// part(r) for every row, the eight whose digits stand side by side by one thread: a cache line has one writer.
+template <class Part>
+void EachRow(Team& team, int64_t rows, const Part& part) {
+  constexpr int64_t kBlock = 8;
+  const auto block = [&](int64_t first) {
+    for (int64_t r = first; r < std::min(first + kBlock, rows); r++) part(r);
+  };
+  if (rows <= kBlock) return block(0);
+  team.Run([&](int i) {
+    for (int64_t first = i * kBlock; first < rows; first += team.size() * kBlock) block(first);
+  });
+}
+
 // What layers write on their way, one after another.
 struct Scratch {
   Input h, attended, middle;
   Buffer q, k, v, gate, up;
   std::vector<Attended> results;  // [R, H, threads]
 
-  Scratch(const Shape& z, int64_t ffn, int threads)
-      : h(z.rows(), z.width),
-        attended(z.rows(), z.heads * z.dim),
-        middle(z.rows(), ffn),
-        q(z.rows() * z.heads * z.dim),
-        k(z.rows() * z.kv_heads * z.dim),
-        v(z.rows() * z.kv_heads * z.dim),
-        gate(z.rows() * ffn),
-        up(z.rows() * ffn),
-        results(z.rows() * z.heads * threads) {}
+  void Resize(const Shape& z, int64_t ffn, int threads) {
+    const int64_t rows = z.rows(), kv = rows * z.kv_heads * z.dim;
+    h.Resize(rows, z.width);
+    attended.Resize(rows, z.heads * z.dim);
+    middle.Resize(rows, ffn);
+    q.Resize(rows * z.heads * z.dim), k.Resize(kv), v.Resize(kv);
+    gate.Resize(rows * ffn), up.Resize(rows * ffn);
+    results.resize(rows * z.heads * threads);
+  }
 };
 
 // One layer, in place: x [R, M].
@@ -73,12 +85,7 @@ void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* p
          const float* sin, float* x, Scratch& s) {
   const int64_t rows = z.rows(), ffn = l.gate.outputs, half = z.dim / 2;
   const int threads = team.size();
-  const auto each_row = [&](const auto& part) {  // a row alone is not worth a thread's while
-    if (rows == 1) return part(0);
-    team.Run([&](int i) {
-      for (int64_t r = i; r < rows; r += threads) part(r);
-    });
-  };
+  const auto each_row = [&](const auto& part) { EachRow(team, rows, part); };
   const auto normalised = [&](const float* weight) {
     each_row([&](int64_t r) {
       Normalise(x + r * z.width, weight, eps, z.width, s.h.row(r));
@@ -128,9 +135,9 @@ void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* p
 
 constexpr int64_t kLayerArguments = 18;  // two norms, seven weights with their scales, keys and values
 
-ffi::Error Decoder(int64_t threads, float eps, F32 x, S32 at, F32 cos, F32 sin, ffi::RemainingArgs arguments,
+ffi::Error Decoder(ffi::ThreadPool pool, int64_t threads, float eps, F32 x, S32 at, F32 cos, F32 sin, ffi::RemainingArgs arguments,
                    ffi::ResultBuffer<ffi::F32> y, ffi::RemainingRets caches) {
-  Turn team(threads);
+  Team team(pool, threads);
   const auto f32 = [&](size_t i) { return *arguments.get<F32>(i); };
   const auto weight = [&](size_t i) { return WeightOf(*arguments.get<S8>(i), *arguments.get<F32>(i + 1)); };
   const auto cache = [&](size_t i) { return *caches.get<F32>(i); };
@@ -140,33 +147,26 @@ ffi::Error Decoder(int64_t threads, float eps, F32 x, S32 at, F32 cos, F32 sin, 
   std::vector<int32_t> positions(at.typed_data(), at.typed_data() + z.rows());
   for (int32_t& position : positions) position = std::min<int32_t>(position, z.slots - 1);
   std::copy(x.typed_data(), x.typed_data() + x.element_count(), y->typed_data());
-  Scratch scratch(z, weight(10).outputs, team->size());
+  static Scratch scratch;  // its turn is ours
+  scratch.Resize(z, weight(10).outputs, team.size());
   for (size_t n = 0; n < arguments.size() / kLayerArguments; n++) {
     const size_t i = n * kLayerArguments;
     const Layer layer{f32(i).typed_data(),      weight(i + 1),  weight(i + 3),  weight(i + 5),
                       weight(i + 7),            f32(i + 9).typed_data(), weight(i + 10), weight(i + 12),
                       weight(i + 14),           cache(2 * n)->typed_data(), cache(2 * n + 1)->typed_data()};
-    Run(*team.made, layer, z, eps, positions.data(), cos.typed_data(), sin.typed_data(), y->typed_data(), scratch);
+    Run(team, layer, z, eps, positions.data(), cos.typed_data(), sin.typed_data(), y->typed_data(), scratch);
   }
   return ffi::Error::Success();
 }
 
-ffi::Error Linear(int64_t threads, F32 x, S8 values, F32 scale, ffi::ResultBuffer<ffi::F32> y) {
-  Turn team(threads);
+ffi::Error Linear(ffi::ThreadPool pool, int64_t threads, F32 x, S8 values, F32 scale, ffi::ResultBuffer<ffi::F32> y) {
+  Team team(pool, threads);
   const Weight weight = WeightOf(values, scale);
-  Input input(x.dimensions()[0], x.dimensions()[1]);
-  const auto copy = [&](int64_t r) {
-    std::copy(x.typed_data() + r * input.width, x.typed_data() + (r + 1) * input.width, input.row(r));
-    input.Finish(r);
-  };
-  if (input.tokens == 1) {
-    copy(0);
-  } else {
-    team->Run([&](int i) {
-      for (int64_t r = i; r < input.tokens; r += team->size()) copy(r);
-    });
-  }
-  team->Run([&](int i) { input.Multiply(weight, i, team->size(), y->typed_data()); });
+  const int64_t rows = x.dimensions()[0];
+  static Input input;  // its turn is ours
+  input.Resize(rows, weight.width, x.typed_data());
+  if (rows > 1) EachRow(team, rows, [&](int64_t r) { input.Finish(r); });
+  team.Run([&](int i) { input.Multiply(weight, i, team.size(), y->typed_data()); });
   return ffi::Error::Success();
 }
 
@@ -175,6 +175,7 @@ ffi::Error Linear(int64_t threads, F32 x, S8 values, F32 scale, ffi::ResultBuffe
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(RagDecoder, rag::Decoder,
                               ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Attr<int64_t>("threads")
                                   .Attr<float>("eps")
                                   .Arg<F32>()       // x [B, T, M]
@@ -187,6 +188,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RagDecoder, rag::Decoder,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(RagLinear, rag::Linear,
                               ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Attr<int64_t>("threads")
                                   .Arg<F32>()     // x [R, M]
                                   .Arg<S8>()      // values [N, M]

@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #ifdef __AMX_INT8__
@@ -112,12 +111,16 @@ inline bool HasTiles() {
 constexpr int64_t kTogether = 8;
 
 struct Digits {
-  int64_t width, tokens;
+  int64_t width = 0, tokens = 0;
   std::vector<int8_t> tiles;  // [tokens / 8, width / 64, 16, 16, 4]
   std::vector<float> step;
 
-  Digits(int64_t tokens, int64_t width)
-      : width(width), tokens(tokens), tiles((tokens + 7) / 8 * 16 * width), step((tokens + 7) / 8 * 8) {}
+  void Resize(int64_t new_tokens, int64_t new_width) {  // tokens past the last keep what was there: nobody reads them
+    tokens = new_tokens;
+    width = new_width;
+    tiles.resize((tokens + 7) / 8 * 16 * width);
+    step.resize((tokens + 7) / 8 * 8);
+  }
 
   void Write(const float* x, int64_t t) {
     float most = 0;
@@ -203,22 +206,28 @@ inline void MultiplyTiles(const Weight& w, const Digits& x, Share share, const O
 
 #endif
 
-// What a weight is multiplied with: `tokens` rows of floats, and for the matrix unit their digits too.
+// What a weight is multiplied with: `tokens` rows of floats, and for the matrix unit their digits too. Kept from call to
+// call, since fresh memory costs more than the product of a few tokens.
 class Input {
  public:
-  Input(int64_t tokens, int64_t width) : tokens(tokens), width(width), floats_(tokens * width) {
+  // Rows to be written by `row`, or those that stand at `given`.
+  void Resize(int64_t tokens, int64_t width, const float* given = nullptr) {
+    tokens_ = tokens;
+    width_ = width;
+    if (!given) own_.Resize(tokens * width);
+    floats_ = given ? given : own_.data();
 #ifdef __AMX_INT8__
-    if (tokens > 1 && width % 64 == 0 && HasTiles()) digits_ = std::make_unique<Digits>(tokens, width);
+    tiles_ = tokens > 1 && width % 64 == 0 && HasTiles();
+    if (tiles_) digits_.Resize(tokens, width);
 #endif
   }
 
-  const int64_t tokens, width;
-  float* row(int64_t t) { return floats_.data() + t * width; }
+  float* row(int64_t t) { return own_.data() + t * width_; }
 
   // Call once a row is written, and before it is multiplied with.
   void Finish(int64_t t) {
 #ifdef __AMX_INT8__
-    if (digits_) digits_->Write(row(t), t);
+    if (tiles_) digits_.Write(floats_ + t * width_, t);
 #endif
   }
 
@@ -227,15 +236,18 @@ class Input {
     const Output out{to, w.outputs, add};
     const Share share(w.outputs, i, threads);
 #ifdef __AMX_INT8__
-    if (digits_ && w.outputs % 16 == 0) return MultiplyTiles(w, *digits_, share, out);
+    if (tiles_ && w.outputs % 16 == 0) return MultiplyTiles(w, digits_, share, out);
 #endif
-    MultiplyFloats(w, floats_.data(), tokens, share, out);
+    MultiplyFloats(w, floats_, tokens_, share, out);
   }
 
  private:
-  Buffer floats_;
+  int64_t tokens_ = 0, width_ = 0;
+  Buffer own_;
+  const float* floats_ = nullptr;
 #ifdef __AMX_INT8__
-  std::unique_ptr<Digits> digits_;
+  bool tiles_ = false;
+  Digits digits_;
 #endif
 };
 

@@ -1,78 +1,86 @@
-// The threads that share the work of a call.
+// The threads that share the work of a call: the caller's, and those of XLA's pool that are free.
 
 #pragma once
 
+#include <immintrin.h>
+
+#include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
-#include <thread>
-#include <vector>
+
+#include "xla/ffi/api/ffi.h"
 
 namespace rag {
 
-// Threads that wait by spinning for a while: the next part of a layer comes in microseconds, waking takes longer.
+// Threads of our own would fight with XLA's, which go on spinning for a while, about the cores. So helpers are tasks of
+// XLA's pool that live as long as the call and take parts of its work as they come. Nobody waits for a helper that has
+// not come yet: the caller does its parts.
 class Team {
  public:
-  explicit Team(int threads) {
-    for (int i = 1; i < threads; i++) helpers_.emplace_back([this, i] { Serve(i); });
+  Team(xla::ffi::ThreadPool pool, int64_t threads) : lock_(OneAtATime()), state_(std::make_shared<State>()) {
+    const int64_t helpers = std::min({threads, pool.num_threads(), kMost}) - 1;
+    state_->size = static_cast<int>(std::max<int64_t>(helpers, 0)) + 1;
+    for (int i = 1; i < state_->size; i++) {
+      pool.Schedule([state = state_] {
+        while (!state->over.load(std::memory_order_acquire)) {
+          if (!state->TakePart()) _mm_pause();
+        }
+      });
+    }
   }
 
-  int size() const { return static_cast<int>(helpers_.size()) + 1; }
+  ~Team() { state_->over.store(true, std::memory_order_release); }
 
-  // part(0) .. part(size() - 1), one on each thread; returns when all are done.
+  int size() const { return state_->size; }
+
+  // part(0) .. part(size() - 1), in any order and on any thread; returns when all are done.
   template <class Part>
   void Run(const Part& part) {
-    call_ = [](const void* p, int i) { (*static_cast<const Part*>(p))(i); };
-    part_ = &part;
-    busy_.store(static_cast<int>(helpers_.size()));
-    turn_.fetch_add(1);
-    if (asleep_.load() > 0) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      wake_.notify_all();
+    State& s = *state_;
+    s.call = [](const void* p, int i) { (*static_cast<const Part*>(p))(i); };
+    s.part = &part;
+    s.done.store(0, std::memory_order_relaxed);
+    s.next.store(++turn_ << kShift, std::memory_order_release);
+    while (s.TakePart()) {
     }
-    part(0);
-    while (busy_.load(std::memory_order_acquire) > 0) std::atomic_signal_fence(std::memory_order_seq_cst);
+    while (s.done.load(std::memory_order_acquire) < s.size) _mm_pause();
   }
 
  private:
-  void Serve(int i) {
-    for (uint64_t seen = 0;;) {
-      for (int spins = 0; turn_.load(std::memory_order_acquire) == seen && spins < kSpins; spins++) {
-        std::atomic_signal_fence(std::memory_order_seq_cst);
+  static constexpr int64_t kMost = 64;  // threads; below 1 << kShift
+  static constexpr int kShift = 8;
+
+  struct State {
+    std::atomic<uint64_t> next{kMost};  // the turn, and in the lowest bits its next part
+    std::atomic<int> done{0};
+    std::atomic<bool> over{false};
+    int size = 1;
+    void (*call)(const void*, int) = nullptr;
+    const void* part = nullptr;
+
+    // Whether there was a part to take. What a turn's parts are is written before `next`, and stays until all are done.
+    bool TakePart() {
+      uint64_t seen = next.load(std::memory_order_acquire);
+      const int i = static_cast<int>(seen & ((1 << kShift) - 1));
+      if (i >= size) return false;
+      if (next.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) {
+        call(part, i);
+        done.fetch_add(1, std::memory_order_release);
       }
-      if (turn_.load() == seen) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        asleep_.fetch_add(1);
-        wake_.wait(lock, [&] { return turn_.load() != seen; });
-        asleep_.fetch_sub(1);
-      }
-      seen++;
-      call_(part_, i);
-      busy_.fetch_sub(1, std::memory_order_release);
+      return true;
     }
+  };
+
+  static std::mutex& OneAtATime() {  // what calls keep for one another is not shared
+    static std::mutex mutex;
+    return mutex;
   }
 
-  static constexpr int kSpins = 200000;  // well under a millisecond
-  std::vector<std::thread> helpers_;
-  std::atomic<uint64_t> turn_{0};
-  std::atomic<int> busy_{0}, asleep_{0};
-  void (*call_)(const void*, int) = nullptr;
-  const void* part_ = nullptr;
-  std::mutex mutex_;
-  std::condition_variable wake_;
-};
-
-// The process's one team, for one call at a time. Its threads live as long as the process.
-struct Turn {
-  explicit Turn(int64_t threads) : lock(mutex) {
-    if (!made) made = new Team(static_cast<int>(threads));
-  }
-  Team* operator->() const { return made; }
-
-  static inline std::mutex mutex;
-  static inline Team* made = nullptr;
-  std::lock_guard<std::mutex> lock;
+  std::lock_guard<std::mutex> lock_;
+  std::shared_ptr<State> state_;
+  uint64_t turn_ = 0;
 };
 
 // The n of [0, count) that are thread i's of `threads`, in whole blocks of 16 but for the last.

@@ -111,8 +111,8 @@ inline float Silu(float x) {
 // A buffer that begins on a cache line, so that no vector of it lies on two.
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : vectors_((size + kLanes - 1) / kLanes) {}
-  const float* data() const { return reinterpret_cast<const float*>(vectors_.data()); }
+  explicit Buffer(int64_t size = 0) { Resize(size); }
+  void Resize(int64_t size) { vectors_.resize((size + kLanes - 1) / kLanes); }
   float* data() { return reinterpret_cast<float*>(vectors_.data()); }
   float& operator[](int64_t i) { return data()[i]; }
 
