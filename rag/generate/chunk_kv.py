@@ -29,7 +29,7 @@ from rag.generate.blend import LAYERS, blend
 from rag.generate.engine import DecodeState, Engine, batches, bucket, fresh_bucket, padded_rows
 from rag.generate.likelihood import log_probs_behind
 from rag.models.checkpoint import Packed
-from rag.models.llama import KVCache, Llama, LlamaConfig, forward
+from rag.models.llama import KVCache, Llama, LlamaConfig, cache_dtype, forward
 from rag.models.tokenizer import Tokenizer
 from rag.ops.rope import rope_angles, rotate
 from rag.ops.sampling import Sampling
@@ -286,7 +286,7 @@ class ChunkReader:
             values[:, :, :, start:end] = part["values"] if int8 else part
             if int8:
                 scales[:, :, :, start:end, 0] = part["scale"]
-        dtype = self._engine.model.norm.weight[...].dtype
+        dtype = cache_dtype(self._engine.model)
         layers = [
             placed(layer, None if scales is None else scales[i], config=c, dtype=dtype)
             for i, layer in enumerate(values)

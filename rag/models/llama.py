@@ -13,6 +13,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -162,7 +163,7 @@ def forward(
     with jax.named_scope("embed"):
         x = model.embed_tokens(tokens)
     if model.native and native.reads(each.size):
-        empty = jnp.zeros((len(x), c.num_key_value_heads, x.shape[1], c.head_dim), x.dtype)
+        empty = jnp.zeros((len(x), c.num_key_value_heads, x.shape[1], c.head_dim), cache_dtype(model))
         nothing = KVCache((empty,) * c.num_hidden_layers, (empty,) * c.num_hidden_layers)
         return _native_forward(model, x, each, angles, nothing if cache is None else cache)
     keys, values = [], []
@@ -170,9 +171,14 @@ def forward(
         cached = None if cache is None else (cache.keys[i], cache.values[i])
         with jax.named_scope(f"layer_{i}"):
             x, (k, v) = layer_forward(layer, c, x, angles, positions, cached)
-        keys.append(k)
-        values.append(v)
+        keys.append(k.astype(cache_dtype(model)))
+        values.append(v.astype(cache_dtype(model)))
     return model.norm(x), KVCache(tuple(keys), tuple(values))
+
+
+def cache_dtype(model: Llama) -> np.dtype:
+    """Of keys and values that are kept: the weights', or float16 for rag.ops.native, which is limited by reading them."""
+    return np.dtype(np.float16) if model.native else model.norm.weight[...].dtype
 
 
 def layer_forward(
@@ -232,7 +238,7 @@ def _attend(layer: SelfAttention, c: LlamaConfig, x, angles, positions, cached):
         else:
             k, v = _write(cached[0], k, positions), _write(cached[1], v, positions)
             places = {"q_offset" if positions.ndim == 1 else "q_positions": positions}
-            out = attention(q, k, v, causal=True, **places)
+            out = attention(q, k.astype(q.dtype), v.astype(q.dtype), causal=True, **places)
         b, _, t, _ = out.shape
         return layer.o_proj(out.transpose(0, 2, 1, 3).reshape(b, t, -1)), (k, v)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float16, Float32, Int8, Int32
 
 from rag import cache
 from rag.measure import cores, cpu_flags
@@ -146,8 +146,8 @@ def decoder(
     positions: Int32[Array, "B T"],
     angles: Float32[Array, "B T R"],
     layers: Sequence[Layer],
-    keys: Sequence[Float32[Array, "B K S D"]],
-    values: Sequence[Float32[Array, "B K S D"]],
+    keys: Sequence[Float16[Array, "B K S D"]],
+    values: Sequence[Float16[Array, "B K S D"]],
     eps: float,
 ) -> tuple[Float32[Array, "B T M"], tuple[Array, ...], tuple[Array, ...]]:
     """The residual stream behind all layers, and keys and values with these tokens' written to their positions.

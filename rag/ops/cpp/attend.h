@@ -31,28 +31,28 @@ struct Attended {
   }
 };
 
-// Up to kTile slots of a head: keys and values [slots, dim], and perhaps the keys transposed, [dim, kTile].
+// Up to kTile slots of a head: keys and values [slots, dim]; where many queries share them also as floats, the keys
+// transposed, [dim, kTile].
 struct Tile {
-  const float *keys, *values, *transposed;
+  const Half *keys, *values;
+  const float *transposed, *floats;
   int64_t slots, dim;
 };
 
-// The tile's keys as [dim, kTile].
+// Its keys as [dim, kTile].
 inline void Transpose(const Tile& tile, float* transposed) {
+  const auto four = [](const Half* from) { return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))); };
   const int64_t fours = tile.dim % 4 ? 0 : tile.slots / 4 * 4;
   for (int64_t s = 0; s < fours; s += 4) {
     for (int64_t d = 0; d < tile.dim; d += 4) {
-      const float* from = tile.keys + s * tile.dim + d;
-      __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + tile.dim), c = _mm_loadu_ps(from + 2 * tile.dim),
-             e = _mm_loadu_ps(from + 3 * tile.dim);
-      _MM_TRANSPOSE4_PS(a, b, c, e);
-      float* to = transposed + d * kTile + s;
-      _mm_storeu_ps(to, a), _mm_storeu_ps(to + kTile, b), _mm_storeu_ps(to + 2 * kTile, c);
-      _mm_storeu_ps(to + 3 * kTile, e);
+      const Half* from = tile.keys + s * tile.dim + d;
+      __m128 rows[] = {four(from), four(from + tile.dim), four(from + 2 * tile.dim), four(from + 3 * tile.dim)};
+      _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+      for (int i = 0; i < 4; i++) _mm_storeu_ps(transposed + (d + i) * kTile + s, rows[i]);
     }
   }
   for (int64_t s = fours; s < tile.slots; s++) {
-    for (int64_t d = 0; d < tile.dim; d++) transposed[d * kTile + s] = tile.keys[s * tile.dim + d];
+    for (int64_t d = 0; d < tile.dim; d++) transposed[d * kTile + s] = _cvtsh_ss(tile.keys[s * tile.dim + d]);
   }
 }
 
@@ -64,8 +64,8 @@ struct Query {
 };
 
 // sums[i] += a[i] . b, where b [size, stride] is C vectors wide.
-template <int A, int C>
-void Accumulate(const float* const* a, const float* b, int64_t stride, int64_t size, Vec (&sums)[A][C]) {
+template <int A, int C, class T>
+void Accumulate(const float* const* a, const T* b, int64_t stride, int64_t size, Vec (&sums)[A][C]) {
   for (int64_t n = 0; n < size; n++, b += stride) {
     Vec row[C];
     for (int c = 0; c < C; c++) row[c] = Floats(b + c * kLanes);
@@ -83,7 +83,7 @@ void Score(const Query* q, const Tile& tile, float (*scores)[kTile]) {
     for (int i = 0; i < A; i++) vectors[i] = q[i].vector;
     for (int64_t s = 0; s < kTile; s += 4 * kLanes) {
       Vec sums[A][4] = {};
-      Accumulate<A, 4>(vectors, tile.transposed + s, kTile, tile.dim, sums);
+      Accumulate<A, 4, float>(vectors, tile.transposed + s, kTile, tile.dim, sums);
       for (int i = 0; i < A; i++) std::memcpy(scores[i] + s, sums[i], sizeof(sums[i]));
     }
     return;
@@ -94,9 +94,9 @@ void Score(const Query* q, const Tile& tile, float (*scores)[kTile]) {
     for (int i = 0; i < A; i++) {
       Vec dots[kLanes] = {};
       for (int64_t n = 0; n < count; n++) {
-        const float* key = tile.keys + (s + n) * tile.dim;
+        const Half* key = tile.keys + (s + n) * tile.dim;
         for (int64_t d = 0; d < whole; d += kLanes) dots[n] += Floats(q[i].vector + d) * Floats(key + d);
-        for (int64_t d = whole; d < tile.dim; d++) dots[n][0] += q[i].vector[d] * key[d];
+        for (int64_t d = whole; d < tile.dim; d++) dots[n][0] += q[i].vector[d] * _cvtsh_ss(key[d]);
       }
       const Vec sums = Sums(dots);
       std::memcpy(scores[i] + s, &sums, sizeof(sums));
@@ -111,7 +111,11 @@ void Weigh(const float* const* weights, const Tile& tile, int64_t d, const float
   for (int i = 0; i < A; i++) {
     for (int c = 0; c < C; c++) sums[i][c] = by[i] * Floats(q[i].result->values + d + c * kLanes);
   }
-  Accumulate<A, C>(weights, tile.values + d, tile.dim, tile.slots, sums);
+  if (tile.floats) {
+    Accumulate<A, C, float>(weights, tile.floats + d, tile.dim, tile.slots, sums);
+  } else {
+    Accumulate<A, C, Half>(weights, tile.values + d, tile.dim, tile.slots, sums);
+  }
   for (int i = 0; i < A; i++) std::memcpy(q[i].result->values + d, sums[i], sizeof(sums[i]));
 }
 
@@ -140,7 +144,7 @@ void Attend(const Query* q, const Tile& tile, float scale) {
   for (int i = 0; i < A; i++) {
     for (int64_t rest = d; rest < tile.dim; rest++) {
       float sum = by[i] * q[i].result->values[rest];
-      for (int64_t s = 0; s < tile.slots; s++) sum += weights[i][s] * tile.values[s * tile.dim + rest];
+      for (int64_t s = 0; s < tile.slots; s++) sum += weights[i][s] * _cvtsh_ss(tile.values[s * tile.dim + rest]);
       q[i].result->values[rest] = sum;
     }
   }
@@ -166,12 +170,11 @@ struct Shape {
 
 // Thread i's part of attending, for queries [R, H, D]: of few tokens a share of the slots for all of them, so that the
 // cache is read once, and of many every so many rows. Results [R, H, threads].
-inline void AttendShare(const Shape& z, const float* query, const float* keys, const float* values,
-                        const int32_t* positions, int i, int threads, Attended* results) {
+inline void AttendShare(const Shape& z, const float* query, const Half* keys, const Half* values, const int32_t* positions, int i, int threads, Attended* results) {
   const float scale = 1 / std::sqrt(static_cast<float>(z.dim));
   const int64_t group = z.heads / z.kv_heads;
   const bool by_rows = z.tokens >= 16 * threads;
-  Buffer transposed(z.dim * kTile);
+  Buffer transposed(z.dim * kTile), floats(z.dim * kTile);
   std::vector<Query> q;
   for (int64_t n = 0; n < z.rows() * z.heads; n++) results[n * threads + i].Clear(z.dim);
   for (int64_t b = 0; b < z.batch; b++) {
@@ -181,7 +184,7 @@ inline void AttendShare(const Shape& z, const float* query, const float* keys, c
     for (int64_t kv = 0; kv < z.kv_heads; kv++) {
       for (int64_t s = share.begin; s < share.end; s += kTile) {
         const int64_t offset = ((b * z.kv_heads + kv) * z.slots + s) * z.dim;
-        Tile tile{keys + offset, values + offset, nullptr, std::min(kTile, share.end - s), z.dim};
+        Tile tile{keys + offset, values + offset, nullptr, nullptr, std::min(kTile, share.end - s), z.dim};
         q.clear();
         for (int64_t r = b * z.tokens; r < (b + 1) * z.tokens; r++) {
           if (positions[r] < s || (by_rows && r / 8 % threads != i)) continue;
@@ -191,7 +194,9 @@ inline void AttendShare(const Shape& z, const float* query, const float* keys, c
         }
         if (static_cast<int64_t>(q.size()) >= kManyQueries) {
           Transpose(tile, transposed.data());
+          Copy(tile.values, tile.slots * z.dim, floats.data());
           tile.transposed = transposed.data();
+          tile.floats = floats.data();
         }
         size_t n = 0;
         for (; n + kQueries <= q.size(); n += kQueries) Attend<kQueries>(&q[n], tile, scale);

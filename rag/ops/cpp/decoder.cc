@@ -18,6 +18,7 @@
 namespace ffi = xla::ffi;
 using F32 = ffi::Buffer<ffi::F32>;
 using S8 = ffi::Buffer<ffi::S8>;
+using F16 = ffi::Buffer<ffi::F16>;
 using S32 = ffi::Buffer<ffi::S32>;
 
 namespace rag {
@@ -47,7 +48,7 @@ struct Layer {
   Weight q, k, v, o;
   const float* norm_2;
   Weight gate, up, down;
-  float *keys, *values;  // [B, K, S, D]
+  Half *keys, *values;  // [B, K, S, D]
 };
 
 // part(r) for every row, the eight whose digits stand side by side by one thread: a cache line has one writer.
@@ -105,8 +106,8 @@ void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* p
       float *k = &s.k[(r * z.kv_heads + n) * z.dim], *v = &s.v[(r * z.kv_heads + n) * z.dim];
       const int64_t slot = (((r / z.tokens) * z.kv_heads + n) * z.slots + positions[r]) * z.dim;
       Rotate(k, cos + r * half, sin + r * half, half);
-      std::copy(k, k + z.dim, l.keys + slot);
-      std::copy(v, v + z.dim, l.values + slot);
+      Copy(k, z.dim, l.keys + slot);
+      Copy(v, z.dim, l.values + slot);
     }
   }
   team.Run([&](int i) { AttendShare(z, s.q.data(), l.keys, l.values, positions, i, threads, s.results.data()); });
@@ -140,7 +141,7 @@ ffi::Error Decoder(ffi::ThreadPool pool, int64_t threads, float eps, F32 x, S32 
   Team team(pool, threads);
   const auto f32 = [&](size_t i) { return *arguments.get<F32>(i); };
   const auto weight = [&](size_t i) { return WeightOf(*arguments.get<S8>(i), *arguments.get<F32>(i + 1)); };
-  const auto cache = [&](size_t i) { return *caches.get<F32>(i); };
+  const auto cache = [&](size_t i) { return *caches.get<F16>(i); };
   const auto shape = cache(0)->dimensions(), in = x.dimensions();
   const Shape z{in[0], in[1], in[2], weight(1).outputs / shape[3], shape[1], shape[2], shape[3]};
 

@@ -25,6 +25,39 @@ inline Vec Floats(const float* from) {
   return to;
 }
 
+using Half = uint16_t;  // float16's bits
+
+#ifdef __AVX512F__
+inline Vec Floats(const Half* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline void Store(Vec v, Half* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline Vec Floats(const Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline void Store(Vec v, Half* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
+inline void Copy(const float* from, int64_t size, Half* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) Store(Floats(from + i), to + i);
+  for (; i < size; i++) to[i] = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
+}
+
+inline void Copy(const Half* from, int64_t size, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    const Vec v = Floats(from + i);
+    std::memcpy(to + i, &v, sizeof(v));
+  }
+  for (; i < size; i++) to[i] = _cvtsh_ss(from[i]);
+}
+
 #ifdef __AVX512F__
 inline Vec Floats(const int8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
