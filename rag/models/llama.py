@@ -177,7 +177,7 @@ def forward(
 
 
 def cache_dtype(model: Llama) -> np.dtype:
-    """Of keys and values that are kept: the weights', or float16 for rag.ops.native, which is limited by reading them."""
+    """Of keys and values that are kept: the weights', or float16 for rag.ops.native, which reads them from memory."""
     return np.dtype(np.float16) if model.native else model.norm.weight[...].dtype
 
 

@@ -91,14 +91,21 @@ void Score(const Query* q, const Tile& tile, float (*scores)[kTile]) {
   const int64_t whole = tile.dim / kLanes * kLanes;
   for (int64_t s = 0; s < tile.slots; s += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, tile.slots - s);
-    for (int i = 0; i < A; i++) {
-      Vec dots[kLanes] = {};
-      for (int64_t n = 0; n < count; n++) {
-        const Half* key = tile.keys + (s + n) * tile.dim;
-        for (int64_t d = 0; d < whole; d += kLanes) dots[n] += Floats(q[i].vector + d) * Floats(key + d);
-        for (int64_t d = whole; d < tile.dim; d++) dots[n][0] += q[i].vector[d] * _cvtsh_ss(key[d]);
+    Vec dots[A][kLanes] = {};
+    for (int64_t n = 0; n < count; n++) {
+      const Half* key = tile.keys + (s + n) * tile.dim;
+      Vec sums[A] = {};
+      for (int64_t d = 0; d < whole; d += kLanes) {
+        const Vec some = Floats(key + d);
+        for (int i = 0; i < A; i++) sums[i] += Floats(q[i].vector + d) * some;
       }
-      const Vec sums = Sums(dots);
+      for (int i = 0; i < A; i++) {
+        for (int64_t d = whole; d < tile.dim; d++) sums[i][0] += q[i].vector[d] * _cvtsh_ss(key[d]);
+        dots[i][n] = sums[i];
+      }
+    }
+    for (int i = 0; i < A; i++) {
+      const Vec sums = Sums(dots[i]);
       std::memcpy(scores[i] + s, &sums, sizeof(sums));
     }
   }
@@ -200,6 +207,7 @@ inline void AttendShare(const Shape& z, const float* query, const Half* keys, co
         }
         size_t n = 0;
         for (; n + kQueries <= q.size(); n += kQueries) Attend<kQueries>(&q[n], tile, scale);
+        for (; n + 3 <= q.size(); n += 3) Attend<3>(&q[n], tile, scale);
         for (; n < q.size(); n++) Attend<1>(&q[n], tile, scale);
       }
     }
