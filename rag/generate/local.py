@@ -61,8 +61,8 @@ class LocalGenerator:
         `tokens_per_batch` bounds the padded tokens, new ones included, that `generate` and the likelihoods hold
         at once; it changes their speed and memory, and results no more than float rounding does. Neither does
         `drafting` from the text so far (rag.generate.drafting), for what `stream` writes with greedy sampling and no
-        repetition penalty; all else is decoded plainly. Nor does `native`, which lets one conversation be decoded by
-        rag.ops.native where weights are int8 and a C++ compiler is there.
+        repetition penalty; all else is decoded plainly. Nor does `native`, which lets rag.ops.native read and write
+        where weights are int8 and a C++ compiler is there.
 
         `kv_reuse` names what of a prompt is not read again: "none"; "prefix", what earlier prompts began with, in
         memory up to `prefix_mib` MiB (rag.generate.prefix_cache; exact); "chunk", the messages' passages but for the
