@@ -78,18 +78,21 @@ class Row:
 
 
 def alternate(
-    rivals: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1
+    rivals: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1, rehearse: bool = False
 ) -> dict[str, Timing]:
     """Time the callables in turns and return each one's Timing.
 
     What a call returns is waited for (jax.block_until_ready, so any pytree or none will do). The first
-    `warmup` rounds, where programs compile and memory is touched for the first time, do not count.
+    `warmup` rounds, where programs compile and memory is touched for the first time, do not count. With `rehearse`
+    each call is made once untimed right before: nobody begins with caches that the one before has filled.
     """
     import jax
 
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(warmup + repeats):
         for name, call in rivals.items():
+            if rehearse:
+                jax.block_until_ready(call())
             start = time.perf_counter()
             jax.block_until_ready(call())
             if turn >= warmup:

@@ -149,8 +149,12 @@ def package_version() -> str:
 
 @cache
 def code_version(*modules: ModuleType) -> str:
-    """A hash of what the modules' code does: comments, docstrings and layout may change, nothing else."""
-    return content_key([_normal(Path(module.__file__)) for module in modules])
+    """A hash of what the modules' code does: comments, docstrings and layout may change, nothing else.
+
+    Code in another language is what a module names as its SOURCES, paths of files that are hashed as they are.
+    """
+    others = [Path(path).read_text() for module in modules for path in getattr(module, "SOURCES", ())]
+    return content_key([_normal(Path(module.__file__)) for module in modules], others)
 
 
 def _normal(path: Path) -> str:

@@ -162,6 +162,17 @@ def test_a_code_version_follows_code_and_neither_comments_nor_docstrings(tmp_pat
     assert code_version(plain, other) != code_version(other, plain)
 
 
+def test_a_code_version_follows_the_other_languages_that_a_module_names(tmp_path):
+    plain = module(tmp_path, "a", "x = 1\n")
+    source = tmp_path / "a.cc"
+    source.write_text("int x = 1;")
+    plain.SOURCES = (source,)
+    before = code_version(plain)
+    code_version.cache_clear()
+    source.write_text("int x = 2;")
+    assert code_version(plain) != before
+
+
 def test_a_models_version_is_its_fingerprint_and_its_code(tmp_path):
     class Model:
         fingerprint = "1"

@@ -28,7 +28,8 @@ from jaxtyping import Array, Float, Float16, Float32, Int8, Int32
 from rag import cache
 from rag.measure import cores, cpu_flags
 
-_SOURCES = Path(__file__).with_name("cpp")
+_ENTRY = Path(__file__).with_name("cpp") / "decoder.cc"
+SOURCES = tuple(sorted(_ENTRY.parent.iterdir()))
 _TARGETS = {"rag_decoder": "RagDecoder", "rag_linear": "RagLinear"}
 # Not -ffast-math: a library linked with it makes the whole process flush small numbers to zero.
 _FLAGS = (
@@ -96,7 +97,7 @@ def _library() -> Path | None:
     if compiler is None:
         return None
     key = cache.content_key(
-        [file.read_text() for file in sorted(_SOURCES.iterdir())],
+        [file.read_text() for file in SOURCES],
         compiler,
         _FLAGS,
         list(cpu_flags()),
@@ -117,7 +118,7 @@ def _build(compiler: str, path: Path) -> bool:
             compiler,
             *_FLAGS,
             f"-I{jax.ffi.include_dir()}",
-            str(_SOURCES / "decoder.cc"),
+            str(_ENTRY),
             "-o",
             str(built),
         ]

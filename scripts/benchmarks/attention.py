@@ -56,7 +56,7 @@ class Attention:
         calls |= _torch(q, k, v, dout, way)
         # After its turn a peer's thread pool spins for a while, on the cores of whoever comes next.
         repeats = -(-self.repeats * _OFTEN // max(_OFTEN, tokens))  # rounded up
-        timings = alternate(calls | {"rest": lambda: time.sleep(0.02)}, repeats=repeats)
+        timings = alternate(calls | {"rest": lambda: time.sleep(0.02)}, repeats=repeats, rehearse=True)
         del timings["rest"]
         flop = (_FORWARD + (way != "forward") * _BACKWARD) * self.batch * self.heads * tokens**2 * dim
         figures = {name: _figures(timing, flop, memory.get(name)) for name, timing in timings.items()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from benchmarks import grounded
 from benchmarks.peers import LLAMA_CPP, LlamaCppGenerator, open_llama_cpp
-from benchmarks.pipeline import local_generator
+from rag.generate.local import LocalGenerator
 from rag.measure import Row, compile_seconds
 from rag.models import hub
 from rag.types import Message, Usage, UserError
@@ -43,7 +43,10 @@ class Evaluation:
                 f"bench.count={self.count} needs {2 * self.count} questions, of which there are {len(questions)}"
             )
         cases = [(dtype, kind) for dtype in self.dtypes for kind in self.kv_reuse]
-        ours = {f"{dtype}, reuse {kind}": local_generator(self.weights, dtype, kind) for dtype, kind in cases}
+        ours = {
+            f"{dtype}, reuse {kind}": LocalGenerator(self.weights, dtype, kv_reuse=kind)
+            for dtype, kind in cases
+        }
         first = next(iter(ours.values()))
         reader = self.questions.reader(first, self.max_new_tokens, self.stop)
         prompts = [grounded.messages(question, search, reader) for question in questions[: 2 * self.count]]

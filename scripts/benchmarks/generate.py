@@ -15,7 +15,6 @@ import numpy as np
 
 from benchmarks import grounded
 from benchmarks.peers import LlamaCpp, LlamaCppGenerator, llama_cpp_peers
-from benchmarks.pipeline import local_generator
 from rag.generate import Generator
 from rag.generate.local import LocalGenerator
 from rag.measure import Figure, Row, Spread, cpu_flags
@@ -42,6 +41,7 @@ class Generate:
     new_tokens: int = 64
     drafting: Sequence[bool] = (False, True)  # for answers from passages; an empty list leaves these out
     grounded_tokens: int = 128  # of such an answer at most
+    native: bool = True  # False: XLA alone reads and writes, in int8 too
     repeats: int = 5
 
     def __post_init__(self):
@@ -51,7 +51,7 @@ class Generate:
             )
 
     def run(self) -> list[Row]:
-        ours = {dtype: local_generator(self.weights, dtype) for dtype in self.dtypes}
+        ours = {dtype: self._ours(dtype) for dtype in self.dtypes}
         sizes = sorted({*self.prompt_tokens, *self.contexts})
         room = max(*sizes, 2048) + max(self.new_tokens, self.grounded_tokens) + 1
         peers = llama_cpp_peers(hub.local_path(self.weights), room)
@@ -64,6 +64,9 @@ class Generate:
             ]
             found += [self._decode(measured[size], dtype, peers, size, work[dtype]) for size in self.contexts]
         return found + self._grounded(ours, peers)
+
+    def _ours(self, dtype: str, drafting: bool = False) -> LocalGenerator:
+        return LocalGenerator(self.weights, dtype, drafting=drafting, native=self.native)
 
     def _seconds(self, ours: dict[str, LocalGenerator], peers: dict[str, LlamaCpp], size: int) -> Seconds:
         """Each round reads another prompt, so that none can answer from its cache; the first does not count."""
@@ -107,9 +110,7 @@ class Generate:
         reader = self.questions.reader(some, self.grounded_tokens)
         prompts = [grounded.messages(question, search, reader) for question in asked[: 2 * self.repeats + 1]]
         cases: dict[str, Generator | LlamaCppGenerator] = {
-            f"{dtype}, {'drafting' if drafting else 'plain'}": local_generator(
-                self.weights, dtype, drafting=drafting
-            )
+            f"{dtype}, {'drafting' if drafting else 'plain'}": self._ours(dtype, drafting)
             for dtype in self.dtypes
             for drafting in self.drafting
         }

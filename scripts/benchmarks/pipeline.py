@@ -73,7 +73,7 @@ class Pipeline:
         return rows({name: taken[self.warmup :] for name, taken in clocks.items()}, list(ours))
 
     def _ours(self, dtype: str, kv_reuse: str) -> Reader:
-        generator = local_generator(self.weights, dtype, kv_reuse, self.drafting)
+        generator = LocalGenerator(self.weights, dtype, kv_reuse=kv_reuse, drafting=self.drafting)
         generator.engine.end_ids = ()  # the budget alone ends an answer
         return self.questions.reader(generator, self.new_tokens)
 
@@ -93,16 +93,6 @@ class Pipeline:
             name: self.questions.reader(LlamaCppGenerator(model, ours.generator), self.new_tokens)
             for name, model in models.items()
         }
-
-
-def local_generator(
-    weights: str, dtype: str, kv_reuse: str = "none", drafting: bool = False
-) -> LocalGenerator:
-    """Ours, with what is not its default."""
-    options = ({} if kv_reuse == "none" else {"kv_reuse": kv_reuse}) | (
-        {"drafting": True} if drafting else {}
-    )
-    return LocalGenerator(weights, dtype, **options)
 
 
 def _read_passages(questions: Sequence[str], search: Search, reader: Reader) -> None:
