@@ -75,16 +75,16 @@ def test_prompts_longer_than_a_call_are_read_in_blocks(rows, monkeypatch):
     model = quantized(tiny_model(config=WIDE))
     tokens, starts = np.arange(rows * 40, dtype=np.int32).reshape(rows, 40), np.zeros(rows, np.int32)
     empty = jax.tree.map(lambda a: jnp.zeros_like(a[:, :, :40]), filled_cache(WIDE, rows))
-    want, want_cache = jax.jit(llama.forward)(model, tokens, starts, empty)  # which rounds as native's does
+    want, want_cache = jax.jit(llama.forward)(model, tokens, starts, empty)
     llama.use_native(model)
     got, got_cache = jax.jit(llama.forward)(model, tokens, starts)
-    close(got, want)
+    close(got, want, 5e-3)  # without AMX a prompt is read before it is rounded to float16
     for new, old in zip(jax.tree.leaves(got_cache), jax.tree.leaves(want_cache), strict=True):
-        close(new, old)
+        close(new, old, 5e-3)
 
 
-def close(got, want) -> None:
-    np.testing.assert_allclose(got, want, atol=2e-3 * np.abs(want).max())
+def close(got, want, by: float = 2e-3) -> None:
+    np.testing.assert_allclose(got, want, atol=by * np.abs(want).max())
 
 
 @needs_compiler
