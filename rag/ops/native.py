@@ -33,27 +33,12 @@ SOURCES = tuple(sorted(_ENTRY.parent.iterdir()))
 _TARGETS = {"rag_decoder": "RagDecoder", "rag_linear": "RagLinear"}
 # Not -ffast-math: a library linked with it makes the whole process flush small numbers to zero.
 _FLAGS = (
-    *(
-        "-std=c++17",
-        "-O3",
-        "-march=native",
-        "-mprefer-vector-width=512",
-        "-fPIC",
-        "-shared",
-        "-pthread",
-        "-w",
-    ),
-    *(
-        "-fassociative-math",
-        "-ffinite-math-only",
-        "-freciprocal-math",
-        "-fno-signed-zeros",
-        "-fno-trapping-math",
-        "-fno-math-errno",
-    ),
+    *"-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fPIC -shared -pthread -w".split(),
+    *"-fassociative-math -ffinite-math-only -freciprocal-math -fno-signed-zeros".split(),
+    *"-fno-trapping-math -fno-math-errno".split(),
 )
 
-FEW = 8  # tokens that cost hardly more than one even without AMX
+FEW = 8  # tokens that are read faster than by XLA even without AMX
 _AT_ONCE = 256  # tokens of one call: more would not be read faster, and take memory
 MOST_DIM = 256  # of a head
 
@@ -114,14 +99,8 @@ def _library() -> Path | None:
 def _build(compiler: str, path: Path) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "library.so"
-        command = [
-            compiler,
-            *_FLAGS,
-            f"-I{jax.ffi.include_dir()}",
-            str(_ENTRY),
-            "-o",
-            str(built),
-        ]
+        includes = f"-I{jax.ffi.include_dir()}"
+        command = [compiler, *_FLAGS, includes, str(_ENTRY), "-o", str(built)]
         if subprocess.run(command, capture_output=True, check=False).returncode:
             return False
         with cache.atomic_file(path) as file:
