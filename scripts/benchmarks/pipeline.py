@@ -23,7 +23,6 @@ from rag.retrieve.search import Search
 from rag.types import UserError
 
 _REST_S = 0.05  # after its turn a peer's thread pool spins for a while, on the cores of whoever comes next
-_KEEPS_PASSAGES = ("chunk", "blend")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +44,7 @@ class Pipeline:
     weights: str = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
     dtypes: Sequence[str] = ("float32", "int8")
     kv_reuse: Sequence[str] = ("none", "prefix", "chunk", "blend")
+    kv_recompute: Sequence[int] = (0,)  # first tokens of each passage that "chunk" reads anew
     drafting: bool = False
     new_tokens: int = 64
     repeats: int = 7  # questions, each asked once
@@ -55,13 +55,9 @@ class Pipeline:
         if len(questions) < self.warmup + self.repeats:
             raise UserError(f"bench.repeats is {self.repeats}, but there are only {len(questions)} questions")
         asked = questions[: self.warmup + self.repeats]
-        ours = {
-            f"{dtype}, reuse {kind}": self._ours(dtype, kind)
-            for dtype in self.dtypes
-            for kind in self.kv_reuse
-        }
-        for case, reader in ours.items():
-            if case.endswith(_KEEPS_PASSAGES):
+        ours = self._all_of_ours()
+        for reader in ours.values():
+            if reader.generator.reuses_passages:
                 _read_passages(asked[self.warmup :], search, reader)
         self._compile(asked[self.warmup :], search)
         readers = ours | self._peers(asked, search, next(iter(ours.values())))
@@ -72,18 +68,28 @@ class Pipeline:
                 clocks[name].append(clocked(question, search, reader))
         return rows({name: taken[self.warmup :] for name, taken in clocks.items()}, list(ours))
 
-    def _ours(self, dtype: str, kv_reuse: str) -> Reader:
-        generator = LocalGenerator(self.weights, dtype, kv_reuse=kv_reuse, drafting=self.drafting)
+    def _all_of_ours(self) -> dict[str, Reader]:
+        kinds = [
+            (kind, n) for kind in self.kv_reuse for n in (self.kv_recompute if kind == "chunk" else (0,))
+        ]
+        return {
+            f"{dtype}, reuse {kind}" + (f", {n} tokens anew" if n else ""): self._ours(dtype, kind, n)
+            for dtype in self.dtypes
+            for kind, n in kinds
+        }
+
+    def _ours(self, dtype: str, kv_reuse: str, kv_recompute: int) -> Reader:
+        generator = LocalGenerator(
+            self.weights, dtype, kv_reuse=kv_reuse, kv_recompute=kv_recompute, drafting=self.drafting
+        )
         generator.engine.end_ids = ()  # the budget alone ends an answer
         return self.questions.reader(generator, self.new_tokens)
 
     def _compile(self, questions: Sequence[str], search: Search) -> None:
         """Every program that these prompts' lengths ask for, by readers whose memory is thrown away."""
-        for dtype in self.dtypes:
-            for kind in self.kv_reuse:
-                reader = self._ours(dtype, kind)
-                for question in questions:
-                    clocked(question, search, reader)
+        for reader in self._all_of_ours().values():
+            for question in questions:
+                clocked(question, search, reader)
 
     def _peers(self, asked: Sequence[str], search: Search, ours: Reader) -> dict[str, Reader]:
         prompts = (grounded.messages(question, search, ours) for question in asked)
