@@ -26,7 +26,7 @@ from jaxtyping import Float32, Float64, Int
 
 from rag import cache
 from rag.models import bert, bert_checkpoint, checkpoint, hub, tokenizer
-from rag.ops import attention, flash, linear, visibility
+from rag.ops import attention, flash, linear, native, visibility
 from rag.types import UserError
 
 BERT_VERSION = 1  # part of fingerprints: raise it when the same weights begin to give other vectors
@@ -118,6 +118,7 @@ class BertEmbedder:
         flash,
         visibility,
         linear,
+        native,
     )  # what vectors depend on
 
     def __init__(

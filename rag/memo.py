@@ -143,7 +143,8 @@ def version_of(model: Any) -> str:
 def package_version() -> str:
     """A key of the code of the whole package, but for the report's."""
     root = Path(__file__).parent
-    files = sorted(path for path in root.rglob("*.py") if path.relative_to(root).parts[0] != "report")
+    files = [path for path in sorted(root.rglob("*")) if path.suffix in (".py", ".cc", ".h")]
+    files = [path for path in files if path.relative_to(root).parts[0] != "report"]
     return content_key([(path.relative_to(root).as_posix(), _normal(path)) for path in files])
 
 
@@ -153,12 +154,15 @@ def code_version(*modules: ModuleType) -> str:
 
     Code in another language is what a module names as its SOURCES, paths of files that are hashed as they are.
     """
-    others = [Path(path).read_text() for module in modules for path in getattr(module, "SOURCES", ())]
-    return content_key([_normal(Path(module.__file__)) for module in modules], others)
+    files = [path for module in modules for path in (module.__file__, *getattr(module, "SOURCES", ()))]
+    return content_key([_normal(Path(path)) for path in files])
 
 
 def _normal(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return hashlib.sha256(text.encode()).hexdigest()
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rag.models.checkpoint import Packed
-from rag.models.llama import KVCache, Llama, layer_forward
-from rag.ops.rope import rope_angles
+from rag.models.llama import KVCache, Llama, through
 
 LAYERS = (
     2  # computed for all tokens; the first layer's keys and values depend on nothing but the token itself
@@ -41,28 +40,24 @@ def blend(
     number of tokens that are not kept.
     """
     model, size = packed.module, tokens.shape[1]
-    c = model.config
-    angles = rope_angles(jnp.arange(size)[None], c.head_dim, c.rope_theta, c.rope_factors)
     x = model.embed_tokens(tokens)
-    keys, values = list(cache.keys), list(cache.values)
-    for i in range(layers):
-        with jax.named_scope(f"layer_{i}_of_all"):
-            x, (k, v) = layer_forward(model.layers[i], c, x, angles, jnp.zeros(1, jnp.int32), None)
-        changed = _distance(k, keys[i][:, :, :size]) + _distance(v, values[i][:, :, :size])
-        keys[i] = keys[i].at[:, :, :size].set(k.astype(keys[i].dtype))
-        values[i] = values[i].at[:, :, :size].set(v.astype(values[i].dtype))
+    x, fresh = through(model, slice(0, layers), x, jnp.zeros(1, jnp.int32))
+    last = layers - 1
+    changed = _distance(fresh.keys[last], cache.keys[last][:, :, :size])
+    changed += _distance(fresh.values[last], cache.values[last][:, :, :size])
     order = jnp.where(candidates, changed, -1.0)
     order = jnp.where(~kept & (jnp.arange(size) < length), jnp.inf, order)
     at = jnp.sort(jax.lax.top_k(order, count)[1])
-    x, angles = x[:, at], angles[:, at]
-    for i in range(layers, c.num_hidden_layers):
-        with jax.named_scope(f"layer_{i}_of_some"):
-            x, (keys[i], values[i]) = layer_forward(
-                model.layers[i], c, x, angles, at[None], (keys[i], values[i])
-            )
-    return KVCache(tuple(keys), tuple(values))
+    rest = KVCache(cache.keys[layers:], cache.values[layers:])
+    _, rest = through(model, slice(layers, None), x[:, at], at[None], rest)
+
+    def written(old: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(o.at[:, :, :size].set(n.astype(o.dtype)) for o, n in zip(old, new, strict=True))
+
+    keys = written(cache.keys[:layers], fresh.keys) + rest.keys
+    return KVCache(keys, written(cache.values[:layers], fresh.values) + rest.values)
 
 
 def _distance(new: Float[Array, "1 K T D"], old: Float[Array, "1 K T D"]) -> Float[Array, "T"]:
     """Squared, summed over heads."""
-    return jnp.square((new - old).astype(jnp.float32)).sum(axis=(0, 1, 3))
+    return jnp.square(new.astype(jnp.float32) - old.astype(jnp.float32)).sum(axis=(0, 1, 3))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from rag.models.checkpoint import Packed, pack
 from rag.models.llama import KVCache, Llama, forward, logits
+from rag.ops import native
 from rag.ops.sampling import Sampling, sample
 from rag.types import UserError
 
@@ -218,7 +219,8 @@ class Engine:
         self.model, self.packed = model, pack(model)
         self.end_ids = tuple(sorted(end_ids))
         plain = model.embed_tokens.scale is None
-        self.loop = plain or model.native or jax.default_backend() != "cpu"
+        quick = model.native and native.has_tiles()  # else batches are XLA's
+        self.loop = plain or quick or jax.default_backend() != "cpu"
         self.steps_per_dispatch = steps_per_dispatch or (4 if self.loop else 1)
 
     def capacity(self, prompt_tokens: int, max_new_tokens: int) -> int:

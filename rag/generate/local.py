@@ -36,7 +36,7 @@ class LocalGenerator:
     # What answers depend on.
     code: ClassVar = (
         *(engine, batching, drafting, prefix_cache, chunk_kv, blend, likelihood),
-        *(llama, llama_checkpoint, tokenizer, chat_template),
+        *(llama, llama_checkpoint, checkpoint, tokenizer, chat_template),
         *(attention, flash, visibility, linear, native, rope, sampling),
     )
 
@@ -62,7 +62,7 @@ class LocalGenerator:
         at once; it changes their speed and memory, and results no more than float rounding does. Neither does
         `drafting` from the text so far (rag.generate.drafting), for what `stream` writes with greedy sampling and no
         repetition penalty; all else is decoded plainly. Nor does `native`, which lets rag.ops.native read and write
-        where weights are int8 and a C++ compiler is there.
+        where weights are int8 and a C++ compiler is there, and keeps keys and values as float16.
 
         `kv_reuse` names what of a prompt is not read again: "none"; "prefix", what earlier prompts began with, in
         memory up to `prefix_mib` MiB (rag.generate.prefix_cache; exact); "chunk", the messages' passages but for the
@@ -102,10 +102,10 @@ class LocalGenerator:
 
         Nothing is loaded for it.
         """
+        key = cache.content_key(self._model_fingerprint, self._dtype == "int8" and self._native)
         if not self.reuses_passages:
-            return self._model_fingerprint
-        options = replace(self._chunk_options, path=None)
-        return cache.content_key(self._model_fingerprint, self._kv_reuse, options)
+            return key
+        return cache.content_key(key, self._kv_reuse, replace(self._chunk_options, path=None))
 
     @cached_property
     def _model_fingerprint(self) -> str:

@@ -157,55 +157,61 @@ def forward(
     [B], and the cache that is returned holds T tokens. Rows padded on the right are safe: attention is causal, so
     no token sees the padding after it, and what the padding wrote lies at positions that are overwritten first.
     """
-    c = model.config
-    each = positions if positions.ndim == 2 else positions[:, None] + jnp.arange(tokens.shape[1])
-    angles = rope_angles(each, c.head_dim, c.rope_theta, c.rope_factors)
     with jax.named_scope("embed"):
         x = model.embed_tokens(tokens)
+    x, cache = through(model, slice(None), x, positions, cache)
+    return model.norm(x), cache
+
+
+def through(
+    model: Llama,
+    some: slice,
+    x: Float[Array, "B T M"],
+    positions: Int[Array, "B *at"],
+    cache: KVCache | None = None,
+) -> tuple[Float[Array, "B T M"], KVCache]:
+    """`forward` through some of the layers: the residual stream behind them, and the cache of these layers alone."""
+    c, layers = model.config, list(model.layers)[some]
+    each = positions if positions.ndim == 2 else positions[:, None] + jnp.arange(x.shape[1])
+    angles = rope_angles(each, c.head_dim, c.rope_theta, c.rope_factors)
     if model.native and native.reads(each.size):
-        empty = jnp.zeros((len(x), c.num_key_value_heads, x.shape[1], c.head_dim), cache_dtype(model))
-        nothing = KVCache((empty,) * c.num_hidden_layers, (empty,) * c.num_hidden_layers)
-        return _native_forward(model, x, each, angles, nothing if cache is None else cache)
+        return _through_native(layers, c, x, each, angles, cache)
     keys, values = [], []
-    for i, layer in enumerate(model.layers):
-        cached = None if cache is None else (cache.keys[i], cache.values[i])
+    for i, layer in enumerate(layers, some.start or 0):
+        cached = None if cache is None else (cache.keys[len(keys)], cache.values[len(keys)])
         with jax.named_scope(f"layer_{i}"):
-            x, (k, v) = layer_forward(layer, c, x, angles, positions, cached)
+            x, (k, v) = _layer(layer, c, x, angles, positions, cached)
         keys.append(k.astype(cache_dtype(model)))
         values.append(v.astype(cache_dtype(model)))
-    return model.norm(x), KVCache(tuple(keys), tuple(values))
+    return x, KVCache(tuple(keys), tuple(values))
 
 
 def cache_dtype(model: Llama) -> np.dtype:
     """Of keys and values that are kept: the weights', or float16 for rag.ops.native, which reads them from memory."""
-    return np.dtype(np.float16) if model.native else model.norm.weight[...].dtype
+    return np.dtype(native.CACHE_DTYPE) if model.native else model.norm.weight[...].dtype
 
 
-def layer_forward(
-    layer: Layer,
-    c: LlamaConfig,
-    x: Float[Array, "B T M"],
-    angles: Float[Array, "B T R"],
-    positions: Int[Array, "B *at"],
-    cached: tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]] | None,
-) -> tuple[Float[Array, "B T M"], tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]]:
-    """One layer of `forward`: the residual stream behind it, and its keys and values with these tokens' written."""
+def _layer(layer: Layer, c: LlamaConfig, x, angles, positions, cached):
+    """The residual stream behind the layer, and its keys and values with these tokens' written."""
     attended, written = _attend(layer.self_attn, c, layer.input_layernorm(x), angles, positions, cached)
     x = x + attended
     return x + _mlp(layer.mlp, layer.post_attention_layernorm(x)), written
 
 
-def _native_forward(model: Llama, x, positions, angles, cache: KVCache) -> tuple[Array, KVCache]:
-    """All layers of `forward` by rag.ops.native."""
-    layers = []
-    for layer in model.layers:
+def _through_native(
+    layers: list[Layer], c: LlamaConfig, x, positions, angles, cache: KVCache | None
+) -> tuple[Array, KVCache]:
+    if cache is None:
+        empty = jnp.zeros((len(x), c.num_key_value_heads, x.shape[1], c.head_dim), native.CACHE_DTYPE)
+        cache = KVCache((empty,) * len(layers), (empty,) * len(layers))
+    weights = []
+    for layer in layers:
         a, m = layer.self_attn, layer.mlp
         projections = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
         norms = layer.input_layernorm.weight[...], layer.post_attention_layernorm.weight[...]
-        layers.append(native.Layer(norms, [(p.weight[...], p.scale[...]) for p in projections]))
-    eps = model.config.rms_norm_eps
-    x, keys, values = native.decoder(x, positions, angles, layers, cache.keys, cache.values, eps)
-    return model.norm(x), KVCache(keys, values)
+        weights.append(native.Layer(norms, [(p.weight[...], p.scale[...]) for p in projections]))
+    x, keys, values = native.decoder(x, positions, angles, weights, cache.keys, cache.values, c.rms_norm_eps)
+    return x, KVCache(keys, values)
 
 
 def use_native(model: Llama) -> None:

@@ -8,7 +8,7 @@ by it depends on the processor and on the rows of x, all of which XLA:CPU serves
     2 to 128    digits                                  digits
     more        bfloat16, where the processor has it    float32
 
-With AMX and a compiler, rag.ops.native multiplies any number of rows by digits, and several times as fast.
+With AMX and a compiler, rag.ops.native multiplies two rows or more by digits, and several times as fast.
 
 "Digits": x is written in two signed 8-bit digits to base 254, scaled by the row's largest entry, and each is
 multiplied exactly, int8 x int8 -> int32. That is as exact as 15 bits, where one digit would lose what one large

@@ -1,11 +1,12 @@
 """A few tokens through a decoder with int8 weights as one C++ call (cpp/), where this machine has a compiler.
 
-An option that nothing depends on: without it, or where it does not apply, XLA runs the same maths. What it saves is
-not arithmetic but the forty small steps of a layer, between which XLA's threads go to sleep, and the making or loading
-of the programs that hold them. The library is built at first use, in seconds, and kept in the cache folder under its
-sources, the compiler and the processor.
+An option that nothing depends on: without it, or where it does not apply, XLA runs the same maths. What it saves are
+the forty small steps of a layer, between which XLA's threads go to sleep, the making or loading of the programs that
+hold them, and with AMX most of the time of the products. The library is built at first use, in seconds, and kept in the
+cache folder under its sources, the compiler and the processor.
 
-Letters: B batch, T tokens of a row, L layers, M width, K kv heads, D head dim, S slots of the cache, N outputs.
+Letters: B batch, T tokens of a row, M width, K kv heads, D head dim, S slots of the cache, R rotations, D/2, or rows of
+a product, N outputs.
 """
 
 import ctypes
@@ -27,9 +28,10 @@ from jaxtyping import Array, Float, Float16, Float32, Int8, Int32
 
 from rag import cache
 from rag.measure import cores, cpu_flags
+from rag.types import UserError
 
 _ENTRY = Path(__file__).with_name("cpp") / "decoder.cc"
-SOURCES = tuple(sorted(_ENTRY.parent.iterdir()))
+SOURCES = (*sorted(_ENTRY.parent.glob("*.h")), _ENTRY)
 _TARGETS = {"rag_decoder": "RagDecoder", "rag_linear": "RagLinear"}
 # Not -ffast-math: a library linked with it makes the whole process flush small numbers to zero.
 _FLAGS = (
@@ -41,6 +43,7 @@ _FLAGS = (
 FEW = 8  # tokens that are read faster than by XLA even without AMX
 _AT_ONCE = 256  # tokens of one call: more would not be read faster, and take memory
 MOST_DIM = 256  # of a head
+CACHE_DTYPE = np.float16  # of keys and values
 
 Weight = tuple[Int8[Array, "_ _"], Float32[Array, "_"]]  # [N, M] values, [N] scale: rag.ops.linear.quantize
 
@@ -66,10 +69,16 @@ def reads(tokens: int) -> bool:
 def _loaded() -> ctypes.CDLL | None:
     if jax.default_backend() != "cpu" or "avx2" not in cpu_flags():
         return None
-    library = _library()
-    if library is None:
+    try:
+        library = _library()
+        loaded = None if library is None else ctypes.CDLL(str(library))
+    except (
+        OSError,
+        UserError,
+    ):  # a cache that cannot be written, a library that cannot be loaded: XLA does it
         return None
-    loaded = ctypes.CDLL(str(library))
+    if loaded is None:
+        return None
     loaded.RagHasTiles.restype = ctypes.c_bool
     for target, symbol in _TARGETS.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
@@ -82,8 +91,8 @@ def _library() -> Path | None:
     if compiler is None:
         return None
     key = cache.content_key(
-        [file.read_text() for file in SOURCES],
-        compiler,
+        [file.read_text(encoding="utf-8") for file in SOURCES],
+        _version(compiler),
         _FLAGS,
         list(cpu_flags()),
         metadata.version("jaxlib"),
@@ -94,6 +103,10 @@ def _library() -> Path | None:
             if not path.exists() and not _build(compiler, path):
                 return None
     return path
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
 
 
 def _build(compiler: str, path: Path) -> bool:
@@ -159,7 +172,10 @@ def _decoder(x, positions, angles, layers: Sequence[Layer], caches: list[Array],
 def linear(
     x: Float[Array, "R M"], values: Int8[Array, "N M"], scale: Float32[Array, "N"]
 ) -> Float32[Array, "R N"]:
-    """`x @ (values * scale[:, None]).T`: a row's product does not depend on its neighbours. Ask `available` first."""
+    """`x @ (values * scale[:, None]).T`; what a row's neighbours hold changes nothing. Ask `available` first.
+
+    With AMX two rows or more are multiplied by digits where its tiles divide the weight, else float32 by the weight.
+    """
     result = jax.ShapeDtypeStruct((len(x), len(values)), jnp.float32)
     call = jax.ffi.ffi_call("rag_linear", result)
     return call(x.astype(jnp.float32), values, scale, threads=np.int64(cores()))

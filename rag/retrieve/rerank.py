@@ -28,7 +28,7 @@ from rag.models import tokenizer as tokenization
 from rag.models.bert import BertClassifier
 from rag.models.bert_checkpoint import ClassifierSettings
 from rag.models.tokenizer import Tokenizer
-from rag.ops import attention, flash, linear, visibility
+from rag.ops import attention, flash, linear, native, visibility
 from rag.retrieve.collection import Collection
 from rag.types import Hit, Message, UserError
 
@@ -62,7 +62,7 @@ class CrossEncoder:
     # No model's fingerprint stands for these.
     code: ClassVar = (
         *(embed, bert, bert_checkpoint, checkpoint, tokenization, tokenizer_folder),
-        *(attention, flash, linear, visibility),
+        *(attention, flash, linear, native, visibility),
     )
 
     def __post_init__(self) -> None:

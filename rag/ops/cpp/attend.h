@@ -41,7 +41,9 @@ struct Tile {
 
 // Its keys as [dim, kTile].
 inline void Transpose(const Tile& tile, float* transposed) {
-  const auto four = [](const Half* from) { return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))); };
+  const auto four = [](const Half* from) {
+    return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  };
   const int64_t fours = tile.dim % 4 ? 0 : tile.slots / 4 * 4;
   for (int64_t s = 0; s < fours; s += 4) {
     for (int64_t d = 0; d < tile.dim; d += 4) {
@@ -173,17 +175,26 @@ inline void Merge(const Attended* shares, int64_t count, int64_t dim, float* out
 struct Shape {
   int64_t batch, tokens, width, heads, kv_heads, slots, dim;
   int64_t rows() const { return batch * tokens; }
+
+  // Many rows are shared out among the threads; of few each thread attends to a share of the slots for all of them, so
+  // that the cache is read once, and a query has as many results as there are threads.
+  bool by_rows(int threads) const { return rows() >= 16 * threads; }
+  int shares(int threads) const { return by_rows(threads) ? 1 : threads; }
 };
 
-// Thread i's part of attending, for queries [R, H, D]: of few tokens a share of the slots for all of them, so that the
-// cache is read once, and of many every so many rows. Results [R, H, threads].
-inline void AttendShare(const Shape& z, const float* query, const Half* keys, const Half* values, const int32_t* positions, int i, int threads, Attended* results) {
+// Thread i's part of attending, for queries [R, H, D]; results [R, H, shares].
+inline void AttendShare(const Shape& z, const float* query, const Half* keys, const Half* values,
+                        const int32_t* positions, int i, int threads, Attended* results) {
   const float scale = 1 / std::sqrt(static_cast<float>(z.dim));
   const int64_t group = z.heads / z.kv_heads;
-  const bool by_rows = z.tokens >= 16 * threads;
+  const bool by_rows = z.by_rows(threads);
+  const auto ours = [&](int64_t r) { return !by_rows || r / 8 % threads == i; };
   Buffer transposed(z.dim * kTile), floats(z.dim * kTile);
   std::vector<Query> q;
-  for (int64_t n = 0; n < z.rows() * z.heads; n++) results[n * threads + i].Clear(z.dim);
+  const auto result = [&](int64_t n) { return by_rows ? results + n : results + n * threads + i; };
+  for (int64_t n = 0; n < z.rows() * z.heads; n++) {
+    if (ours(n / z.heads)) result(n)->Clear(z.dim);
+  }
   for (int64_t b = 0; b < z.batch; b++) {
     const int32_t* at = positions + b * z.tokens;
     const int64_t slots = *std::max_element(at, at + z.tokens) + 1;
@@ -194,9 +205,9 @@ inline void AttendShare(const Shape& z, const float* query, const Half* keys, co
         Tile tile{keys + offset, values + offset, nullptr, nullptr, std::min(kTile, share.end - s), z.dim};
         q.clear();
         for (int64_t r = b * z.tokens; r < (b + 1) * z.tokens; r++) {
-          if (positions[r] < s || (by_rows && r / 8 % threads != i)) continue;
+          if (positions[r] < s || !ours(r)) continue;
           for (int64_t n = r * z.heads + kv * group; n < r * z.heads + (kv + 1) * group; n++) {
-            q.push_back({query + n * z.dim, std::min(tile.slots, positions[r] + 1 - s), results + n * threads + i});
+            q.push_back({query + n * z.dim, std::min(tile.slots, positions[r] + 1 - s), result(n)});
           }
         }
         if (static_cast<int64_t>(q.size()) >= kManyQueries) {

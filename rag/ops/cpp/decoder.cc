@@ -68,7 +68,7 @@ void EachRow(Team& team, int64_t rows, const Part& part) {
 struct Scratch {
   Input h, attended, middle;
   Buffer q, k, v, gate, up;
-  std::vector<Attended> results;  // [R, H, threads]
+  std::vector<Attended> results;  // [R, H, shares]
 
   void Resize(const Shape& z, int64_t ffn, int threads) {
     const int64_t rows = z.rows(), kv = rows * z.kv_heads * z.dim;
@@ -77,7 +77,7 @@ struct Scratch {
     middle.Resize(rows, ffn);
     q.Resize(rows * z.heads * z.dim), k.Resize(kv), v.Resize(kv);
     gate.Resize(rows * ffn), up.Resize(rows * ffn);
-    results.resize(rows * z.heads * threads);
+    results.resize(rows * z.heads * z.shares(threads));
   }
 };
 
@@ -85,7 +85,7 @@ struct Scratch {
 void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* positions, const float* cos,
          const float* sin, float* x, Scratch& s) {
   const int64_t rows = z.rows(), ffn = l.gate.outputs, half = z.dim / 2;
-  const int threads = team.size();
+  const int threads = team.size(), shares = z.shares(threads);
   const auto each_row = [&](const auto& part) { EachRow(team, rows, part); };
   const auto normalised = [&](const float* weight) {
     each_row([&](int64_t r) {
@@ -113,7 +113,7 @@ void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* p
   team.Run([&](int i) { AttendShare(z, s.q.data(), l.keys, l.values, positions, i, threads, s.results.data()); });
   each_row([&](int64_t r) {
     for (int64_t n = 0; n < z.heads; n++) {
-      Merge(&s.results[(r * z.heads + n) * threads], threads, z.dim, s.attended.row(r) + n * z.dim);
+      Merge(&s.results[(r * z.heads + n) * shares], shares, z.dim, s.attended.row(r) + n * z.dim);
     }
     s.attended.Finish(r);
   });
@@ -128,7 +128,7 @@ void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* p
       for (int64_t n = share.begin; n < share.end; n++) s.middle.row(r)[n] = Silu(gate[n]) * up[n];
     }
   });
-  if (rows > 1) each_row([&](int64_t r) { s.middle.Finish(r); });
+  each_row([&](int64_t r) { s.middle.Finish(r); });
   team.Run([&](int i) { s.middle.Multiply(l.down, i, threads, x, true); });
 }
 
@@ -136,8 +136,8 @@ void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* p
 
 constexpr int64_t kLayerArguments = 18;  // two norms, seven weights with their scales, keys and values
 
-ffi::Error Decoder(ffi::ThreadPool pool, int64_t threads, float eps, F32 x, S32 at, F32 cos, F32 sin, ffi::RemainingArgs arguments,
-                   ffi::ResultBuffer<ffi::F32> y, ffi::RemainingRets caches) {
+ffi::Error Decoder(ffi::ThreadPool pool, int64_t threads, float eps, F32 x, S32 at, F32 cos, F32 sin,
+                   ffi::RemainingArgs arguments, ffi::ResultBuffer<ffi::F32> y, ffi::RemainingRets caches) {
   Team team(pool, threads);
   const auto f32 = [&](size_t i) { return *arguments.get<F32>(i); };
   const auto weight = [&](size_t i) { return WeightOf(*arguments.get<S8>(i), *arguments.get<F32>(i + 1)); };
@@ -166,7 +166,7 @@ ffi::Error Linear(ffi::ThreadPool pool, int64_t threads, F32 x, S8 values, F32 s
   const int64_t rows = x.dimensions()[0];
   static Input input;  // its turn is ours
   input.Resize(rows, weight.width, x.typed_data());
-  if (rows > 1) EachRow(team, rows, [&](int64_t r) { input.Finish(r); });
+  EachRow(team, rows, [&](int64_t r) { input.Finish(r); });
   team.Run([&](int i) { input.Multiply(weight, i, team.size(), y->typed_data()); });
   return ffi::Error::Success();
 }

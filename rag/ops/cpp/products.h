@@ -206,8 +206,8 @@ inline void MultiplyTiles(const Weight& w, const Digits& x, Share share, const O
 
 #endif
 
-// What a weight is multiplied with: `tokens` rows of floats, and for the matrix unit their digits too. Kept from call to
-// call, since fresh memory costs more than the product of a few tokens.
+// What a weight is multiplied with: `tokens` rows of floats, and for the matrix unit their digits too. Kept from call
+// to call, since fresh memory costs more than the product of a few tokens.
 class Input {
  public:
   // Rows to be written by `row`, or those that stand at `given`.

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -23,7 +24,8 @@ class Team {
     const int64_t helpers = std::min({threads, pool.num_threads(), kMost}) - 1;
     state_->size = static_cast<int>(std::max<int64_t>(helpers, 0)) + 1;
     for (int i = 1; i < state_->size; i++) {
-      pool.Schedule([state = state_] {
+      pool.Schedule([state = state_, caller = std::this_thread::get_id()] {
+        if (std::this_thread::get_id() == caller) return;  // a full queue runs what it is given
         while (!state->over.load(std::memory_order_acquire)) {
           if (!state->TakePart()) _mm_pause();
         }
@@ -87,7 +89,9 @@ class Team {
 struct Share {
   int64_t begin, end;
   Share(int64_t count, int i, int threads) : begin(Start(count, i, threads)), end(Start(count, i + 1, threads)) {}
-  static int64_t Start(int64_t count, int i, int threads) { return i == threads ? count : count / 16 * i / threads * 16; }
+  static int64_t Start(int64_t count, int i, int threads) {
+    return i == threads ? count : count / 16 * i / threads * 16;
+  }
 };
 
 }  // namespace rag
