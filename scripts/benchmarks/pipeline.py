@@ -55,7 +55,7 @@ class Pipeline:
         if len(questions) < self.warmup + self.repeats:
             raise UserError(f"bench.repeats is {self.repeats}, but there are only {len(questions)} questions")
         asked = questions[: self.warmup + self.repeats]
-        ours = self._all_of_ours()
+        ours = {name: self._ours(*case) for name, case in self._cases().items()}
         for reader in ours.values():
             if reader.generator.reuses_passages:
                 _read_passages(asked[self.warmup :], search, reader)
@@ -68,12 +68,13 @@ class Pipeline:
                 clocks[name].append(clocked(question, search, reader))
         return rows({name: taken[self.warmup :] for name, taken in clocks.items()}, list(ours))
 
-    def _all_of_ours(self) -> dict[str, Reader]:
+    def _cases(self) -> dict[str, tuple[str, str, int]]:
+        """The arguments of `_ours` by a name."""
         kinds = [
             (kind, n) for kind in self.kv_reuse for n in (self.kv_recompute if kind == "chunk" else (0,))
         ]
         return {
-            f"{dtype}, reuse {kind}" + (f", {n} tokens anew" if n else ""): self._ours(dtype, kind, n)
+            f"{dtype}, reuse {kind}" + (f", {n} tokens anew" if n else ""): (dtype, kind, n)
             for dtype in self.dtypes
             for kind, n in kinds
         }
@@ -87,7 +88,8 @@ class Pipeline:
 
     def _compile(self, questions: Sequence[str], search: Search) -> None:
         """Every program that these prompts' lengths ask for, by readers whose memory is thrown away."""
-        for reader in self._all_of_ours().values():
+        for case in self._cases().values():
+            reader = self._ours(*case)
             for question in questions:
                 clocked(question, search, reader)
 

@@ -188,7 +188,7 @@ inline void AttendShare(const Shape& z, const float* query, const Half* keys, co
   const float scale = 1 / std::sqrt(static_cast<float>(z.dim));
   const int64_t group = z.heads / z.kv_heads;
   const bool by_rows = z.by_rows(threads);
-  const auto ours = [&](int64_t r) { return !by_rows || r / 8 % threads == i; };
+  const auto ours = [&](int64_t r) { return !by_rows || r / kTogether % threads == i; };
   Buffer transposed(z.dim * kTile), floats(z.dim * kTile);
   std::vector<Query> q;
   const auto result = [&](int64_t n) { return by_rows ? results + n : results + n * threads + i; };

@@ -51,19 +51,6 @@ struct Layer {
   Half *keys, *values;  // [B, K, S, D]
 };
 
-// part(r) for every row, the eight whose digits stand side by side by one thread: a cache line has one writer.
-template <class Part>
-void EachRow(Team& team, int64_t rows, const Part& part) {
-  constexpr int64_t kBlock = 8;
-  const auto block = [&](int64_t first) {
-    for (int64_t r = first; r < std::min(first + kBlock, rows); r++) part(r);
-  };
-  if (rows <= kBlock) return block(0);
-  team.Run([&](int i) {
-    for (int64_t first = i * kBlock; first < rows; first += team.size() * kBlock) block(first);
-  });
-}
-
 // What layers write on their way, one after another.
 struct Scratch {
   Input h, attended, middle;

@@ -106,10 +106,8 @@ inline bool HasTiles() {
   return granted;
 }
 
-// Eight tokens in two signed digits each, as rag/ops/linear.py has them, laid out as the second factor of tiles: for
-// each 64 of the width [16][16][4], where column c < 8 is the first digit of token c, and column 8 + c its second.
-constexpr int64_t kTogether = 8;
-
+// kTogether tokens, eight, in two signed digits each, as rag/ops/linear.py has them, laid out as the second factor of
+// tiles: for each 64 of the width [16][16][4], where column c < 8 is the first digit of token c, and 8 + c its second.
 struct Digits {
   int64_t width = 0, tokens = 0;
   std::vector<int8_t> tiles;  // [tokens / 8, width / 64, 16, 16, 4]

@@ -85,6 +85,21 @@ class Team {
   uint64_t turn_ = 0;
 };
 
+// Rows that one thread writes: the digits of so many stand side by side, and a cache line should have one writer.
+constexpr int64_t kTogether = 8;
+
+// part(r) for every row.
+template <class Part>
+void EachRow(Team& team, int64_t rows, const Part& part) {
+  const auto block = [&](int64_t first) {
+    for (int64_t r = first; r < std::min(first + kTogether, rows); r++) part(r);
+  };
+  if (rows <= kTogether) return block(0);
+  team.Run([&](int i) {
+    for (int64_t first = i * kTogether; first < rows; first += team.size() * kTogether) block(first);
+  });
+}
+
 // The n of [0, count) that are thread i's of `threads`, in whole blocks of 16 but for the last.
 struct Share {
   int64_t begin, end;
