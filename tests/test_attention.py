@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rag.measure import compiled_temp_bytes
+from rag.ops import native
 from rag.ops.attention import IMPLEMENTATIONS, attention
 from rag.ops.flash import Blocks, _exp2
 from tests.reference import attention_oracle, attention_tolerance
@@ -123,6 +124,8 @@ def check(
 ) -> None:
     """Output, log-sum-exp where there is one, and all gradients of one case."""
     with_lse = implementation != "xla"
+    if implementation == "native" and not native.available():
+        pytest.skip("no C++ compiler, or no CPU backend")
     *qkv, dout, dlse = inputs(case, dtype)
     want = attention_oracle(*qkv, dout=dout, dlse=dlse if with_lse else None, **case.options)
     options = {"q_offset": jnp.zeros(case.b, int)} if "q_positions" not in case.options else {}
@@ -154,7 +157,7 @@ def test_float32(implementation, name):
 
 
 @pytest.mark.parametrize("name", ["offset by row", "128 wide", "everything"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if i != "native"])
 def test_bfloat16(implementation, name):
     check(
         CASES[name], implementation, "bfloat16", gradients=implementation == "flash" and name != "everything"
@@ -270,7 +273,9 @@ def test_names_that_cannot_serve():
     q, k, v, *_ = inputs(Case())
     with pytest.raises(NotImplementedError, match="log-sum-exp"):
         attention(q, k, v, return_lse=True, implementation="xla")
-    with pytest.raises(ValueError, match="choose from reference, flash, xla"):
+    with pytest.raises(NotImplementedError, match="takes float32"):
+        attention(q.astype(jnp.bfloat16), k, v, implementation="native")
+    with pytest.raises(ValueError, match="choose from reference, flash, native, xla"):
         attention(q, k, v, implementation="cudnn")
 
 

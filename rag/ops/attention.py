@@ -5,6 +5,7 @@ Layout is head-major, which is the cache's: a head's keys lie together.
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,10 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from rag.ops import native
 from rag.ops.flash import Blocks, Plan, flash_attention
 from rag.ops.visibility import Extent, Pattern, visible
 
-IMPLEMENTATIONS = ("reference", "flash", "xla")
+IMPLEMENTATIONS = ("reference", "flash", "native", "xla")
 
 _MASKED = -1e30  # finite: no difference of two scores is NaN
 
@@ -61,6 +63,7 @@ def attention(
     `implementation` None takes the best one for device and shape. A name takes that one:
       reference  the T x S matrix in float32, as the formula reads; also the fastest for short sequences
       flash      blockwise in linear memory (rag/ops/flash.py); `blocks` are its tile sizes, None chooses
+      native     flash with its forward pass in C++ (rag/ops/native.py): float32, a CPU with a compiler
       xla        jax.nn.dot_product_attention; it has no log-sum-exp
     Raises NotImplementedError where the named one cannot serve, ValueError on an unknown name or on shapes
     and options that contradict one another.
@@ -81,11 +84,17 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     prefix = _PREFIX if causal and aligned and q.shape[2] <= _SHORT_CAUSAL else None
     plan = Plan(pattern, scale, blocks or _tiles(q, k), prefix)
-    match implementation or _best(q, k, plan, return_lse):
+    match implementation or _best(q, k, v, plan, return_lse):
         case "reference":
             out, lse = _reference(q, k, v, extent, plan=plan)
         case "flash":
             out, lse = _flash(q, k, v, extent, plan=plan)
+        case "native":
+            if not _runs_natively(q, k, v):
+                raise NotImplementedError(
+                    f"Native attention takes float32 up to {native.MOST_DIM} wide, on a CPU with a C++ compiler."
+                )
+            out, lse = _flash(q, k, v, extent, plan=replace(plan, native=True))
         case "by length":
             out, lse = _by_length(q, k, v, extent, plan=plan)
         case _:
@@ -117,9 +126,22 @@ def _check(
         raise ValueError(f"A window of {window} hides every key: give at least 1, or None for no window.")
 
 
-def _best(q: Float[Array, "B H T D"], k: Float[Array, "B K S D"], plan: Plan, return_lse: bool) -> str:
+def _runs_natively(*qkv: Array) -> bool:
+    float32 = all(x.dtype == jnp.float32 for x in qkv)
+    return float32 and qkv[0].shape[3] <= native.MOST_DIM and native.available()
+
+
+def _best(
+    q: Float[Array, "B H T D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    plan: Plan,
+    return_lse: bool,
+) -> str:
     """The fastest on this device for these shapes that can do what is asked."""
     tokens, keys = q.shape[2], k.shape[2]
+    if _runs_natively(q, k, v):
+        return "native"
     if jax.default_backend() == "cpu":
         if keys <= _SHORT and not plan.prefix:
             return "reference"

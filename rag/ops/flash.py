@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from rag.ops.visibility import Extent, Pattern, Span, key_blocks, visible
+from rag.ops import native
+from rag.ops.visibility import Extent, Pattern, Span, key_blocks, key_range, visible
 
 # Finite, so that no difference of two of them is NaN. The running maximum starts at half of it: then the
 # exponential of a masked score is 0 even in a row that has seen no key yet.
@@ -47,6 +48,7 @@ class Plan:
     scale: float
     blocks: Blocks
     prefix: int | None = None  # forward in unrolled blocks of so many queries; causal, query i stands at i
+    native: bool = False  # forward in C++ (rag/ops/native.py); float32
 
 
 def flash_attention(
@@ -83,6 +85,9 @@ def _flash(
 ) -> tuple[Float[Array, "P G T D"], Float[Array, "P G T"]]:
     """Output in q's dtype and float32 log-sum-exp; T and S are multiples of the blocks."""
     with jax.named_scope("flash_forward"):
+        if plan.native:
+            first, past = key_range(plan.pattern, extent.q_positions, jnp.minimum(extent.kv_length, k.shape[1]))
+            return native.attention(q, k[:, None], v[:, None], first, past, extent[2:], plan.scale)
         return _in_turns(partial(_forward, plan), plan.blocks.pairs, (q, k, v, extent))
 
 

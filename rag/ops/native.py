@@ -32,7 +32,7 @@ from rag.types import UserError
 
 _ENTRY = Path(__file__).with_name("cpp") / "decoder.cc"
 SOURCES = (*sorted(_ENTRY.parent.glob("*.h")), _ENTRY)
-_TARGETS = {"rag_decoder": "RagDecoder", "rag_linear": "RagLinear"}
+_TARGETS = {"rag_attention": "RagAttention", "rag_decoder": "RagDecoder", "rag_linear": "RagLinear"}
 # Not -ffast-math: a library linked with it makes the whole process flush small numbers to zero.
 _FLAGS = (
     *"-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fPIC -shared -pthread -w".split(),
@@ -167,6 +167,27 @@ def _decoder(x, positions, angles, layers: Sequence[Layer], caches: list[Array],
     call = jax.ffi.ffi_call("rag_decoder", results, input_output_aliases=aliases)
     y, *written = call(*arguments, threads=np.int64(cores()), eps=np.float32(eps))
     return y, written
+
+
+def attention(
+    q: Float32[Array, "B H T D"],
+    k: Float32[Array, "B K S D"],
+    v: Float32[Array, "B K S D"],
+    first: Int32[Array, "B T"],
+    past: Int32[Array, "B T"],
+    segments: tuple[Int32[Array, "B T"] | None, Int32[Array, "B S"] | None],
+    scale: float,
+) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]]:
+    """Softmax attention of each query to the keys [first, past) of S, and the log-sum-exp of its scaled scores.
+
+    With segments only to keys of its own id, and with a negative id to none. Zeros and -inf where nothing is seen.
+    Blockwise with online softmax, in memory that does not grow with T or S beside the results. D is at most MOST_DIM.
+    Ask `available` first.
+    """
+    ids = [jnp.zeros((0, 0), jnp.int32) if some is None else some for some in segments]
+    results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], q.dtype))
+    call = jax.ffi.ffi_call("rag_attention", results, vmap_method="sequential")
+    return call(q, k, v, first, past, *ids, threads=np.int64(cores()), scale=np.float32(scale))
 
 
 def linear(

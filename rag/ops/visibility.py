@@ -41,6 +41,19 @@ class KeyBlocks(NamedTuple):
     stop: Int[Array, ""]
 
 
+def key_range(
+    pattern: Pattern, q_positions: Int[Array, "b1 t"], kv_length: Int[Array, "b2"]
+) -> tuple[Int[Array, "b t"], Int[Array, "b t"]]:
+    """First key and past the last one that each query sees, segments aside; empty where past <= first."""
+    first, past = jnp.broadcast_arrays(jnp.zeros_like(q_positions), kv_length[:, None])
+    if pattern.causal:
+        past = jnp.minimum(past, q_positions + 1)
+    if pattern.window is not None:
+        first = jnp.maximum(first, q_positions - pattern.window + 1)
+        past = jnp.minimum(past, q_positions + pattern.window)
+    return first, past
+
+
 def visible(pattern: Pattern, extent: Extent, rows: Span, columns: Span) -> Bool[Array, "b t s"]:
     """The mask of a tile of queries and keys."""
     i = lax.dynamic_slice_in_dim(extent.q_positions, *rows, axis=1)[:, :, None]  # b t 1
@@ -62,19 +75,11 @@ def key_blocks(
 ) -> KeyBlocks:
     """The range of key blocks that query block `i` has to look at, over all rows of the batch."""
     positions = lax.dynamic_slice_in_dim(extent.q_positions, i * block_q, block_q, axis=1)
-    first, last = positions.min(axis=1), positions.max(axis=1)  # b
-    some_low = all_low = jnp.zeros_like(first)  # keys [some_low, some_high) are seen by some query,
-    some_high = all_high = extent.kv_length  # keys [all_low, all_high) by every one
-    if pattern.causal:
-        some_high, all_high = jnp.minimum(some_high, last + 1), jnp.minimum(all_high, first + 1)
-    if pattern.window is not None:
-        some_low, all_low = first - pattern.window + 1, last - pattern.window + 1
-        some_high = jnp.minimum(some_high, last + pattern.window)
-        all_high = jnp.minimum(all_high, first + pattern.window)
-    start = jnp.maximum(some_low.min(), 0) // block_k
-    stop = jnp.maximum(-(-some_high.max() // block_k), start)
-    full_start = -(-all_low.max() // block_k)
-    full_stop = all_high.min() // block_k
+    first, past = key_range(pattern, positions, extent.kv_length)
+    start = first.min() // block_k
+    stop = jnp.maximum(-(-past.max() // block_k), start)
+    full_start = -(-first.max() // block_k)
+    full_stop = past.min() // block_k
     if extent.q_segments is not None:
         low, high = _segment_blocks(extent, i, block_q, block_k)
         start = jnp.maximum(start, low)

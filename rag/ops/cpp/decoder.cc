@@ -8,9 +8,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
-#include "attend.h"
+#include "flash.h"
 #include "products.h"
 #include "team.h"
 #include "xla/ffi/api/ffi.h"
@@ -51,32 +52,55 @@ struct Layer {
   Half *keys, *values;  // [B, K, S, D]
 };
 
+// Whether tokens are shared out among the threads, rather than the slots that they see.
+bool InBlocks(const Shape& z, int threads) { return z.rows() >= 16 * threads; }
+
 // What layers write on their way, one after another.
 struct Scratch {
   Input h, attended, middle;
   Buffer q, k, v, gate, up;
-  std::vector<Attended> results;  // [R, H, shares]
+  std::vector<Attended> results;  // [R, H, threads]
 
-  void Resize(const Shape& z, int64_t ffn, int threads) {
+  void Resize(const Shape& z, int64_t width, int64_t ffn, int threads) {
     const int64_t rows = z.rows(), kv = rows * z.kv_heads * z.dim;
-    h.Resize(rows, z.width);
+    h.Resize(rows, width);
     attended.Resize(rows, z.heads * z.dim);
     middle.Resize(rows, ffn);
     q.Resize(rows * z.heads * z.dim), k.Resize(kv), v.Resize(kv);
     gate.Resize(rows * ffn), up.Resize(rows * ffn);
-    results.resize(rows * z.heads * z.shares(threads));
+    if (!InBlocks(z, threads)) results.resize(rows * z.heads * threads);
   }
 };
 
+// All tokens attend to the cache, whose slots [0, past[r]) token r sees: from s.q to s.attended.
+void AttendToCache(Team& team, const Shape& z, const Layer& l, const int32_t* past, Scratch& s) {
+  const Seen seen{nullptr, past};
+  const float scale = 1 / std::sqrt(static_cast<float>(z.dim));
+  const auto out = [&](int64_t r, int64_t h) { return s.attended.row(r) + h * z.dim; };
+  if (InBlocks(z, team.size())) {
+    const auto query = [&](int64_t r, int64_t h) { return &s.q[(r * z.heads + h) * z.dim]; };
+    const auto done = [&](int64_t r, int64_t h, const Attended& found) { found.Write(z.dim, out(r, h)); };
+    AttendInBlocks(team, z, l.keys, l.values, seen, scale, query, done);
+  } else {
+    AttendToShares(team, z, l.keys, l.values, seen, scale, s.q.data(), s.results.data());
+    EachRow(team, z.rows(), [&](int64_t r) {
+      for (int64_t h = 0; h < z.heads; h++) {
+        Merge(&s.results[(r * z.heads + h) * team.size()], team.size(), z.dim, out(r, h));
+      }
+    });
+  }
+  EachRow(team, z.rows(), [&](int64_t r) { s.attended.Finish(r); });
+}
+
 // One layer, in place: x [R, M].
-void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* positions, const float* cos,
-         const float* sin, float* x, Scratch& s) {
-  const int64_t rows = z.rows(), ffn = l.gate.outputs, half = z.dim / 2;
-  const int threads = team.size(), shares = z.shares(threads);
+void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* past, const float* cos, const float* sin,
+         float* x, Scratch& s) {
+  const int64_t rows = z.rows(), width = l.q.width, ffn = l.gate.outputs, half = z.dim / 2;
+  const int threads = team.size();
   const auto each_row = [&](const auto& part) { EachRow(team, rows, part); };
   const auto normalised = [&](const float* weight) {
     each_row([&](int64_t r) {
-      Normalise(x + r * z.width, weight, eps, z.width, s.h.row(r));
+      Normalise(x + r * width, weight, eps, width, s.h.row(r));
       s.h.Finish(r);
     });
   };
@@ -91,19 +115,13 @@ void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* p
     for (int64_t n = 0; n < z.heads; n++) Rotate(&s.q[(r * z.heads + n) * z.dim], cos + r * half, sin + r * half, half);
     for (int64_t n = 0; n < z.kv_heads; n++) {
       float *k = &s.k[(r * z.kv_heads + n) * z.dim], *v = &s.v[(r * z.kv_heads + n) * z.dim];
-      const int64_t slot = (((r / z.tokens) * z.kv_heads + n) * z.slots + positions[r]) * z.dim;
+      const int64_t slot = (((r / z.tokens) * z.kv_heads + n) * z.slots + past[r] - 1) * z.dim;
       Rotate(k, cos + r * half, sin + r * half, half);
       Copy(k, z.dim, l.keys + slot);
       Copy(v, z.dim, l.values + slot);
     }
   }
-  team.Run([&](int i) { AttendShare(z, s.q.data(), l.keys, l.values, positions, i, threads, s.results.data()); });
-  each_row([&](int64_t r) {
-    for (int64_t n = 0; n < z.heads; n++) {
-      Merge(&s.results[(r * z.heads + n) * shares], shares, z.dim, s.attended.row(r) + n * z.dim);
-    }
-    s.attended.Finish(r);
-  });
+  AttendToCache(team, z, l, past, s);
   team.Run([&](int i) { s.attended.Multiply(l.o, i, threads, x, true); });
   normalised(l.norm_2);
   team.Run([&](int i) {
@@ -121,6 +139,7 @@ void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* p
 
 // ---- What jax.ffi calls
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kLayerArguments = 18;  // two norms, seven weights with their scales, keys and values
 
 ffi::Error Decoder(ffi::ThreadPool pool, int64_t threads, float eps, F32 x, S32 at, F32 cos, F32 sin,
@@ -130,20 +149,37 @@ ffi::Error Decoder(ffi::ThreadPool pool, int64_t threads, float eps, F32 x, S32 
   const auto weight = [&](size_t i) { return WeightOf(*arguments.get<S8>(i), *arguments.get<F32>(i + 1)); };
   const auto cache = [&](size_t i) { return *caches.get<F16>(i); };
   const auto shape = cache(0)->dimensions(), in = x.dimensions();
-  const Shape z{in[0], in[1], in[2], weight(1).outputs / shape[3], shape[1], shape[2], shape[3]};
+  const Shape z{in[0], in[1], weight(1).outputs / shape[3], shape[1], shape[2], shape[3]};
 
-  std::vector<int32_t> positions(at.typed_data(), at.typed_data() + z.rows());
-  for (int32_t& position : positions) position = std::min<int32_t>(position, z.slots - 1);
+  std::vector<int32_t> past(at.typed_data(), at.typed_data() + z.rows());
+  for (int32_t& slot : past) slot = std::min<int32_t>(slot + 1, z.slots);
   std::copy(x.typed_data(), x.typed_data() + x.element_count(), y->typed_data());
   static Scratch scratch;  // its turn is ours
-  scratch.Resize(z, weight(10).outputs, team.size());
+  scratch.Resize(z, in[2], weight(10).outputs, team.size());
   for (size_t n = 0; n < arguments.size() / kLayerArguments; n++) {
     const size_t i = n * kLayerArguments;
     const Layer layer{f32(i).typed_data(),      weight(i + 1),  weight(i + 3),  weight(i + 5),
                       weight(i + 7),            f32(i + 9).typed_data(), weight(i + 10), weight(i + 12),
                       weight(i + 14),           cache(2 * n)->typed_data(), cache(2 * n + 1)->typed_data()};
-    Run(team, layer, z, eps, positions.data(), cos.typed_data(), sin.typed_data(), y->typed_data(), scratch);
+    Run(team, layer, z, eps, past.data(), cos.typed_data(), sin.typed_data(), y->typed_data(), scratch);
   }
+  return ffi::Error::Success();
+}
+
+ffi::Error Attention(ffi::ThreadPool pool, int64_t threads, float scale, F32 q, F32 k, F32 v, S32 from, S32 to,
+                     S32 segments, S32 slot_segments, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> lse) {
+  Team team(pool, threads);
+  const auto queries = q.dimensions(), shape = k.dimensions();
+  const Shape z{queries[0], queries[2], queries[1], shape[1], shape[2], shape[3]};
+  Seen seen{from.typed_data(), to.typed_data()};
+  if (segments.element_count()) seen.segments = segments.typed_data(), seen.slot_segments = slot_segments.typed_data();
+  const auto index = [&](int64_t r, int64_t h) { return (r / z.tokens * z.heads + h) * z.tokens + r % z.tokens; };
+  const auto query = [&](int64_t r, int64_t h) { return q.typed_data() + index(r, h) * z.dim; };
+  const auto done = [&](int64_t r, int64_t h, const Attended& found) {
+    found.Write(z.dim, out->typed_data() + index(r, h) * z.dim);
+    lse->typed_data()[index(r, h)] = found.total > 0 ? found.top + std::log(found.total) : -kInfinity;
+  };
+  AttendInBlocks(team, z, k.typed_data(), v.typed_data(), seen, scale, query, done);
   return ffi::Error::Success();
 }
 
@@ -173,6 +209,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RagDecoder, rag::Decoder,
                                   .RemainingArgs()  // kLayerArguments of each layer
                                   .Ret<F32>()       // x [B, T, M]
                                   .RemainingRets());  // keys and values of each layer, in the arguments' memory
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RagAttention, rag::Attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("threads")
+                                  .Attr<float>("scale")
+                                  .Arg<F32>()     // q [B, H, T, D]
+                                  .Arg<F32>()     // k [B, K, S, D]
+                                  .Arg<F32>()     // v [B, K, S, D]
+                                  .Arg<S32>()     // from [B, T]
+                                  .Arg<S32>()     // to [B, T]
+                                  .Arg<S32>()     // segments [B, T], or nothing
+                                  .Arg<S32>()     // of slots [B, S], or nothing
+                                  .Ret<F32>()     // [B, H, T, D]
+                                  .Ret<F32>());   // log-sum-exp [B, H, T]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(RagLinear, rag::Linear,
                               ffi::Ffi::Bind()

@@ -26,6 +26,8 @@ inline Vec Floats(const float* from) {
 }
 
 using Half = uint16_t;  // float16's bits
+inline float Float(float x) { return x; }
+inline float Float(Half x) { return _cvtsh_ss(x); }
 
 #ifdef __AVX512F__
 inline Vec Floats(const Half* from) {
@@ -64,7 +66,14 @@ inline Vec Floats(const int8_t* from) {
 }
 inline float Sum(Vec v) { return _mm512_reduce_add_ps(v); }
 
-// Rows and columns of a square of 16 exchanged: first within fours of each, then the fours.
+constexpr int kSquare = 16;  // whose rows and columns can be exchanged
+using SquareRow = Vec;
+template <class T>
+SquareRow LoadRow(const T* from) {
+  return Floats(from);
+}
+
+// First within fours of each, then the fours.
 inline void Transpose(Vec (&v)[16]) {
   __m512d pairs[16];
   for (int i = 0; i < 16; i += 2) {
@@ -109,6 +118,14 @@ inline Vec Sums(const Vec* v) {
 inline Vec Floats(const int8_t* from) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
+
+constexpr int kSquare = 4;  // whose rows and columns can be exchanged
+using SquareRow = __m128;
+inline SquareRow LoadRow(const float* from) { return _mm_loadu_ps(from); }
+inline SquareRow LoadRow(const Half* from) {
+  return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+inline void Transpose(SquareRow (&v)[4]) { _MM_TRANSPOSE4_PS(v[0], v[1], v[2], v[3]); }
 
 inline float Sum(Vec v) {
   const __m128 fours = _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1);
