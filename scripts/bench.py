@@ -54,7 +54,8 @@ def command(given: Sequence[str]) -> str:
     settings = [
         re.sub(r"=('?)[~/]\S*/", r"=\1.../", text) for text in given if not re.match(r"(keep|name)=", text)
     ]
-    return " ".join(["python scripts/bench.py", *settings])
+    environment = ["RAG_NATIVE=0"] if os.environ.get("RAG_NATIVE") == "0" else []
+    return " ".join([*environment, "python scripts/bench.py", *settings])
 
 
 def write(stem: Path, line: str, table: str, picture: bytes | None) -> None:

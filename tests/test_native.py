@@ -1,5 +1,8 @@
 """The C++ decoder against the same maths in JAX."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -137,6 +140,14 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "_FLAGS", ("--no-such-flag",))
     assert native._library() is None
     assert not list(tmp_path.rglob("*.so"))
+    monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("asked again"))
+    assert native._library() is None
+
+
+def test_it_can_be_switched_off():
+    code = "from rag.ops import native; raise SystemExit(native.available())"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"RAG_NATIVE": "0"}, check=False)
+    assert done.returncode == 0
 
 
 @needs_compiler

@@ -48,7 +48,6 @@ class LocalGenerator:
         steps_per_dispatch: int | None = None,
         tokens_per_batch: int = 4096,
         drafting: bool = False,
-        native: bool = True,
         kv_reuse: str = "none",
         kv_path: str | None = None,
         kv_dtype: str = "float16",
@@ -61,8 +60,7 @@ class LocalGenerator:
         `tokens_per_batch` bounds the padded tokens, new ones included, that `generate` and the likelihoods hold
         at once; it changes their speed and memory, and results no more than float rounding does. Neither does
         `drafting` from the text so far (rag.generate.drafting), for what `stream` writes with greedy sampling and no
-        repetition penalty; all else is decoded plainly. Nor does `native`, which lets rag.ops.native read and write
-        where weights are int8 and a C++ compiler is there, and keeps keys and values as float16.
+        repetition penalty; all else is decoded plainly.
 
         `kv_reuse` names what of a prompt is not read again: "none"; "prefix", what earlier prompts began with, in
         memory up to `prefix_mib` MiB (rag.generate.prefix_cache; exact); "chunk", the messages' passages but for the
@@ -84,7 +82,7 @@ class LocalGenerator:
         self._kv_reuse, self._prefix_bytes = kv_reuse, prefix_mib << 20
         self._chunk_options = ChunkOptions(kv_path, kv_dtype, kv_recompute, share)
         self._tokens_per_batch = tokens_per_batch
-        self._drafts, self._native = DraftPolicy() if drafting else None, native
+        self._drafts = DraftPolicy() if drafting else None
         self._path = hub.local_path(weights)
         self._dtype, self._limit, self._steps = dtype, context_length, steps_per_dispatch
 
@@ -92,8 +90,7 @@ class LocalGenerator:
     def _loaded(self) -> tuple[Engine, Tokenizer]:
         model, tokenizer = llama_checkpoint.load(self._path, int8=self._dtype == "int8")
         model = checkpoint.to_device(model, None if self._dtype == "int8" else jnp.dtype(self._dtype))
-        if self._native:
-            llama.use_native(model)
+        llama.use_native(model)
         return Engine(model, tokenizer.eos_ids, self._steps), tokenizer
 
     @cached_property
@@ -102,10 +99,11 @@ class LocalGenerator:
 
         Nothing is loaded for it.
         """
-        key = cache.content_key(self._model_fingerprint, self._dtype == "int8" and self._native)
         if not self.reuses_passages:
-            return key
-        return cache.content_key(key, self._kv_reuse, replace(self._chunk_options, path=None))
+            return self._model_fingerprint
+        return cache.content_key(
+            self._model_fingerprint, self._kv_reuse, replace(self._chunk_options, path=None)
+        )
 
     @cached_property
     def _model_fingerprint(self) -> str:

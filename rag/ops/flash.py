@@ -86,7 +86,9 @@ def _flash(
     """Output in q's dtype and float32 log-sum-exp; T and S are multiples of the blocks."""
     with jax.named_scope("flash_forward"):
         if plan.native:
-            first, past = key_range(plan.pattern, extent.q_positions, jnp.minimum(extent.kv_length, k.shape[1]))
+            first, past = key_range(
+                plan.pattern, extent.q_positions, jnp.minimum(extent.kv_length, k.shape[1])
+            )
             return native.attention(q, k[:, None], v[:, None], first, past, extent[2:], plan.scale)
         return _in_turns(partial(_forward, plan), plan.blocks.pairs, (q, k, v, extent))
 

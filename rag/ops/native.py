@@ -1,9 +1,10 @@
-"""A few tokens through a decoder with int8 weights as one C++ call (cpp/), where this machine has a compiler.
+"""Attention in float32, and a decoder with int8 weights, each as one C++ call (cpp/), where there is a compiler.
 
-An option that nothing depends on: without it, or where it does not apply, XLA runs the same maths. What it saves are
-the forty small steps of a layer, between which XLA's threads go to sleep, the making or loading of the programs that
-hold them, and with AMX most of the time of the products. The library is built at first use, in seconds, and kept in the
-cache folder under its sources, the compiler and the processor.
+An option that nothing depends on: without it, or with RAG_NATIVE=0 in the environment, XLA runs the same maths. What it
+saves are the ways of attention's scores to memory and back, the forty small steps of a decoder's layer, between which
+XLA's threads go to sleep, the making or loading of the programs that hold them, and with AMX most of the time of the
+products. The library is built at first use, in seconds, and kept in the cache folder under its sources, the compiler and
+the processor.
 
 Letters: B batch, T tokens of a row, M width, K kv heads, D head dim, S slots of the cache, R rotations, D/2, or rows of
 a product, N outputs.
@@ -30,8 +31,9 @@ from rag import cache
 from rag.measure import cores, cpu_flags
 from rag.types import UserError
 
-_ENTRY = Path(__file__).with_name("cpp") / "decoder.cc"
-SOURCES = (*sorted(_ENTRY.parent.glob("*.h")), _ENTRY)
+_ENTRY = Path(__file__).with_name("cpp") / "calls.cc"
+_WANTED = os.environ.get("RAG_NATIVE") != "0"
+SOURCES = (*sorted(_ENTRY.parent.glob("*.h")), _ENTRY) if _WANTED else ()  # what kept results depend on
 _TARGETS = {"rag_attention": "RagAttention", "rag_decoder": "RagDecoder", "rag_linear": "RagLinear"}
 # Not -ffast-math: a library linked with it makes the whole process flush small numbers to zero.
 _FLAGS = (
@@ -50,7 +52,7 @@ Weight = tuple[Int8[Array, "_ _"], Float32[Array, "_"]]  # [N, M] values, [N] sc
 
 @once
 def available() -> bool:
-    """Whether it can be called in this process: on an x86 CPU with AVX2, with a C++ compiler."""
+    """Whether it can be called in this process: on an x86 CPU with AVX2, with a C++ compiler, without RAG_NATIVE=0."""
     return _loaded() is not None
 
 
@@ -67,7 +69,7 @@ def reads(tokens: int) -> bool:
 
 @once
 def _loaded() -> ctypes.CDLL | None:
-    if jax.default_backend() != "cpu" or "avx2" not in cpu_flags():
+    if not _WANTED or jax.default_backend() != "cpu" or "avx2" not in cpu_flags():
         return None
     try:
         library = _library()
@@ -98,27 +100,27 @@ def _library() -> Path | None:
         metadata.version("jaxlib"),
     )
     path = cache.cache_root() / "native" / f"{key}.so"
-    if not path.exists():
+    failed = path.with_suffix(".log")
+    if not (path.exists() or failed.exists()):
         with cache.writing(), cache.locked(path):
-            if not path.exists() and not _build(compiler, path):
-                return None
-    return path
+            if not (path.exists() or failed.exists()):
+                _build(compiler, path, failed)
+    return path if path.exists() else None
 
 
 def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
 
 
-def _build(compiler: str, path: Path) -> bool:
+def _build(compiler: str, path: Path, failed: Path) -> None:
+    """The library, or what the compiler had to say, so that it is not asked again at every start."""
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "library.so"
         includes = f"-I{jax.ffi.include_dir()}"
         command = [compiler, *_FLAGS, includes, str(_ENTRY), "-o", str(built)]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            return False
-        with cache.atomic_file(path) as file:
-            file.write(built.read_bytes())
-    return True
+        done = subprocess.run(command, capture_output=True, check=False)
+        with cache.atomic_file(failed if done.returncode else path) as file:
+            file.write(done.stderr if done.returncode else built.read_bytes())
 
 
 @dataclass(frozen=True, slots=True)

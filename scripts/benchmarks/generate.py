@@ -41,7 +41,6 @@ class Generate:
     new_tokens: int = 64
     drafting: Sequence[bool] = (False, True)  # for answers from passages; an empty list leaves these out
     grounded_tokens: int = 128  # of such an answer at most
-    native: bool = True  # False: XLA alone reads and writes, in int8 too
     repeats: int = 5
 
     def __post_init__(self):
@@ -66,7 +65,7 @@ class Generate:
         return found + self._grounded(ours, peers)
 
     def _ours(self, dtype: str, drafting: bool = False) -> LocalGenerator:
-        return LocalGenerator(self.weights, dtype, drafting=drafting, native=self.native)
+        return LocalGenerator(self.weights, dtype, drafting=drafting)
 
     def _seconds(self, ours: dict[str, LocalGenerator], peers: dict[str, LlamaCpp], size: int) -> Seconds:
         """Each round reads another prompt, so that none can answer from its cache; the first does not count."""
