@@ -1,6 +1,7 @@
 """The indexes beside the exact one: what they find against DenseIndex and float64, proofs, audits, growing."""
 
 from dataclasses import FrozenInstanceError
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from rag.index.binary import Binary, BinaryIndex
 from rag.index.dense import DenseIndex, Exact
 from rag.index.prefix import Prefix, PrefixIndex
 from rag.index.quantized import Int8Index, Int8Scan
+from rag.ops import native
 from rag.types import UserError
 from tests.reference import top_k_oracle
 from tests.test_topk import on_cpu
@@ -155,24 +157,20 @@ def test_the_int8_scan_is_exact_and_says_so(count, k):
     np.testing.assert_array_equal(ids, expected[1])
     np.testing.assert_array_equal(scores, expected[0])
     assert proven.shape == (count,)
-    assert proven.mean() > 0.5
+    assert proven.mean() > 0.5 or count > quantized.most_queries()
 
 
+@pytest.mark.parametrize("by_native", [False, True])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
-def test_the_bound_holds(scale):
+def test_the_bound_holds(scale, by_native):
     """In float64: no row of a group scores more than the group's bound and the query's slack say."""
     vectors, queries = _units(4096) * np.float32(scale), _units(3, seed=5) * np.float32(7)
     vectors[5] = 0
-    digits, steps = quantized._digits(queries)
-    written = np.split(digits.astype(np.float64), 2)
-    left_out = queries - (written[0] + written[1] / 254) * steps[:, None]
-    lengths = np.linalg.norm(queries, axis=1)
-    written_rows = (jnp.asarray(part) for part in (*quantized._coded(vectors), digits, steps, lengths))
-    bounds = np.asarray(quantized._bounds(*written_rows))
-    slack = np.linalg.norm(left_out, axis=1) * quantized._longest(vectors)
-    rounding = 1e-5 * lengths * quantized._longest(vectors)
+    lengths, slack = quantized._slack(queries, quantized._longest(vectors))
+    arrays = (jnp.asarray(part) for part in (*quantized._coded(vectors), queries, lengths))
+    bounds = np.asarray(quantized._bounds(*arrays, by_native and native.has_tiles()))
     best = _exact(queries, vectors).reshape(3, -1, 16).max(axis=2)
-    assert np.all(best <= bounds + (slack + rounding)[:, None])
+    assert np.all(best <= bounds + slack[:, None])
     typical = np.median(bounds - best) / (scale * 7)
     assert 0 < typical < 0.02  # a bound that proves something is close, too
 
@@ -320,8 +318,8 @@ def test_the_scan_multiplies_integers():
     """The compiled scan holds one int8 x int8 product of all rows, and never their floats."""
     vectors = _units(4096, 64)
     index = Int8Index(vectors)
-    digits, steps = quantized._digits(vectors[:4])
     codes = (index._codes.values, index._scales.values, index._errors.values)
-    text = jax.jit(quantized._bounds).lower(*codes, digits, steps, steps).compile().as_text()
+    program = jax.jit(partial(quantized._bounds, by_native=False))
+    text = program.lower(*codes, vectors[:4], np.ones(4, np.float32)).compile().as_text()
     assert "s8[4096,64]" in text
     assert "f32[4096,64]" not in text

@@ -3,10 +3,10 @@
     N vectors, Q queries, E embedding dim, k results, G groups of consecutive rows
 
 Every vector is kept a second time in 8 bits with the length of what that leaves out. For a query q and a row x,
-written in 8 bits as q' and x', Cauchy and Schwarz give q.x <= q'.x' + |q| |x - x'| + |q - q'| |x'|: a bound on
-the exact score that takes a quarter of the reading. The rows of highest bound are scored exactly; where the
-k-th of them beats the highest bound left out, nothing can have been missed. The other queries are searched
-again, exactly: what is returned is always what DenseIndex returns.
+written in 8 bits as q' (two digits, rag.ops.linear) and x', Cauchy and Schwarz give
+q.x <= q'.x' + |q| |x - x'| + |q - q'| |x'|: a bound on the exact score that takes a quarter of the reading. The
+rows of highest bound are scored exactly; where the k-th of them beats the highest bound left out, nothing can have
+been missed. The other queries are searched again, exactly: what is returned is always what DenseIndex returns.
 """
 
 from dataclasses import dataclass
@@ -20,15 +20,13 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int8
 from rag.index import rescore
 from rag.index.dense import DenseIndex
 from rag.index.growing import Growing, bucket
-from rag.ops.linear import quantize
+from rag.ops import native
+from rag.ops.linear import linear, quantize
 from rag.types import UserError
 
-_BATCH = 16  # queries of one scan: their two digits are 32 rows, past which the int8 product is slow
-_MANY = 32  # queries from which the exact search is as fast
 _GROUP = 16  # rows of a group
 _BLOCK = 1 << 14  # rows that are converted at once
-_BASE = 254  # of the second digit: the first one rounds to half a step of 127 either way
-_BY_ROWS = (((1,), (1,)), ((), ()))
+_DIGITS_ERROR = 1.001 / (127 * 254 * 2)  # of an entry in rag.ops.linear's two digits, of the largest entry
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,11 @@ class Int8Scan:
 
     def build(self, vectors: Float32[np.ndarray, "N E"]) -> "Int8Index":
         return Int8Index(vectors, self)
+
+
+def most_queries() -> int:
+    """Those of one search up to which a scan is faster than the exact search; past 16 XLA's int8 product is slow."""
+    return 32 if native.has_tiles() else 16
 
 
 class Int8Index:
@@ -77,32 +80,28 @@ class Int8Index:
     ) -> tuple[Float32[np.ndarray, "Q k"], Int[np.ndarray, "Q k"], Bool[np.ndarray, "Q"]]:
         """What `search` returns, and which queries the scan proved; the others were searched again, exactly.
 
-        Batches of more than 31 queries, and k of a good part of all rows, go to the exact search unscanned.
+        More queries than `most_queries`, and k of a good part of all rows, go to the exact search unscanned.
         """
         rescore.check_queries(queries, self.exact.dim, k)
-        if not 0 < len(queries) < _MANY or len(self) < 4 * _GROUP * (k + self.options.candidates):
+        if not 0 < len(queries) <= most_queries() or len(self) < 4 * _GROUP * (k + self.options.candidates):
             return *self.exact.search(queries, k), np.zeros(len(queries), bool)
-        batches = [queries[start : start + _BATCH] for start in range(0, len(queries), _BATCH)]
-        scores, ids, proven = rescore.stacked([self._scan(batch, k) for batch in batches])
+        scores, ids, proven = self._scan(queries, k)
         if not proven.all():
             scores[~proven], ids[~proven] = self.exact.search(queries[~proven], k)
         return scores, ids, proven
 
     def _scan(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         padded = rescore.padded(queries, bucket(len(queries), 1))
-        digits, steps = _digits(padded)
-        first, second = np.split(digits.astype(np.float64), 2)
-        left_out = rescore.lengths(padded - (first + second / _BASE) * steps[:, None])
-        lengths = rescore.lengths(padded)
-        slack = (left_out + lengths * rescore.rounding(self.exact.dim)) * self._length
+        lengths, slack = _slack(padded, self._length)
         found = _search(
             self.exact.rows,
             (self._codes.values, self._scales.values, self._errors.values),
             padded,
-            (digits, steps, lengths.astype(np.float32), slack.astype(np.float32)),
+            (lengths, slack),
             np.int32(len(self)),
             k=k,
             groups=k + self.options.candidates,
+            by_native=native.has_tiles(),
         )
         return tuple(np.array(part[: len(queries)]) for part in jax.device_get(found))
 
@@ -130,18 +129,20 @@ def _code(
     return values, scales, 1.001 * jnp.linalg.norm(vectors - values * scales[:, None], axis=1)
 
 
-def _digits(queries: Float32[np.ndarray, "Q E"]) -> tuple[Int8[np.ndarray, "D E"], Float32[np.ndarray, "Q"]]:
-    """Each query in two signed digits, first ones first (D = 2 Q), and what a first digit counts."""
-    steps = np.maximum(np.abs(queries).max(axis=1) / 127, np.finfo(np.float32).tiny).astype(np.float32)
-    first = np.round(queries / steps[:, None])
-    second = np.round((queries / steps[:, None] - first) * _BASE)
-    return np.concatenate([first, second]).astype(np.int8), steps
+def _slack(
+    queries: Float32[np.ndarray, "Q E"], longest: float
+) -> tuple[Float32[np.ndarray, "Q"], Float32[np.ndarray, "Q"]]:
+    """The queries' lengths, and what their digits and rounding leave out of a product with the longest row."""
+    lengths, dim = rescore.lengths(queries), queries.shape[1]
+    left_out = np.abs(queries).max(axis=1) * _DIGITS_ERROR * dim**0.5
+    slack = (left_out + lengths * rescore.rounding(dim)) * longest
+    return lengths.astype(np.float32), slack.astype(np.float32)
 
 
-@partial(jax.jit, static_argnames=("k", "groups"))
-def _search(vectors, codes, queries, written, live, *, k: int, groups: int):
-    digits, steps, lengths, slack = written
-    bounds = _bounds(*codes, digits, steps, lengths)
+@partial(jax.jit, static_argnames=("k", "groups", "by_native"))
+def _search(vectors, codes, queries, written, live, *, k: int, groups: int, by_native: bool):
+    lengths, slack = written
+    bounds = _bounds(*codes, queries, lengths, by_native)
     return rescore.best_of_groups(vectors, queries, bounds, slack, live, k=k, group=_GROUP, groups=groups)
 
 
@@ -149,17 +150,15 @@ def _bounds(
     codes: Int8[Array, "N E"],
     scales: Float32[Array, "N"],
     errors: Float32[Array, "N"],
-    digits: Int8[Array, "D E"],
-    steps: Float32[Array, "Q"],
+    queries: Float32[Array, "Q E"],
     lengths: Float32[Array, "Q"],
+    by_native: bool,
 ) -> Float32[Array, "Q G"]:
-    """What no score in a whole group exceeds, but for what the query's digits leave out; D = 2 Q."""
+    """What no score in a whole group exceeds, but for what the product leaves out of the queries."""
     with jax.named_scope("bounds"):
-        products = jax.lax.dot_general(codes, digits, _BY_ROWS, preferred_element_type=jnp.int32)
-        first, second = jnp.split(products.astype(jnp.float32), 2, axis=1)
-        scores = (first + second / _BASE) * steps * scales[:, None] + errors[:, None] * lengths
+        bounds = linear(queries, codes, scale=scales, by_native=by_native) + lengths[:, None] * errors
         whole = len(codes) // _GROUP * _GROUP
-        return scores[:whole].reshape(-1, _GROUP, len(steps)).max(axis=1).T
+        return bounds[:, :whole].reshape(len(queries), -1, _GROUP).max(axis=2)
 
 
 def _longest(vectors: Float32[np.ndarray, "N E"]) -> float:

@@ -3,8 +3,8 @@
 An option that nothing depends on: without it, or with RAG_NATIVE=0 in the environment, XLA runs the same maths. What it
 saves are the ways of attention's scores to memory and back, the forty small steps of a decoder's layer, between which
 XLA's threads go to sleep, the making or loading of the programs that hold them, and with AMX most of the time of the
-products. The library is built at first use, in seconds, and kept in the cache folder under its sources, the compiler and
-the processor.
+products. The library is built at first use, in seconds, and kept in the cache folder under its sources, the compiler
+and the processor.
 
 Letters: B batch, T tokens of a row, M width, K kv heads, D head dim, S slots of the cache, R rotations, D/2, or rows of
 a product, N outputs.

@@ -1,7 +1,7 @@
 // What jax.ffi calls. rag/ops/native.py builds this file, and says what every argument is.
 //
-// Letters: B batch, T tokens a row of it, R rows of a product, M width, H query heads, K kv heads, D head dim, S slots of
-// keys and values, N outputs.
+// Letters: B batch, T tokens a row of it, R rows of a product, M width, H query heads, K kv heads, D head dim,
+// S slots of keys and values, N outputs.
 
 #include <algorithm>
 #include <cmath>
@@ -56,7 +56,8 @@ ffi::Error Decoder(ffi::ThreadPool pool, int64_t threads, float eps, F32 x, S32 
 }
 
 ffi::Error Attention(ffi::ThreadPool pool, int64_t threads, float scale, F32 q, F32 k, F32 v, S32 from, S32 to,
-                     S32 segments, S32 slot_segments, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> lse) {
+                     S32 segments, S32 slot_segments, ffi::ResultBuffer<ffi::F32> out,
+                     ffi::ResultBuffer<ffi::F32> lse) {
   Team team(pool, threads);
   const auto queries = q.dimensions(), shape = k.dimensions();
   const Shape z{queries[0], queries[2], queries[1], shape[1], shape[2], shape[3]};

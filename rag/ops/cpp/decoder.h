@@ -78,9 +78,9 @@ inline void AttendToCache(Team& team, const Shape& z, const Layer& l, const int3
   EachRow(team, z.rows(), [&](int64_t r) { s.attended.Finish(r); });
 }
 
-// One layer, in place: x [R, M].
-inline void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* past, const float* cos, const float* sin,
-         float* x, Scratch& s) {
+// One layer, in place: x [R, M], whose tokens see the slots [0, past[r]) and are kept in the last of these.
+inline void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* past, const float* cos,
+                const float* sin, float* x, Scratch& s) {
   const int64_t rows = z.rows(), width = l.q.width, ffn = l.gate.outputs, half = z.dim / 2;
   const int threads = team.size();
   const auto each_row = [&](const auto& part) { EachRow(team, rows, part); };
@@ -97,7 +97,7 @@ inline void Run(Team& team, const Layer& l, const Shape& z, float eps, const int
     s.h.Multiply(l.k, i, threads, s.k.data());
     s.h.Multiply(l.v, i, threads, s.v.data());
   });
-  for (int64_t r = 0; r < rows; r++) {
+  each_row([&](int64_t r) {
     for (int64_t n = 0; n < z.heads; n++) Rotate(&s.q[(r * z.heads + n) * z.dim], cos + r * half, sin + r * half, half);
     for (int64_t n = 0; n < z.kv_heads; n++) {
       float *k = &s.k[(r * z.kv_heads + n) * z.dim], *v = &s.v[(r * z.kv_heads + n) * z.dim];
@@ -106,7 +106,7 @@ inline void Run(Team& team, const Layer& l, const Shape& z, float eps, const int
       Copy(k, z.dim, l.keys + slot);
       Copy(v, z.dim, l.values + slot);
     }
-  }
+  });
   AttendToCache(team, z, l, past, s);
   team.Run([&](int i) { s.attended.Multiply(l.o, i, threads, x, true); });
   normalised(l.norm_2);
