@@ -10,7 +10,7 @@ import pytest
 from rag.generate.engine import Engine
 from rag.models import checkpoint, llama_checkpoint
 from rag.models.llama import abstract, forward, logits
-from rag.ops.rope import rope_angles, rotate
+from rag.ops.rope import rotate, rotations
 from rag.types import Message, UserError
 from tests.reference import DECODER_TOLERANCE
 
@@ -158,7 +158,7 @@ def test_rotation_depends_on_the_distance_alone():
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
     def score(i, j):
-        at_i, at_j = (rope_angles(jnp.array([[p]]), 8, 1e4) for p in (i, j))
+        at_i, at_j = (rotations(jnp.array([[p]]), 8, 1e4) for p in (i, j))
         return float(jnp.sum(rotate(q, at_i) * rotate(k, at_j)))
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-5)

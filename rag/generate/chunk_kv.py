@@ -31,7 +31,7 @@ from rag.generate.likelihood import log_probs_behind
 from rag.models.checkpoint import Packed
 from rag.models.llama import KVCache, Llama, LlamaConfig, cache_dtype, forward
 from rag.models.tokenizer import Tokenizer
-from rag.ops.rope import rope_angles, rotate
+from rag.ops.rope import rotate, rotations
 from rag.ops.sampling import Sampling
 from rag.types import Message, UserError
 
@@ -108,34 +108,32 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 def read(packed: Packed[Llama], tokens: Int[Array, "B T"]) -> Float16[Array, "B L 2 K T D"]:
     """Keys before their rotation, and values, of right-padded rows."""
     _, cache = forward(packed.module, tokens, jnp.zeros(len(tokens), jnp.int32))
-    back = jnp.broadcast_to(
-        -_angles(packed.module.config, tokens.shape[1]), (*tokens.shape, cache.keys[0].shape[3] // 2)
-    )
+    back = _rotations(packed.module.config, tokens.shape[1]) * jnp.array([1, -1])[:, None, None, None]
     keys = [rotate(k.astype(jnp.float32), back) for k in cache.keys]
     pairs = [jnp.stack([k, v.astype(jnp.float32)], axis=1) for k, v in zip(keys, cache.values, strict=True)]
     return jnp.stack(pairs, axis=1).astype(jnp.float16)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
+@partial(jax.jit, static_argnames="dtype")
 def placed(
     values: Shaped[Array, "2 K C D"],
     scales: Float32[Array, "2 K C 1"] | None,
-    *,
-    config: LlamaConfig,
+    rotary: Float[Array, "2 1 C R"],
     dtype: np.dtype,
 ) -> tuple[Float[Array, "1 K C D"], Float[Array, "1 K C D"]]:
-    """A layer's cache of what was kept, each key rotated to its slot; `scales` are those of int8 values.
+    """A layer's cache of what was kept, each key turned to its slot by the `rotary`; `scales` are those of int8 values.
 
     Of one layer, because a program of all takes a second to compile for each number of slots.
     """
     vectors = values.astype(jnp.float32)
     if scales is not None:
         vectors = vectors * scales
-    return rotate(vectors[:1], _angles(config, values.shape[2])).astype(dtype), vectors[1:].astype(dtype)
+    return rotate(vectors[:1], rotary).astype(dtype), vectors[1:].astype(dtype)
 
 
-def _angles(c: LlamaConfig, size: int) -> Float[Array, "1 T R"]:
-    return rope_angles(jnp.arange(size)[None], c.head_dim, c.rope_theta, c.rope_factors)
+@partial(jax.jit, static_argnames=("c", "size"))
+def _rotations(c: LlamaConfig, size: int) -> Float[Array, "2 1 T R"]:
+    return rotations(jnp.arange(size)[None], c.head_dim, c.rope_theta, c.rope_factors)
 
 
 class ChunkStore:
@@ -286,9 +284,9 @@ class ChunkReader:
             values[:, :, :, start:end] = part["values"] if int8 else part
             if int8:
                 scales[:, :, :, start:end, 0] = part["scale"]
-        dtype = cache_dtype(self._engine.model)
+        dtype, rotary = cache_dtype(self._engine.model), _rotations(c, capacity)
         layers = [
-            placed(layer, None if scales is None else scales[i], config=c, dtype=dtype)
+            placed(layer, None if scales is None else scales[i], rotary, dtype)
             for i, layer in enumerate(values)
         ]
         return KVCache(*zip(*layers, strict=True))

@@ -21,7 +21,7 @@ from rag.models.checkpoint import multiply_natively, quantized
 from rag.ops import native
 from rag.ops.attention import attention
 from rag.ops.linear import linear
-from rag.ops.rope import rope_angles, rotate
+from rag.ops.rope import rotate, rotations
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class Llama(nnx.Module):
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
 @dataclass(frozen=True)
 class KVCache:
-    """Keys (rotated) and values of every layer, each [B, K, S, D]; slot s of a row holds its token at position s."""
+    """Keys (rotary) and values of every layer, each [B, K, S, D]; slot s of a row holds its token at position s."""
 
     keys: tuple[Float[Array, "B K S D"], ...]
     values: tuple[Float[Array, "B K S D"], ...]
@@ -173,14 +173,14 @@ def through(
     """`forward` through some of the layers: the residual stream behind them, and the cache of these layers alone."""
     c, layers = model.config, list(model.layers)[some]
     each = positions if positions.ndim == 2 else positions[:, None] + jnp.arange(x.shape[1])
-    angles = rope_angles(each, c.head_dim, c.rope_theta, c.rope_factors)
+    rotary = rotations(each, c.head_dim, c.rope_theta, c.rope_factors)
     if model.native and native.reads(each.size):
-        return _through_native(layers, c, x, each, angles, cache)
+        return _through_native(layers, c, x, each, rotary, cache)
     keys, values = [], []
     for i, layer in enumerate(layers, some.start or 0):
         cached = None if cache is None else (cache.keys[len(keys)], cache.values[len(keys)])
         with jax.named_scope(f"layer_{i}"):
-            x, (k, v) = _layer(layer, c, x, angles, positions, cached)
+            x, (k, v) = _layer(layer, c, x, rotary, positions, cached)
         keys.append(k.astype(cache_dtype(model)))
         values.append(v.astype(cache_dtype(model)))
     return x, KVCache(tuple(keys), tuple(values))
@@ -191,15 +191,15 @@ def cache_dtype(model: Llama) -> np.dtype:
     return np.dtype(native.CACHE_DTYPE) if model.native else model.norm.weight[...].dtype
 
 
-def _layer(layer: Layer, c: LlamaConfig, x, angles, positions, cached):
+def _layer(layer: Layer, c: LlamaConfig, x, rotary, positions, cached):
     """The residual stream behind the layer, and its keys and values with these tokens' written."""
-    attended, written = _attend(layer.self_attn, c, layer.input_layernorm(x), angles, positions, cached)
+    attended, written = _attend(layer.self_attn, c, layer.input_layernorm(x), rotary, positions, cached)
     x = x + attended
     return x + _mlp(layer.mlp, layer.post_attention_layernorm(x)), written
 
 
 def _through_native(
-    layers: list[Layer], c: LlamaConfig, x, positions, angles, cache: KVCache | None
+    layers: list[Layer], c: LlamaConfig, x, positions, rotary, cache: KVCache | None
 ) -> tuple[Array, KVCache]:
     if cache is None:
         empty = jnp.zeros((len(x), c.num_key_value_heads, x.shape[1], c.head_dim), native.CACHE_DTYPE)
@@ -210,7 +210,7 @@ def _through_native(
         projections = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
         norms = layer.input_layernorm.weight[...], layer.post_attention_layernorm.weight[...]
         weights.append(native.Layer(norms, [(p.weight[...], p.scale[...]) for p in projections]))
-    x, keys, values = native.decoder(x, positions, angles, weights, cache.keys, cache.values, c.rms_norm_eps)
+    x, keys, values = native.decoder(x, positions, rotary, weights, cache.keys, cache.values, c.rms_norm_eps)
     return x, KVCache(keys, values)
 
 
@@ -231,14 +231,14 @@ def logits(model: Llama, hidden: Float[Array, "B M"]) -> Float[Array, "B V"]:
         return linear(hidden.astype(jnp.float32), head.weight[...], scale=scale, by_native=by_native)
 
 
-def _attend(layer: SelfAttention, c: LlamaConfig, x, angles, positions, cached):
+def _attend(layer: SelfAttention, c: LlamaConfig, x, rotary, positions, cached):
     with jax.named_scope("attention"):
         q = _heads(layer.q_proj(x), c.num_attention_heads)
         k = _heads(layer.k_proj(x), c.num_key_value_heads)
         v = _heads(layer.v_proj(x), c.num_key_value_heads)
         if layer.q_norm is not None:
             q, k = layer.q_norm(q), layer.k_norm(k)
-        q, k = rotate(q, angles), rotate(k, angles)
+        q, k = rotate(q, rotary), rotate(k, rotary)
         if cached is None:
             out = attention(q, k, v, causal=True)
         else:

@@ -139,7 +139,7 @@ class Layer:
 def decoder(
     x: Float32[Array, "B T M"],
     positions: Int32[Array, "B T"],
-    angles: Float32[Array, "B T R"],
+    rotations: Float32[Array, "2 B T R"],
     layers: Sequence[Layer],
     keys: Sequence[Float16[Array, "B K S D"]],
     values: Sequence[Float16[Array, "B K S D"]],
@@ -148,21 +148,21 @@ def decoder(
     """The residual stream behind all layers, and keys and values with these tokens' written to their positions.
 
     A token sees the slots up to its position, those of later tokens of its row included if they stand there. So
-    positions ascend, unless there are no more than _AT_ONCE tokens. `angles` are the tokens' R = D/2 rotations. In
+    positions ascend, unless there are no more than _AT_ONCE tokens. `rotations` are the tokens' (rag.ops.rope). In
     place where the cache was donated. Ask `available` first.
     """
     step, read = max(1, _AT_ONCE // len(x)), []
     caches = [array for pair in zip(keys, values, strict=True) for array in pair]
     for at in range(0, x.shape[1], step):
-        some = (array[:, at : at + step] for array in (x, positions, angles))
-        y, caches = _decoder(*some, layers, caches, eps)
+        some = slice(at, at + step)
+        y, caches = _decoder(x[:, some], positions[:, some], rotations[:, :, some], layers, caches, eps)
         read.append(y)
     return jnp.concatenate(read, axis=1), tuple(caches[::2]), tuple(caches[1::2])
 
 
-def _decoder(x, positions, angles, layers: Sequence[Layer], caches: list[Array], eps: float):
+def _decoder(x, positions, rotations, layers: Sequence[Layer], caches: list[Array], eps: float):
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, *caches)]
-    arguments, aliases = [x, positions, jnp.cos(angles), jnp.sin(angles)], {}
+    arguments, aliases = [x, positions, *rotations], {}
     for i, layer in enumerate(layers):
         arguments += [*layer.arrays, *caches[2 * i : 2 * i + 2]]
         aliases |= {len(arguments) - 2: 2 * i + 1, len(arguments) - 1: 2 * i + 2}

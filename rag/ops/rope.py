@@ -28,16 +28,17 @@ def _base_frequencies(head_dim: int, theta: float) -> np.ndarray:
     return theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
 
-def rope_angles(
+def rotations(
     positions: Int[Array, "B T"], head_dim: int, theta: float, factors: tuple[float, ...] | None = None
-) -> Float[Array, "B T R"]:
-    """The rotation of every position and frequency, in radians, float32; `factors` divide the frequencies."""
+) -> Float[Array, "2 B T R"]:
+    """Cosine and sine of the rotation of every position and frequency, float32; `factors` divide the frequencies."""
     frequencies = _base_frequencies(head_dim, theta) / np.asarray(factors or 1.0)
-    return positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 
-def rotate(x: Float[Array, "B H T D"], angles: Float[Array, "B T R"]) -> Float[Array, "B H T D"]:
-    """`x` with its pairs (i, i + D/2) rotated by the angles, computed in float32, in x's dtype."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+def rotate(x: Float[Array, "B H T D"], by: Float[Array, "2 b T R"]) -> Float[Array, "B H T D"]:
+    """`x` with its pairs (i, i + D/2) rotated by the `rotations`, computed in float32, in x's dtype; b is 1 or B."""
+    cos, sin = by[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Flash attention beside jax.nn.dot_product_attention and torch's scaled_dot_product_attention.
+"""Our attention beside its lax form alone, jax.nn.dot_product_attention and torch's scaled_dot_product_attention.
 
 Causal, float32, the same arrays for all. FLOP/s count the products that the causal triangle needs, 2 forward and
 5 backward, so a program that also computes what the mask throws away shows less.
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ class Attention:
     batch: int = 1
     heads: int = 9
     kv_heads: int = 3
-    implementation: str | None = None  # ours: the door's choice, or a name
+    implementation: str | None = None  # ours: the door's choice, beside which "flash" stands too, or a name
     gradients: bool = True  # also forward and backward together
     repeats: int = 7  # of lengths up to 4,096
     jax_nn_tokens: int = 2048  # longest for jax.nn, whose T x T scores take gigabytes beyond
@@ -48,7 +49,13 @@ class Attention:
         draw = np.random.default_rng(0).standard_normal
         q, k, v, dout = (draw((self.batch, *shape), np.float32) for shape in (*shapes, shapes[0]))
         arrays = tuple(jnp.asarray(x) for x in ((q, k, v, dout) if way != "forward" else (q, k, v)))
-        programs = {"ours": self._ours} | ({"jax.nn": _jax_nn} if tokens <= self.jax_nn_tokens else {})
+        programs: dict[str, Callable[..., Array]] = {
+            "ours": partial(_ours, implementation=self.implementation)
+        }
+        if self.implementation is None:
+            programs["ours, flash in lax"] = partial(_ours, implementation="flash")
+        if tokens <= self.jax_nn_tokens:
+            programs["jax.nn"] = _jax_nn
         if way != "forward":
             programs = {name: _with_gradients(program) for name, program in programs.items()}
         memory = {name: compiled_temp_bytes(program, *arrays) for name, program in programs.items()}
@@ -64,10 +71,14 @@ class Attention:
         case = f"B{self.batch} H{self.heads} K{self.kv_heads} D{dim} T={tokens} {way}"
         return Row(case, mine, figures, {name: ratio(timings["ours"], timings[name]) for name in figures})
 
-    def _ours(
-        self, q: Float[Array, "B H T D"], k: Float[Array, "B K T D"], v: Float[Array, "B K T D"]
-    ) -> Float[Array, "B H T D"]:
-        return attention(q, k, v, causal=True, implementation=self.implementation)
+
+def _ours(
+    q: Float[Array, "B H T D"],
+    k: Float[Array, "B K T D"],
+    v: Float[Array, "B K T D"],
+    implementation: str | None,
+) -> Float[Array, "B H T D"]:
+    return attention(q, k, v, causal=True, implementation=implementation)
 
 
 def _figures(timing: Timing, flop: int, temporary: int | None) -> dict[str, float]:

@@ -47,8 +47,8 @@ struct Output {
 // N rows of the weight from n on, times T tokens from t on.
 template <int N, int T>
 void Block(const Weight& w, int64_t n, const float* x, int64_t t0, const Output& out) {
-  const int8_t *rows = w.values + n * w.width, *next = rows + N * w.width;
-  for (int64_t i = 0; i < N * w.width; i += 64) __builtin_prefetch(next + i);
+  const int8_t *rows = w.values + n * w.width, *next = rows + 2 * N * w.width;
+  for (int64_t i = 0; i < N * w.width; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
   x += t0 * w.width;
   Vec sums[N][T] = {};
   int64_t m = 0;
