@@ -140,7 +140,7 @@ def _best(
 ) -> str:
     """The fastest on this device for these shapes that can do what is asked."""
     tokens, keys = q.shape[2], k.shape[2]
-    if _runs_natively(q, k, v):
+    if tokens > _DECODE and _runs_natively(q, k, v):  # fewer stand behind a cache, which XLA would copy for a call
         return "native"
     if jax.default_backend() == "cpu":
         if keys <= _SHORT and not plan.prefix:
