@@ -18,6 +18,19 @@ from tests.reference import attention_oracle, attention_tolerance
 
 SMALL = Blocks(8, 16)  # many blocks at the lengths of a fast test
 
+needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler, or no CPU backend")
+LINEAR = ["flash", pytest.param("native", marks=needs_native)]  # in linear memory
+
+
+@pytest.fixture(params=[True, False], ids=["native", "xla"])
+def with_native(request, monkeypatch):
+    """The door's own choice, with and without native code to choose."""
+    if not request.param:
+        monkeypatch.setattr(native, "available", lambda: False)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
 
 @dataclass(frozen=True)
 class Case:
@@ -171,6 +184,7 @@ def test_pairs_in_turns(pairs):
     check(case, "flash", gradients=pairs < 3, blocks=Blocks(8, 16, pairs))
 
 
+@pytest.mark.usefixtures("with_native")
 @pytest.mark.parametrize("length", [30, 280])
 def test_best_for_a_cache(length):
     """The choice between the whole cache and its used blocks is made at run time; both are right."""
@@ -178,6 +192,7 @@ def test_best_for_a_cache(length):
     check(case, None, gradients=False, blocks=None)
 
 
+@pytest.mark.usefixtures("with_native")
 @pytest.mark.parametrize(("tokens", "keys"), [(4, 200), (17, 600), (90, 700)])
 def test_best_for_scattered_tokens(tokens, keys):
     """A few tokens of a prompt, computed anew in front of the whole cache."""
@@ -186,6 +201,7 @@ def test_best_for_scattered_tokens(tokens, keys):
     check(Case(h=3, k=1, t=tokens, s=keys, d=16, options=options), None, gradients=False, blocks=None)
 
 
+@pytest.mark.usefixtures("with_native")
 @pytest.mark.parametrize("tokens", [70, 300, 600])
 def test_best_without_a_cache(tokens):
     """Every option left to its default: one block, unrolled blocks, loops."""
@@ -214,35 +230,57 @@ def test_unrolled_blocks_take_every_option():
     lengths=st.lists(st.integers(0, 45), min_size=2, max_size=2),
     offsets=st.lists(st.integers(-8, 60), min_size=2, max_size=2),
     ids=st.lists(st.integers(-1, 2), min_size=45, max_size=45),
+    sort=st.booleans(),
 )
-def test_any_extent(lengths, offsets, ids):
-    """Whatever the lengths, offsets and segments, flash skips no block that is seen."""
+@pytest.mark.parametrize("implementation", LINEAR)
+def test_any_extent(implementation, lengths, offsets, ids, sort):
+    """Whatever the lengths, offsets and segments, no block that is seen is skipped."""
     options = BOTH | {"kv_length": ints(*lengths), "q_offset": ints(*offsets)}
     segments = {"q_segments": packed("0" * 20, "0" * 20), "kv_segments": packed("0" * 45, "0" * 45)}
-    segments["q_segments"][0], segments["kv_segments"][0] = ids[:20], sorted(ids)
-    check(Case(options=options | segments), "flash", gradients=False)
+    segments["q_segments"][0], segments["kv_segments"][0] = ids[:20], sorted(ids) if sort else ids
+    check(Case(options=options | segments), implementation, gradients=False)
 
 
-def test_decode_equals_prefill():
+@pytest.mark.parametrize("implementation", LINEAR)
+def test_decode_equals_prefill(implementation):
     """Queries one by one behind a cache whose rest holds garbage give what they gave together."""
     q, k, v, *_ = inputs(Case(t=10, s=10))
     together = attention(q, k, v, causal=True, implementation="reference")
     garbage = jnp.full((2, 2, 22, 32), 1e9)
     k, v = (jnp.concatenate([x, garbage], axis=2) for x in (k, v))
     for i in range(10):
-        one = forward(q[:, :, i : i + 1], k, v, causal=True, q_offset=i, implementation="flash", blocks=SMALL)
+        options = {"causal": True, "q_offset": i, "implementation": implementation, "blocks": SMALL}
+        one = forward(q[:, :, i : i + 1], k, v, **options)
         close(one, np.asarray(together[:, :, i : i + 1]))
 
 
-def test_large_scores():
+@pytest.mark.parametrize("implementation", LINEAR)
+def test_large_scores(implementation):
     """Scores far beyond exp's range: the running maximum keeps them finite, forward and backward."""
     case = CASES["offset"]
     q, k, v, dout, dlse = inputs(case)
     want = attention_oracle(q * 300, k, v, dout=dout, **case.options)
     options = case.options | {"kv_length": jnp.full(2, 45), "return_lse": True, "blocks": SMALL}
-    (out, _), found = both_ways(q * 300, k, v, (dout, dlse), **options, implementation="flash", window=None)
+    (out, _), found = both_ways(
+        q * 300, k, v, (dout, dlse), **options, implementation=implementation, window=None
+    )
     np.testing.assert_allclose(out, want.out, atol=1e-4)
     assert all(np.isfinite(x).all() for x in found)
+
+
+@pytest.mark.parametrize("implementation", LINEAR)
+def test_nan_stays_nan(implementation):
+    q, k, v, *_ = inputs(Case(t=20, s=20, d=64))
+    out, lse = forward(q.at[0, 0, 3].set(jnp.nan), k, v, return_lse=True, implementation=implementation)
+    nan = np.zeros(out.shape[:3], bool)
+    nan[0, 0, 3] = True
+    np.testing.assert_array_equal(np.isnan(out).any(axis=3), nan)
+    np.testing.assert_array_equal(np.isnan(lse), nan)
+
+
+def test_lengths_past_the_keys_and_of_other_integers():
+    case = Case(s=45, options={"kv_length": np.array([60, 33], np.int16)})
+    check(case, None, gradients=False, blocks=None)
 
 
 def test_exponential():

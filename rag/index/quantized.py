@@ -21,12 +21,14 @@ from rag.index import rescore
 from rag.index.dense import DenseIndex
 from rag.index.growing import Growing, bucket
 from rag.ops import native
-from rag.ops.linear import linear, quantize
+from rag.ops.linear import by_digits, quantize
 from rag.types import UserError
 
 _GROUP = 16  # rows of a group
 _BLOCK = 1 << 14  # rows that are converted at once
-_DIGITS_ERROR = 1.001 / (127 * 254 * 2)  # of an entry in rag.ops.linear's two digits, of the largest entry
+_DIGITS_ERROR = 1.001 / (
+    127 * 254 * 2
+)  # largest of an entry in two digits, as a part of the row's largest entry
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class Int8Scan:
         return Int8Index(vectors, self)
 
 
-def most_queries() -> int:
+def most_queries(dim: int) -> int:
     """Those of one search up to which a scan is faster than the exact search; past 16 XLA's int8 product is slow."""
-    return 32 if native.has_tiles() else 16
+    return 32 if native.has_tiles(dim) else 16
 
 
 class Int8Index:
@@ -83,7 +85,9 @@ class Int8Index:
         More queries than `most_queries`, and k of a good part of all rows, go to the exact search unscanned.
         """
         rescore.check_queries(queries, self.exact.dim, k)
-        if not 0 < len(queries) <= most_queries() or len(self) < 4 * _GROUP * (k + self.options.candidates):
+        if not 0 < len(queries) <= most_queries(self.exact.dim) or len(self) < 4 * _GROUP * (
+            k + self.options.candidates
+        ):
             return *self.exact.search(queries, k), np.zeros(len(queries), bool)
         scores, ids, proven = self._scan(queries, k)
         if not proven.all():
@@ -101,7 +105,7 @@ class Int8Index:
             np.int32(len(self)),
             k=k,
             groups=k + self.options.candidates,
-            by_native=native.has_tiles(),
+            by_native=native.has_tiles(self.exact.dim),
         )
         return tuple(np.array(part[: len(queries)]) for part in jax.device_get(found))
 
@@ -156,7 +160,8 @@ def _bounds(
 ) -> Float32[Array, "Q G"]:
     """What no score in a whole group exceeds, but for what the product leaves out of the queries."""
     with jax.named_scope("bounds"):
-        bounds = linear(queries, codes, scale=scales, by_native=by_native) + lengths[:, None] * errors
+        product = native.linear(queries, codes, scales) if by_native else by_digits(queries, codes) * scales
+        bounds = product + lengths[:, None] * errors
         whole = len(codes) // _GROUP * _GROUP
         return bounds[:, :whole].reshape(len(queries), -1, _GROUP).max(axis=2)
 

@@ -129,7 +129,7 @@ def multiply_natively(module: nnx.Module) -> None:
     """Let rag.ops.native multiply by the module's int8 weights, where that is the faster way."""
     for _, layer in nnx.iter_modules(module):
         if getattr(layer, "scale", None) is not None and hasattr(layer, "native"):
-            layer.native = native.has_tiles()
+            layer.native = native.has_tiles(layer.weight.shape[1])
 
 
 def _match(table: Sequence[Rule], name: str) -> tuple[Rule | None, str]:

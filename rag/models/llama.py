@@ -132,7 +132,7 @@ class Llama(nnx.Module):
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
 @dataclass(frozen=True)
 class KVCache:
-    """Keys (rotary) and values of every layer, each [B, K, S, D]; slot s of a row holds its token at position s."""
+    """Keys (rotated) and values of every layer, each [B, K, S, D]; slot s of a row holds its token at position s."""
 
     keys: tuple[Float[Array, "B K S D"], ...]
     values: tuple[Float[Array, "B K S D"], ...]

@@ -21,7 +21,7 @@ IMPLEMENTATIONS = ("reference", "flash", "native", "xla")
 
 _MASKED = -1e30  # finite: no difference of two scores is NaN
 
-# Measured on a CPU, XLA 0.10:
+# Measured on a CPU, XLA 0.10, without native code:
 _SHORT = 256  # keys up to which the whole matrix of scores is the fastest
 _SHORT_CAUSAL = 512  # queries up to which unrolled blocks of _PREFIX beat loops, where no cache stands before
 _PREFIX = 64
@@ -61,9 +61,9 @@ def attention(
     float32. Everything but arrays is static under jit.
 
     `implementation` None takes the best one for device and shape. A name takes that one:
-      reference  the T x S matrix in float32, as the formula reads; also the fastest for short sequences
+      reference  the T x S matrix in float32, as the formula reads; in XLA also the fastest for short sequences
       flash      blockwise in linear memory (rag/ops/flash.py); `blocks` are its tile sizes, None chooses
-      native     flash with its forward pass in C++ (rag/ops/native.py): float32, a CPU with a compiler
+      native     flash with its forward pass in C++ (rag/ops/native.py), backward in `blocks`: float32, on a CPU
       xla        jax.nn.dot_product_attention; it has no log-sum-exp
     Raises NotImplementedError where the named one cannot serve, ValueError on an unknown name or on shapes
     and options that contradict one another.
@@ -77,7 +77,7 @@ def attention(
     pattern = Pattern(causal, window)
     extent = Extent(
         q_positions,
-        jnp.full((1,), k.shape[2]) if kv_length is None else kv_length,
+        jnp.full((1,), k.shape[2]) if kv_length is None else jnp.minimum(kv_length, k.shape[2]),
         q_segments,
         kv_segments,
     )
@@ -92,7 +92,7 @@ def attention(
         case "native":
             if not _runs_natively(q, k, v):
                 raise NotImplementedError(
-                    f"Native attention takes float32 up to {native.MOST_DIM} wide, on a CPU with a C++ compiler."
+                    f"Native attention takes float32 up to {native.MOST_DIM} wide, where native.available()."
                 )
             out, lse = _flash(q, k, v, extent, plan=replace(plan, native=True))
         case "by length":
@@ -140,7 +140,9 @@ def _best(
 ) -> str:
     """The fastest on this device for these shapes that can do what is asked."""
     tokens, keys = q.shape[2], k.shape[2]
-    if tokens > _DECODE and _runs_natively(q, k, v):  # fewer stand behind a cache, which XLA would copy for a call
+    if tokens > _DECODE and _runs_natively(
+        q, k, v
+    ):  # fewer stand behind a cache, which XLA would copy for a call
         return "native"
     if jax.default_backend() == "cpu":
         if keys <= _SHORT and not plan.prefix:
@@ -219,7 +221,7 @@ def _reference(
     top = lax.stop_gradient(jnp.maximum(scores.max(axis=-1), _MASKED / 2))
     weights = jnp.exp(scores - top[..., None])
     total = weights.sum(axis=-1)
-    seen = total > 0
+    seen = total != 0
     total = jnp.where(seen, total, 1.0)
     out = jnp.einsum("prs,psd->prd", weights.reshape(pairs, groups * tokens, keys), v).reshape(q.shape)
     out = out / total[..., None]

@@ -2,7 +2,8 @@
 
 The online softmax is Milakov & Gimelshein 2018 (arXiv:1805.02867), its use for attention in linear memory
 Rabe & Staats 2021 (arXiv:2112.05682), the blocking and the backward pass that recomputes the scores from the
-saved log-sum-exp Dao et al. 2022 (arXiv:2205.14135) and Dao 2023 (arXiv:2307.08691).
+saved log-sum-exp Dao et al. 2022 (arXiv:2205.14135) and Dao 2023 (arXiv:2307.08691). Forward it may go by
+rag.ops.native instead.
 
 Letters: B batch, T query tokens, S key tokens, H query heads, K kv heads, G = H/K, D head dim,
 P pairs of a batch row and a kv head, R = G block_q query rows (the query heads of a kv head folded into one
@@ -11,7 +12,7 @@ Scores are kept in units of log 2: the scale of the queries includes log2(e), an
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -66,13 +67,10 @@ def flash_attention(
     """
     batch, heads, tokens, dim = q.shape
     pairs = batch * k.shape[1]
-    plan = _fit(plan, pairs, tokens, k.shape[2])
-    blocks = plan.blocks
-    rows = _pad(q.reshape(pairs, -1, tokens, dim), blocks.q, axis=2)
-    k, v = (_pad(x.reshape(pairs, -1, dim), blocks.k, axis=1) for x in (k, v))
-    out, lse = _flash(plan, rows, k, v, _by_pair(extent, pairs, blocks))
-    out, lse = (x[:, :, :tokens].reshape(batch, heads, tokens, *x.shape[3:]) for x in (out, lse))
-    return out, lse
+    k, v = (x.reshape(pairs, -1, dim) for x in (k, v))
+    plan = _fit(plan, pairs, tokens, k.shape[1])
+    out, lse = _flash(plan, q.reshape(pairs, -1, tokens, dim), k, v, _by_pair(extent, pairs))
+    return out.reshape(q.shape), lse.reshape(batch, heads, tokens)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -83,14 +81,14 @@ def _flash(
     v: Float[Array, "P S D"],
     extent: Extent,
 ) -> tuple[Float[Array, "P G T D"], Float[Array, "P G T"]]:
-    """Output in q's dtype and float32 log-sum-exp; T and S are multiples of the blocks."""
+    """Output in q's dtype and float32 log-sum-exp."""
     with jax.named_scope("flash_forward"):
         if plan.native:
-            first, past = key_range(
-                plan.pattern, extent.q_positions, jnp.minimum(extent.kv_length, k.shape[1])
-            )
+            first, past = key_range(plan.pattern, extent.q_positions, extent.kv_length)
             return native.attention(q, k[:, None], v[:, None], first, past, extent[2:], plan.scale)
-        return _in_turns(partial(_forward, plan), plan.blocks.pairs, (q, k, v, extent))
+        (padded,), keys_values, extent = _padded(plan.blocks, (q,), (k, v), extent)
+        results = _in_turns(partial(_forward, plan), plan.blocks.pairs, (padded, *keys_values, extent))
+        return tuple(x[:, :, : q.shape[2]] for x in results)
 
 
 def _flash_saving(plan: Plan, q: Array, k: Array, v: Array, extent: Extent) -> tuple:
@@ -99,8 +97,14 @@ def _flash_saving(plan: Plan, q: Array, k: Array, v: Array, extent: Extent) -> t
 
 
 def _flash_backward(plan: Plan, saved: tuple, cotangents: tuple) -> tuple:
+    q, k, v, extent, *results = saved
     with jax.named_scope("flash_backward"):
-        return *_in_turns(partial(_backward, plan), plan.blocks.pairs, (*saved, *cotangents)), None
+        # Zeros for queries that fill a block have cotangents of zero, and so no part in any sum.
+        by_query = (q, *results, *cotangents)
+        (padded, *rest), keys_values, extent = _padded(plan.blocks, by_query, (k, v), extent)
+        arguments = (padded, *keys_values, extent, *rest)
+        dq, dk, dv = _in_turns(partial(_backward, plan), plan.blocks.pairs, arguments)
+        return dq[:, :, : q.shape[2]], dk[:, : k.shape[1]], dv[:, : v.shape[1]], None
 
 
 _flash.defvjp(_flash_saving, _flash_backward)
@@ -166,7 +170,7 @@ def _normalise(
     acc: Float[Array, "P R D"], top: Float[Array, "P R"], total: Float[Array, "P R"]
 ) -> tuple[Float[Array, "P R D"], Float[Array, "P R"]]:
     """Divide once at the end; a row that saw nothing gives zeros and -inf."""
-    seen = total > 0
+    seen = total != 0
     total = jnp.where(seen, total, 1.0)
     return acc / total[..., None], jnp.where(seen, top / _LOG2_E + jnp.log(total), -jnp.inf)
 
@@ -324,16 +328,22 @@ def _pad(x: Array, multiple: int, axis: int, value: int | None = 0) -> Array:
     return jnp.pad(x, widths, "edge") if value is None else jnp.pad(x, widths, constant_values=value)
 
 
-def _by_pair(extent: Extent, pairs: int, blocks: Blocks) -> Extent:
-    """The extents of each pair of batch row and kv head, padded as the blocks need."""
-    q_positions, kv_length = (jnp.repeat(x, pairs // x.shape[0], axis=0) for x in extent[:2])
+def _by_pair(extent: Extent, pairs: int) -> Extent:
+    """The extents of each pair of batch row and kv head."""
+    return Extent(*(None if x is None else jnp.repeat(x, pairs // x.shape[0], axis=0) for x in extent))
+
+
+def _padded(
+    blocks: Blocks,
+    by_query: Sequence[Float[Array, "P G T ..."]],
+    by_key: Sequence[Float[Array, "P S D"]],
+    extent: Extent,
+) -> tuple[list[Array], list[Array], Extent]:
+    """Everything up to whole blocks: zeros, segments of nobody, and the last query's position."""
+    q_positions, kv_length, q_segments, kv_segments = extent
     q_positions = _pad(q_positions, blocks.q, axis=1, value=None)
-    if extent.q_segments is None:
-        return Extent(q_positions, kv_length)
-    q_segments, kv_segments = (jnp.repeat(x, pairs // x.shape[0], axis=0) for x in extent[2:])
-    return Extent(
-        q_positions,
-        kv_length,
-        _pad(q_segments, blocks.q, axis=1, value=-1),
-        _pad(kv_segments, blocks.k, axis=1, value=-1),
-    )
+    if q_segments is not None:
+        q_segments = _pad(q_segments, blocks.q, axis=1, value=-1)
+        kv_segments = _pad(kv_segments, blocks.k, axis=1, value=-1)
+    queries, keys = [_pad(x, blocks.q, axis=2) for x in by_query], [_pad(x, blocks.k, axis=1) for x in by_key]
+    return queries, keys, Extent(q_positions, kv_length, q_segments, kv_segments)

@@ -77,12 +77,13 @@ def _product(x: Float[Array, "R M"], values: Int8[Array, "N M"]) -> Float32[Arra
     if rows == 1 and not _multiplies("vnni", "amx_int8"):
         return x.astype(jnp.float32) @ values.astype(jnp.float32).T  # XLA converts as it reads
     if rows <= _FEW:
-        return _by_digits(x.astype(jnp.float32), values)
+        return by_digits(x.astype(jnp.float32), values)
     wide = jnp.bfloat16 if _multiplies("bf16") else jnp.float32  # holds int8 exactly
     return _dot(x.astype(wide), values.astype(wide), jnp.float32)
 
 
-def _by_digits(x: Float32[Array, "R M"], values: Int8[Array, "N M"]) -> Float32[Array, "R N"]:
+def by_digits(x: Float32[Array, "R M"], values: Int8[Array, "N M"]) -> Float32[Array, "R N"]:
+    """`x @ values.T` with x in two digits, each within 1 / (127 * 254 * 2) of its row's largest entry; for few rows."""
     step = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True) / 127, jnp.finfo(jnp.float32).tiny)
     first = jnp.round(x / step)
     second = jnp.round((x / step - first) * 254)

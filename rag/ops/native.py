@@ -15,6 +15,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache as once
@@ -25,7 +27,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float16, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float16, Float32, Int, Int8, Int32
 
 from rag import cache
 from rag.measure import cores, cpu_flags
@@ -38,14 +40,14 @@ _TARGETS = {"rag_attention": "RagAttention", "rag_decoder": "RagDecoder", "rag_l
 # Not -ffast-math: a library linked with it makes the whole process flush small numbers to zero.
 _FLAGS = (
     *"-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fPIC -shared -pthread -w".split(),
-    *"-fassociative-math -ffinite-math-only -freciprocal-math -fno-signed-zeros".split(),
-    *"-fno-trapping-math -fno-math-errno".split(),
+    *"-fassociative-math -freciprocal-math -fno-signed-zeros -fno-trapping-math -fno-math-errno".split(),
 )
 
 FEW = 8  # tokens that are read faster than by XLA even without AMX
 _AT_ONCE = 256  # tokens of one call: more would not be read faster, and take memory
 MOST_DIM = 256  # of a head
 CACHE_DTYPE = np.float16  # of keys and values
+_DAY_S = 86_400
 
 Weight = tuple[Int8[Array, "_ _"], Float32[Array, "_"]]  # [N, M] values, [N] scale: rag.ops.linear.quantize
 
@@ -57,9 +59,10 @@ def available() -> bool:
 
 
 @once
-def has_tiles() -> bool:
-    """Whether products go through AMX's matrix unit, where many tokens are its strength: there `linear` beats XLA."""
-    return available() and _loaded().RagHasTiles()
+def has_tiles(width: int = 64) -> bool:
+    """Whether products of so many inputs go through AMX's matrix unit, whose strength is many tokens: there `linear`
+    beats XLA."""
+    return width % 64 == 0 and available() and _loaded().RagHasTiles()
 
 
 def reads(tokens: int) -> bool:
@@ -100,11 +103,11 @@ def _library() -> Path | None:
         metadata.version("jaxlib"),
     )
     path = cache.cache_root() / "native" / f"{key}.so"
-    failed = path.with_suffix(".log")
-    if not (path.exists() or failed.exists()):
+    log = path.with_suffix(".log")
+    if not (path.exists() or _is_fresh(log)):
         with cache.writing(), cache.locked(path):
-            if not (path.exists() or failed.exists()):
-                _build(compiler, path, failed)
+            if not (path.exists() or _is_fresh(log)):
+                _build(compiler, path, log)
     return path if path.exists() else None
 
 
@@ -112,15 +115,22 @@ def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
 
 
-def _build(compiler: str, path: Path, failed: Path) -> None:
-    """The library, or what the compiler had to say, so that it is not asked again at every start."""
+def _is_fresh(log: Path) -> bool:
+    """Whether a compiler failed less than a day ago: it is asked again once it may be mended, not at every start."""
+    return log.exists() and time.time() - log.stat().st_mtime < _DAY_S
+
+
+def _build(compiler: str, path: Path, log: Path) -> None:
+    """The library, or what the compiler had to say."""
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "library.so"
         includes = f"-I{jax.ffi.include_dir()}"
         command = [compiler, *_FLAGS, includes, str(_ENTRY), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, check=False)
-        with cache.atomic_file(failed if done.returncode else path) as file:
+        with cache.atomic_file(log if done.returncode else path) as file:
             file.write(done.stderr if done.returncode else built.read_bytes())
+    if done.returncode:
+        warnings.warn(f"{compiler} cannot build {_ENTRY.name}, so XLA does its work: {log}", stacklevel=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +185,9 @@ def attention(
     q: Float32[Array, "B H T D"],
     k: Float32[Array, "B K S D"],
     v: Float32[Array, "B K S D"],
-    first: Int32[Array, "B T"],
-    past: Int32[Array, "B T"],
-    segments: tuple[Int32[Array, "B T"] | None, Int32[Array, "B S"] | None],
+    first: Int[Array, "B T"],
+    past: Int[Array, "B T"],
+    segments: tuple[Int[Array, "B T"] | None, Int[Array, "B S"] | None],
     scale: float,
 ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]]:
     """Softmax attention of each query to the keys [first, past) of S, and the log-sum-exp of its scaled scores.
@@ -186,10 +196,11 @@ def attention(
     Blockwise with online softmax, in memory that does not grow with T or S beside the results. D is at most MOST_DIM.
     Ask `available` first.
     """
-    ids = [jnp.zeros((0, 0), jnp.int32) if some is None else some for some in segments]
+    seen = [first, past, *(jnp.zeros((0, 0)) if some is None else some for some in segments)]
     results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], q.dtype))
     call = jax.ffi.ffi_call("rag_attention", results, vmap_method="sequential")
-    return call(q, k, v, first, past, *ids, threads=np.int64(cores()), scale=np.float32(scale))
+    seen = (array.astype(jnp.int32) for array in seen)
+    return call(q, k, v, *seen, threads=np.int64(cores()), scale=np.float32(scale))
 
 
 def linear(

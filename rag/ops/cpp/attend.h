@@ -29,7 +29,7 @@ struct Attended {
   }
 
   void Write(int64_t dim, float* out) const {  // the mean of what was seen; of nothing, zero
-    const float by = total > 0 ? 1 / total : 0;
+    const float by = total == 0 ? 0 : 1 / total;
     for (int64_t d = 0; d < dim; d++) out[d] = by * values[d];
   }
 };
@@ -149,10 +149,12 @@ void Attend(const Query* q, const Tile<T>& tile, float scale) {
       for (int64_t s = 0; s < kTile; s++) w[s] = q[i].Sees(s) ? w[s] : unseen;
     };
     Attended& result = *q[i].result;
-    float top = result.top, total = 0, *w = weights[i];
+    float total = 0, *w = weights[i];
     for (int64_t s = 0; s < kTile; s++) w[s] *= scale;
     only_seen(w, -1e30f);
-    for (int64_t s = 0; s < kTile; s++) top = std::max(top, w[s]);
+    Vec most = Floats(w);
+    for (int64_t s = kLanes; s < kTile; s += kLanes) most = Larger(most, Floats(w + s));
+    const float top = std::max(result.top, Largest(most));
     for (int64_t s = 0; s < kTile; s++) w[s] = Exp(w[s] - top);
     only_seen(w, 0);
     for (int64_t s = 0; s < kTile; s++) total += w[s];

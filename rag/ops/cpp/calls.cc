@@ -67,7 +67,7 @@ ffi::Error Attention(ffi::ThreadPool pool, int64_t threads, float scale, F32 q, 
   const auto query = [&](int64_t r, int64_t h) { return q.typed_data() + index(r, h) * z.dim; };
   const auto done = [&](int64_t r, int64_t h, const Attended& found) {
     found.Write(z.dim, out->typed_data() + index(r, h) * z.dim);
-    lse->typed_data()[index(r, h)] = found.total > 0 ? found.top + std::log(found.total) : -kInfinity;
+    lse->typed_data()[index(r, h)] = found.total == 0 ? -kInfinity : found.top + std::log(found.total);
   };
   AttendInBlocks(team, z, k.typed_data(), v.typed_data(), seen, scale, query, done);
   return ffi::Error::Success();

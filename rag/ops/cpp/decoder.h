@@ -100,13 +100,16 @@ inline void Run(Team& team, const Layer& l, const Shape& z, float eps, const int
   each_row([&](int64_t r) {
     for (int64_t n = 0; n < z.heads; n++) Rotate(&s.q[(r * z.heads + n) * z.dim], cos + r * half, sin + r * half, half);
     for (int64_t n = 0; n < z.kv_heads; n++) {
-      float *k = &s.k[(r * z.kv_heads + n) * z.dim], *v = &s.v[(r * z.kv_heads + n) * z.dim];
-      const int64_t slot = (((r / z.tokens) * z.kv_heads + n) * z.slots + past[r] - 1) * z.dim;
-      Rotate(k, cos + r * half, sin + r * half, half);
-      Copy(k, z.dim, l.keys + slot);
-      Copy(v, z.dim, l.values + slot);
+      Rotate(&s.k[(r * z.kv_heads + n) * z.dim], cos + r * half, sin + r * half, half);
     }
   });
+  for (int64_t r = 0; r < rows; r++) {  // by one thread, since filling may stand at one and the same slot
+    for (int64_t n = 0; n < z.kv_heads; n++) {
+      const int64_t slot = ((r / z.tokens * z.kv_heads + n) * z.slots + past[r] - 1) * z.dim;
+      Copy(&s.k[(r * z.kv_heads + n) * z.dim], z.dim, l.keys + slot);
+      Copy(&s.v[(r * z.kv_heads + n) * z.dim], z.dim, l.values + slot);
+    }
+  }
   AttendToCache(team, z, l, past, s);
   team.Run([&](int i) { s.attended.Multiply(l.o, i, threads, x, true); });
   normalised(l.norm_2);

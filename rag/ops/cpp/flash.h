@@ -32,7 +32,7 @@ struct Seen {
   // The query of token r: no slot before `from` or from `to` on is seen.
   Query Of(const Shape& z, int64_t r, const float* vector, Attended* result) const {
     Query q{vector, from ? from[r] : 0, to[r], result};
-    if (!segments) return q;
+    if (!segments || q.from >= q.to) return q;
     const int32_t* ids = slot_segments + r / z.tokens * z.slots;
     q.id = segments[r];
     if (q.id < 0) q.to = q.from;

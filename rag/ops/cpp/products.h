@@ -121,9 +121,9 @@ struct Digits {
   }
 
   void Write(const float* x, int64_t t) {
-    float most = 0;
-    for (int64_t m = 0; m < width; m++) most = std::max(most, std::fabs(x[m]));
-    step[t] = std::max(most / 127, 1.17549435e-38f);
+    Vec most = {};
+    for (int64_t m = 0; m < width; m += kLanes) most = Larger(most, Floats(x + m), -Floats(x + m));
+    step[t] = std::max(Largest(most) / 127, 1.17549435e-38f);
     const float by = 1 / step[t];
     int8_t* out = tiles.data() + t / 8 * 16 * width + t % 8 * 4;
     for (int64_t m = 0; m < width; m += 16) {
@@ -193,10 +193,11 @@ inline void TileBlock(const Weight& w, int64_t n, bool more_rows, const Digits& 
   if (more_rows && more_tokens) PutTile(sums[3], w, n + 16, x, t + kTogether, out);
 }
 
+// But for outputs past the last whole 16 of a share.
 inline void MultiplyTiles(const Weight& w, const Digits& x, Share share, const Output& out) {
   const TileConfig config;
   _tile_loadconfig(&config);
-  for (int64_t n = share.begin; n < share.end; n += 32) {
+  for (int64_t n = share.begin; n + 16 <= share.end; n += 32) {
     for (int64_t t = 0; t < x.tokens; t += 2 * kTogether) TileBlock(w, n, n + 32 <= share.end, x, t, out);
   }
   _tile_release();
@@ -232,9 +233,12 @@ class Input {
   // Thread i's share of the products: [tokens, outputs], written or added to.
   void Multiply(const Weight& w, int i, int threads, float* to, bool add = false) const {
     const Output out{to, w.outputs, add};
-    const Share share(w.outputs, i, threads);
+    Share share(w.outputs, i, threads);
 #ifdef __AMX_INT8__
-    if (tiles_ && w.outputs % 16 == 0) return MultiplyTiles(w, digits_, share, out);
+    if (tiles_) {
+      MultiplyTiles(w, digits_, share, out);
+      share.begin = share.end / 16 * 16;  // the last outputs, fewer than a tile has
+    }
 #endif
     MultiplyFloats(w, floats_, tokens_, share, out);
   }

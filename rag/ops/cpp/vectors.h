@@ -140,6 +140,15 @@ inline Vec Sums(const Vec* v) {
 }
 #endif
 
+// The largest, lane by lane; compilers find it by vectors only where they may forget about NaN.
+inline Vec Larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec Larger(Vec a, Vec b, Vec c) { return Larger(Larger(a, b), c); }
+inline float Largest(Vec v) {
+  float most = v[0];
+  for (int i = 1; i < kLanes; i++) most = std::max(most, v[i]);
+  return most;
+}
+
 // e^x for x <= 0, to float32's last digits: 2^n times a polynomial of the rest (Cephes, S. Moshier). The C library's is
 // not computed for a vector at a time without -ffast-math.
 inline float Exp(float x) {
