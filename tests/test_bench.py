@@ -17,6 +17,7 @@ from benchmarks.growth import Growth, passages, power_law, series
 from benchmarks.peers import LlamaCppGenerator, open_llama_cpp, requantised
 from benchmarks.pipeline import Clock, Pipeline
 from benchmarks.pipeline import rows as pipeline_rows
+from benchmarks.quality import Quality
 from benchmarks.reading import MEASURES, Outcome, Reading, Task, _LlamaCpp, rows
 from omegaconf import OmegaConf
 from readme import ROOT, TABLES, included
@@ -369,6 +370,26 @@ def test_reading_without_the_peer_leaves_its_columns_empty(small, monkeypatch, c
     assert not any(row.peers or row.ratio for row in [*measured, effort])
     assert measured[-1].ours["mean"] < 0  # a logarithm of a probability
     assert f"{PEER} is not installed" in capsys.readouterr().err
+
+
+def test_quality_compares_each_setting_with_the_first(small, tmp_path):
+    prompt = PromptTemplate("{context}\n{question}", "{text}")
+    reading = Reading(**small, max_new_tokens=4, prompt=prompt, questions=3, k=1)
+    reuse = {"kv_reuse": "chunk", "kv_path": str(tmp_path / "kv")}
+    # Every token of a passage anew is a reading of all.
+    settings = {"plain": {}, "again": {}, "all anew": reuse | {"kv_recompute": 1000}, "chunk": reuse}
+    first, again, anew, chunk = Quality(reading, settings).run()
+    assert [row.case for row in (first, chunk)] == ["plain, 3 questions", "chunk, 3 questions"]
+    assert "mean KL" not in first.ours and first.ours["log-likelihood"] < 0
+    for same in (again, anew):
+        assert same.ours["mean KL"] == pytest.approx(0, abs=1e-6) and same.ours["same best token"] == 1
+        assert same.ours["change of log-likelihood"].median == pytest.approx(0, abs=1e-4)
+    assert chunk.ours["mean KL"] > 1e-5
+    change = chunk.ours["change of log-likelihood"]
+    assert change.low <= change.median <= change.high
+    assert change.median == pytest.approx(chunk.ours["log-likelihood"] - first.ours["log-likelihood"])
+    with pytest.raises(UserError, match=r"bench\.settings is empty"):
+        Quality(reading, {})
 
 
 @pytest.mark.parametrize("wrong", [{"questions": 1}, {"k": 0}])

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Float16, Float32, Int, Shaped
 from rag.cache import atomic_file, cache_root, content_key, writing
 from rag.generate.blend import LAYERS, blend
 from rag.generate.engine import DecodeState, Engine, batches, bucket, fresh_bucket, padded_rows
-from rag.generate.likelihood import log_probs_behind
+from rag.generate.likelihood import log_probs_behind, next_log_probs_behind
 from rag.models.checkpoint import Packed
 from rag.models.llama import KVCache, Llama, LlamaConfig, cache_dtype, forward
 from rag.models.tokenizer import Tokenizer
@@ -221,11 +221,20 @@ class ChunkReader:
         """The log-probability of every token of a continuation of the conversation."""
         if not continuation:
             return np.zeros(0, np.float32)
+        ids, cache, fresh = self._read_for(messages, len(continuation))
+        return log_probs_behind(self._engine.packed, cache, ids, fresh, continuation)
+
+    def next_log_probs(self, messages: Sequence[Message]) -> Float32[np.ndarray, "V"]:
+        """The log-probability of every token to be the answer's first."""
+        ids, cache, fresh = self._read_for(messages, 1)
+        return next_log_probs_behind(self._engine.packed, cache, ids, fresh)
+
+    def _read_for(self, messages: Sequence[Message], tokens: int) -> tuple[list[int], KVCache, list[int]]:
+        """A prompt's ids, and `assembled` of it with room for so many tokens behind it."""
         parts = parts_of(self._tokenizer, messages)
-        self._engine.check([parts.ids], len(continuation))
-        room = fresh_bucket(len(parts.ids)) + fresh_bucket(len(continuation))
-        cache, fresh = self.assembled(parts, self._engine.capacity(len(parts.ids), room))
-        return log_probs_behind(self._engine.packed, cache, parts.ids, fresh, continuation)
+        self._engine.check([parts.ids], tokens)
+        room = fresh_bucket(len(parts.ids)) + fresh_bucket(tokens)
+        return parts.ids, *self.assembled(parts, self._engine.capacity(len(parts.ids), room))
 
     def fill(
         self, prompts: Iterable[Sequence[Message]], progress: Callable[[int], None] = lambda done: None

@@ -87,20 +87,51 @@ def log_probs_behind(
 
     The prompt's last token must be fresh, and the cache have room for the continuation.
     """
-    tokens = [*(prompt[at] for at in fresh), *continuation[:-1]]
-    positions = [*fresh, *range(len(prompt), len(prompt) + len(continuation) - 1)]
+    hidden = _states_behind(packed, cache, prompt, fresh, continuation[:-1])
+    wanted = np.zeros((3, -(-len(continuation) // ROWS) * ROWS), np.int32)
+    wanted[1, : len(continuation)] = len(fresh) - 1 + np.arange(len(continuation))
+    wanted[2, : len(continuation)] = continuation
+    return _log_probs_of(packed.module, hidden, wanted)[: len(continuation)]
+
+
+def next_log_probs(model: Llama, prompt: Sequence[int]) -> Float32[np.ndarray, "V"]:
+    """The log-probability of every token to be the first after the prompt."""
+    tokens = np.zeros((1, bucket(len(prompt))), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    return np.asarray(_distribution(model, hidden_states(model, tokens), np.int32(len(prompt) - 1)))
+
+
+def next_log_probs_behind(
+    packed: Packed[Llama], cache: KVCache, prompt: Sequence[int], fresh: Sequence[int]
+) -> Float32[np.ndarray, "V"]:
+    """As `next_log_probs`, where the cache holds the prompt's tokens but those at the positions `fresh`."""
+    hidden = _states_behind(packed, cache, prompt, fresh, ())
+    return np.asarray(_distribution(packed.module, hidden, np.int32(len(fresh) - 1)))
+
+
+@jax.jit
+def _distribution(model: Llama, hidden: Float[Array, "1 T M"], place: Int[Array, ""]) -> Float32[Array, "V"]:
+    return jax.nn.log_softmax(logits(model, hidden[:, place]))[0]
+
+
+def _states_behind(
+    packed: Packed[Llama],
+    cache: KVCache,
+    prompt: Sequence[int],
+    fresh: Sequence[int],
+    continuation: Sequence[int],
+) -> Float[Array, "1 T M"]:
+    """States of the prompt's fresh tokens, and of those that follow it."""
+    tokens = [*(prompt[at] for at in fresh), *continuation]
+    positions = [*fresh, *range(len(prompt), len(prompt) + len(continuation))]
     padding = fresh_bucket(len(tokens)) - len(tokens)
     behind = range(positions[-1] + 1, positions[-1] + 1 + padding)
-    hidden = hidden_behind(
+    return hidden_behind(
         packed,
         cache,
         np.array([[*tokens, *[0] * padding]], np.int32),
         np.minimum(np.array([[*positions, *behind]], np.int32), cache.capacity - 1),
     )
-    wanted = np.zeros((3, -(-len(continuation) // ROWS) * ROWS), np.int32)
-    wanted[1, : len(continuation)] = len(fresh) - 1 + np.arange(len(continuation))
-    wanted[2, : len(continuation)] = continuation
-    return _log_probs_of(packed.module, hidden, wanted)[: len(continuation)]
 
 
 def _scored(

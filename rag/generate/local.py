@@ -17,7 +17,7 @@ from rag.generate.batching import Prompts, Rows, plan, serve
 from rag.generate.chunk_kv import ChunkOptions, ChunkReader
 from rag.generate.drafting import Drafting, DraftPolicy, can_draft
 from rag.generate.engine import DecodeState, Decoding, Engine
-from rag.generate.likelihood import log_probs
+from rag.generate.likelihood import log_probs, next_log_probs
 from rag.generate.prefix_cache import PrefixCache
 from rag.models import chat_template, checkpoint, hub, llama, llama_checkpoint, tokenizer
 from rag.models.tokenizer import TextStream, Tokenizer
@@ -245,6 +245,14 @@ class LocalGenerator:
             found = [self.chunks.log_probs(pair[0], ids) for pair, ids in zip(pairs, texts, strict=True)]
             return [_total(values) for values in found]
         return self._likelihoods([(self.tokenizer.chat(messages), text) for messages, text in pairs])
+
+    def next_log_probs(self, messages: Sequence[Message]) -> Float32[np.ndarray, "V"]:
+        """The log-probability of every token to be the answer's first. UserError beyond the context."""
+        if self.reuses_passages:
+            return self.chunks.next_log_probs(messages)
+        prompt = self.tokenizer.chat(messages)
+        self.engine.check([prompt], 1)
+        return next_log_probs(self.engine.model, prompt)
 
     def text_log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
         """log p(second text | first text) of each pair, in order, without a chat format.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 
 from rag.context import ContextOptions
 from rag.embed import BertEmbedder
@@ -82,13 +82,13 @@ class Reading:
     def run(self) -> list[Row]:
         dataset = load_beir(self.path).sample(self.questions, self.seed)
         generator = LocalGenerator(self.weights)
-        tasks = self._tasks(dataset, generator)
+        tasks = self.tasks(dataset, generator)
         outcomes = {"ours": self._ours(generator, tasks)}
         if peer := _LlamaCpp.open(str(hub.local_path(self.weights)), self._room(generator, tasks)):
             outcomes[_PEER] = self._theirs(peer, generator.tokenizer, tasks)
         return rows(tasks, outcomes)
 
-    def _tasks(self, dataset: Dataset, generator: LocalGenerator) -> list[Task]:
+    def tasks(self, dataset: Dataset, generator: LocalGenerator) -> list[Task]:
         """The prompts, as evaluation makes them; where no passage is relevant, no model is asked."""
         embedder = BertEmbedder(self.embedder)
         collection = collect(dataset, chunk_all(dataset, WholeChunker(), embedder), embedder)
@@ -217,7 +217,9 @@ def rows(
 
     `outcomes` holds "ours" and any peers. p is that of a two-sided randomisation test of the difference.
     """
-    tables = {name: _table(tasks, outcome) for name, outcome in outcomes.items()}
+    tables = {
+        name: scores_of(tasks, outcome.texts, outcome.log_likelihoods) for name, outcome in outcomes.items()
+    }
     spread = {name: _interval_figures(table, options) for name, table in tables.items()}
     ours = spread.pop("ours")
     for name, figures in spread.items():
@@ -232,10 +234,12 @@ def rows(
     ] + [_effort(outcomes)]
 
 
-def _table(tasks: Sequence[Task], outcome: Outcome) -> np.ndarray:
+def scores_of(
+    tasks: Sequence[Task], texts: Sequence[str], log_likelihoods: Sequence[float]
+) -> Float64[np.ndarray, "N 4"]:
     """Questions x MEASURES."""
     found = []
-    for task, text, likelihood in zip(tasks, outcome.texts, outcome.log_likelihoods, strict=True):
+    for task, text, likelihood in zip(tasks, texts, log_likelihoods, strict=True):
         scores = answers.measure(
             answer=text.strip(), gold=task.gold, abstained=False, answerable=True, cited=(), relevant=()
         )
