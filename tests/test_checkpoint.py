@@ -92,6 +92,15 @@ def test_saved_parameters_come_back_memory_mapped(toy, tensors, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_huge_pages_hold_the_same(toy, tensors):
+    filled = checkpoint.fill(toy, tensors, TABLE, "toy")
+    copied = checkpoint.in_huge_pages(filled)
+    for new, old in zip(jax.tree.leaves(copied), jax.tree.leaves(filled), strict=True):
+        np.testing.assert_array_equal(new, old)
+        assert new is not old and new.ctypes.data % 64 == 0
+    assert jax.tree.structure(copied) == jax.tree.structure(filled)
+
+
 def test_gguf_round_trip(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {

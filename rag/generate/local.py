@@ -89,8 +89,10 @@ class LocalGenerator:
     @cached_property
     def _loaded(self) -> tuple[Engine, Tokenizer]:
         model, tokenizer = llama_checkpoint.load(self._path, int8=self._dtype == "int8")
-        model = checkpoint.to_device(model, None if self._dtype == "int8" else jnp.dtype(self._dtype))
         llama.use_native(model)
+        if model.native:
+            model = checkpoint.in_huge_pages(model)
+        model = checkpoint.to_device(model, None if self._dtype == "int8" else jnp.dtype(self._dtype))
         return Engine(model, tokenizer.eos_ids, self._steps), tokenizer
 
     @cached_property

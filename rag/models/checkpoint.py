@@ -8,8 +8,10 @@ Reading and dequantising a GGUF costs seconds, so what was read once is kept as 
 (float32, memory-mapped when it is read again) in the cache folder, under the source file's SHA-256.
 """
 
+import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from rag.types import UserError
 
 M = TypeVar("M", bound=nnx.Module)
 
+_ALIGNED = 64  # bytes, to which JAX takes an array of numpy's without a copy
 CONVERTED_FORMAT = 2  # part of the cache's key: raise it when what `keep` writes changes meaning
 
 
@@ -96,6 +99,26 @@ def to_device(module: M, dtype: np.dtype | None = None) -> M:
         return jax.device_put(a if dtype in (None, a.dtype) else np.asarray(a, dtype), may_alias=True)
 
     return jax.tree.map(placed, module)
+
+
+def in_huge_pages(module: M) -> M:
+    """The module with its parameters copied side by side into pages of 2 MiB, where the system has such (Linux).
+
+    What is read from memory for every token is read faster so: fetching ahead ends at the end of a page.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return module
+    arrays, structure = jax.tree.flatten(module)
+    ends = np.cumsum([-(-array.nbytes // _ALIGNED) * _ALIGNED for array in arrays])
+    memory = mmap.mmap(-1, int(ends[-1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them: the pages are small ones then
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    copies = []
+    for array, start in zip(arrays, [0, *ends[:-1]], strict=True):
+        copy = np.frombuffer(memory, array.dtype, array.size, int(start)).reshape(array.shape)
+        copy[...] = array
+        copies.append(copy)
+    return jax.tree.unflatten(structure, copies)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["structure"])

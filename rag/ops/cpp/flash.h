@@ -50,7 +50,7 @@ template <class T>
 class Tiles {
  public:
   Tiles(const Shape& z, const T* keys, const T* values)
-      : z_(z), keys_(keys), values_(values), transposed_(z.dim * kTile), floats_(z.dim * kTile) {}
+      : z_(z), keys_(keys), values_(values), transposed_(z.dim * kTile), floats_(sizeof(T) == 4 ? 0 : z.dim * kTile) {}
 
   // Slots [s, s + count) of a pair of a row and a kv head.
   Tile<T> At(int64_t pair, int64_t s, int64_t count, bool many) {
