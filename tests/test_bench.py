@@ -381,10 +381,10 @@ def test_quality_compares_each_setting_with_the_first(small, tmp_path):
     first, again, anew, chunk = Quality(reading, settings).run()
     assert [row.case for row in (first, chunk)] == ["plain, 3 questions", "chunk, 3 questions"]
     assert "mean KL" not in first.ours and first.ours["log-likelihood"] < 0
-    for same in (again, anew):
-        assert same.ours["mean KL"] == pytest.approx(0, abs=1e-6) and same.ours["same best token"] == 1
-        assert same.ours["change of log-likelihood"].median == pytest.approx(0, abs=1e-4)
-    assert chunk.ours["mean KL"] > 1e-5
+    for same, by in ((again, 1e-6), (anew, 1e-3)):  # what stands before the passages is kept in float16
+        assert same.ours["mean KL"] == pytest.approx(0, abs=by) and same.ours["same best token"] == 1
+        assert same.ours["change of log-likelihood"].median == pytest.approx(0, abs=100 * by)
+    assert chunk.ours["mean KL"] > anew.ours["mean KL"]
     change = chunk.ours["change of log-likelihood"]
     assert change.low <= change.median <= change.high
     assert change.median == pytest.approx(chunk.ours["log-likelihood"] - first.ours["log-likelihood"])

@@ -1,14 +1,13 @@
 """What faster ways of reading cost in answers: settings of our generator on the same prompts, each beside the first.
 
 Of every setting the means over the questions, the paired difference to the first with its 95% interval, and the
-Kullback-Leibler divergence of the distribution of the answer's first token from the first setting's, in nats. Seconds
-are of everything, compiling and scoring too: bench=pipeline is for speed.
+Kullback-Leibler divergence of the distribution of the answer's first token from the first setting's, in nats. For speed
+there is bench=pipeline.
 
 Letters: N questions, V vocab.
 """
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,6 @@ class Outcome:
 
     scores: Float64[np.ndarray, "N 4"]  # MEASURES
     log_probs: Float[np.ndarray, "N V"]  # of the answer's first token
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -55,14 +53,13 @@ class Quality:
         return rows(outcomes)
 
     def _outcome(self, generator: LocalGenerator, tasks: Sequence[Task]) -> Outcome:
-        begin = time.perf_counter()
         conversations = [task.messages for task in tasks]
         limit = self.reading.max_new_tokens
         texts = generator.generate(conversations, max_new_tokens=limit, stop=self.reading.stop)
         gold = generator.log_likelihood([(task.messages, task.gold[0]) for task in tasks])
         scores = scores_of(tasks, texts, [score.total for score in gold])
         log_probs = np.stack([generator.next_log_probs(messages) for messages in conversations])
-        return Outcome(scores, log_probs, time.perf_counter() - begin)
+        return Outcome(scores, log_probs)
 
 
 def rows(outcomes: Mapping[str, Outcome], options: Statistics = Statistics()) -> list[Row]:
@@ -78,7 +75,7 @@ def rows(outcomes: Mapping[str, Outcome], options: Statistics = Statistics()) ->
             ):
                 figures[f"change of {measure}"] = Spread(float(mean), *map(float, bounds))
             figures |= _divergence(first.log_probs, outcome.log_probs)
-        found.append(Row(f"{name}, {len(outcome.scores)} questions", figures | {"seconds": outcome.seconds}))
+        found.append(Row(f"{name}, {len(outcome.scores)} questions", figures))
     return found
 
 
