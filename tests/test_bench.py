@@ -374,7 +374,7 @@ def test_reading_without_the_peer_leaves_its_columns_empty(small, monkeypatch, c
 
 def test_quality_compares_each_setting_with_the_first(small, tmp_path):
     prompt = PromptTemplate("{context}\n{question}", "{text}")
-    reading = Reading(**small, max_new_tokens=4, prompt=prompt, questions=3, k=1)
+    reading = Reading(**small, max_new_tokens=4, prompt=prompt, questions=3, k=2)
     reuse = {"kv_reuse": "chunk", "kv_path": str(tmp_path / "kv")}
     # Every token of a passage anew is a reading of all.
     settings = {"plain": {}, "again": {}, "all anew": reuse | {"kv_recompute": 1000}, "chunk": reuse}

@@ -175,7 +175,8 @@ def test_blending_reads_anew_what_differs_most():
     kept, candidates = np.arange(64) < 35, (np.arange(64) < 35) & (np.arange(64) >= 5)
     tokens = jnp.asarray(padded_rows([ids.tolist()], 64))
     before = [np.asarray(a) for a in (old.keys[2], old.values[2])]
-    new = blend(pack(model), old, tokens, np.int32(40), kept, candidates, count=16, layers=2)
+    new, last = blend(pack(model), old, tokens, np.int32(40), kept, candidates, count=16, layers=2)
+    assert last.shape == (1, CONFIG.hidden_size)
     first = [KVCache(some.keys[:2], some.values[:2]) for some in (new, plain)]
     assert difference(*first, slice(0, 40)) < 1e-4
     changed = [

@@ -4,7 +4,7 @@ A passage that was read by itself knows nothing of the passages before it. The f
 which of its tokens that changes most: there its keys and values, computed now, are the farthest from the kept ones.
 These tokens, and all that were never kept, go through the remaining layers; the others stay as they were.
 
-Letters: T tokens of the prompt, padded, C slots of the cache, K kv heads, D head dim, R tokens read anew.
+Letters: T tokens of the prompt, padded, C slots of the cache, K kv heads, D head dim, M width.
 """
 
 from functools import partial
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rag.models.checkpoint import Packed
-from rag.models.llama import KVCache, Llama, through
+from rag.models.llama import KVCache, Llama, keys_values, through
 
 LAYERS = (
-    2  # computed for all tokens; the first layer's keys and values depend on nothing but the token itself
+    2  # whose keys and values are computed for all tokens; the first's depend on nothing but the token itself
 )
 
 
@@ -32,30 +32,32 @@ def blend(
     *,
     count: int,
     layers: int = LAYERS,
-) -> KVCache:
+) -> tuple[KVCache, Float[Array, "1 M"]]:
     """The cache of a prompt of `length` tokens, complete, when it held the `kept` ones as they were read apart.
 
-    `count` tokens are read through all layers: all that are not kept, and of the candidates, which are, those whose
-    keys and values at the last of the first `layers` differ most from the kept ones. It must not be less than the
-    number of tokens that are not kept.
+    And the last token's state after the last norm. `count` tokens are read through all layers: all that are not kept,
+    the last of which must be one, and of the candidates, which are, those whose keys and values at the last of the
+    first `layers` differ most from the kept ones. It must not be less than the number of tokens that are not kept.
     """
-    model, size = packed.module, tokens.shape[1]
+    model, size, last = packed.module, tokens.shape[1], layers - 1
     x = model.embed_tokens(tokens)
-    x, fresh = through(model, slice(0, layers), x, jnp.zeros(1, jnp.int32))
-    last = layers - 1
-    changed = _distance(fresh.keys[last], cache.keys[last][:, :, :size])
-    changed += _distance(fresh.values[last], cache.values[last][:, :, :size])
+    x, fresh = through(model, slice(0, last), x, jnp.zeros(1, jnp.int32))
+    key, value = keys_values(model, last, x)
+    changed = _distance(key, cache.keys[last][:, :, :size]) + _distance(
+        value, cache.values[last][:, :, :size]
+    )
     order = jnp.where(candidates, changed, -1.0)
     order = jnp.where(~kept & (jnp.arange(size) < length), jnp.inf, order)
     at = jnp.sort(jax.lax.top_k(order, count)[1])
-    rest = KVCache(cache.keys[layers:], cache.values[layers:])
-    _, rest = through(model, slice(layers, None), x[:, at], at[None], rest)
 
     def written(old: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(o.at[:, :, :size].set(n.astype(o.dtype)) for o, n in zip(old, new, strict=True))
+        front = (o.at[:, :, :size].set(n.astype(o.dtype)) for o, n in zip(old, new, strict=False))
+        return *front, *old[layers:]
 
-    keys = written(cache.keys[:layers], fresh.keys) + rest.keys
-    return KVCache(keys, written(cache.values[:layers], fresh.values) + rest.values)
+    keys, values = written(cache.keys, (*fresh.keys, key)), written(cache.values, (*fresh.values, value))
+    y, rest = through(model, slice(last, None), x[:, at], at[None], KVCache(keys[last:], values[last:]))
+    hidden = model.norm(y[:, jnp.searchsorted(at, length - 1)])
+    return KVCache(keys[:last] + rest.keys, values[:last] + rest.values), hidden
 
 
 def _distance(new: Float[Array, "1 K T D"], old: Float[Array, "1 K T D"]) -> Float[Array, "T"]:

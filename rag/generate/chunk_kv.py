@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float16, Float32, Int, Shaped
+from jaxtyping import Array, Bool, Float, Float16, Float32, Int, Shaped
 
 from rag.cache import atomic_file, cache_root, content_key, writing
 from rag.generate.blend import LAYERS, blend
@@ -214,8 +214,12 @@ class ChunkReader:
         """The prompt's ids, and the state behind it. Raises UserError as `Engine.prefill` does."""
         parts = parts_of(self._tokenizer, messages)
         self._engine.check([parts.ids], max_new_tokens)
-        cache, fresh = self.assembled(parts, self._engine.capacity(len(parts.ids), max_new_tokens))
-        return parts.ids, self._engine.resume(cache, parts.ids, fresh, max_new_tokens, sampling, seed)
+        cache, there = self._kept(parts, self._engine.capacity(len(parts.ids), max_new_tokens))
+        options = (max_new_tokens, sampling, seed)
+        if self._blends(parts):
+            cache, last = self._blended(cache, parts, there)
+            return parts.ids, self._engine.begin(cache, last, parts.ids, *options)
+        return parts.ids, self._engine.resume(cache, parts.ids, np.flatnonzero(~there).tolist(), *options)
 
     def log_probs(self, messages: Sequence[Message], continuation: Sequence[int]) -> Float32[np.ndarray, "n"]:
         """The log-probability of every token of a continuation of the conversation."""
@@ -251,7 +255,17 @@ class ChunkReader:
         return Filled(len(missing), {file: (tokens, file.stat().st_size) for file, tokens in files.items()})
 
     def assembled(self, parts: Parts, capacity: int) -> tuple[KVCache, list[int]]:
-        """A cache with what was kept in its place, and the positions that must still be read."""
+        """A cache with what was kept in its place, blended if that is asked for, and the positions still to be read."""
+        cache, there = self._kept(parts, capacity)
+        if self._blends(parts):
+            return self._blended(cache, parts, there)[0], [len(parts.ids) - 1]
+        return cache, np.flatnonzero(~there).tolist()
+
+    def _blends(self, parts: Parts) -> bool:
+        return self._options.blend_share > 0 and bool(parts.passages)
+
+    def _kept(self, parts: Parts, capacity: int) -> tuple[KVCache, Bool[np.ndarray, "T"]]:
+        """A cache with what was kept in its place, and which tokens of the prompt that is."""
         entries = self._entries(parts)
         kept = [self.store.load(*entry) for entry in entries]
         if missing := [entry for entry, found in zip(entries, kept, strict=True) if found is None]:
@@ -268,9 +282,7 @@ class ChunkReader:
             if not self._exact(parts, at):
                 there[at : at + min(self._options.recompute, len(ids))] = False
         there[-1] = False
-        if self._options.blend_share and parts.passages:
-            return self._blended(cache, parts, there), [len(parts.ids) - 1]
-        return cache, np.flatnonzero(~there).tolist()
+        return cache, there
 
     def _exact(self, parts: Parts, at: int) -> bool:
         """Whether a passage stands where it was read."""
@@ -300,7 +312,10 @@ class ChunkReader:
         ]
         return KVCache(*zip(*layers, strict=True))
 
-    def _blended(self, cache: KVCache, parts: Parts, there: np.ndarray) -> KVCache:
+    def _blended(
+        self, cache: KVCache, parts: Parts, there: Bool[np.ndarray, "T"]
+    ) -> tuple[KVCache, Float[Array, "1 M"]]:
+        """The complete cache, and the last token's hidden state."""
         width = bucket(len(parts.ids))
         kept, candidates = np.zeros(width, bool), np.zeros(width, bool)
         kept[: len(there)] = there

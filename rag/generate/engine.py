@@ -96,6 +96,24 @@ def resume(
     return choose_first(model, cache, hidden[:, last], length, budget, key, seen, sampling, end_ids)
 
 
+@partial(jax.jit, static_argnames=("sampling", "end_ids"), donate_argnames=("cache",))
+def begin(
+    packed: Packed[Llama],
+    cache: KVCache,
+    last: Float[Array, "1 M"],
+    prompt: Int[Array, "1 C"],
+    length: Int[Array, "1"],
+    budget: Int[Array, "1"],
+    key: Key[Array, "1"],
+    *,
+    sampling: Sampling,
+    end_ids: tuple[int, ...],
+) -> DecodeState:
+    """The state behind a prompt that was read already: `last` is its last token's state after the last norm."""
+    seen = tokens_seen(packed.module, prompt, length)
+    return choose_first(packed.module, cache, last, length, budget, key, seen, sampling, end_ids)
+
+
 def tokens_seen(model: Llama, tokens: Int[Array, "B T"], length: Int[Array, "B"]) -> Bool[Array, "B V"]:
     """Which tokens stand among the first `length` of each row."""
     rows, width = tokens.shape
@@ -275,19 +293,27 @@ class Engine:
         )  # overwritten before it is seen
         positions = np.concatenate([np.asarray(fresh, np.int32), behind]).astype(np.int32)
         tokens = np.asarray([*(prompt[at] for at in fresh), *[0] * (width - count)], np.int32)
-        return resume(
-            self.packed,
-            cache,
-            tokens[None],
-            positions[None],
-            np.int32(count - 1),
-            padded_rows([prompt], capacity),
-            np.array([len(prompt)], np.int32),
-            np.array([max_new_tokens], np.int32),
-            row_keys([seed]),
-            sampling=sampling,
-            end_ids=self.end_ids,
-        )
+        read = (tokens[None], positions[None], np.int32(count - 1))
+        about = self._about(prompt, capacity, max_new_tokens, seed)
+        return resume(self.packed, cache, *read, *about, sampling=sampling, end_ids=self.end_ids)
+
+    def begin(
+        self,
+        cache: KVCache,
+        last: Float[Array, "1 M"],
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+    ) -> DecodeState:
+        """The state behind a prompt that the cache, donated, holds whole; `last` is its last token's hidden state."""
+        about = self._about(prompt, cache.capacity, max_new_tokens, seed)
+        return begin(self.packed, cache, last, *about, sampling=sampling, end_ids=self.end_ids)
+
+    def _about(self, prompt: Sequence[int], capacity: int, max_new_tokens: int, seed: int) -> tuple:
+        """What a state is told of its prompt: tokens, length, budget and key."""
+        size, budget = np.array([len(prompt)], np.int32), np.array([max_new_tokens], np.int32)
+        return padded_rows([prompt], capacity), size, budget, row_keys([seed])
 
     def decode(self, state: DecodeState, sampling: Sampling) -> tuple[DecodeState, Int[Array, "steps B"]]:
         """One dispatch: `steps_per_dispatch` more tokens a row, -1 where it had finished. The state is donated."""

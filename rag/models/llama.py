@@ -174,7 +174,7 @@ def through(
     c, layers = model.config, list(model.layers)[some]
     each = positions if positions.ndim == 2 else positions[:, None] + jnp.arange(x.shape[1])
     rotary = rotations(each, c.head_dim, c.rope_theta, c.rope_factors)
-    if model.native and native.reads(each.size):
+    if layers and model.native and native.reads(each.size):
         return _through_native(layers, c, x, each, rotary, cache)
     keys, values = [], []
     for i, layer in enumerate(layers, some.start or 0):
@@ -184,6 +184,15 @@ def through(
         keys.append(k.astype(cache_dtype(model)))
         values.append(v.astype(cache_dtype(model)))
     return x, KVCache(tuple(keys), tuple(values))
+
+
+def keys_values(
+    model: Llama, i: int, x: Float[Array, "B T M"]
+) -> tuple[Float[Array, "B K T D"], Float[Array, "B K T D"]]:
+    """What layer i keeps of tokens 0 to T - 1, of which `x` is the residual stream in front of it."""
+    c, layer = model.config, model.layers[i]
+    rotary = rotations(jnp.arange(x.shape[1])[None], c.head_dim, c.rope_theta, c.rope_factors)
+    return _keys_values(layer.self_attn, c, layer.input_layernorm(x), rotary)
 
 
 def cache_dtype(model: Llama) -> np.dtype:
@@ -234,11 +243,8 @@ def logits(model: Llama, hidden: Float[Array, "B M"]) -> Float[Array, "B V"]:
 def _attend(layer: SelfAttention, c: LlamaConfig, x, rotary, positions, cached):
     with jax.named_scope("attention"):
         q = _heads(layer.q_proj(x), c.num_attention_heads)
-        k = _heads(layer.k_proj(x), c.num_key_value_heads)
-        v = _heads(layer.v_proj(x), c.num_key_value_heads)
-        if layer.q_norm is not None:
-            q, k = layer.q_norm(q), layer.k_norm(k)
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q = rotate(q if layer.q_norm is None else layer.q_norm(q), rotary)
+        k, v = _keys_values(layer, c, x, rotary)
         if cached is None:
             out = attention(q, k, v, causal=True)
         else:
@@ -247,6 +253,12 @@ def _attend(layer: SelfAttention, c: LlamaConfig, x, rotary, positions, cached):
             out = attention(q, k.astype(q.dtype), v.astype(q.dtype), causal=True, **places)
         b, _, t, _ = out.shape
         return layer.o_proj(out.transpose(0, 2, 1, 3).reshape(b, t, -1)), (k, v)
+
+
+def _keys_values(layer: SelfAttention, c: LlamaConfig, x, rotary) -> tuple[Array, Array]:
+    k = _heads(layer.k_proj(x), c.num_key_value_heads)
+    v = _heads(layer.v_proj(x), c.num_key_value_heads)
+    return rotate(k if layer.k_norm is None else layer.k_norm(k), rotary), v
 
 
 def _heads(x: Float[Array, "B T HD"], heads: int) -> Float[Array, "B H T D"]:
