@@ -16,9 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 from rag.models.checkpoint import Packed
 from rag.models.llama import KVCache, Llama, keys_values, through
 
-LAYERS = (
-    2  # whose keys and values are computed for all tokens; the first's depend on nothing but the token itself
-)
+# Whose keys and values are computed for all tokens; the first's depend on nothing but the token itself.
+LAYERS = 2
 
 
 @partial(jax.jit, static_argnames=("count", "layers"), donate_argnames=("cache",))
@@ -43,9 +42,8 @@ def blend(
     x = model.embed_tokens(tokens)
     x, fresh = through(model, slice(0, last), x, jnp.zeros(1, jnp.int32))
     key, value = keys_values(model, last, x)
-    changed = _distance(key, cache.keys[last][:, :, :size]) + _distance(
-        value, cache.values[last][:, :, :size]
-    )
+    changed = _distance(key, cache.keys[last][:, :, :size])
+    changed += _distance(value, cache.values[last][:, :, :size])
     order = jnp.where(candidates, changed, -1.0)
     order = jnp.where(~kept & (jnp.arange(size) < length), jnp.inf, order)
     at = jnp.sort(jax.lax.top_k(order, count)[1])

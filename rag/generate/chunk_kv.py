@@ -29,9 +29,9 @@ from rag.generate.blend import LAYERS, blend
 from rag.generate.engine import DecodeState, Engine, batches, bucket, fresh_bucket, padded_rows
 from rag.generate.likelihood import log_probs_behind, next_log_probs_behind
 from rag.models.checkpoint import Packed
-from rag.models.llama import KVCache, Llama, LlamaConfig, cache_dtype, forward
+from rag.models.llama import KVCache, Llama, LlamaConfig, cache_dtype, forward, rotary_of
 from rag.models.tokenizer import Tokenizer
-from rag.ops.rope import rotate, rotations
+from rag.ops.rope import rotate
 from rag.ops.sampling import Sampling
 from rag.types import Message, UserError
 
@@ -133,7 +133,7 @@ def placed(
 
 @partial(jax.jit, static_argnames=("c", "size"))
 def _rotations(c: LlamaConfig, size: int) -> Float[Array, "2 1 T R"]:
-    return rotations(jnp.arange(size)[None], c.head_dim, c.rope_theta, c.rope_factors)
+    return rotary_of(c, jnp.arange(size)[None])
 
 
 class ChunkStore:

@@ -90,10 +90,9 @@ def resume(
     fresh[0, last] is the prompt's last token; what follows it is filling, at positions behind the prompt. `prompt`
     holds all `length` tokens.
     """
-    model = packed.module
-    hidden, cache = forward(model, fresh, positions, cache)
-    seen = tokens_seen(model, prompt, length)
-    return choose_first(model, cache, hidden[:, last], length, budget, key, seen, sampling, end_ids)
+    hidden, cache = forward(packed.module, fresh, positions, cache)
+    about = (prompt, length, budget, key)
+    return begin(packed, cache, hidden[:, last], *about, sampling=sampling, end_ids=end_ids)
 
 
 @partial(jax.jit, static_argnames=("sampling", "end_ids"), donate_argnames=("cache",))

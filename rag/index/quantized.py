@@ -26,9 +26,8 @@ from rag.types import UserError
 
 _GROUP = 16  # rows of a group
 _BLOCK = 1 << 14  # rows that are converted at once
-_DIGITS_ERROR = 1.001 / (
-    127 * 254 * 2
-)  # largest of an entry in two digits, as a part of the row's largest entry
+# Largest of an entry in two digits, as a part of the row's largest entry.
+_DIGITS_ERROR = 1.001 / (127 * 254 * 2)
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,8 @@ class Int8Index:
         More queries than `most_queries`, and k of a good part of all rows, go to the exact search unscanned.
         """
         rescore.check_queries(queries, self.exact.dim, k)
-        if not 0 < len(queries) <= most_queries(self.exact.dim) or len(self) < 4 * _GROUP * (
-            k + self.options.candidates
-        ):
+        few = 0 < len(queries) <= most_queries(self.exact.dim)
+        if not few or len(self) < 4 * _GROUP * (k + self.options.candidates):
             return *self.exact.search(queries, k), np.zeros(len(queries), bool)
         scores, ids, proven = self._scan(queries, k)
         if not proven.all():

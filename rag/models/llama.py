@@ -173,7 +173,7 @@ def through(
     """`forward` through some of the layers: the residual stream behind them, and the cache of these layers alone."""
     c, layers = model.config, list(model.layers)[some]
     each = positions if positions.ndim == 2 else positions[:, None] + jnp.arange(x.shape[1])
-    rotary = rotations(each, c.head_dim, c.rope_theta, c.rope_factors)
+    rotary = rotary_of(c, each)
     if layers and model.native and native.reads(each.size):
         return _through_native(layers, c, x, each, rotary, cache)
     keys, values = [], []
@@ -186,12 +186,17 @@ def through(
     return x, KVCache(tuple(keys), tuple(values))
 
 
+def rotary_of(c: LlamaConfig, positions: Int[Array, "B T"]) -> Float[Array, "2 B T R"]:
+    """What rag.ops.rope.rotate turns the heads of tokens at these positions by."""
+    return rotations(positions, c.head_dim, c.rope_theta, c.rope_factors)
+
+
 def keys_values(
     model: Llama, i: int, x: Float[Array, "B T M"]
 ) -> tuple[Float[Array, "B K T D"], Float[Array, "B K T D"]]:
     """What layer i keeps of tokens 0 to T - 1, of which `x` is the residual stream in front of it."""
     c, layer = model.config, model.layers[i]
-    rotary = rotations(jnp.arange(x.shape[1])[None], c.head_dim, c.rope_theta, c.rope_factors)
+    rotary = rotary_of(c, jnp.arange(x.shape[1])[None])
     return _keys_values(layer.self_attn, c, layer.input_layernorm(x), rotary)
 
 

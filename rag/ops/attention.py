@@ -140,9 +140,8 @@ def _best(
 ) -> str:
     """The fastest on this device for these shapes that can do what is asked."""
     tokens, keys = q.shape[2], k.shape[2]
-    if tokens > _DECODE and _runs_natively(
-        q, k, v
-    ):  # fewer stand behind a cache, which XLA would copy for a call
+    # A few tokens stand behind a cache, which XLA would copy for a call.
+    if tokens > _DECODE and _runs_natively(q, k, v):
         return "native"
     if jax.default_backend() == "cpu":
         if keys <= _SHORT and not plan.prefix:

@@ -45,14 +45,28 @@ struct Seen {
   }
 };
 
-// A thread's tile: laid out for many queries in memory of its own.
+// A thread's tiles, one at a time: laid out for many queries in memory of its own.
 template <class T>
 class Tiles {
  public:
   Tiles(const Shape& z, const T* keys, const T* values)
       : z_(z), keys_(keys), values_(values), transposed_(z.dim * kTile), floats_(sizeof(T) == 4 ? 0 : z.dim * kTile) {}
 
-  // Slots [s, s + count) of a pair of a row and a kv head.
+  // Queries of a pair of a row and a kv head against slots [begin, end), in tiles that are laid out for `many` or more.
+  void Attend(int64_t pair, int64_t begin, int64_t end, const std::vector<Query>& queries, size_t many, float scale) {
+    for (int64_t s = begin; s < end; s += kTile) {
+      const int64_t count = std::min(kTile, end - s);
+      some_.clear();
+      for (const Query& q : queries) {
+        const int64_t from = std::max<int64_t>(q.from - s, 0), to = std::min(q.to - s, count);
+        if (from < to) some_.push_back({q.vector, from, to, q.result, q.ids ? q.ids + s : nullptr, q.id});
+      }
+      if (!some_.empty()) AttendAll(some_, At(pair, s, count, some_.size() >= many), scale);
+    }
+  }
+
+ private:
+  // Slots [s, s + count).
   Tile<T> At(int64_t pair, int64_t s, int64_t count, bool many) {
     const int64_t offset = (pair * z_.slots + s) * z_.dim;
     Tile<T> tile{keys_ + offset, values_ + offset, nullptr, nullptr, count, z_.dim};
@@ -63,7 +77,6 @@ class Tiles {
     return tile;
   }
 
- private:
   const float* AsFloats(const float* values, int64_t) { return values; }
   const float* AsFloats(const Half* values, int64_t size) {
     Copy(values, size, floats_.data());
@@ -73,6 +86,7 @@ class Tiles {
   const Shape& z_;
   const T *keys_, *values_;
   Buffer transposed_, floats_;
+  std::vector<Query> some_;
 };
 
 // Tokens [first, past) of a row and the query heads [head, head + group) of one kv head.
@@ -88,15 +102,6 @@ struct QueryBlock {
   }
 };
 
-// What queries see of the tile of `count` slots from s on.
-inline void Select(const std::vector<Query>& queries, int64_t s, int64_t count, std::vector<Query>& some) {
-  some.clear();
-  for (const Query& q : queries) {
-    const int64_t from = std::max<int64_t>(q.from - s, 0), to = std::min(q.to - s, count);
-    if (from < to) some.push_back({q.vector, from, to, q.result, q.ids ? q.ids + s : nullptr, q.id});
-  }
-}
-
 // Many queries: query(r, h) is the vector of token r and head h, done(r, h, attended) takes what it has found.
 template <class T, class Vector, class Done>
 void AttendInBlocks(Team& team, const Shape& z, const T* keys, const T* values, const Seen& seen, float scale,
@@ -108,7 +113,7 @@ void AttendInBlocks(Team& team, const Shape& z, const T* keys, const T* values, 
   team.Run([&](int) {
     Tiles<T> tiles(z, keys, values);
     std::vector<Attended> results(tokens * z.group());
-    std::vector<Query> queries, some;
+    std::vector<Query> queries;
     for (int64_t n; (n = next++) < blocks * z.pairs();) {
       const QueryBlock block(z, n, blocks, tokens);
       const auto each = [&](const auto& part) {
@@ -123,11 +128,7 @@ void AttendInBlocks(Team& team, const Shape& z, const T* keys, const T* values, 
         queries.push_back(seen.Of(z, r, query(r, h), &result));
         low = std::min(low, queries.back().from), high = std::max(high, queries.back().to);
       });
-      for (int64_t s = low / kTile * kTile; s < high; s += kTile) {
-        const int64_t count = std::min(kTile, high - s);
-        Select(queries, s, count, some);
-        if (!some.empty()) AttendAll(some, tiles.At(block.pair, s, count, true), scale);
-      }
+      tiles.Attend(block.pair, low / kTile * kTile, high, queries, 0, scale);
       each(done);
     }
   });
@@ -141,7 +142,7 @@ void AttendToShares(Team& team, const Shape& z, const T* keys, const T* values, 
   constexpr size_t kMany = 8;  // queries, from which on laying out a tile pays
   team.Run([&](int i) {
     Tiles<T> tiles(z, keys, values);
-    std::vector<Query> queries, some;
+    std::vector<Query> queries;
     for (int64_t pair = 0; pair < z.pairs(); pair++) {
       const QueryBlock block(z, pair, 1, z.tokens);
       queries.clear();
@@ -153,11 +154,7 @@ void AttendToShares(Team& team, const Shape& z, const T* keys, const T* values, 
         }
       }
       const Share share(*std::max_element(seen.to + block.first, seen.to + block.past), i, team.size());
-      for (int64_t s = share.begin; s < share.end; s += kTile) {
-        const int64_t count = std::min(kTile, share.end - s);
-        Select(queries, s, count, some);
-        if (!some.empty()) AttendAll(some, tiles.At(pair, s, count, some.size() >= kMany), scale);
-      }
+      tiles.Attend(pair, share.begin, share.end, queries, kMany, scale);
     }
   });
 }
