@@ -12,11 +12,25 @@ from jaxtyping import install_import_hook
 
 install_import_hook("rag", "beartype.beartype")  # before anything imports rag
 
+from tests import trials
+
 OFFLINE = "RAG_OFFLINE_TESTS"  # "1": skip the tests marked `weights`, which may need a network the first time
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="long trials too: hours instead of minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    trials.LONG = config.getoption("--long")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without weights these tests fail rather than skip, unless the variable says that this is meant."""
+    if not trials.LONG:
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="a long trial: --long runs it"))
     if os.environ.get(OFFLINE) == "1":
         for item in items:
             if item.get_closest_marker("weights"):

@@ -171,7 +171,7 @@ def test_blending_reads_anew_what_differs_most():
         ]
         for part in (plain.keys, plain.values)
     ]
-    old = KVCache(tuple(off[0]), tuple(off[1])).padded(64)
+    old = KVCache(tuple(off[0]), tuple(off[1])).resized(64)
     kept, candidates = np.arange(64) < 35, (np.arange(64) < 35) & (np.arange(64) >= 5)
     tokens = jnp.asarray(padded_rows([ids.tolist()], 64))
     before = [np.asarray(a) for a in (old.keys[2], old.values[2])]

@@ -149,7 +149,7 @@ def test_a_cached_forward_equals_the_whole_one(model):
     start = jnp.zeros(2, jnp.int32)
     hidden, _ = whole(model, tokens, start)
     _, cache = whole(model, tokens[:, :17], start)
-    rest, _ = whole(model, tokens[:, 17:], start + 17, cache.padded(40))
+    rest, _ = whole(model, tokens[:, 17:], start + 17, cache.resized(40))
     np.testing.assert_allclose(rest, hidden[:, 17:], atol=2e-5)
 
 

@@ -24,6 +24,7 @@ from rag.generate.engine import (
     DecodeState,
     Engine,
     bucket,
+    check_room,
     choose_first,
     fresh_bucket,
     padded_rows,
@@ -31,6 +32,7 @@ from rag.generate.engine import (
     row_keys,
     tokens_seen,
 )
+from rag.models import llama
 from rag.models.checkpoint import Packed
 from rag.models.llama import KVCache, Llama, forward
 from rag.ops.sampling import Sampling
@@ -72,7 +74,7 @@ def follow(
 ) -> DecodeState:
     """As `engine.prefill` of right-padded prompts, all of which begin with the tokens of the one-row `prefix`."""
     model, (rows, width), start = packed.module, tokens.shape, prefix.capacity
-    cache = jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), prefix.padded(width))
+    cache = jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), prefix.resized(width))
     hidden, cache = forward(model, tokens[:, start:], jnp.full(rows, start, jnp.int32), cache)
     last = jnp.take_along_axis(hidden, (length - start - 1)[:, None, None], axis=1)[:, 0]
     return choose_first(
@@ -98,7 +100,7 @@ def vacant(part: DecodeState, rows: int, capacity: int) -> DecodeState:
     """A state of free rows, of `part`'s types."""
 
     def empty(a: Array) -> Array:
-        return jnp.zeros((rows, a.shape[1], capacity, a.shape[3]), a.dtype)
+        return jnp.full((rows, a.shape[1], capacity, a.shape[3]), llama.UNUSED, a.dtype)
 
     shape = (rows,)
     return DecodeState(
@@ -168,7 +170,7 @@ def plan(
     prompts = [prompt for prompt, _ in requests]
     order = sorted(range(len(requests)), key=lambda i: (len(prompts[i]), requests[i]))
     if apart:
-        return [Group((i,), _capacity([prompts[i]], 0, new_tokens)) for i in order]
+        return [Group((i,), _capacity(prompts[i], 0, new_tokens)) for i in order]
     place = {i: at for at, i in enumerate(order)}
     joined: dict[int, list[list[int]]] = {}
     for prefix, family in families(prompts):
@@ -184,29 +186,31 @@ def plan(
 
 
 def _groups(
-    waiting: list[int],
-    prompts: Sequence[tuple[int, ...]],
-    prefix: int,
-    new_tokens: int,
-    tokens_per_batch: int,
+    waiting: list[int], prompts: Sequence[tuple[int, ...]], prefix: int, new_tokens: int, room: int
 ) -> list[Group]:
     """The sorted requests, as many at a time as are padded to the same length and fit."""
     groups = []
+    # All of a family have the capacity of its longest, so that they can come one after another.
+    family = _capacity(prompts[waiting[-1]], prefix, new_tokens) if prefix and waiting else 0
     while waiting:
         width = _width(len(prompts[waiting[0]]), prefix)
-        # all of a family have the capacity of its longest, so that they can come one after another
-        capacity = _capacity([prompts[i] for i in (waiting if prefix else waiting[:1])], prefix, new_tokens)
-        most = max(1, min(rows_for(capacity, tokens_per_batch), READ // (width - prefix)))
+        most = max(1, READ // (width - prefix))
         alike = sum(_width(len(prompts[i]), prefix) == width for i in waiting[:most])
         count = 1 << (alike.bit_length() - 1)
+        # The last of them is the longest and decides the capacity; fewer may need less of it, and so fit.
+        while True:
+            capacity = family or _capacity(prompts[waiting[count - 1]], 0, new_tokens)
+            if count <= rows_for(capacity, room):
+                break
+            count //= 2
         groups.append(Group(tuple(waiting[:count]), capacity, prefix))
         waiting = waiting[count:]
     return groups
 
 
-def _capacity(prompts: Sequence[tuple[int, ...]], prefix: int, new_tokens: int) -> int:
-    longest = max(map(len, prompts))
-    return slots(max(_width(longest, prefix), longest + new_tokens))
+def _capacity(prompt: tuple[int, ...], prefix: int, new_tokens: int) -> int:
+    """Slots for a prompt as it is prefilled, padding included, and for its answer."""
+    return slots(max(_width(len(prompt), prefix), len(prompt) + new_tokens))
 
 
 def _width(length: int, prefix: int) -> int:
@@ -269,7 +273,16 @@ class Rows:
         return self.busy + len(group.members) <= rows
 
     def join(self, group: Group, part: DecodeState) -> Iterator[tuple[int, list[int]]]:
-        """Put the rows of `part` into free ones; each member with its first token, none if that ends it."""
+        """Put the rows of `part` into free ones; each member with its first token, none if that ends it.
+
+        Raises RuntimeError for a row that the cache could not hold to its end, and without enough free rows.
+        """
+        left = np.asarray(part.remaining).max() + 1  # the first new token is made already
+        check_room(np.asarray(part.length).tolist(), int(left), group.capacity)
+        if not self.has_room(group):
+            raise RuntimeError(
+                f"{len(group.members)} prompts were to join {self.busy} busy rows, which are too many"
+            )
         if group.capacity > self._capacity:
             self._grow(group.capacity, part)
         tokens, finished = np.asarray(part.token)[None], np.asarray(part.finished)
@@ -323,7 +336,8 @@ def serve(
     """Answer all requests: `take(request, new tokens)` receives each answer and says whether it should go on."""
     waiting = deque(groups)
     while waiting or rows.busy:
-        while waiting and rows.has_room(waiting[0]):
+        # With no row busy the next group must have room: `join` raises where it has not.
+        while waiting and (rows.has_room(waiting[0]) or not rows.busy):
             group = waiting.popleft()
             rows.leave({request for request, new in rows.join(group, read(group)) if not take(request, new)})
         if rows.busy:

@@ -50,6 +50,18 @@ def is_finished(
     return jnp.isin(token, jnp.asarray(end_ids, jnp.int32)) | (remaining <= 0)
 
 
+def check_room(lengths: Sequence[int], new_tokens: int, capacity: int) -> None:
+    """Raise RuntimeError unless `capacity` slots a row hold prompts of these lengths and `new_tokens` behind each.
+
+    XLA clamps a position past the capacity, so a token would overwrite the keys and values of another and the answer
+    be wrong without a word. Whoever fills a cache, or moves a row to another one, asks here first.
+    """
+    if max(lengths) + new_tokens > capacity:
+        raise RuntimeError(
+            f"a prompt of {max(lengths)} tokens and {new_tokens} new ones do not fit a cache of {capacity} slots"
+        )
+
+
 @partial(jax.jit, static_argnames=("capacity", "sampling", "end_ids"))
 def prefill(
     packed: Packed[Llama],
@@ -67,7 +79,7 @@ def prefill(
     hidden, cache = forward(model, tokens, jnp.zeros(rows, jnp.int32))
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
     seen = tokens_seen(model, tokens, length)
-    return choose_first(model, cache.padded(capacity), last, length, budget, key, seen, sampling, end_ids)
+    return choose_first(model, cache.resized(capacity), last, length, budget, key, seen, sampling, end_ids)
 
 
 @partial(jax.jit, static_argnames=("sampling", "end_ids"), donate_argnames=("cache",))
@@ -258,13 +270,15 @@ class Engine:
         """
         self.check(prompts, max_new_tokens)
         longest = max(map(len, prompts))
+        capacity = self.capacity(longest, max_new_tokens)
+        check_room([longest], max_new_tokens, capacity)
         return prefill(
             self.packed,
             padded_rows(prompts, bucket(longest)),
             np.array([len(prompt) for prompt in prompts], np.int32),
             np.full(len(prompts), max_new_tokens, np.int32),
-            row_keys(seeds or [0] * len(prompts)),
-            capacity=self.capacity(longest, max_new_tokens),
+            row_keys([0] * len(prompts) if seeds is None else seeds),
+            capacity=capacity,
             sampling=sampling,
             end_ids=self.end_ids,
         )
@@ -286,6 +300,7 @@ class Engine:
         count, capacity = len(fresh), cache.capacity
         if fresh[-1] != len(prompt) - 1 or capacity != self.capacity(len(prompt), max_new_tokens):
             raise ValueError("the last token must be fresh, and the cache of Engine.capacity")
+        check_room([len(prompt)], max_new_tokens, capacity)
         width = fresh_bucket(count)
         behind = np.minimum(
             len(prompt) + np.arange(width - count), capacity - 1
@@ -305,7 +320,11 @@ class Engine:
         sampling: Sampling = Sampling(),
         seed: int = 0,
     ) -> DecodeState:
-        """The state behind a prompt that the cache, donated, holds whole; `last` is its last token's hidden state."""
+        """The state behind a prompt that the cache, donated, holds whole; `last` is its last token's hidden state.
+
+        Raises RuntimeError for a cache that the answer does not fit.
+        """
+        check_room([len(prompt)], max_new_tokens, cache.capacity)
         about = self._about(prompt, cache.capacity, max_new_tokens, seed)
         return begin(self.packed, cache, last, *about, sampling=sampling, end_ids=self.end_ids)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from rag.generate.engine import batches, bucket, fresh_bucket
+from rag.generate.engine import batches, bucket, check_room, fresh_bucket
 from rag.models.checkpoint import Packed
 from rag.models.llama import KVCache, Llama, forward, logits
 from rag.types import UserError
@@ -124,6 +124,7 @@ def _states_behind(
     """States of the prompt's fresh tokens, and of those that follow it."""
     tokens = [*(prompt[at] for at in fresh), *continuation]
     positions = [*fresh, *range(len(prompt), len(prompt) + len(continuation))]
+    check_room([len(prompt)], len(continuation), cache.capacity)
     padding = fresh_bucket(len(tokens)) - len(tokens)
     behind = range(positions[-1] + 1, positions[-1] + 1 + padding)
     return hidden_behind(

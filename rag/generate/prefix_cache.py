@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -91,6 +90,5 @@ def _common(one: Int[np.ndarray, "T"], other: Int[np.ndarray, "S"]) -> int:
 
 @partial(jax.jit, static_argnames="slots")
 def _resized(cache: KVCache, *, slots: int) -> KVCache:
-    """A copy with so many slots; those past the ones there were are empty."""
-    kept = min(slots, cache.capacity)
-    return jax.tree.map(lambda a: jnp.pad(a[:, :, :kept], [(0, 0), (0, 0), (0, slots - kept), (0, 0)]), cache)
+    """A copy with so many slots."""
+    return cache.resized(slots)

@@ -24,6 +24,9 @@ from rag.ops.linear import linear
 from rag.ops.rope import rotate, rotations
 
 
+UNUSED = 0.0  # what slots of a cache hold before a token is written there; tests show that nobody reads it
+
+
 @dataclass(frozen=True, slots=True)
 class LlamaConfig:
     """A checkpoint's architecture, in Hugging Face's names; read from the checkpoint, never from YAML."""
@@ -141,10 +144,11 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys[0].shape[2]
 
-    def padded(self, capacity: int) -> "KVCache":
-        """The cache with room for `capacity` tokens a row."""
-        room = [(0, 0), (0, 0), (0, capacity - self.capacity), (0, 0)]
-        return jax.tree.map(lambda a: jnp.pad(a, room), self)
+    def resized(self, capacity: int) -> "KVCache":
+        """The first `capacity` slots of every row, unused ones behind those that there are."""
+        kept = min(capacity, self.capacity)
+        room = [(0, 0), (0, 0), (0, capacity - kept), (0, 0)]
+        return jax.tree.map(lambda a: jnp.pad(a[:, :, :kept], room, constant_values=UNUSED), self)
 
 
 def forward(

@@ -159,7 +159,7 @@ def decoder(
 
     A token sees the slots up to its position, those of later tokens of its row included if they stand there. So
     positions ascend, unless there are no more than _AT_ONCE tokens. `rotations` are the tokens' (rag.ops.rope). In
-    place where the cache was donated. Ask `available` first.
+    place where the cache was donated. Ask `available` first. A position outside of [0, S) is an error of the call.
     """
     step, read = max(1, _AT_ONCE // len(x)), []
     caches = [array for pair in zip(keys, values, strict=True) for array in pair]

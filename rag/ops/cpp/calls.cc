@@ -41,7 +41,10 @@ ffi::Error Decoder(ffi::ThreadPool pool, int64_t threads, float eps, F32 x, S32 
   const Shape z{in[0], in[1], weight(1).outputs / shape[3], shape[1], shape[2], shape[3]};
 
   std::vector<int32_t> past(at.typed_data(), at.typed_data() + z.rows());
-  for (int32_t& slot : past) slot = std::min<int32_t>(slot + 1, z.slots);
+  for (int32_t& slot : past) {
+    if (slot < 0 || slot >= z.slots) return ffi::Error::InvalidArgument("a token's position is outside of the cache");
+    slot++;
+  }
   std::copy(x.typed_data(), x.typed_data() + x.element_count(), y->typed_data());
   static Scratch scratch;  // its turn is ours
   scratch.Resize(z, in[2], weight(10).outputs, team.size());

@@ -1,0 +1,15 @@
+"""How many random cases a property test tries: few in the suite, many with pytest's flag --long."""
+
+from hypothesis import HealthCheck, settings
+
+LONG = False  # set by conftest.py
+
+
+def tries(suite: int, long: int) -> settings:
+    """Settings of so many cases. The suite's are the same at every run; those of --long are drawn anew."""
+    return settings(
+        max_examples=long if LONG else suite,
+        derandomize=not LONG,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
