@@ -30,6 +30,8 @@ def main(config) -> None:
     shutil.copytree(kept, folder, dirs_exist_ok=True)
     metrics = describe(folder, config, job.dataset)
     show(metrics)
+    if generator := json.loads((folder / "ledger.json").read_text())["generator"]:
+        print(f"generator: {generator}")
     print(f"-> {folder}")
 
 

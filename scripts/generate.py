@@ -44,9 +44,9 @@ def main(config) -> None:
     if config.question is None:
         converse(search, reader)
     elif config.output == "json":
-        print(as_json(ask(config.question, search, reader, echo=False)))
+        print(as_json(ask(config.question, search, reader, echo=False), reader.generator.description))
     else:
-        show(ask(config.question, search, reader))
+        show(ask(config.question, search, reader), reader.generator.description)
 
 
 def ask(
@@ -67,8 +67,8 @@ def ask(
     raise RuntimeError("the pipeline ended without an Answer")
 
 
-def show(answer: Answer) -> None:
-    """What follows the streamed text: notices, sources, times."""
+def show(answer: Answer, generator: str) -> None:
+    """Print what follows the streamed text: notices, sources, times, and which generator wrote it."""
     print("\n")
     for notice in answer.notices:
         print(notice)
@@ -82,6 +82,8 @@ def show(answer: Answer) -> None:
         ]
     if t.prepare_s:
         parts.append(f"before that, {t.prepare_s:.2f} s to make or load its programs")
+    if not answer.abstained:
+        parts.append(generator)
     print("; ".join(parts))
 
 
@@ -95,11 +97,11 @@ def show_sources(sources: Sequence[Source]) -> None:
         print(f"[{source.n}] {source.path}:{source.start}-{source.end}  score {source.score:.3f}")
 
 
-def as_json(answer: Answer) -> str:
+def as_json(answer: Answer, generator: str) -> str:
     """The one object of output=json."""
     from rag.measure import environment
 
-    return json.dumps(asdict(answer) | {"environment": environment()})
+    return json.dumps(asdict(answer) | {"generator": generator, "environment": environment()})
 
 
 def converse(search: Search, reader: Reader) -> None:
@@ -132,7 +134,7 @@ def _turn(question: str, search: Search, reader: Reader, history: list[Message])
     except UserError as error:
         print(error)
         return None
-    show(answer)
+    show(answer, reader.generator.description)
     history += [Message("user", question), Message("assistant", answer.answer)]
     return answer
 

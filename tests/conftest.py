@@ -10,9 +10,9 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("rag", "beartype.beartype")  # before anything imports rag
-
 from tests import trials
+
+install_import_hook("rag", "beartype.beartype")  # before anything imports rag
 
 OFFLINE = "RAG_OFFLINE_TESTS"  # "1": skip the tests marked `weights`, which may need a network the first time
 

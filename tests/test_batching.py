@@ -226,3 +226,15 @@ def test_insert_changes_one_row_alone(engine):
         width = min(256, source.shape[2])
         assert np.array_equal(new[2, :, :width], source[1, :, :width])
         assert np.array_equal(np.delete(new, 2, axis=0), np.delete(old, 2, axis=0))
+
+
+def test_a_cache_that_is_too_small_is_refused_and_never_waited_for(engine):
+    requests = [(drawn(200), 0), (drawn(250), 0), (drawn(3), 0)]
+    read = Prompts(engine, requests, 32)
+    with pytest.raises(RuntimeError, match="250 tokens and 32 new ones do not fit a cache of 256 slots"):
+        serve([Group((0, 1), 256)], read, Rows(engine, Sampling(), 4096, 3), lambda *_: True)
+    with pytest.raises(RuntimeError, match="2 prompts were to join 0 busy rows"):  # 512 slots leave one row
+        serve([Group((0, 1), 512)], read, Rows(engine, Sampling(), 600, 3), lambda *_: True)
+    state = engine.prefill([requests[2][0]], 4)
+    with pytest.raises(RuntimeError, match="do not fit a cache of"):
+        engine.begin(state.cache, np.zeros((1, 32), np.float32), requests[2][0], 500)

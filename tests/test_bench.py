@@ -222,7 +222,7 @@ def test_another_use_has_the_passages_in_another_order(small):
         embedder=small["embedder"],
     )
     search, asked = questions.load()
-    reader = questions.reader(LocalGenerator(small["weights"]), 4)
+    reader = questions.reader(LocalGenerator(small["weights"], "float32"), 4)
     [message] = messages(asked[0], search, reader)
     [other] = another_use(asked[0], search, reader)
     *passages_of, question = message.content.splitlines()
@@ -403,7 +403,7 @@ def test_reading_says_what_cannot_be(wrong):
 def test_llama_cpp_answers_and_scores_from_the_same_prompt(generator_weights):
     """Scoring first, or twice, changes neither; the likelihood is ours up to llama.cpp's 8-bit activations."""
     pytest.importorskip("llama_cpp")
-    ours = LocalGenerator(str(generator_weights))
+    ours = LocalGenerator(str(generator_weights), "float32")
     question = [Message("user", "Tides follow the moon. What do tides follow?")]
     peer = _LlamaCpp.open(str(generator_weights), 128)
     peer.read(ours.tokenizer.chat(question))
@@ -421,7 +421,7 @@ def test_llama_cpp_answers_and_scores_from_the_same_prompt(generator_weights):
 def test_llama_cpp_stands_where_the_pipeline_has_a_generator(generator_weights, tmp_path, monkeypatch):
     """It writes what bench=reading's does, reset or not, and to the budget where no token ends it."""
     pytest.importorskip("llama_cpp")
-    ours = LocalGenerator(str(generator_weights))
+    ours = LocalGenerator(str(generator_weights), "float32")
     question = [Message("user", "Tides follow the moon. What do tides follow?")]
     peer = _LlamaCpp.open(str(generator_weights), 128)
     peer.read(ours.tokenizer.chat(question))

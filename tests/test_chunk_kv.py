@@ -276,7 +276,9 @@ def generator(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     write_checkpoint(folder)
-    return lambda **options: LocalGenerator(str(folder), kv_path=str(tmp_path), **options)
+    return lambda **options: LocalGenerator(
+        str(folder), kv_path=str(tmp_path), **{"dtype": "float32"} | options
+    )
 
 
 def test_every_kind_of_reuse_writes_an_answer(generator, tmp_path):

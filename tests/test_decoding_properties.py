@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rag.generate.batching import Group, Prompts, Rows, plan, rows_for, serve, slots
+from rag.generate.batching import Prompts, Rows, plan, rows_for, serve, slots
 from rag.generate.drafting import Drafting, DraftPolicy
 from rag.generate.engine import Decoding, Engine, bucket, fresh_bucket
 from rag.generate.prefix_cache import PrefixCache

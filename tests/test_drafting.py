@@ -256,7 +256,9 @@ def test_the_generator_drafts_where_it_may(tmp_path, monkeypatch):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
     (tmp_path / "checkpoint").mkdir()
     write_checkpoint(tmp_path / "checkpoint")
-    alone, drafting = (LocalGenerator(str(tmp_path / "checkpoint"), drafting=on) for on in (False, True))
+    alone, drafting = (
+        LocalGenerator(str(tmp_path / "checkpoint"), "float32", drafting=on) for on in (False, True)
+    )
     assert alone.fingerprint == drafting.fingerprint
     used = []
 

@@ -13,7 +13,9 @@ from launch import CONF, build, quote_overrides
 from rag.context import ContextOptions
 from rag.embed import BagOfWords, BertEmbedder, Embedder
 from rag.evaluate.datasets import Dataset
-from rag.evaluate.invariance import Certificate, Movement, Rounded, Subject, Variations, certify, rounded
+from rag.evaluate.invariance import Certificate, Movement, Subject, Variations, certify
+from rag.evaluate.rounding import Rounded, rounded
+from rag.generate import batching, local
 from rag.generate.local import LocalGenerator
 from rag.ingest.chunk import WholeChunker
 from rag.pipeline import AnswerOptions, Reader
@@ -83,7 +85,7 @@ class Points:
 class Moody:
     """A generator that answers well when it is asked one thing at a time, and shortly in bfloat16."""
 
-    fingerprint, context_length = "moody", 10_000
+    fingerprint, description, context_length = "moody", "a moody one", 10_000
 
     def __init__(self, dtype: str = "float32"):
         self.dtype, self.calls = dtype, []
@@ -272,7 +274,13 @@ def test_a_sample_of_the_questions_and_nothing_varied():
 # --- answers
 
 ANSWERS = Variations(
-    tokens_per_batch=(), search_batches=(), vector_dtypes=(), answers=5, answer_batches=(1, 4), passages=2
+    tokens_per_batch=(),
+    search_batches=(),
+    vector_dtypes=(),
+    answers=5,
+    answer_batches=(1, 4),
+    answer_budgets=0,
+    passages=2,
 )
 
 
@@ -324,8 +332,8 @@ def test_our_generator_does_not_depend_on_its_batch(decoder):
     made = certify(
         subject(
             BagOfWords(),
-            generator=lambda: LocalGenerator(decoder),
-            generator_of_batch=lambda n: LocalGenerator(decoder, tokens_per_batch=n),
+            generator=lambda: LocalGenerator(decoder, "float32"),
+            generator_of_batch=lambda n: LocalGenerator(decoder, "float32", tokens_per_batch=n),
             generator_of_dtype=lambda name: LocalGenerator(decoder, name),
         ),
         vary,
@@ -334,6 +342,29 @@ def test_our_generator_does_not_depend_on_its_batch(decoder):
         ("answer_batches", 2, ()),
         ("answer_dtypes", 2, ()),
     ]
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["as it is", "caches too small"])
+def test_answers_that_need_another_size_of_cache_are_tried(decoder, small, monkeypatch):
+    """A scheduler that gives prompts read together the cache of the shortest is found out."""
+    if small:
+
+        def planned(requests, new_tokens, *rest):
+            lengths = [len(prompt) for prompt, _ in requests]
+            for group in batching.plan(requests, new_tokens, *rest):
+                shortest = min(lengths[i] for i in group.members)
+                yield replace(group, capacity=batching.slots(shortest + new_tokens))
+
+        monkeypatch.setattr(local, "plan", lambda *about: list(planned(*about)))
+        monkeypatch.setattr(batching, "check_room", lambda *_: None)
+    vary = replace(ANSWERS, answers=20, answer_batches=(), answer_budgets=2, answer_dtypes=())
+    about = replace(subject(BagOfWords()), dataset=dataset(24, 20))
+    made = certify(replace(about, generator=lambda: LocalGenerator(decoder, "float32")), vary)
+    assert [row.axis for row in made.answers] == ["answer_budgets"] * 2
+    assert all(row.answers == 20 and row.setting.endswith(" tokens") for row in made.answers)
+    changed = {query for row in made.answers for query in row.changed}
+    assert bool(changed) == small
+    assert f"{len(changed)} change with the batch size" in made.verdict
 
 
 # --- settings and the script
@@ -386,7 +417,8 @@ def folder(tmp_path):
 def test_the_script_prints_tables_and_writes_the_certificate(decoder, folder, monkeypatch, capsys):
     monkeypatch.setenv("RAG_CACHE", str(folder / "cache"))
     monkeypatch.setattr(script, "run_dir", lambda: folder)
-    few = ("certificate.answers=1", "certificate.answer_batches=[2]", "certificate.answer_dtypes=[bfloat16]")
+    few = ("certificate.answers=1", "certificate.answer_batches=[2]", "certificate.answer_dtypes=[bfloat16]",
+           "certificate.answer_budgets=1")  # fmt: skip
     model = ("embedder=bag_of_words", f"generator.weights={decoder}", "answer.max_new_tokens=4")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("certify", quote_overrides([f"dataset.path={folder}", *model, *few]))
@@ -406,7 +438,10 @@ def test_the_script_prints_tables_and_writes_the_certificate(decoder, folder, mo
     assert record["means"]["nDCG@10"] == pytest.approx((1 + 1) / 2)
     assert [row["setting"] for row in record["answers"]] == ["2", "bfloat16"]
     assert set(record["answers"][0]["movements"]) == {"F1", "contains"}
-    assert record["skipped"] == ["tokens_per_batch is left out: the embedder has no such setting."]
+    assert record["skipped"] == [
+        "tokens_per_batch is left out: the embedder has no such setting.",
+        "answer_budgets is left out: no two of the prompts are prefilled together.",
+    ]
     assert record["environment"]["device"]
     assert record["variations"]["search_batches"] == [1, 7, "all"]
     for heading in ("2 top-10 lists", "1 answers", "passages", "bfloat16"):

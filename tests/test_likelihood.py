@@ -131,7 +131,7 @@ def generator(tmp_path_factory):
         patch.setenv("RAG_CACHE", str(tmp_path_factory.mktemp("cache")))
         folder = tmp_path_factory.mktemp("checkpoint")
         write_checkpoint(folder)
-        generator = LocalGenerator(str(folder))
+        generator = LocalGenerator(str(folder), "float32")
         assert generator.context_length == 512  # loads it, while the cache is ours
         return generator
 
@@ -182,7 +182,7 @@ def chat_of(case):
 @pytest.mark.weights
 def test_smollm2_finds_texts_as_likely_as_transformers_does(generator_weights):
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    ours = LocalGenerator(str(generator_weights))
+    ours = LocalGenerator(str(generator_weights), "float32")
     found = ours.log_likelihood([chat_of(case) for case in golden["chat"]])
     found += ours.text_log_likelihood([(case["prompt"], case["text"]) for case in golden["plain"]])
     expected = [*golden["chat"], *golden["plain"]]

@@ -19,7 +19,7 @@ def generator(tmp_path_factory):
         patch.setenv("RAG_CACHE", str(tmp_path_factory.mktemp("cache")))
         folder = tmp_path_factory.mktemp("checkpoint")
         write_checkpoint(folder)
-        generator = LocalGenerator(str(folder))
+        generator = LocalGenerator(str(folder), "float32")
         assert generator.context_length == 512  # loads it, while the cache is ours
         return generator
 

@@ -72,6 +72,17 @@ def test_tokens_through_all_layers_equal_jax(config, positions):
 
 
 @needs_compiler
+@pytest.mark.parametrize("position", [-1, SLOTS, SLOTS + 7])
+def test_a_position_outside_of_the_cache_is_refused(position):
+    """It would be written in front of the cache's memory, or over its last slot."""
+    model, cache = quantized(tiny_model()), filled_cache(CONFIG, 2)
+    llama.use_native(model)
+    at = np.asarray([[3], [position]], np.int32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="outside of the cache"):
+        jax.block_until_ready(jax.jit(llama.forward)(model, np.ones((2, 1), np.int32), at, cache))
+
+
+@needs_compiler
 @pytest.mark.parametrize("rows", [1, 3])
 def test_prompts_longer_than_a_call_are_read_in_blocks(rows, monkeypatch):
     monkeypatch.setattr(native, "_AT_ONCE", 20)

@@ -30,7 +30,7 @@ class Echo:
     def count(self, text: str) -> int:
         return len(text.split())
 
-    fingerprint = "echo"
+    fingerprint, description = "echo", "an echo"
 
     def prompt_tokens(self, messages) -> int:
         return sum(self.count(message.content) for message in messages)

@@ -50,7 +50,7 @@ def embedder(tmp_path_factory):
 def generator(tmp_path_factory):
     folder = tmp_path_factory.mktemp("decoder")
     tiny.write_checkpoint(folder)
-    generator = LocalGenerator(str(folder))
+    generator = LocalGenerator(str(folder), "float32")
     assert generator.context_length == 512
     return generator
 

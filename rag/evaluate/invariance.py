@@ -7,6 +7,8 @@ it is configured, all questions searched for at once and answered in one call.
     search_batches     questions that are embedded and searched for together
     vector_dtypes      the vectors of passages and questions are rounded to it before the search
     answer_batches     questions that are answered together, from the reference's passages
+    answer_budgets     lengths of answers at which prompts that are prefilled together end on both sides of a size of
+                       cache: a short and a long prompt in one call, beside each one alone
     answer_dtypes      the arithmetic of the generator, which reads the reference's passages
 
 A setting that is the configured one is a plain repetition. Nothing comes from kept results: no memo is used here.
@@ -14,23 +16,23 @@ A setting that is the configured one is a plain repetition. Nothing comes from k
 Letters: N texts, E embedding dim.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from pathlib import Path
+from itertools import groupby
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
 
-from rag.cache import content_key
 from rag.embed import Embedder
-from rag.embed import Progress as EmbedProgress
 from rag.evaluate import answers, metrics, run
 from rag.evaluate.conditions import Reading, Reply, read
 from rag.evaluate.datasets import Dataset
+from rag.evaluate.rounding import Rounded, rounded
 from rag.generate import Generator
+from rag.generate.batching import straddling_budgets
+from rag.generate.engine import bucket
 from rag.index.memory import MemoryIndex
 from rag.ingest.chunk import Chunker
 from rag.pipeline import Reader
@@ -44,7 +46,7 @@ Trial = tuple[str, str, Callable[[], Any]]  # axis, setting, what is to be compu
 VECTOR_DTYPES = ("float32", "bfloat16", "float16")
 ANSWER_MEASURES = ("F1", "contains")
 
-_BATCH_AXES = ("tokens_per_batch", "search_batches", "answer_batches")
+_BATCH_AXES = ("tokens_per_batch", "search_batches", "answer_batches", "answer_budgets")
 _WHOLE = 1 << 24  # tokens: more than any batch of answers has, so that it is never divided
 
 
@@ -61,19 +63,32 @@ class Variations:
     answers: int = 20  # questions that are answered; 0: none
     passages: int = 3  # shown to the generator
     answer_batches: Sequence[int] = (1, 4, 16)
+    answer_budgets: int = 3  # how many are tried; 0: none
     answer_dtypes: Sequence[str] = ("float32", "bfloat16")
 
     def __post_init__(self):
         metrics.check([self.measure])
-        for name in (*_BATCH_AXES, "vector_dtypes", "answer_dtypes"):
+        for name in (
+            "tokens_per_batch",
+            "search_batches",
+            "answer_batches",
+            "vector_dtypes",
+            "answer_dtypes",
+        ):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a YAML list must become hashable
-        for name in _BATCH_AXES:
+        for name in ("tokens_per_batch", "search_batches", "answer_batches"):
             if small := [size for size in getattr(self, name) if size != "all" and size < 1]:
                 raise UserError(f"certificate.{name} has {small[0]}; give sizes of 1 or more")
         if wrong := [name for name in self.vector_dtypes if name not in VECTOR_DTYPES]:
             choices = ", ".join(VECTOR_DTYPES)
             raise UserError(f"certificate.vector_dtypes has {wrong[0]!r}; choose among {choices}")
-        for name, least in (("k", 1), ("questions", 1), ("passages", 1), ("answers", 0)):
+        for name, least in (
+            ("k", 1),
+            ("questions", 1),
+            ("passages", 1),
+            ("answers", 0),
+            ("answer_budgets", 0),
+        ):
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"certificate.{name} is {value}; give {least} or more")
 
@@ -206,7 +221,7 @@ def certify(
         for axis, setting, search in _reported("lists", searches, progress)
     ]
     texts = [
-        reference.answer_changes(axis, setting, reading())
+        reference.answer_changes(axis, setting, *reading())
         for axis, setting, reading in _reported("answers", readings, progress)
     ]
     about = {"name": dataset.name, "fingerprint": dataset.fingerprint, "queries": len(dataset.queries)}
@@ -313,29 +328,84 @@ class _Reference:
         whole = subject.generator
         if subject.generator_of_batch is not None:  # one that does not divide what it is given
             whole = cache(partial(subject.generator_of_batch, _WHOLE))
-        again = self._answer
-        trials = [("answer_batches", str(n), partial(again, whole, n)) for n in varied.answer_batches]
+        trials: list[Trial] = [
+            ("answer_batches", str(n), partial(self._answer_again, whole, n)) for n in varied.answer_batches
+        ]
+        skipped, lengths = [], self._lengths(whole()) if varied.answer_budgets else {}
+        sizes = straddling_budgets(list(lengths.values()), varied.answer_budgets)
+        trials += [
+            ("answer_budgets", f"{n} tokens", partial(self._answer_both_ways, whole, lengths, n))
+            for n in sizes
+        ]
+        if varied.answer_budgets and not sizes:
+            skipped.append("answer_budgets is left out: no two of the prompts are prefilled together.")
         if subject.generator_of_dtype is None:
-            return trials, ["answer_dtypes is left out: the generator has no such setting."]
-        makers = {dtype: partial(subject.generator_of_dtype, dtype) for dtype in varied.answer_dtypes}
-        return trials + [("answer_dtypes", d, partial(again, make)) for d, make in makers.items()], []
+            return trials, [*skipped, "answer_dtypes is left out: the generator has no such setting."]
+        for dtype in varied.answer_dtypes:
+            make = partial(subject.generator_of_dtype, dtype)
+            trials.append(("answer_dtypes", dtype, partial(self._answer_again, make)))
+        return trials, skipped
 
-    def answer_changes(self, axis: str, setting: str, replies: dict[str, Reply]) -> AnswerChanges:
-        changed = tuple(q for q, reply in self.replies.items() if reply.answer != replies[q].answer)
-        before, after = self._scores(self.replies), self._scores(replies)
-        movements = {name: Movement.between(before[name], after[name]) for name in ANSWER_MEASURES}
-        return AnswerChanges(axis, setting, len(self.replies), changed, movements)
+    def answer_changes(
+        self, axis: str, setting: str, before: dict[str, Reply], after: dict[str, Reply]
+    ) -> AnswerChanges:
+        changed = tuple(query for query, reply in before.items() if reply.answer != after[query].answer)
+        old, new = self._scores(before), self._scores(after)
+        movements = {name: Movement.between(old[name], new[name]) for name in ANSWER_MEASURES}
+        return AnswerChanges(axis, setting, len(before), changed, movements)
 
-    def _answer(self, make: Callable[[], Generator], batch: int | None = None) -> dict[str, Reply]:
-        """Query id -> the answer from the reference's passages, `batch` of them in one call; None: all."""
+    def _asked(self) -> dict[str, list[Hit]]:
+        """Query id -> hits, of the questions that are answered."""
+        asked = self.dataset.sample(self.variations.answers, self.dataset.seed).queries
+        return {query: self.found[query] for query in asked}
+
+    def _mixed(self) -> dict[str, list[Hit]]:
+        """The same with one passage, two, three ... in turn, so that the prompts are of many lengths."""
+        most = self.variations.passages
+        return {query: hits[: 1 + i % most] for i, (query, hits) in enumerate(self._asked().items())}
+
+    def _lengths(self, generator: Generator) -> dict[str, int]:
+        """Query id -> tokens of its prompt, of the mixed prompts that ask the model something."""
+        replies = self._answer(lambda: generator, found=self._mixed(), new_tokens=1)
+        return {query: reply.prompt_tokens for query, reply in replies.items() if reply.prompt_tokens}
+
+    def _answer_again(
+        self, make: Callable[[], Generator], batch: int | None = None
+    ) -> tuple[dict[str, Reply], dict[str, Reply]]:
+        return self.replies, self._answer(make, batch)
+
+    def _answer_both_ways(
+        self, make: Callable[[], Generator], lengths: Mapping[str, int], new_tokens: int
+    ) -> tuple[dict[str, Reply], dict[str, Reply]]:
+        """The mixed prompts one at a time; and in pairs of a short and a long one that are prefilled together."""
+        found, together = self._mixed(), {}
+        alone = self._answer(make, 1, found={query: found[query] for query in lengths}, new_tokens=new_tokens)
+        order = sorted(lengths, key=lengths.__getitem__)
+        for _, alike in groupby(order, key=lambda query: bucket(lengths[query])):
+            left = deque(alike)
+            while left:  # a third prompt could widen the cache of the two
+                pair = [left.popleft(), *([left.pop()] if left else [])]
+                together |= self._answer(make, found={q: found[q] for q in pair}, new_tokens=new_tokens)
+        return alone, together
+
+    def _answer(
+        self,
+        make: Callable[[], Generator],
+        batch: int | None = None,
+        *,
+        found: dict[str, list[Hit]] | None = None,
+        new_tokens: int | None = None,
+    ) -> dict[str, Reply]:
+        """Query id -> the answer from these hits, by default the reference's, `batch` in one call; None: all."""
         generator = make()
         collection = Collection(self.collection.index, self.collection.embedder, lambda: generator)
         reader = self.subject.reader(generator)
+        if new_tokens is not None:
+            reader = replace(reader, options=replace(reader.options, max_new_tokens=new_tokens))
         threshold = Search(collection, self.subject.method).relevant_from
         reading = Reading(conditions=("retrieved",), likelihood=(), k=self.variations.passages)
-        asked = self.dataset.sample(self.variations.answers, self.dataset.seed).queries
         replies: dict[str, Reply] = {}
-        for some in _batches({query: self.found[query] for query in asked}, batch):
+        for some in _batches(self._asked() if found is None else found, batch):
             read_now = read(collection, self.dataset, some, threshold, reader, reader.template, reading)
             replies |= {reply.query: reply for reply in read_now}
         return replies
@@ -361,39 +431,3 @@ def _batches(items: Mapping[str, Any], size: int | None) -> Iterator[dict[str, A
     size = size or len(pairs)
     for start in range(0, len(pairs), size):
         yield dict(pairs[start : start + size])
-
-
-def rounded(vectors: Float32[np.ndarray, "N E"], dtype: str) -> Float32[np.ndarray, "N E"]:
-    """The vectors as they would be after being stored in `dtype`."""
-    return np.asarray(vectors).astype(jnp.dtype(dtype)).astype(np.float32)
-
-
-class Rounded:
-    """An embedder whose vectors are rounded to a dtype; float32 changes nothing."""
-
-    def __init__(self, embedder: Embedder, dtype: str):
-        self._exact, self._dtype = embedder, dtype
-        # What Embedder's protocol asks for, as the embedder has it.
-        self.dim, self.spec, self.relevant_from = embedder.dim, embedder.spec, embedder.relevant_from
-        self.token_spans, self.save = embedder.token_spans, embedder.save
-        self.fingerprint = content_key("rounded", embedder.fingerprint, dtype)
-
-    def encode(
-        self, texts: Sequence[str], progress: EmbedProgress = lambda done: None
-    ) -> Float32[np.ndarray, "N E"]:
-        """The vectors of passages, in their order."""
-        return rounded(self._exact.encode(texts, progress), self._dtype)
-
-    def encode_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
-        """The vectors of questions, in their order."""
-        return rounded(self._exact.encode_queries(texts), self._dtype)
-
-    def fit(self, texts: Sequence[str]) -> "Rounded":
-        return Rounded(self._exact.fit(texts), self._dtype)
-
-    def restore(self, folder: Path) -> "Rounded":
-        return Rounded(self._exact.restore(folder), self._dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        """What a particular kind of embedder offers beyond the protocol, such as vectors of tokens: not rounded."""
-        return getattr(self._exact, name)

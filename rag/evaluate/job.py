@@ -101,6 +101,15 @@ class Job:
         if self.reading.conditions:
             raise UserError("tuning is of retrieval alone: leave reading.conditions empty, or tuning out.")
 
+    @property
+    def _generates(self) -> bool:
+        """Whether a language model has a part in the results."""
+        return bool(self.reading.conditions) or "generator" in self.method.uses
+
+    @property
+    def _described(self) -> str | None:
+        return self.generator().description if self._generates else None
+
     @cached_property
     def key(self) -> str:
         """64 hex digits of everything that the results depend on; of code, the whole package's.
@@ -115,7 +124,7 @@ class Job:
             (self.chunker, self.embedder.fingerprint, self.method),
             (self.evaluation, self.statistics, self.tuning),
             (writing, self.embedder.relevant_from) if asks else None,
-            self.generator().fingerprint if asks or "generator" in self.method.uses else None,
+            self.generator().fingerprint if self._generates else None,
             package_version(),
         )
 
@@ -180,7 +189,7 @@ class Job:
             "metrics.json": _json(self._summary(per_query, _too_long(replies))),
             "per_query.jsonl": _lines({"query": query} | row for query, row in per_query.items()),
             "run.trec": "".join(metrics.trec_lines(ranking)),
-            "ledger.json": _json(ledger(memo, collection, latency, tokens)),
+            "ledger.json": _json({"generator": self._described} | ledger(memo, collection, latency, tokens)),
         }
         if tuned:
             files["tuning.json"] = _json(tuned.as_json())

@@ -25,6 +25,10 @@ class Generator(Protocol):
         """64 hex digits; two generators that share it write the same answers. Reads no weights."""
 
     @property
+    def description(self) -> str:
+        """What a person calls it: the model, and the type of its weights where that was chosen here."""
+
+    @property
     def context_length(self) -> int:
         """Tokens that prompt and answer may have together."""
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ ROWS = 16  # at most; chosen, not measured
 READ = 1024  # tokens read at once; chosen, not measured
 SHARED = 64  # prefixes are cut to a multiple of this, so that few programs are compiled
 CAPACITY = 512  # for the same reason the cache has a multiple of so many slots, or below it a power of two
+STRADDLING = 160  # new tokens at most that `straddling_budgets` proposes
 
 Request = tuple[tuple[int, ...], int]  # a prompt's token ids, and the seed of its draws
 
@@ -216,6 +217,18 @@ def _capacity(prompt: tuple[int, ...], prefix: int, new_tokens: int) -> int:
 def _width(length: int, prefix: int) -> int:
     """Slots that a prompt takes while it is read."""
     return prefix + fresh_bucket(length - prefix) if prefix else bucket(length)
+
+
+def straddling_budgets(lengths: Sequence[int], most: int) -> list[int]:
+    """At most `most` numbers of new tokens for which a cache just has room behind one of these prompts.
+
+    It is the shortest of prompts of `lengths` tokens that are prefilled together: who gives such a cache to the others
+    too overwrites what they say. The numbers with the longest other prompts come first; none is above STRADDLING.
+    """
+    together = [list(alike) for _, alike in groupby(sorted(lengths), bucket)]
+    spans = [(alike[0], alike[-1]) for alike in together]
+    found = {slots(b) - a: b - a for a, b in sorted(spans, key=lambda span: span[1] - span[0]) if b > a}
+    return sorted((n for n in found if n <= STRADDLING), key=lambda n: -found[n])[:most]
 
 
 class Prompts:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
@@ -25,7 +26,7 @@ from rag.ops import attention, flash, linear, native, rope, sampling, visibility
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage, UserError
 
-DTYPES = ("float32", "bfloat16", "int8")
+DTYPES = ("auto", "float32", "bfloat16", "int8")
 KV_REUSE = ("none", "prefix", "chunk", "blend")
 GENERATOR_VERSION = 1  # part of fingerprints: raise it when the same weights begin to write other answers
 
@@ -43,7 +44,7 @@ class LocalGenerator:
     def __init__(
         self,
         weights: str = hub.DEFAULT_GENERATOR,
-        dtype: str = "float32",
+        dtype: str = "auto",
         context_length: int | None = None,
         steps_per_dispatch: int | None = None,
         tokens_per_batch: int = 4096,
@@ -56,6 +57,9 @@ class LocalGenerator:
         prefix_mib: int = 512,
     ):
         """`weights` is a URI of rag.models.hub; `context_length` None takes the checkpoint's own.
+
+        `dtype` is that of the weights: "float32", "bfloat16", "int8" with a scale a row (rag.ops.linear), or "auto",
+        int8 on a CPU and bfloat16 on an accelerator.
 
         `tokens_per_batch` bounds the padded tokens, new ones included, that `generate` and the likelihoods hold
         at once; it changes their speed and memory, and results no more than float rounding does. Neither does
@@ -84,15 +88,27 @@ class LocalGenerator:
         self._tokens_per_batch = tokens_per_batch
         self._drafts = DraftPolicy() if drafting else None
         self._path = hub.local_path(weights)
-        self._dtype, self._limit, self._steps = dtype, context_length, steps_per_dispatch
+        self._wanted_dtype, self._limit, self._steps = dtype, context_length, steps_per_dispatch
+
+    @cached_property
+    def dtype(self) -> str:
+        """The type of the weights: what was asked for, or what "auto" stands for on this machine."""
+        if self._wanted_dtype != "auto":
+            return self._wanted_dtype
+        return "int8" if jax.default_backend() == "cpu" else "bfloat16"
+
+    @property
+    def description(self) -> str:
+        """The checkpoint's file or folder, and the type of the weights."""
+        return f"{self._path.name} with {self.dtype} weights"
 
     @cached_property
     def _loaded(self) -> tuple[Engine, Tokenizer]:
-        model, tokenizer = llama_checkpoint.load(self._path, int8=self._dtype == "int8")
+        model, tokenizer = llama_checkpoint.load(self._path, int8=self.dtype == "int8")
         llama.use_native(model)
         if model.native:
             model = checkpoint.in_huge_pages(model)
-        model = checkpoint.to_device(model, None if self._dtype == "int8" else jnp.dtype(self._dtype))
+        model = checkpoint.to_device(model, None if self.dtype == "int8" else jnp.dtype(self.dtype))
         return Engine(model, tokenizer.eos_ids, self._steps), tokenizer
 
     @cached_property
@@ -110,7 +126,7 @@ class LocalGenerator:
     @cached_property
     def _model_fingerprint(self) -> str:
         digests = [cache.file_sha256(file) for file in llama_checkpoint.source_files(self._path)]
-        return cache.content_key("llama", GENERATOR_VERSION, digests, self._dtype, self._limit)
+        return cache.content_key("llama", GENERATOR_VERSION, digests, self.dtype, self._limit)
 
     @property
     def reuses_passages(self) -> bool:

@@ -50,6 +50,11 @@ class OllamaGenerator:
         """64 hex digits of the model's digest and the context length; asks the server, which must answer."""
         return content_key("ollama", self._digest(), self.context_length)
 
+    @property
+    def description(self) -> str:
+        """The model's name, and where it is."""
+        return f"{self.model} at {self.url}"
+
     def count(self, text: str) -> int:
         """An estimate of the tokens of `text`: one for three UTF-8 bytes.
 

@@ -23,7 +23,6 @@ from rag.ops.attention import attention
 from rag.ops.linear import linear
 from rag.ops.rope import rotate, rotations
 
-
 UNUSED = 0.0  # what slots of a cache hold before a token is written there; tests show that nobody reads it
 
 

@@ -64,6 +64,7 @@ class Reading:
     context: ContextOptions = ContextOptions(order="reverse", min_score="auto")
     weights: str = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
     embedder: str = hub.DEFAULT_EMBEDDER
+    dtype: str = "auto"  # of our weights
     questions: int = 200  # drawn by seed, of those with a gold answer
     seed: int = 0
     k: int = 3  # passages
@@ -81,7 +82,7 @@ class Reading:
 
     def run(self) -> list[Row]:
         dataset = load_beir(self.path).sample(self.questions, self.seed)
-        generator = LocalGenerator(self.weights)
+        generator = LocalGenerator(self.weights, self.dtype)
         tasks = self.tasks(dataset, generator)
         outcomes = {"ours": self._ours(generator, tasks)}
         if peer := _LlamaCpp.open(str(hub.local_path(self.weights)), self._room(generator, tasks)):
