@@ -237,4 +237,4 @@ def test_a_cache_that_is_too_small_is_refused_and_never_waited_for(engine):
         serve([Group((0, 1), 512)], read, Rows(engine, Sampling(), 600, 3), lambda *_: True)
     state = engine.prefill([requests[2][0]], 4)
     with pytest.raises(RuntimeError, match="do not fit a cache of"):
-        engine.begin(state.cache, np.zeros((1, 32), np.float32), requests[2][0], 500)
+        engine.begin(state.cache, jax.numpy.zeros((1, 32)), requests[2][0], 500)
