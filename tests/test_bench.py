@@ -22,7 +22,7 @@ from benchmarks.reading import MEASURES, Outcome, Reading, Task, _LlamaCpp, rows
 from omegaconf import OmegaConf
 from readme import ROOT, TABLES, included
 
-from rag import measure
+from rag import roofs
 from rag.evaluate.stats import Statistics
 from rag.generate.local import LocalGenerator
 from rag.measure import Row, Spread, bench_json
@@ -42,8 +42,9 @@ class Fake:
 
 @pytest.fixture
 def small_roofs(monkeypatch):
-    monkeypatch.setattr(measure, "_GEMM_SIZE", 64)
-    monkeypatch.setattr(measure, "_READ_BYTES", 1 << 18)
+    monkeypatch.setattr(roofs, "GEMM_SIZES", (64,))
+    monkeypatch.setattr(roofs, "READ_BYTES", (1 << 18,))
+    monkeypatch.setattr(roofs, "SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -293,7 +294,7 @@ def test_the_work_of_a_model_leaves_out_what_a_token_does_not_read():
     work = work_of(model, "float32")
     assert work.flop == 2 * config.num_hidden_layers * layer
     assert work.nbytes == 4 * (config.num_hidden_layers * layer + norms + config.vocab_size * m)
-    assert work.unit == "GFLOP/s"
+    assert work.products(5) == ("float32 GFLOP/s", work.flop)
 
 
 def test_tokens_that_are_missing_are_told():

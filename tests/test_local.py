@@ -104,7 +104,9 @@ def test_the_fingerprint_is_of_the_contents(tmp_path):
 
 
 ASKED = [  # a conversation with two passages, as rag.prompt.render marks them
-    Message("user", "Read: a seal eats fish / a gull nests. What eats?", reusable=((5, 23), (25, 38)), fixed=5)
+    Message(
+        "user", "Read: a seal eats fish / a gull nests. What eats?", reusable=((5, 23), (25, 38)), fixed=5
+    )
 ]
 SETTINGS = [
     {},

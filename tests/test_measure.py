@@ -28,7 +28,6 @@ from rag.measure import (
     print_table,
     ratio,
     rows_of,
-    with_shares,
 )
 
 ROWS = [
@@ -65,37 +64,6 @@ def test_whatever_a_call_returns_is_waited_for():
 
 def test_ratio_above_one_means_ours_is_faster():
     assert ratio(Timing(1.0, 1.0, 1.0, 3), Timing(2.0, 0.1, 9.0, 3)) == 2.0
-
-
-@pytest.mark.parametrize(
-    ("flags", "more"),
-    [
-        (("avx2", "fma"), set()),
-        (("avx512_vnni",), {"int8_ops"}),
-        (("amx_bf16", "amx_int8"), {"int8_ops", "bf16_flops"}),
-        (("bf16", "i8mm"), {"int8_ops", "bf16_flops"}),
-    ],
-)
-def test_roofs_are_rates_of_what_the_processor_multiplies(monkeypatch, flags, more):
-    monkeypatch.setattr(measure, "_GEMM_SIZE", 64)
-    monkeypatch.setattr(measure, "_READ_BYTES", 1 << 18)
-    monkeypatch.setattr(measure, "cpu_flags", lambda: flags)
-    roofs = measure.roofs()
-    on_cpu = jax.default_backend() == "cpu"
-    assert roofs.keys() == {"gemm_flops", "read_bytes_per_s"} | (
-        more if on_cpu else {"int8_ops", "bf16_flops"}
-    )
-    assert all(0 < rate < math.inf for rate in roofs.values())
-
-
-def test_shares_of_roofs_stand_beside_rates():
-    rows = [
-        Row("a", {"GFLOP/s": Spread(50.0, 40.0, 60.0), "ms": 1.0}, {"x": {"GB/s": 3.0, "int8 GOP/s": 1.0}})
-    ]
-    [row] = with_shares(rows, {"gemm_flops": 2e11, "read_bytes_per_s": 3e10})
-    assert list(row.ours) == ["GFLOP/s", "GFLOP/s, % of roof", "ms"]
-    assert row.ours["GFLOP/s, % of roof"] == pytest.approx(25)
-    assert row.peers == {"x": {"GB/s": 3.0, "GB/s, % of roof": pytest.approx(10), "int8 GOP/s": 1.0}}
 
 
 def test_a_timing_in_another_unit_and_as_a_rate():
@@ -265,7 +233,9 @@ def test_events_that_nest_never_take_longer_than_the_time_that_passed(events):
         for name, passed, seconds in events:
             wall.now += passed
             heard[0](f"/jax/core/compile/{name}_duration", float(seconds), fun_name="f")
-            heard[0]("/jax/compilation_cache/cache_retrieval_time_sec", float(seconds))  # inside backend_compile
+            heard[0](
+                "/jax/compilation_cache/cache_retrieval_time_sec", float(seconds)
+            )  # inside backend_compile
             end = int(wall.now - 1000)
             covered[max(0, end - seconds) : end] = True
             assert clock.seconds == covered.sum() <= end

@@ -487,7 +487,10 @@ def test_two_files_by_hand_are_compared(tmp_path):
 def test_less_of_a_rate_of_errors_is_better(tmp_path):
     """False abstention: the run with the lower rate comes first, stands as better, and wins its questions."""
     name, queries = "retrieved/false abstention", range(40)
-    careful = {"answers": column(np.zeros(40)), "declines": column(np.array([i % 4 != 0 for i in queries], float))}
+    careful = {
+        "answers": column(np.zeros(40)),
+        "declines": column(np.array([i % 4 != 0 for i in queries], float)),
+    }
     for label, values in careful.items():
         save(tmp_path / label, label, {name: values, "retrieved/abstention recall": values})
     runs, _ = results.read([tmp_path])
@@ -499,7 +502,12 @@ def test_less_of_a_rate_of_errors_is_better(tmp_path):
     assert [run.label for run in other.runs] == ["declines", "answers"]
     assert other.standing(other.runs[1]) == "worse"
     answered = tables(compose.page(runs, [], "declines", name))["Answers"]
-    assert list(answered.header) == ["system", "passages shown", "false abstention (lower is better)", "abstention recall"]
+    assert list(answered.header) == [
+        "system",
+        "passages shown",
+        "false abstention (lower is better)",
+        "abstention recall",
+    ]
 
 
 # --- what is refused, by name

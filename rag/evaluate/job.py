@@ -39,7 +39,6 @@ from rag.retrieve.collection import Collection, Retriever
 from rag.retrieve.search import Hybrid, Lexical, Search
 from rag.types import Chunk, Hit, UserError
 
-
 # Of metrics.json, beside the measures' own names: these have an "@", a "/", or are among rag.evaluate.metrics'.
 ABOUT = frozenset({"label", "key", "dataset", "means", "intervals", "statistics", "warnings"})
 
@@ -281,7 +280,9 @@ class Job:
         means = {name: _mean(column) for name, column in zip(measures, values.T, strict=True)}
         d = self.dataset
         if taken := ABOUT & means.keys():
-            raise ValueError(f"a measure is called {min(taken)!r}, as what metrics.json says beside the measures")
+            raise ValueError(
+                f"a measure is called {min(taken)!r}, as what metrics.json says beside the measures"
+            )
         return means | {
             "key": self.key,
             "dataset": {

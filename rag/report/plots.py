@@ -273,7 +273,9 @@ def win_loss(
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         other = shortened(baseline, 30)
-        difference = f"{measure} of {other} minus the system's" if lower else f"{measure} minus that of {other}"
+        difference = (
+            f"{measure} of {other} minus the system's" if lower else f"{measure} minus that of {other}"
+        )
         figure.supylabel(difference, fontsize=9)
         figure.supxlabel("queries, from most won to most lost", fontsize=9)
 
