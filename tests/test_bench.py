@@ -80,6 +80,20 @@ def test_the_last_line_is_the_record(run, capsys):
     assert len(record["load_before"]) == len(record["machine"]["load_average"]) == 3
 
 
+@dataclass(frozen=True)
+class Impossible:
+    def run(self) -> list[Row]:
+        return [Row("too fast", {"float32 GFLOP/s": 1e12})]
+
+
+def test_a_share_above_its_roof_ends_a_benchmark_after_its_table(run, tmp_path, capsys):
+    with pytest.raises(RuntimeError, match="too fast: 1e\\+12 float32 GFLOP/s are"):
+        run(bench={"_target_": f"{__name__}.Impossible"})
+    out = capsys.readouterr().out
+    assert "too fast" in out and "without the shares" in out and "{" not in out
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_line_is_added_and_table_and_picture_are_replaced(run, tmp_path, capsys):
     for _ in range(2):
         run(keep=str(tmp_path / "kept"), name="other")

@@ -142,7 +142,7 @@ TUNING = {
     "optimism": float,
     "folds": [{"parameters": Each(object), "train": float, "test": float, "queries": int}],
 }
-MOVEMENTS = Each({"change": MAYBE, "largest": MAYBE, "queries": int})
+MOVEMENTS = Each({"mean": MAYBE, "change": MAYBE, "largest": MAYBE})
 CHANGES = {"axis": str, "setting": str, "changed": [str], "movements": MOVEMENTS}
 CERTIFICATE = {
     "verdict": str,
@@ -247,7 +247,7 @@ def test_the_files_of_an_evaluation(home, run):
     found, measures = strict((folder / "metrics.json").read_text()), RETRIEVAL | READ
     assert misfit(found, metrics_shape(measures)) == ""
     assert {name: found[name] for name in measures} == found["means"]  # one number a measure, at the top
-    assert found["nDCG@10"] == 1.0 and found["retrieved/citation precision"] is None  # nothing was cited
+    assert 0 < found["nDCG@10"] <= 1 and found["retrieved/citation precision"] is None  # nothing was cited
     rows = lines(folder / "per_query.jsonl")
     assert misfit(rows, [{"query": str} | measures]) == ""
     assert [row["query"] for row in rows] == ["q seal", "q gull", "q whale", "none"]

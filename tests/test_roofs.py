@@ -178,8 +178,7 @@ def test_exact_search_counts_each_scan_in_its_type(vectors, count, bf16, monkeyp
 
 def scored(rows: int, queries: int) -> Work:
     """Rows of E scored exactly for each query."""
-    read = 4 * E * rows * queries
-    return Work(read, read, float32=read // 2)
+    return Work(4 * E * rows * queries, 4 * E * rows, float32=2 * E * rows * queries)
 
 
 def test_a_small_index_is_read_once_for_every_eight_queries(vectors):
@@ -210,11 +209,11 @@ def test_the_8_bit_scan_counts_its_codes_and_not_the_floats(vectors, count, tile
     index, dim = Int8Index(rows), rows.shape[1]
     _, _, proven = index.search_with_proof(rows[:count], 10)
     assert proven.all()
-    scan, exact = 2 * N * dim * count, 16 * (10 + 32) * count
+    scan, exact = 2 * N * dim * count, dim * 16 * (10 + 32)
     digits = not tiles or count > 1  # one row is multiplied in float32 by what reads the tiles
     expected = {"int8": 2 * scan} if digits else {"float32": scan}
     assert index.work == Work(N * (dim + 8), N * (dim + 8), **expected) + Work(
-        4 * dim * exact, 4 * dim * exact, float32=2 * dim * exact
+        4 * exact * count, 4 * exact, float32=2 * exact * count
     )
     monkeypatch.setattr(index, "_scan", lambda queries, k: _unproven(index, queries, k))
     index.search(rows[:count], 10)
@@ -235,11 +234,9 @@ def _unproven(index, queries, k):
 def test_the_1_bit_scan_counts_its_codes_once_a_query(vectors):
     index = BinaryIndex(vectors, Binary(k=3, recall=0.5, sample=16))
     index.search(vectors[:5], 3)
-    codes, rescored = N * 4 * (1 + 1), 5 * index.candidates(3)
-    if 4 * index.candidates(3) < N:
-        assert index.work == Work(5 * codes, max(codes, 4 * E * rescored), float32=2 * E * rescored) + Work(
-            4 * E * rescored
-        )
+    rows = index.candidates(3)
+    assert 4 * rows < N  # else all are scored
+    assert index.work == Work(5 * 8 * N, 8 * N) + scored(rows, 5)  # a word and a factor a row
     index.search(vectors[:40], 3)
     assert index.work == index.exact.work
 

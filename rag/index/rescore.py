@@ -123,8 +123,8 @@ def in_blocks(
 
 def work(dim: int, candidates: int, queries: int) -> Work:
     """What scoring so many candidates of each query exactly comes to."""
-    read = 4 * dim * candidates * queries
-    return Work(read, read, float32=2 * dim * candidates * queries)
+    read = 4 * dim * candidates
+    return Work(read * queries, read, float32=2 * dim * candidates * queries)
 
 
 def rounding(dim: int) -> float:
