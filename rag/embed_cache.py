@@ -11,7 +11,6 @@ Letters: N texts, E embedding dim.
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from jaxtyping import Float32
 
 from rag.cache import atomic_file, cache_root, claimed, content_key, writing
 from rag.embed import Embedder, Progress
-from rag.measure import compile_seconds
+from rag.measure import Clock
 from rag.memo import version_of
 
 _BATCH = 256  # texts of a file: what a kill can lose
@@ -108,10 +107,10 @@ class CachedEmbedder:
 
     def _write(self, keys: list[bytes], texts: list[str], encode: Callable) -> None:
         """Embed a planned batch whole; a vector that is there by now, and was used, stays the one that counts."""
-        begin, compiled = time.perf_counter(), compile_seconds()
+        begin = Clock.now()
         made = np.empty(len(texts), self._row)
         made["vector"] = encode(texts)
-        made["seconds"] = (time.perf_counter() - begin - (compile_seconds() - compiled)) / len(texts)
+        made["seconds"] = (Clock.now() - begin).working / len(texts)
         made["text"] = np.frombuffer(b"".join(keys), "V32")
         new = [key not in self._rows() for key in keys]
         with writing(), atomic_file(self._folder / f"{content_key(keys)}.npy") as file:

@@ -1,21 +1,24 @@
-"""Honest measuring: alternating timings, this machine's roofs, and the record of where a figure came from.
+"""Honest measuring: alternating timings, the clock of compiling, and the record of where a figure came from.
 
 A figure alone says little on a shared machine. So rivals are timed in turns (A B A B ...), which spreads a
 slow minute over all of them, their ratio is quoted, and every file of results carries `environment()`.
 """
 
+import bisect
 import contextlib
 import functools
 import json
+import math
 import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,14 +26,8 @@ from typing import Any
 
 # Instruction sets that decide how fast array code can be; the rest of a processor's flags is noise.
 _SIMD = ("sse4", "ssse3", "avx", "fma", "f16c", "amx", "neon", "asimd", "sve", "i8mm", "bf16", "dotprod")
-_GEMM_SIZE = 2048
-_READ_BYTES = 512 << 20  # beyond any cache
-_ROOF_OF = {  # a row's rate -> the roof over it; both in the same unit, rates in billions
-    "GFLOP/s": "gemm_flops",
-    "bfloat16 GFLOP/s": "bf16_flops",
-    "int8 GOP/s": "int8_ops",
-    "GB/s": "read_bytes_per_s",
-}
+# Figures of a row: the memory that one call reads from, and how fast; by the first rag.roofs chooses the second's roof.
+WORKING_SET, READ_RATE = "working set MB", "GB/s read"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +74,36 @@ class Row:
     ratio: Mapping[str, float | int] = field(default_factory=dict)  # peer -> above 1 when ours is better
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a computation does: the bytes that it reads, and operations by type, a multiply-add being two.
+
+    `working_set` is the memory that is read from, less than `nbytes` where it is read several times; of a sum it is the
+    larger of the two. The types are those of the multiplication, whatever the operands are stored in.
+    """
+
+    nbytes: int = 0
+    working_set: int = 0
+    float32: int = 0
+    bfloat16: int = 0
+    int8: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        summed = Work(*(one + more for one, more in pairs))
+        return replace(summed, working_set=max(self.working_set, other.working_set))
+
+    def rates(self, timing: Timing) -> dict[str, Figure]:
+        """The figures of a row for a call that does this, what it does nothing of left out; each names its type."""
+        figures: dict[str, Figure] = {}
+        if self.nbytes:
+            figures |= {WORKING_SET: self.working_set / 1e6, READ_RATE: timing.rate(self.nbytes / 1e9)}
+        for kind, unit in (("float32", "GFLOP/s"), ("bfloat16", "GFLOP/s"), ("int8", "GOP/s")):
+            if operations := getattr(self, kind):
+                figures[f"{kind} {unit}"] = timing.rate(operations / 1e9)
+        return figures
+
+
 def alternate(
     rivals: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1, rehearse: bool = False
 ) -> dict[str, Timing]:
@@ -105,77 +132,6 @@ def ratio(ours: Timing, peer: Timing) -> float:
     return peer.median / ours.median
 
 
-def gemm_roof(dtype: str = "float32") -> float:
-    """The best rate of a matrix product of `dtype` on the default device, in operations (FLOP) a second.
-
-    bfloat16 accumulates in float32, int8 in int32; the second matrix stands by rows, as a checkpoint's weights do.
-    """
-    import jax
-    import jax.numpy as jnp
-    from jax import lax
-
-    square = jnp.ones((_GEMM_SIZE, _GEMM_SIZE), dtype)
-    wide = jnp.int32 if dtype == "int8" else jnp.float32
-    precision = lax.Precision.HIGHEST if dtype == "float32" else None
-    by_rows = (((1,), (1,)), ((), ()))
-
-    @jax.jit
-    def product(x: jax.Array, y: jax.Array) -> jax.Array:
-        return lax.dot_general(x, y, by_rows, precision, preferred_element_type=wide)
-
-    timing = alternate({"gemm": lambda: product(square, square)}, repeats=7)["gemm"]
-    return 2 * _GEMM_SIZE**3 / timing.minimum
-
-
-def read_roof() -> float:
-    """The default device's best memory read rate, in bytes/s: a matrix-vector product beyond any cache."""
-    import jax
-    import jax.numpy as jnp
-
-    width = 1024
-    matrix = jnp.ones((_READ_BYTES // 4 // width, width), jnp.float32)
-    vector = jnp.ones((width,), jnp.float32)
-    product = jax.jit(jnp.matmul)
-    timing = alternate({"read": lambda: product(matrix, vector)}, repeats=7)["read"]
-    return matrix.nbytes / timing.minimum
-
-
-def roofs() -> dict[str, float]:
-    """What no program here can beat, for a benchmark's record: "gemm_flops", of float32, and "read_bytes_per_s".
-
-    With "bf16_flops" and "int8_ops" where the device has instructions for such products.
-    """
-    import jax
-
-    found = {"gemm_flops": gemm_roof(), "read_bytes_per_s": read_roof()}
-    flags, accelerated = " ".join(cpu_flags()), jax.default_backend() != "cpu"
-    if accelerated or "bf16" in flags:
-        found["bf16_flops"] = gemm_roof("bfloat16")
-    if accelerated or any(name in flags for name in ("vnni", "amx_int8", "i8mm", "dotprod")):
-        found["int8_ops"] = gemm_roof("int8")
-    return found
-
-
-def with_shares(rows: Sequence[Row], roofs: Mapping[str, float]) -> list[Row]:
-    """The rows with the share of its roof, in percent, beside each rate that has one ("GFLOP/s", "GB/s" ...)."""
-
-    def shared(figures: Mapping[str, Figure]) -> dict[str, Figure]:
-        out: dict[str, Figure] = {}
-        for name, value in figures.items():
-            out[name] = value
-            if (roof := roofs.get(_ROOF_OF.get(name, ""))) is not None:
-                median = value.median if isinstance(value, Spread) else value
-                out[f"{name}, % of roof"] = 100 * median * 1e9 / roof
-        return out
-
-    return [
-        replace(
-            row, ours=shared(row.ours), peers={peer: shared(figures) for peer, figures in row.peers.items()}
-        )
-        for row in rows
-    ]
-
-
 def compiled_temp_bytes(fn: Callable[..., object], *args: object) -> int:
     """Bytes of temporary memory that XLA plans for `fn(*args)`, beside its arguments and results."""
     import jax
@@ -202,24 +158,86 @@ def environment() -> dict[str, object]:
     }
 
 
+class Intervals:
+    """The union of intervals of time that are told in any order: `seconds` is how long at least one of them lasted."""
+
+    def __init__(self) -> None:
+        self._starts: list[float] = []  # of disjoint intervals, ascending, as their ends are
+        self._ends: list[float] = []
+        self.seconds = 0.0
+
+    def add(self, start: float, end: float) -> None:
+        """Add an interval; one that ends before it starts counts nothing."""
+        if end <= start:
+            return
+        first, last = bisect.bisect_left(self._ends, start), bisect.bisect_right(self._starts, end)
+        covered = math.fsum(
+            b - a for a, b in zip(self._starts[first:last], self._ends[first:last], strict=True)
+        )
+        if first < last:
+            start, end = min(start, self._starts[first]), max(end, self._ends[last - 1])
+        self._starts[first:last], self._ends[first:last] = [start], [end]
+        self.seconds += end - start - covered
+
+
 @functools.cache
-def _compile_clock() -> list[float]:
-    """Seconds that JAX has spent tracing, lowering, compiling and fetching programs since the first call."""
+def _compile_clock() -> Intervals:
+    """The intervals of time that JAX has spent making or loading programs since the first call.
+
+    JAX reports tracing, lowering and compiling (which fetches from the compilation cache, where it can) at their ends,
+    with how long they took. They nest: what is computed at once while a function is traced is itself traced, lowered
+    and compiled, inside the tracing of the other. Each event is an interval that ends now, and overlaps count once.
+    Those of all threads are in one union: two threads that compile at once spend the time once.
+    """
     import jax
 
-    clock = [0.0]
+    since, lock, clock = time.perf_counter(), threading.Lock(), Intervals()
 
     def add(event: str, seconds: float, **_: object) -> None:
         if event.startswith("/jax/core/compile/"):
-            clock[0] += seconds
+            now = time.perf_counter()
+            with lock:
+                clock.add(max(since, now - seconds), now)
 
     jax.monitoring.register_event_duration_secs_listener(add)
     return clock
 
 
 def compile_seconds() -> float:
-    """Seconds spent making programs so far, from the first call on: take differences."""
-    return _compile_clock()[0]
+    """Seconds spent making or loading programs so far, from the first call on; never more than have passed since then.
+
+    Take differences, of `Clock` where the rest of the time is asked for too.
+    """
+    return _compile_clock().seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Seconds by the wall, and those of them that went into making or loading programs: `Clock.now() - begin`.
+
+    A difference is never negative and never holds more compiling than time: that another thread began to compile
+    before `begin`, and that two clocks round differently, is cut off here and nowhere else. While one thread compiles,
+    another's work counts as compiling too.
+    """
+
+    wall: float = 0.0
+    compiling: float = 0.0
+
+    @staticmethod
+    def now() -> "Clock":
+        return Clock(time.perf_counter(), compile_seconds())
+
+    @property
+    def working(self) -> float:
+        """The seconds without those of compiling."""
+        return self.wall - self.compiling
+
+    def __add__(self, other: "Clock") -> "Clock":
+        return Clock(self.wall + other.wall, self.compiling + other.compiling)
+
+    def __sub__(self, other: "Clock") -> "Clock":
+        wall = max(0.0, self.wall - other.wall)
+        return Clock(wall, min(wall, max(0.0, self.compiling - other.compiling)))
 
 
 def peak_memory_bytes() -> int:

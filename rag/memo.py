@@ -13,17 +13,16 @@ import ast
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from rag.cache import atomic_file, claimed, content_key, writing
-from rag.measure import compile_seconds
+from rag.measure import Clock
 from rag.types import UserError
 
 
@@ -37,30 +36,13 @@ class Cost:
     reused: int = 0  # of `items`: found on disk
 
 
-class _Clock(NamedTuple):
-    """Seconds by the wall, and of them making programs."""
-
-    wall: float
-    compiling: float
-
-    @staticmethod
-    def now() -> "_Clock":
-        return _Clock(time.perf_counter(), compile_seconds())
-
-    def __add__(self, other: tuple) -> "_Clock":
-        return _Clock(self.wall + other[0], self.compiling + other[1])
-
-    def __sub__(self, other: "_Clock") -> "_Clock":
-        return _Clock(self.wall - other.wall, self.compiling - other.compiling)
-
-
 class Memo:
     """Batches of results below `folder`. With `dry` nothing is computed: what is missing is counted, and is None."""
 
     def __init__(self, folder: Path, *, dry: bool = False):
         self._folder, self._dry = folder, dry
         self.costs: dict[str, Cost] = {}
-        self._inner: list[_Clock] = []  # spent in other stages by each stage that is running, outermost first
+        self._inner: list[Clock] = []  # spent in other stages by each stage that is running, outermost first
 
     def map(
         self,
@@ -74,11 +56,11 @@ class Memo:
 
         `meaning` identifies all that the results depend on beside the items; items and results are JSON-able.
         """
-        begin, results = _Clock.now(), []
+        begin, results = Clock.now(), []
         for start in range(0, len(items), batch):
             results += self._batch(stage, meaning, items[start : start + batch], compute)
         if self._inner:
-            self._inner[-1] += _Clock.now() - begin
+            self._inner[-1] += Clock.now() - begin
         return results
 
     def _batch(self, stage: str, meaning: str, items: Sequence[Any], compute: Callable) -> list[Any]:
@@ -103,23 +85,26 @@ class Memo:
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Keep what happens in the block out of the time of the stage that is running, if one is."""
-        begin = _Clock.now()
+        begin = Clock.now()
         yield
         if self._inner:
-            self._inner[-1] += _Clock.now() - begin
+            self._inner[-1] += Clock.now() - begin
 
     def _computed(self, items: Sequence[Any], compute: Callable) -> dict[str, Any]:
-        begin = _Clock.now()
-        self._inner.append(_Clock(0.0, 0.0))
+        begin = Clock.now()
+        self._inner.append(Clock())
         try:
             results = list(compute(items))
         finally:
             inner = self._inner.pop()
         if len(results) != len(items):
             raise ValueError(f"a stage made {len(results)} results of {len(items)} items")
-        own = _Clock.now() - begin - inner
-        seconds = max(0.0, own.wall - own.compiling)
-        return {"seconds": seconds, "compile_s": own.compiling, "results": json.loads(json.dumps(results))}
+        own = Clock.now() - begin - inner
+        return {
+            "seconds": own.working,
+            "compile_s": own.compiling,
+            "results": json.loads(json.dumps(results)),
+        }
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from rag.index.analyzer import Analyzer
 from rag.index.lexical import LexicalIndex
 from rag.ingest.chunk import Chunker, chunks_of
 from rag.ingest.load import Skipped, load_folder
+from rag.measure import Clock
 from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate, render, render_passage
 from rag.retrieve.search import Search
@@ -224,13 +225,14 @@ def answer(
     """
     generator, template = reader.generator, reader.template
     _ = generator.context_length  # reads the weights, which is not retrieval
-    begin = time.perf_counter()
+    begin = Clock.now()
     hits = search(question)
     context = relevant(hits, search.collection.index.document_text, search.relevant_from, reader)
-    retrieve_s = time.perf_counter() - begin
+    retrieval = Clock.now() - begin
     if not context.sources:
         yield template.abstain_answer
-        yield Answer(question, template.abstain_answer, True, (), Timings(retrieve_s, 0.0, 0.0, 0, 0))
+        timings = Timings(retrieval.working, 0.0, 0.0, 0, 0, retrieval.compiling)
+        yield Answer(question, template.abstain_answer, True, (), timings)
         return
     messages, shown, notices = fit(question, context, reader, history)
     pieces: list[str] = []
@@ -244,9 +246,9 @@ def answer(
         else:
             pieces.append(piece)
             yield piece
-    timings = Timings(
-        retrieve_s, usage.prefill_s, usage.decode_s, usage.prompt_tokens, usage.new_tokens, usage.prepare_s
-    )
+    seconds = (retrieval.working, usage.prefill_s, usage.decode_s)
+    prepare_s = retrieval.compiling + usage.prepare_s
+    timings = Timings(*seconds, usage.prompt_tokens, usage.new_tokens, prepare_s)
     text = "".join(pieces).strip()
     marked = cited(text, shown)
     yield Answer(question, text, False, shown.sources, timings, marked, (*notices, *usage.notices))

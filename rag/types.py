@@ -90,26 +90,30 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one generation took; a generator yields it last, after the pieces of text."""
+    """What one generation took; a generator yields it last, after the pieces of text.
+
+    The seconds are disjoint: making or loading programs (`rag.measure.compile_seconds`), and with a server loading the
+    model, is in `prepare_s` alone. Our own engine's weights are loaded before any of them begins.
+    """
 
     prompt_tokens: int
     new_tokens: int
-    prefill_s: float  # reading the prompt, seconds
-    decode_s: float  # writing the answer, seconds
-    prepare_s: float = 0.0  # compiling programs or loading a model, counted in neither
+    prefill_s: float  # to the first new token, what is read from files included
+    decode_s: float  # from the first new token to the last
+    prepare_s: float = 0.0
     notices: tuple[str, ...] = ()  # what the reader should know
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where an answer's time went, in seconds, and its tokens."""
+    """Where an answer's time went, in disjoint seconds, and its tokens."""
 
     retrieve_s: float
     prefill_s: float
     decode_s: float
     prompt_tokens: int
     new_tokens: int
-    prepare_s: float = 0.0  # compiling programs or loading a model, counted in none of the others
+    prepare_s: float = 0.0  # `Usage.prepare_s`, and the programs of retrieval
 
 
 @dataclass(frozen=True, slots=True)

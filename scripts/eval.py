@@ -80,7 +80,7 @@ def describe(folder, config, dataset) -> dict:
 
     from rag.cache import atomic_file
 
-    metrics = {"label": label()} | json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text()) | {"label": label()}
     metrics["dataset"] = {"name": dataset.name} | metrics["dataset"]
     metrics["warnings"] = [*dataset.problems, *metrics["warnings"]]
     texts = {
@@ -98,6 +98,8 @@ def show(metrics: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from rag.evaluate.answers import lower_is_better
+
     d = metrics["dataset"]
     sample = f", a sample by seed {d['seed']}" if d["limit"] else ""
     table = Table(title=f"{metrics['label']}\n{d['name']}: {d['queries']} queries{sample}")
@@ -106,7 +108,8 @@ def show(metrics: dict) -> None:
     for name, mean in metrics["means"].items():
         bounds = metrics["intervals"][name]
         between = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "-"
-        table.add_row(name, "-" if mean is None else f"{mean:.4f}", between)
+        shown = f"{name} (lower is better)" if lower_is_better(name) else name
+        table.add_row(shown, "-" if mean is None else f"{mean:.4f}", between)
     Console().print(table)
 
 

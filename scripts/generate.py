@@ -81,7 +81,7 @@ def show(answer: Answer, generator: str) -> None:
             f"decode {t.new_tokens} tokens in {t.decode_s:.2f} s ({_rate(t.new_tokens - 1, t.decode_s)})",
         ]
     if t.prepare_s:
-        parts.append(f"before that, {t.prepare_s:.2f} s to make or load its programs")
+        parts.append(f"and {t.prepare_s:.2f} s to make or load programs, counted in none of these")
     if not answer.abstained:
         parts.append(generator)
     print("; ".join(parts))

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rag.evaluate.answers import MEASURES, contains, exact_match, f1, measure, normalized, rouge_l
+from rag.evaluate.answers import (
+    MEASURES,
+    contains,
+    exact_match,
+    f1,
+    lower_is_better,
+    measure,
+    normalized,
+    rouge_l,
+)
 from rag.types import UserError
 
 
@@ -122,17 +131,24 @@ def test_citations_by_hand(cited, relevant, precision, recall):
     assert (scores["citation precision"], scores["citation recall"]) == (precision, recall)
 
 
-@pytest.mark.parametrize(
-    ("abstained", "answerable", "expected"),
-    [(True, False, 1.0), (False, False, 0.0), (True, True, 0.0), (False, True, 1.0)],
-)
-def test_abstention_is_right_where_answering_was_not(abstained, answerable, expected):
+@pytest.mark.parametrize("abstained", [True, False])
+@pytest.mark.parametrize("answerable", [True, False])
+def test_each_rate_of_abstention_is_about_its_own_kind_of_question(abstained, answerable):
     gold = ["documents"] if answerable else []
     scores = measured("The documents do not say.", gold=gold, abstained=abstained, answerable=answerable)
-    assert scores["abstention"] == expected
+    assert tuple(scores) == MEASURES
+    assert scores["abstention recall"] == (None if answerable else float(abstained))
+    assert scores["false abstention"] == (float(abstained) if answerable else None)
     if answerable:  # an abstention has no words, though its sentence has
         assert scores["contains"] == float(not abstained)
         assert (scores["F1"] == 0.0) == abstained
+
+
+def test_only_false_abstention_is_better_when_lower():
+    lower = [name for name in MEASURES if lower_is_better(name)]
+    assert lower == ["false abstention"]
+    assert lower_is_better("retrieved/false abstention")
+    assert not lower_is_better("retrieved/abstention recall") and not lower_is_better("nDCG@10")
 
 
 def test_gold_answers_of_an_unanswerable_question_are_refused():

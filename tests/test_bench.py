@@ -22,7 +22,7 @@ from benchmarks.reading import MEASURES, Outcome, Reading, Task, _LlamaCpp, rows
 from omegaconf import OmegaConf
 from readme import ROOT, TABLES, included
 
-from rag import measure
+from rag import roofs
 from rag.evaluate.stats import Statistics
 from rag.generate.local import LocalGenerator
 from rag.measure import Row, Spread, bench_json
@@ -42,8 +42,9 @@ class Fake:
 
 @pytest.fixture
 def small_roofs(monkeypatch):
-    monkeypatch.setattr(measure, "_GEMM_SIZE", 64)
-    monkeypatch.setattr(measure, "_READ_BYTES", 1 << 18)
+    monkeypatch.setattr(roofs, "GEMM_SIZES", (64,))
+    monkeypatch.setattr(roofs, "READ_BYTES", (1 << 18,))
+    monkeypatch.setattr(roofs, "SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -77,6 +78,20 @@ def test_the_last_line_is_the_record(run, capsys):
     assert lines[0].startswith(f"roofs: {roof:.4g} GFLOP/s of float32 matrix products, ")
     assert record["command"] == "python scripts/bench.py bench=fake bench.path=.../corpus"
     assert len(record["load_before"]) == len(record["machine"]["load_average"]) == 3
+
+
+@dataclass(frozen=True)
+class Impossible:
+    def run(self) -> list[Row]:
+        return [Row("too fast", {"float32 GFLOP/s": 1e12})]
+
+
+def test_a_share_above_its_roof_ends_a_benchmark_after_its_table(run, tmp_path, capsys):
+    with pytest.raises(RuntimeError, match="too fast: 1e\\+12 float32 GFLOP/s are"):
+        run(bench={"_target_": f"{__name__}.Impossible"})
+    out = capsys.readouterr().out
+    assert "too fast" in out and "without the shares" in out and "{" not in out
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_line_is_added_and_table_and_picture_are_replaced(run, tmp_path, capsys):
@@ -293,7 +308,7 @@ def test_the_work_of_a_model_leaves_out_what_a_token_does_not_read():
     work = work_of(model, "float32")
     assert work.flop == 2 * config.num_hidden_layers * layer
     assert work.nbytes == 4 * (config.num_hidden_layers * layer + norms + config.vocab_size * m)
-    assert work.unit == "GFLOP/s"
+    assert work.products(5) == ("float32 GFLOP/s", work.flop)
 
 
 def test_tokens_that_are_missing_are_told():

@@ -239,7 +239,9 @@ def test_every_condition_is_read_and_the_loss_is_split():
     assert len(rows) == 4 * len(CONDITIONS)  # the unanswerable question too
     abstained = {row["query"] for row in rows if row["condition"] == "retrieved" and row["abstained"]}
     assert abstained == {"u0"}  # no passage shares a word with it
-    assert means["retrieved/abstention"] == 1.0
+    assert means["retrieved/abstention recall"] == 1.0
+    assert means["retrieved/false abstention"] == 0.0
+    assert means["random/abstention recall"] == 0.0  # of u0, which is answered from any passage
     asked = reader.asked
     replace(everything, statistics=Statistics(resamples=300)).done()
     assert reader.asked == asked  # another key, the same answers

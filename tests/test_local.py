@@ -1,11 +1,17 @@
 """Chat messages to streamed text, with a tiny checkpoint read through the real loading code."""
 
 import json
+import shutil
+import time
 
+import jax
 import pytest
 
 from rag.generate import batching
+from rag.generate.chunk_kv import ChunkReader
+from rag.generate.engine import Engine
 from rag.generate.local import LocalGenerator, StoppedText
+from rag.measure import Clock
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage, UserError
 from tests.tiny import write_checkpoint
@@ -95,6 +101,78 @@ def test_the_fingerprint_is_of_the_contents(tmp_path):
     assert len({one.fingerprint, three.fingerprint, half.fingerprint, short.fingerprint}) == 4
     assert len(one.fingerprint) == 64
     assert "_loaded" not in vars(one)  # no weights were read for it
+
+
+ASKED = [  # a conversation with two passages, as rag.prompt.render marks them
+    Message(
+        "user", "Read: a seal eats fish / a gull nests. What eats?", reusable=((5, 23), (25, 38)), fixed=5
+    )
+]
+SETTINGS = [
+    {},
+    {"kv_reuse": "prefix"},
+    {"kv_reuse": "chunk"},
+    {"kv_reuse": "blend"},
+    {"drafting": True},
+    {"kv_reuse": "chunk", "drafting": True},
+]
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """fresh(**options) -> a generator that has read nothing yet."""
+    monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
+    write_checkpoint(tmp_path)
+    return lambda **options: LocalGenerator(str(tmp_path), kv_path=str(tmp_path / "kv"), **options)
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_seconds_are_disjoint_and_programs_are_made_once(fresh, options):
+    """What was asked before is asked again by a generator without memory of it: its programs are there."""
+    generator = fresh(**options)
+    _ = generator.engine
+    jax.clear_caches()
+    begin = Clock.now()
+    _, first = written(generator, ASKED, max_new_tokens=6)
+    taken = Clock.now() - begin
+    assert first.prepare_s == pytest.approx(taken.compiling, abs=1e-6) and first.prepare_s > 0
+    assert min(first.prefill_s, first.decode_s) >= 0
+    assert first.prefill_s + first.decode_s + first.prepare_s <= taken.wall
+    written(generator, ASKED, max_new_tokens=6)  # with a prefix cache a second reading is another program
+    _, again = written(generator, ASKED, max_new_tokens=6)
+    assert again.prepare_s == 0
+
+
+@pytest.mark.parametrize("reuse", ["chunk", "blend"])
+@pytest.mark.parametrize("where", ["_read", "_placed"])  # computing passages; taking them from their files
+def test_passages_belong_to_prefill(fresh, monkeypatch, reuse, where):
+    generator = fresh(kv_reuse=reuse)
+    written(generator, ASKED, max_new_tokens=3)  # makes the programs
+    slow = getattr(ChunkReader, where)
+
+    def slowly(*arguments):
+        time.sleep(0.5)
+        return slow(*arguments)
+
+    monkeypatch.setattr(ChunkReader, where, slowly)
+    shutil.rmtree(generator.chunks.store.folder)
+    _, usage = written(generator, ASKED, max_new_tokens=3)
+    assert usage.prefill_s >= 0.5
+    assert usage.prepare_s == 0
+
+
+def test_a_slow_decode_is_no_preparation(fresh, monkeypatch):
+    generator = fresh()
+    written(generator, ASKED, max_new_tokens=3)
+    decode = Engine.decode
+
+    def slowly(*arguments):
+        time.sleep(0.25)
+        return decode(*arguments)
+
+    monkeypatch.setattr(Engine, "decode", slowly)
+    _, usage = written(generator, ASKED, max_new_tokens=3)
+    assert usage.decode_s >= 0.25 and usage.prepare_s == 0
 
 
 def test_a_stop_string_ends_the_text_before_itself(generator):

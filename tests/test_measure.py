@@ -5,24 +5,29 @@ import math
 import os
 import pathlib
 import subprocess
+import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rag import measure
 from rag.measure import (
+    Clock,
     Row,
     Spread,
     Timing,
     alternate,
     bench_json,
+    compile_seconds,
     compiled_temp_bytes,
     environment,
     print_table,
     ratio,
     rows_of,
-    with_shares,
 )
 
 ROWS = [
@@ -59,37 +64,6 @@ def test_whatever_a_call_returns_is_waited_for():
 
 def test_ratio_above_one_means_ours_is_faster():
     assert ratio(Timing(1.0, 1.0, 1.0, 3), Timing(2.0, 0.1, 9.0, 3)) == 2.0
-
-
-@pytest.mark.parametrize(
-    ("flags", "more"),
-    [
-        (("avx2", "fma"), set()),
-        (("avx512_vnni",), {"int8_ops"}),
-        (("amx_bf16", "amx_int8"), {"int8_ops", "bf16_flops"}),
-        (("bf16", "i8mm"), {"int8_ops", "bf16_flops"}),
-    ],
-)
-def test_roofs_are_rates_of_what_the_processor_multiplies(monkeypatch, flags, more):
-    monkeypatch.setattr(measure, "_GEMM_SIZE", 64)
-    monkeypatch.setattr(measure, "_READ_BYTES", 1 << 18)
-    monkeypatch.setattr(measure, "cpu_flags", lambda: flags)
-    roofs = measure.roofs()
-    on_cpu = jax.default_backend() == "cpu"
-    assert roofs.keys() == {"gemm_flops", "read_bytes_per_s"} | (
-        more if on_cpu else {"int8_ops", "bf16_flops"}
-    )
-    assert all(0 < rate < math.inf for rate in roofs.values())
-
-
-def test_shares_of_roofs_stand_beside_rates():
-    rows = [
-        Row("a", {"GFLOP/s": Spread(50.0, 40.0, 60.0), "ms": 1.0}, {"x": {"GB/s": 3.0, "int8 GOP/s": 1.0}})
-    ]
-    [row] = with_shares(rows, {"gemm_flops": 2e11, "read_bytes_per_s": 3e10})
-    assert list(row.ours) == ["GFLOP/s", "GFLOP/s, % of roof", "ms"]
-    assert row.ours["GFLOP/s, % of roof"] == pytest.approx(25)
-    assert row.peers == {"x": {"GB/s": 3.0, "GB/s, % of roof": pytest.approx(10), "int8 GOP/s": 1.0}}
 
 
 def test_a_timing_in_another_unit_and_as_a_rate():
@@ -217,3 +191,105 @@ def test_a_spread_in_the_table(capsys):
 def test_a_figure_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="JSON"):
         bench_json("attention", [Row("x", {"ms": math.nan})], {})
+
+
+# --- seconds that went into making programs
+
+_TICKS = 60
+
+
+@given(st.lists(st.tuples(st.integers(0, _TICKS), st.integers(0, _TICKS)), max_size=40))
+def test_the_union_of_intervals_counts_every_moment_once(intervals):
+    union, covered = measure.Intervals(), np.zeros(_TICKS, bool)
+    for start, end in intervals:  # in any order, nested, overlapping, adjoining, empty, reversed
+        union.add(float(start), float(end))
+        covered[start:end] = True
+        assert union.seconds == covered.sum()
+
+
+class _Wall:
+    """A clock of whole seconds in place of the wall's."""
+
+    now = 1000.0
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile"]),
+            st.integers(0, 9),  # ticks since the event before
+            st.integers(-3, 40),  # its duration; the wall's clock that JAX reads may be set back
+        ),
+        max_size=30,
+    )
+)
+def test_events_that_nest_never_take_longer_than_the_time_that_passed(events):
+    with pytest.MonkeyPatch.context() as patch:
+        heard, wall = [], _Wall()
+        patch.setattr(jax.monitoring, "register_event_duration_secs_listener", heard.append)
+        patch.setattr(measure.time, "perf_counter", lambda: wall.now)
+        clock = measure._compile_clock.__wrapped__()
+        covered = np.zeros(10 * len(events) + 1, bool)
+        for name, passed, seconds in events:
+            wall.now += passed
+            heard[0](f"/jax/core/compile/{name}_duration", float(seconds), fun_name="f")
+            heard[0](
+                "/jax/compilation_cache/cache_retrieval_time_sec", float(seconds)
+            )  # inside backend_compile
+            end = int(wall.now - 1000)
+            covered[max(0, end - seconds) : end] = True
+            assert clock.seconds == covered.sum() <= end
+
+
+def test_a_function_that_is_compiled_while_another_is_traced_counts_once():
+    """What is computed at once during tracing is compiled inside it: the sum of all events is more than the time."""
+    reported = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: reported.append(seconds) if "/core/compile/" in event else None
+    )
+
+    @jax.jit
+    def inner(x):
+        return jnp.sin(x) @ jnp.cos(x)
+
+    @jax.jit
+    def outer(x):
+        with jax.ensure_compile_time_eval():
+            known = inner(jnp.ones((7, 7)))
+        return inner(x * 3) + known
+
+    x = jnp.ones((7, 7)).block_until_ready()
+    begin, reported[:] = Clock.now(), []
+    outer(x).block_until_ready()
+    raw = compile_seconds() - begin.compiling
+    taken = Clock.now() - begin
+    assert 0 < raw <= taken.wall and raw == taken.compiling
+    assert raw < sum(reported)
+    assert taken.working == taken.wall - taken.compiling > 0
+    begin = Clock.now()
+    outer(x).block_until_ready()
+    assert (Clock.now() - begin).compiling == 0
+
+
+def test_threads_that_compile_at_once_spend_the_time_once():
+    def compiled(size):
+        jax.jit(lambda x: jnp.tanh(x) @ x)(np.ones((size, size), np.float32)).block_until_ready()
+
+    threads = [threading.Thread(target=compiled, args=(size,)) for size in (31, 33)]
+    begin = Clock.now()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    raw = compile_seconds() - begin.compiling
+    assert 0 < raw <= Clock.now().wall - begin.wall
+
+
+@given(*(st.floats(0, 1e6) for _ in range(4)))
+def test_differences_of_clocks_are_never_negative(wall, compiling, later, more):
+    taken = Clock(later, more) - Clock(wall, compiling)
+    assert taken.wall >= 0 and taken.compiling >= 0 and taken.working >= 0
+    if later >= wall and 0 <= more - compiling <= later - wall:
+        assert taken == Clock(later - wall, more - compiling)
+    sum_of = Clock(wall, compiling) + Clock(later, more)
+    assert (sum_of.wall, sum_of.compiling) == (wall + later, compiling + more)

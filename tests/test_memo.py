@@ -85,7 +85,7 @@ def test_a_dry_memo_counts_and_computes_nothing(tmp_path, double):
 
 def test_the_time_of_a_stage_inside_another_is_its_own(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("rag.memo.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("rag.measure.time.perf_counter", lambda: now[0])
     memo = Memo(tmp_path)
 
     def inner(items):
@@ -102,6 +102,31 @@ def test_the_time_of_a_stage_inside_another_is_its_own(tmp_path, monkeypatch):
     again = Memo(tmp_path)
     again.map("outer", "v", [1], outer)
     assert again.costs["outer"].seconds == pytest.approx(1)  # what it took when it was computed
+
+
+def test_no_stored_seconds_are_negative(tmp_path, monkeypatch):
+    """Not even where all of the time went into making programs, and the two clocks round differently."""
+    now, compiled = [0.1], [0.0]
+    monkeypatch.setattr("rag.measure.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("rag.measure.compile_seconds", lambda: compiled[0])
+    memo = Memo(tmp_path)
+
+    def compiling(items):
+        now[0] += 0.2
+        compiled[0] += 0.2
+        return items
+
+    def outer(items):
+        now[0] += 0.1
+        compiled[0] += 0.3  # another thread's, too
+        return memo.map("inner", "v", items, compiling)
+
+    memo.map("outer", "v", [1, 2, 3], outer, batch=1)
+    stored = [json.loads(path.read_text()) for path in tmp_path.rglob("*.json")]
+    assert len(stored) == 6
+    assert all(one["seconds"] >= 0 and one["compile_s"] >= 0 for one in stored)
+    for cost in memo.costs.values():
+        assert cost.seconds == pytest.approx(0, abs=1e-12) and cost.compile_s > 0
 
 
 def test_a_stage_that_loses_an_item_is_a_bug_and_keeps_nothing(tmp_path):
@@ -197,7 +222,7 @@ def test_an_error_of_a_stage_is_its_own_and_no_matter_of_the_cache(tmp_path):
 
 def test_what_is_set_apart_is_not_the_stages_time(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("rag.memo.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("rag.measure.time.perf_counter", lambda: now[0])
     memo = Memo(tmp_path)
 
     def compute(items):

@@ -379,6 +379,7 @@ def test_the_front_is_of_those_that_none_beats():
         mark("sample", 0.9, 0.0001, sample=True),
     ]
     assert [marks[i].label for i in plots.front(marks)] == ["fast", "good", "twin of good"]
+    assert [marks[i].label for i in plots.front(marks, lower=True)] == ["fast", "slow and worse"]
 
 
 def test_a_figure_takes_any_label():
@@ -481,6 +482,32 @@ def test_two_files_by_hand_are_compared(tmp_path):
     assert low < base.mean() < high
     assert table.standing(table.runs[0]) == "better"
     assert table.comparison(table.runs[0]).difference == pytest.approx(0.2, abs=0.01)
+
+
+def test_less_of_a_rate_of_errors_is_better(tmp_path):
+    """False abstention: the run with the lower rate comes first, stands as better, and wins its questions."""
+    name, queries = "retrieved/false abstention", range(40)
+    careful = {
+        "answers": column(np.zeros(40)),
+        "declines": column(np.array([i % 4 != 0 for i in queries], float)),
+    }
+    for label, values in careful.items():
+        save(tmp_path / label, label, {name: values, "retrieved/abstention recall": values})
+    runs, _ = results.read([tmp_path])
+    (table,) = standings.standings(runs, "declines", name)
+    assert [run.label for run in table.runs] == ["answers", "declines"]
+    assert table.standing(table.runs[0]) == "better"
+    assert table.comparison(table.runs[0]).difference == pytest.approx(-0.75)
+    (other,) = standings.standings(runs, "declines", "retrieved/abstention recall")
+    assert [run.label for run in other.runs] == ["declines", "answers"]
+    assert other.standing(other.runs[1]) == "worse"
+    answered = tables(compose.page(runs, [], "declines", name))["Answers"]
+    assert list(answered.header) == [
+        "system",
+        "passages shown",
+        "false abstention (lower is better)",
+        "abstention recall",
+    ]
 
 
 # --- what is refused, by name

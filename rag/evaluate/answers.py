@@ -5,7 +5,14 @@ articles a, an, the, white space made one space; the best of several gold answer
 [1] or [1, 3] are no words of an answer and are taken out first, which SQuAD's script does not know about. An
 answer that abstains counts as an empty text, whatever its sentence says.
 
-A measure is None where a question does not define it: without gold answers, citations or relevant documents.
+Declining to answer has two rates, which one figure would hide (a system that answers everything is right on every
+answerable question): "abstention recall", the share of the unanswerable questions that were declined, and "false
+abstention", the share of the answerable ones that were, for which lower is better. The terms are those of the survey by
+Wen et al. 2025 (arXiv:2407.18418), where false abstention is also called over-abstention; 1 less it is the coverage of
+selective answering (Kamath et al. 2020, arXiv:2006.09462).
+
+A measure is None where a question does not define it: without gold answers, citations or relevant documents, and of the
+two rates the one that is about the other kind of question.
 """
 
 import re
@@ -17,7 +24,11 @@ from typing import Any
 
 from rag.types import UserError
 
-MEASURES = ("EM", "F1", "contains", "ROUGE-L", "citation precision", "citation recall", "abstention")
+MEASURES = (
+    *("EM", "F1", "contains", "ROUGE-L", "citation precision", "citation recall"),
+    *("abstention recall", "false abstention"),
+)
+LOWER_IS_BETTER = frozenset({"false abstention"})
 
 _CITATION = re.compile(r"\[\s*\d{1,4}(?:\s*[,;]\s*\d{1,4})*\s*\]")
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
@@ -39,8 +50,9 @@ def measure(
     EM, F1, contains and ROUGE-L: see the functions; None without gold answers. `cited` and `relevant` are ids
     of documents: those that the answer marks, and those that the judgements give 1 or more. Citation precision
     is the relevant share of the cited, None when nothing is cited; citation recall the cited share of the
-    relevant, None when nothing is relevant. Abstention is 1 where the question is answerable and was answered,
-    or is not and was not; else 0. Raises UserError for an unanswerable question with gold answers.
+    relevant, None when nothing is relevant. Both rates of abstention are 1 where the question was declined, else 0:
+    "abstention recall" of an unanswerable question, "false abstention" of an answerable one; the other is None.
+    Raises UserError for an unanswerable question with gold answers.
     """
     if gold and not answerable:
         raise UserError(f"A question without an answer has the gold answer {gold[0]!r}: correct the dataset.")
@@ -51,8 +63,14 @@ def measure(
     return scores | {
         "citation precision": hits / len(set(cited)) if cited else None,
         "citation recall": hits / len(set(relevant)) if relevant else None,
-        "abstention": float(abstained != answerable),
+        "abstention recall": None if answerable else float(abstained),
+        "false abstention": float(abstained) if answerable else None,
     }
+
+
+def lower_is_better(measure: str) -> bool:
+    """Whether less of a measure is better, which may stand behind a condition ("retrieved/false abstention")."""
+    return measure.rpartition("/")[2] in LOWER_IS_BETTER
 
 
 def normalized(text: str) -> str:

@@ -39,6 +39,9 @@ from rag.retrieve.collection import Collection, Retriever
 from rag.retrieve.search import Hybrid, Lexical, Search
 from rag.types import Chunk, Hit, UserError
 
+# Of metrics.json, beside the measures' own names: these have an "@", a "/", or are among rag.evaluate.metrics'.
+ABOUT = frozenset({"label", "key", "dataset", "means", "intervals", "statistics", "warnings"})
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -275,12 +278,21 @@ class Job:
     def _summary(
         self, per_query: Mapping[str, Mapping[str, float | None]], notes: Sequence[str]
     ) -> dict[str, Any]:
-        """What goes into metrics.json but for the names, which are the run's and not the result's."""
+        """What goes into metrics.json but for the names, which are the run's and not the result's.
+
+        Each measure is one number at the top, which is what other programs read, and None where no query defines it;
+        what there is to say about them (ABOUT) stands beside, the same numbers under "means" too.
+        """
         measures = list(next(iter(per_query.values())))
         values = stats.table(per_query, measures)
         bounds = stats.intervals(values, self.statistics)
+        means = {name: _mean(column) for name, column in zip(measures, values.T, strict=True)}
         d = self.dataset
-        return {
+        if taken := ABOUT & means.keys():
+            raise ValueError(
+                f"a measure is called {min(taken)!r}, as what metrics.json says beside the measures"
+            )
+        return means | {
             "key": self.key,
             "dataset": {
                 "fingerprint": d.fingerprint,
@@ -288,7 +300,7 @@ class Job:
                 "limit": d.limit,
                 "seed": d.seed,
             },
-            "means": {name: _mean(column) for name, column in zip(measures, values.T, strict=True)},
+            "means": means,
             "intervals": dict(zip(measures, map(_interval, bounds), strict=True)),
             "statistics": {
                 "confidence": self.statistics.confidence,

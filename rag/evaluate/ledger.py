@@ -5,7 +5,6 @@ results were found; making programs is counted apart. How long one question take
 kept result: a few questions, one at a time, after one that is not counted.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rag.embed_cache import CachedEmbedder
-from rag.measure import compile_seconds, environment, peak_memory_bytes
+from rag.measure import Clock, environment, peak_memory_bytes
 from rag.memo import Memo
 from rag.retrieve.collection import Collection, Retriever
 
@@ -36,15 +35,16 @@ class Latency:
 
 def probe(method: Retriever, collection: Collection, questions: Sequence[str]) -> Latency:
     """Time a method on some of the questions."""
-    bare, before = collection.fresh(), compile_seconds()
+    bare, begin = collection.fresh(), Clock.now()
     method.search(bare, questions[:1], _K)
-    compiling = compile_seconds() - before
+    compiling = (Clock.now() - begin).compiling
     seconds: list[float] = []
     for question in questions:
-        begin, before = time.perf_counter(), compile_seconds()
+        begin = Clock.now()
         method.search(bare, [question], _K)
-        seconds.append(time.perf_counter() - begin - (compile_seconds() - before))
-        compiling += compile_seconds() - before
+        taken = Clock.now() - begin
+        seconds.append(taken.working)
+        compiling += taken.compiling
         if len(seconds) >= _LEAST and sum(seconds) > _ENOUGH_S:
             break
     p50, p95 = np.percentile(seconds, [50, 95])

@@ -9,7 +9,6 @@ that it would not have written alone, up to the rounding by which products of se
 Letters: W tokens read at once, 1 + the draft's; V vocab.
 """
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from rag.generate.engine import DecodeState, Decoding, Engine, is_finished
+from rag.measure import Clock
 from rag.models.checkpoint import Packed
 from rag.models.llama import Llama, forward, logits
 from rag.ops.sampling import Sampling
@@ -202,25 +202,13 @@ class DraftCounts:
 
 
 class Drafting(Decoding):
-    """One answer being decoded with drafts: its tokens in fewer steps.
+    """One answer being decoded with drafts: its tokens in fewer steps; `counts` says what the drafts were worth."""
 
-    `decode_prepare_s` are the seconds that the first call of each size of draft took to return; `counts` says what
-    the drafts were worth.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        state: DecodeState,
-        prompt: Sequence[int],
-        policy: DraftPolicy,
-        prefill_prepare_s: float = 0.0,
-    ):
+    def __init__(self, engine: Engine, state: DecodeState, prompt: Sequence[int], policy: DraftPolicy):
         """`state` has one row, which holds the prompt; sampling is greedy (`can_draft`)."""
-        super().__init__(engine, state, Sampling(), prefill_prepare_s)
+        super().__init__(engine, state, Sampling())
         self._policy = policy
         self._text = SuffixAutomaton(prompt)  # built while the device still reads the prompt
-        self._prepared = set[int]()
         self.counts = DraftCounts()
 
     def __next__(self) -> list[list[int]]:
@@ -251,16 +239,14 @@ class Drafting(Decoding):
         return made
 
     def _verify(self, draft: list[int]) -> list[int]:
-        begin, size = time.perf_counter(), len(draft)
+        begin = Clock.now()
         self._state, made = verify(
             self._engine.packed, self._state, np.asarray(draft, np.int32), end_ids=self._engine.end_ids
         )
-        if size not in self._prepared:
-            self._prepared.add(size)
-            self.decode_prepare_s += time.perf_counter() - begin
-            return _made(made)
         tokens = _made(made)
-        self._policy.took(size, time.perf_counter() - begin)
+        taken = Clock.now() - begin
+        if not taken.compiling:  # the first call of a program says little of the others
+            self._policy.took(len(draft), taken.wall)
         return tokens
 
     def _room(self) -> int:

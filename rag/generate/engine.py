@@ -8,7 +8,6 @@ some processors, so there the steps of a dispatch are unrolled, and one is the d
 Letters: B batch, T prompt tokens, C slots of the cache, M width, V vocab.
 """
 
-import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -352,9 +351,7 @@ class Engine:
         seeds: Sequence[int] | None = None,
     ) -> "Decoding":
         """Prefill a batch of prompts; the answers' tokens come from the Decoding that is returned."""
-        begin = time.perf_counter()
-        state = self.prefill(prompts, max_new_tokens, sampling, seeds)
-        return Decoding(self, state, sampling, time.perf_counter() - begin)
+        return Decoding(self, self.prefill(prompts, max_new_tokens, sampling, seeds), sampling)
 
     def generate(
         self,
@@ -387,18 +384,11 @@ class Engine:
 
 
 class Decoding:
-    """A batch being decoded: iterate for each row's new tokens; `finish(row)` ends a row early (a stop string).
+    """A batch being decoded: iterate for each row's new tokens; `finish(row)` ends a row early (a stop string)."""
 
-    `prefill_prepare_s` and `decode_prepare_s` are the seconds that the first call of each program took to return:
-    tracing and compiling it, or reading it from the compilation cache; the device works on after that.
-    """
-
-    def __init__(
-        self, engine: Engine, state: DecodeState, sampling: Sampling, prefill_prepare_s: float = 0.0
-    ):
+    def __init__(self, engine: Engine, state: DecodeState, sampling: Sampling):
         self._engine, self._state, self._sampling = engine, state, sampling
         self._first = True
-        self.prefill_prepare_s, self.decode_prepare_s = prefill_prepare_s, 0.0
 
     @property
     def state(self) -> DecodeState:
@@ -419,9 +409,7 @@ class Decoding:
             return self._rows(np.asarray(self._state.token)[None])
         if np.asarray(self._state.finished).all():
             raise StopIteration
-        begin = time.perf_counter()
         self._state, made = self._engine.decode(self._state, self._sampling)
-        self.decode_prepare_s = self.decode_prepare_s or time.perf_counter() - begin
         return self._rows(np.asarray(made))
 
     def _rows(self, made: np.ndarray) -> list[list[int]]:

@@ -1,7 +1,6 @@
 """Our own engine behind the generator's interface: chat messages in, text or its likelihood out."""
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -20,6 +19,7 @@ from rag.generate.drafting import Drafting, DraftPolicy, can_draft
 from rag.generate.engine import DecodeState, Decoding, Engine
 from rag.generate.likelihood import log_probs, next_log_probs
 from rag.generate.prefix_cache import PrefixCache
+from rag.measure import Clock
 from rag.models import chat_template, checkpoint, hub, llama, llama_checkpoint, tokenizer
 from rag.models.tokenizer import TextStream, Tokenizer
 from rag.ops import attention, flash, linear, native, rope, sampling, visibility
@@ -173,16 +173,16 @@ class LocalGenerator:
         stop: Sequence[str] = (),
     ) -> Iterator[str | Usage]:
         """Yield the answer's text as it is decoded, then its Usage. A stop string ends it and is left out."""
-        begin = time.perf_counter()
+        engine = self.engine  # the weights are read before the clock starts
+        begin, prefilled = Clock.now(), None
         prompt, state = self._start(messages, max_new_tokens, sampling, seed)
-        started_s = time.perf_counter() - begin
         if self._drafts is not None and can_draft(sampling):
-            decoding = Drafting(self.engine, state, prompt, self._drafts, started_s)
+            decoding = Drafting(engine, state, prompt, self._drafts)
         else:
-            decoding = Decoding(self.engine, state, sampling, started_s)
-        decoder, text, new_tokens, prefilled = TextStream(self.tokenizer), StoppedText(stop), 0, None
+            decoding = Decoding(engine, state, sampling)
+        decoder, text, new_tokens = TextStream(self.tokenizer), StoppedText(stop), 0
         for [tokens] in decoding:
-            prefilled = prefilled or time.perf_counter()
+            prefilled = prefilled or Clock.now()
             new_tokens += len(tokens)
             if piece := text.push("".join(map(decoder.push, tokens))):
                 yield piece
@@ -190,10 +190,9 @@ class LocalGenerator:
                 break
         if piece := text.push(decoder.finish()) + text.finish():
             yield piece
-        prefill_s = prefilled - begin - decoding.prefill_prepare_s
-        decode_s = time.perf_counter() - prefilled - decoding.decode_prepare_s
-        prepare_s = decoding.prefill_prepare_s + decoding.decode_prepare_s
-        yield Usage(len(prompt), new_tokens, prefill_s, decode_s, prepare_s)
+        prefill, decode = prefilled - begin, Clock.now() - prefilled
+        prepare_s = prefill.compiling + decode.compiling
+        yield Usage(len(prompt), new_tokens, prefill.working, decode.working, prepare_s)
 
     def _start(
         self, messages: Sequence[Message], max_new_tokens: int, sampling: Sampling, seed: int

@@ -23,6 +23,7 @@ from rag.index import rescore
 from rag.index.audit import Audit, audit
 from rag.index.dense import DenseIndex
 from rag.index.growing import Growing, bucket
+from rag.measure import Work
 from rag.types import UserError
 
 _PLANES = 4
@@ -55,7 +56,10 @@ class Binary:
 
 
 class BinaryIndex:
-    """A DenseIndex and one bit of each entry: nearly the same results, for few queries in a small part of the time."""
+    """A DenseIndex and one bit of each entry: nearly the same results, for few queries in a small part of the time.
+
+    `work` is what the latest search did, padding left out; counting bits is none of its operations.
+    """
 
     def __init__(self, vectors: Float32[np.ndarray, "N E"], options: Binary | None = None):
         self.options = options or Binary()
@@ -67,6 +71,7 @@ class BinaryIndex:
         parts = parts or [self._coded(vectors)]
         bits, factors = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
         self._bits, self._factors = Growing(jnp.asarray(bits), axis=1), Growing(jnp.asarray(factors))
+        self.work = Work()
         self._calibrated: dict[int, tuple[int, int]] = {}  # k -> the length then, and the candidates found
         if self._scans(self.options.k):
             self.candidates(self.options.k)
@@ -90,7 +95,9 @@ class BinaryIndex:
         approximate = 0 < len(queries) < _MANY and self._scans(k)
         candidates = self.candidates(k) if approximate else len(self)
         if 4 * candidates >= len(self):
-            return self.exact.search(queries, k)
+            found = self.exact.search(queries, k)
+            self.work = self.exact.work
+            return found
         padded = rescore.padded(queries, bucket(len(queries), 1))
         scores, ids = _search(
             self.exact.rows,
@@ -101,6 +108,9 @@ class BinaryIndex:
             k=k,
             candidates=candidates,
         )
+        codes = self.nbytes - self.exact.nbytes  # read anew for each query
+        self.work = Work(codes * len(queries), codes)
+        self.work += rescore.work(self.exact.dim, candidates, len(queries))
         return np.array(scores[: len(queries)]), np.array(ids[: len(queries)])
 
     def _scans(self, k: int) -> bool:

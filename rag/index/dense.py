@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from rag.index import rescore
 from rag.index.growing import Growing, bucket
-from rag.measure import cpu_flags
+from rag.measure import Work, cpu_flags
 from rag.types import UserError
 
 _BATCH = 1024  # queries of one call to XLA, unless their maxima would take more than
@@ -136,12 +136,13 @@ def _prove_pieces(
     live: Int[Array, ""],
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"], Bool[Array, "Q"]]:
     bounds = jnp.concatenate(maxima, axis=1)
-    options = {
-        "k": k,
-        "group": _GROUP,
-        "groups": k + k // 2 + 8,
-    }  # as far as rounding lets rows change places
+    options = {"k": k, "group": _GROUP, "groups": _groups_to_prove(k)}
     return rescore.best_of_groups(vectors, queries, bounds, slack, live, **options)
+
+
+def _groups_to_prove(k: int) -> int:
+    """As far as rounding lets rows change places."""
+    return k + k // 2 + 8
 
 
 class Rounded(NamedTuple):
@@ -164,11 +165,13 @@ def _rounded(blocks: Sequence[Float[Array, "_ E"]]) -> Float32[Array, "2"]:
 class DenseIndex:
     """Vectors on the device, searched in batches of few shapes, so that few programs are ever compiled.
 
-    A float32 matrix is not copied on CPU, even a read-only memory map; it must not change meanwhile.
+    A float32 matrix is not copied on CPU, even a read-only memory map; it must not change meanwhile. `work` is what the
+    latest search did, padding left out.
     """
 
     def __init__(self, vectors: Float32[np.ndarray, "N E"]):
         self._rows = Growing(jax.device_put(vectors, may_alias=True))
+        self.work = Work()
 
     def __len__(self) -> int:
         return self._rows.live
@@ -195,7 +198,7 @@ class DenseIndex:
         UserError for queries of another width, for NaN or infinity in them, and for k < 1.
         """
         rescore.check_queries(queries, self.dim, k)
-        k = min(k, len(self))
+        self.work, k = Work(), min(k, len(self))
         if not len(queries):
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int32)
         size = self._batch
@@ -221,10 +224,15 @@ class DenseIndex:
 
     def _search_in_full(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         padded, live = rescore.padded(queries, bucket(len(queries), 1)), np.int32(len(self))
-        if self._blocks and _by_groups(len(self), len(padded), k):
+        grouped = _by_groups(len(self), len(padded), k)
+        if self._blocks and grouped:
             found = _search_pieces(self.rows, padded, self._maxima(padded, half=False), k, live)
         else:
             found = search(self.rows, padded, k, live)
+        scan = 2 * self.nbytes // 4 * len(queries)
+        passes = 1 if grouped else -(-len(queries) // _FEW)
+        self.work += Work(passes * self.nbytes, self.nbytes, float32=scan)
+        self.work += rescore.work(self.dim, (_GROUP if grouped else 1) * (k + _SPARE), len(queries))
         return tuple(np.array(part[: len(queries)]) for part in jax.device_get(found))
 
     def _prove(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -239,6 +247,8 @@ class DenseIndex:
         slack = error * worst.length + length * (worst.error + rescore.rounding(self.dim) * worst.length)
         maxima = self._maxima(padded, half=True)
         found = _prove_pieces(self.rows, padded, maxima, slack.astype(np.float32), k, live)
+        self.work += Work(self.nbytes, self.nbytes, bfloat16=2 * self.nbytes // 4 * len(queries))
+        self.work += rescore.work(self.dim, _GROUP * _groups_to_prove(k), len(queries))
         return tuple(np.array(part[: len(queries)]) for part in jax.device_get(found))
 
     def _maxima(self, queries: np.ndarray, half: bool) -> list[Float32[Array, "Q _"]]:

@@ -19,6 +19,7 @@ from rag.index import rescore
 from rag.index.audit import Audit, audit
 from rag.index.dense import DenseIndex
 from rag.index.growing import Growing, bucket
+from rag.measure import Work
 from rag.types import UserError
 
 _MANY = 32  # queries from which exact search is as fast
@@ -42,7 +43,10 @@ class Prefix:
 
 
 class PrefixIndex:
-    """A DenseIndex and the first dimensions of its vectors: most of the same results, with less reading."""
+    """A DenseIndex and the first dimensions of its vectors: most of the same results, with less reading.
+
+    `work` is what the latest search did, padding left out.
+    """
 
     def __init__(self, vectors: Float32[np.ndarray, "N E"], options: Prefix | None = None):
         self.options = options or Prefix()
@@ -53,6 +57,7 @@ class PrefixIndex:
             )
         self.exact = DenseIndex(vectors)
         self._prefixes = Growing(jnp.asarray(self._cut(vectors)))
+        self.work = Work()
 
     def __len__(self) -> int:
         return len(self.exact)
@@ -72,12 +77,17 @@ class PrefixIndex:
         rescore.check_queries(queries, self.exact.dim, k)
         candidates = max(k, self.options.candidates)
         if not 0 < len(queries) < _MANY or candidates >= len(self):
-            return self.exact.search(queries, k)
+            found = self.exact.search(queries, k)
+            self.work = self.exact.work
+            return found
         padded = rescore.padded(queries, bucket(len(queries), 1))
         rows, prefixes = self.exact.rows, self._prefixes.values
         found = _search(
             rows, prefixes, padded, self._cut(padded), np.int32(len(self)), k=k, candidates=candidates
         )
+        scan = self.nbytes - self.exact.nbytes
+        self.work = Work(scan, scan, float32=2 * scan // 4 * len(queries))
+        self.work += rescore.work(self.exact.dim, candidates, len(queries))
         scores, ids = (np.array(part[: len(queries)]) for part in found)
         return scores, ids
 

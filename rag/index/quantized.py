@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int8
 from rag.index import rescore
 from rag.index.dense import DenseIndex
 from rag.index.growing import Growing, bucket
+from rag.measure import Work
 from rag.ops import native
 from rag.ops.linear import by_digits, quantize
 from rag.types import UserError
@@ -50,7 +51,10 @@ def most_queries(dim: int) -> int:
 
 
 class Int8Index:
-    """A DenseIndex and its vectors in 8 bits: the same results, for few queries in a part of the time."""
+    """A DenseIndex and its vectors in 8 bits: the same results, for few queries in a part of the time.
+
+    `work` is what the latest search did, padding left out.
+    """
 
     def __init__(self, vectors: Float32[np.ndarray, "N E"], options: Int8Scan | None = None):
         self.options = options or Int8Scan()
@@ -60,6 +64,7 @@ class Int8Index:
         codes, scales, errors = (np.concatenate(part) for part in zip(*parts, strict=True))
         self._codes, self._scales, self._errors = (Growing(jnp.asarray(x)) for x in (codes, scales, errors))
         self._length = _longest(vectors)
+        self.work = Work()
 
     def __len__(self) -> int:
         return len(self.exact)
@@ -86,15 +91,19 @@ class Int8Index:
         rescore.check_queries(queries, self.exact.dim, k)
         few = 0 < len(queries) <= most_queries(self.exact.dim)
         if not few or len(self) < 4 * _GROUP * (k + self.options.candidates):
-            return *self.exact.search(queries, k), np.zeros(len(queries), bool)
+            found = self.exact.search(queries, k)
+            self.work = self.exact.work
+            return *found, np.zeros(len(queries), bool)
         scores, ids, proven = self._scan(queries, k)
         if not proven.all():
             scores[~proven], ids[~proven] = self.exact.search(queries[~proven], k)
+            self.work += self.exact.work
         return scores, ids, proven
 
     def _scan(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         padded = rescore.padded(queries, bucket(len(queries), 1))
         lengths, slack = _slack(padded, self._length)
+        by_native = native.has_tiles(self.exact.dim)
         found = _search(
             self.exact.rows,
             (self._codes.values, self._scales.values, self._errors.values),
@@ -103,8 +112,13 @@ class Int8Index:
             np.int32(len(self)),
             k=k,
             groups=k + self.options.candidates,
-            by_native=native.has_tiles(self.exact.dim),
+            by_native=by_native,
         )
+        dim, read = self.exact.dim, self.nbytes - self.exact.nbytes
+        scan = 2 * len(self) * dim * len(queries)
+        digits = not by_native or native.digits(len(padded), dim)  # two products
+        self.work = Work(read, read, int8=2 * scan) if digits else Work(read, read, float32=scan)
+        self.work += rescore.work(dim, _GROUP * (k + self.options.candidates), len(queries))
         return tuple(np.array(part[: len(queries)]) for part in jax.device_get(found))
 
     def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
 from rag.index.growing import LEAST
+from rag.measure import Work
 from rag.ops.topk import best_members, members, two_level_top_k
 from rag.types import UserError
 
@@ -118,6 +119,12 @@ def in_blocks(
     blocks = [array.reshape(len(array) // size, size, *array.shape[1:]) for array in padded]
     found = jax.lax.map(lambda block: search(*block), blocks)
     return tuple(jax.lax.collapse(array, 0, 2)[:count] for array in found)
+
+
+def work(dim: int, candidates: int, queries: int) -> Work:
+    """What scoring so many candidates of each query exactly comes to."""
+    read = 4 * dim * candidates
+    return Work(read * queries, read, float32=2 * dim * candidates * queries)
 
 
 def rounding(dim: int) -> float:

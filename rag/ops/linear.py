@@ -63,6 +63,19 @@ def quantize(weight: Float[Array, "N M"]) -> tuple[Int8[Array, "N M"], Float32[A
     return values.astype(jnp.int8), scale
 
 
+def product_type(rows: int, width: int, *, by_native: bool = False, x_dtype: str = "float32") -> str:
+    """The type in which `linear` multiplies rows of `width` inputs by an int8 weight; "int8" is by two digits."""
+    if by_native:
+        return "int8" if native.digits(rows, width) else "float32"
+    if jax.default_backend() != "cpu":
+        return x_dtype
+    if rows == 1 and not _multiplies("vnni", "amx_int8"):
+        return "float32"
+    if rows <= _FEW:
+        return "int8"
+    return "bfloat16" if _multiplies("bf16") else "float32"  # both hold int8 exactly
+
+
 def _int8(
     x: Float[Array, "R M"], values: Int8[Array, "N M"], scale: Float32[Array, "N"]
 ) -> Float32[Array, "R N"]:
@@ -71,15 +84,12 @@ def _int8(
 
 
 def _product(x: Float[Array, "R M"], values: Int8[Array, "N M"]) -> Float32[Array, "R N"]:
-    if jax.default_backend() != "cpu":
-        return _dot(x, values.astype(x.dtype), jnp.float32)
-    rows = len(x)
-    if rows == 1 and not _multiplies("vnni", "amx_int8"):
-        return x.astype(jnp.float32) @ values.astype(jnp.float32).T  # XLA converts as it reads
-    if rows <= _FEW:
+    kind = product_type(*x.shape, x_dtype=str(x.dtype))
+    if kind == "int8":
         return by_digits(x.astype(jnp.float32), values)
-    wide = jnp.bfloat16 if _multiplies("bf16") else jnp.float32  # holds int8 exactly
-    return _dot(x.astype(wide), values.astype(wide), jnp.float32)
+    if len(x) == 1 and kind == "float32":
+        return x.astype(jnp.float32) @ values.astype(jnp.float32).T  # XLA converts as it reads
+    return _dot(x.astype(kind), values.astype(kind), jnp.float32)
 
 
 def by_digits(x: Float32[Array, "R M"], values: Int8[Array, "N M"]) -> Float32[Array, "R N"]:

@@ -70,6 +70,11 @@ def reads(tokens: int) -> bool:
     return has_tiles() or tokens <= FEW
 
 
+def digits(rows: int, width: int) -> bool:
+    """Whether `linear` multiplies so many rows of so many inputs by digits, two int8 products, and not in float32."""
+    return rows > 1 and has_tiles(width)
+
+
 @once
 def _loaded() -> ctypes.CDLL | None:
     if not _WANTED or jax.default_backend() != "cpu" or "avx2" not in cpu_flags():

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rag.cache import atomic_file
+from rag.evaluate.answers import lower_is_better
 from rag.evaluate.stats import Comparison
 from rag.report import plots
 from rag.report.page import Block, Bullets, Heading, Paragraph, Picture, Table, html, markdown
@@ -82,7 +83,8 @@ def _dataset(table: Standings, slug: str) -> Iterator[Block]:
     timed = [mark for mark in marks if mark.query_s]
     if timed:
         yield Heading(3, "Quality against cost")
-        picture = plots.pareto(timed, table.measure, confidence)
+        lower = lower_is_better(table.measure)
+        picture = plots.pareto(timed, table.measure, confidence, lower=lower)
         yield Picture(f"{slug}-pareto.png", picture, f"{shown} against the median time of a query")
         if len(timed) < len(table.runs):
             names = [table.name(run) for run in table.runs if not cost(run, "query_p50_s")]
@@ -94,7 +96,8 @@ def _dataset(table: Standings, slug: str) -> Iterator[Block]:
     }
     if panels:
         yield Heading(3, "Query by query")
-        picture = plots.win_loss(panels, table.measure, table.name(table.baseline))
+        lower = lower_is_better(table.measure)
+        picture = plots.win_loss(panels, table.measure, table.name(table.baseline), lower=lower)
         yield Picture(f"{slug}-queries.png", picture, f"{shown}: differences to the baseline, query by query")
     yield from _all_measures(table)
     yield from _answers(table)
@@ -221,7 +224,7 @@ def _all_measures(table: Standings) -> Iterator[Block]:
         row = [table.name(run)]
         for name in measures:
             found = table.comparisons[name].get(run.label)
-            row += [with_interval(run.means.get(name), run.intervals.get(name)), _marked(found, table)]
+            row += [with_interval(run.means.get(name), run.intervals.get(name)), _marked(found, name, table)]
         rows.append(row)
     yield Heading(3, "Every measure")
     yield Table(header, rows, frozenset({table.runs.index(table.baseline)}))
@@ -230,10 +233,10 @@ def _all_measures(table: Standings) -> Iterator[Block]:
     )
 
 
-def _marked(found: Comparison | None, table: Standings) -> str:
+def _marked(found: Comparison | None, measure: str, table: Standings) -> str:
     if found is None:
         return ""
-    mark = {"better": " ▲", "worse": " ▼"}.get(standing(found, table.options), "")
+    mark = {"better": " ▲", "worse": " ▼"}.get(standing(found, measure, table.options), "")
     return f"{difference(found.difference)}{mark}"
 
 
@@ -251,7 +254,8 @@ def _answers(table: Standings) -> Iterator[Block]:
                 rows.append([table.name(run), condition.replace("_", " "), *cells])
     if rows:
         yield Heading(3, "Answers")
-        yield Table(["system", "passages shown", *measures], rows)
+        named = [f"{name} (lower is better)" if lower_is_better(name) else name for name in measures]
+        yield Table(["system", "passages shown", *named], rows)
 
 
 def _losses(table: Standings, slug: str) -> Iterator[Block]:

@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import matplotlib
@@ -130,17 +130,18 @@ def _sample_legend(axes: Axes, marks: Sequence[Mark]) -> None:
 # --- quality against cost
 
 
-def front(marks: Sequence[Mark]) -> list[int]:
+def front(marks: Sequence[Mark], *, lower: bool = False) -> list[int]:
     """Positions of the marks that no other beats: none is as fast and better, or as good and faster.
 
-    Means over different queries do not compare, so a mark on a sample neither beats another nor counts.
+    Better is higher, or with `lower` lower. Means over different queries do not compare, so a mark on a sample neither
+    beats another nor counts.
     """
-    whole = [mark for mark in marks if not mark.sample]
+    whole, sign = [mark for mark in marks if not mark.sample], -1 if lower else 1
 
     def beaten(one: Mark) -> bool:
         return any(
             other.query_s <= one.query_s
-            and other.mean >= one.mean
+            and sign * other.mean >= sign * one.mean
             and (other.query_s, other.mean) != (one.query_s, one.mean)
             for other in whole
         )
@@ -148,9 +149,9 @@ def front(marks: Sequence[Mark]) -> list[int]:
     return [position for position, mark in enumerate(marks) if not mark.sample and not beaten(mark)]
 
 
-def pareto(marks: Sequence[Mark], measure: str, confidence: float) -> bytes:
-    """Mean measure against the median seconds of a query, which every mark must have: PNG bytes."""
-    best = set(front(marks))
+def pareto(marks: Sequence[Mark], measure: str, confidence: float, *, lower: bool = False) -> bytes:
+    """Mean measure (better when higher, or `lower`) against the median seconds of a query, of every mark: PNG bytes."""
+    best = set(front(marks, lower=lower))
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -244,8 +245,22 @@ def _leader(axes: Axes, point: np.ndarray, spot: Bbox) -> None:
 # --- query by query, and where quality is lost
 
 
-def win_loss(panels: Mapping[str, tuple[Sequence[float], Comparison]], measure: str, baseline: str) -> bytes:
-    """A small panel for each system: its differences to the baseline on common queries, sorted: PNG bytes."""
+def win_loss(
+    panels: Mapping[str, tuple[Sequence[float], Comparison]],
+    measure: str,
+    baseline: str,
+    *,
+    lower: bool = False,
+) -> bytes:
+    """A small panel for each system: its differences to the baseline on common queries, sorted: PNG bytes.
+
+    Higher is won; with `lower` the other way round, and the differences are drawn with the other sign.
+    """
+    if lower:
+        panels = {
+            name: ([-value for value in values], replace(found, wins=found.losses, losses=found.wins))
+            for name, (values, found) in panels.items()
+        }
     columns = min(4, len(panels))
     lines = math.ceil(len(panels) / columns)
     largest = max(abs(value) for values, _ in panels.values() for value in values) or 1.0
@@ -257,7 +272,11 @@ def win_loss(panels: Mapping[str, tuple[Sequence[float], Comparison]], measure: 
             axes.set_ylim(-1.05 * largest, 1.05 * largest)
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
-        figure.supylabel(f"{measure} minus that of {shortened(baseline, 30)}", fontsize=9)
+        other = shortened(baseline, 30)
+        difference = (
+            f"{measure} of {other} minus the system's" if lower else f"{measure} minus that of {other}"
+        )
+        figure.supylabel(difference, fontsize=9)
         figure.supxlabel("queries, from most won to most lost", fontsize=9)
 
     return png(0.6 + 1.65 * lines, draw, width=max(4.6, _WIDTH * columns / 4))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rag.evaluate import stats
+from rag.evaluate.answers import lower_is_better
 from rag.evaluate.stats import Comparison, Statistics
 from rag.report.plots import Standing
 from rag.report.results import Run
@@ -44,14 +45,15 @@ class Standings:
 
     def standing(self, run: Run) -> Standing:
         """Whether the run differs from the baseline on the main measure, after Holm's correction."""
-        return "baseline" if run is self.baseline else standing(self.comparison(run), self.options)
+        own = self.comparison(run)
+        return "baseline" if run is self.baseline else standing(own, self.measure, self.options)
 
 
-def standing(comparison: Comparison | None, options: Statistics) -> Standing:
-    """ "better" or "worse" if the corrected p is below the level, otherwise "open"."""
+def standing(comparison: Comparison | None, measure: str, options: Statistics) -> Standing:
+    """ "better" or "worse" by a measure if the corrected p is below the level, otherwise "open"."""
     if comparison is None or comparison.p_holm >= 1 - options.confidence:
         return "open"
-    return "better" if comparison.difference > 0 else "worse"
+    return "better" if (comparison.difference > 0) != lower_is_better(measure) else "worse"
 
 
 def standings(
@@ -110,7 +112,7 @@ def _stand(
     runs, baseline = list(measured.values()), measured[baseline.label]
     main = _main_measure(runs, measure)
     measures = dict.fromkeys([main, *(name for run in runs for name in run.means if "/" not in name)])
-    ranked = sorted(runs, key=lambda run: -_or_least(run.means.get(main)))
+    ranked = sorted(runs, key=lambda run: _rank(run.means.get(main), main))
     return Standings(
         dataset=dataset,
         runs=ranked,
@@ -124,8 +126,11 @@ def _stand(
     )
 
 
-def _or_least(value: float | None) -> float:
-    return float("-inf") if value is None else value
+def _rank(value: float | None, measure: str) -> float:
+    """Sorts the best first, and what has no value last."""
+    if value is None:
+        return float("inf")
+    return value if lower_is_better(measure) else -value
 
 
 def asked(run: Run) -> int:

@@ -5,7 +5,6 @@ and written in YAML. All that is large or loaded lives here instead, and is shar
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
@@ -23,7 +22,7 @@ from rag.index.audit import VectorIndex, VectorSearch
 from rag.index.lexical import LexicalIndex
 from rag.index.memory import MemoryIndex
 from rag.index.store import Index
-from rag.measure import compile_seconds
+from rag.measure import Clock
 from rag.memo import Memo, code_version, version_of
 from rag.types import Chunk, Hit
 
@@ -121,10 +120,10 @@ class Collection:
     @contextmanager
     def _building(self) -> Iterator[None]:
         """Count the block as making an index, not as part of the search that first needs it."""
-        begin, compiled = time.perf_counter(), compile_seconds()
+        begin = Clock.now()
         with self.memo.apart() if self.memo else nullcontext():
             yield
-        self.build_s += time.perf_counter() - begin - (compile_seconds() - compiled)
+        self.build_s += (Clock.now() - begin).working
 
     def chunks(self) -> list[Chunk]:
         """All of the index's chunks, in the order of their numbers."""

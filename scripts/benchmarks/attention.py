@@ -82,7 +82,7 @@ def _ours(
 
 
 def _figures(timing: Timing, flop: int, temporary: int | None) -> dict[str, float]:
-    figures = {"ms": 1000 * timing.median, "GFLOP/s": flop / timing.median / 1e9}
+    figures = {"ms": 1000 * timing.median, "float32 GFLOP/s": flop / timing.median / 1e9}
     return figures if temporary is None else figures | {"temp MiB": temporary / 2**20}
 
 

@@ -20,18 +20,15 @@ from typing import Any
 import numpy as np
 
 from rag.embed import BertEmbedder
-from rag.measure import Row, Timing, alternate, cores, ratio
+from rag.measure import Row, Timing, Work, alternate, cores, ratio
 from rag.models import hub
+from rag.ops import native
+from rag.ops.linear import product_type
 
 Encode = Callable[[list[str]], np.ndarray]  # texts -> unit vectors, N x E
 
 _TORCH, _ONNX = "sentence-transformers", "ONNX Runtime int8"
 _DOCUMENTS = Path(__file__).parents[2] / "data" / "sample" / "documents"
-_RATE = {
-    "float32": "GFLOP/s",
-    "bfloat16": "bfloat16 GFLOP/s",
-    "int8": "bfloat16 GFLOP/s",
-}  # int8 is multiplied so
 
 
 @dataclass(frozen=True)
@@ -79,16 +76,25 @@ class Embed:
             | {"min cosine": float(np.sum(vectors["float32"] * vectors[name], axis=1).min())}
             for name, timing in timings.items()
         }
-        work = operations(lengths, spec["config"]) / 1e9
         return [
             Row(
                 f"{name}, {len(texts)} texts, {sum(lengths)} tokens",
-                figures[name] | {_RATE[name]: work / timings[name].median},
+                figures[name] | self._work(ours[name], name, lengths).rates(timings[name]),
                 {peer: figures[peer] for peer in peers},
                 {peer: ratio(timings[name], timings[peer]) for peer in peers},
             )
             for name in self.dtypes
         ]
+
+    def _work(self, embedder: BertEmbedder, dtype: str, lengths: list[int]) -> Work:
+        """The products with the weights in the type that they are multiplied in, those of attention in float32."""
+        projections, attention = operations(lengths, embedder.spec["config"])
+        rows, width = self.tokens_per_batch, embedder.spec["config"]["hidden_size"]
+        kind, times = dtype, 1
+        if dtype == "int8":
+            kind = product_type(rows, width, by_native=native.has_tiles(width))
+            times = 2 if kind == "int8" else 1  # two digits
+        return Work(float32=attention) + Work(**{kind: times * projections})
 
 
 def mixed_texts(count: int, median_words: int, spread: float) -> list[str]:
@@ -102,11 +108,11 @@ def mixed_texts(count: int, median_words: int, spread: float) -> list[str]:
     return texts
 
 
-def operations(lengths: list[int], config: dict[str, Any]) -> int:
-    """Of the encoder's matrix products, two for each multiply-add: six projections a token, two products a pair."""
+def operations(lengths: list[int], config: dict[str, Any]) -> tuple[int, int]:
+    """Of the encoder's matrix products, two for each multiply-add: six projections a token, and two products a pair."""
     width, inner, layers = (config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     projections = sum(lengths) * (4 * width * width + 2 * width * inner)
-    return 2 * layers * (projections + 2 * width * sum(n * n for n in lengths))
+    return 2 * layers * projections, 2 * layers * 2 * width * sum(n * n for n in lengths)
 
 
 def _figures(timing: Timing, lengths: list[int]) -> dict[str, float]:

@@ -5,14 +5,13 @@ first, so that what compiles or starts up does not count; what still compiles is
 prompt shares with the one before, as it does by itself.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks import grounded
 from benchmarks.peers import LLAMA_CPP, LlamaCppGenerator, open_llama_cpp
 from rag.generate.local import LocalGenerator
-from rag.measure import Row, compile_seconds
+from rag.measure import Clock, Row
 from rag.models import hub
 from rag.types import Message, Usage, UserError
 
@@ -78,12 +77,12 @@ def timed(
 ) -> dict[str, float]:
     """Seconds for all of `asked`, after `before`, with what compiling took of them, and the answers' characters."""
     answer(before)
-    compiled, begin = compile_seconds(), time.perf_counter()
+    begin = Clock.now()
     answers = answer(asked)
-    seconds = time.perf_counter() - begin
+    taken = Clock.now() - begin
     return {
-        "seconds": seconds,
-        "of these compiling": compile_seconds() - compiled,
+        "seconds": taken.wall,
+        "of these compiling": taken.compiling,
         "characters": sum(map(len, answers)),
     }
 

@@ -1,9 +1,9 @@
 """Reading a prompt and writing an answer: our engine beside llama.cpp, same file, same token ids, all cores.
 
 Prefill is timed to the first new token, decode from there to the last; both decode greedily to the exact budget.
-GFLOP/s count the matrix products with the weights (attention, and the logits of all tokens but the last, are left
-out), GB/s the weights, which decode reads once a token. The last cases are answers from passages, which end where the
-model ends them: there drafting from the passages has something to copy.
+Operations are those of the matrix products with the weights, in the type that they are multiplied in (attention and
+logits are left out), bytes those of the weights, which decode reads once a token. The last cases are answers from
+passages, which end where the model ends them: there drafting from the passages has something to copy.
 """
 
 import time
@@ -16,10 +16,13 @@ import numpy as np
 from benchmarks import grounded
 from benchmarks.peers import LlamaCpp, LlamaCppGenerator, llama_cpp_peers
 from rag.generate import Generator
+from rag.generate.engine import bucket
 from rag.generate.local import LocalGenerator
-from rag.measure import Figure, Row, Spread, cpu_flags
+from rag.measure import READ_RATE, WORKING_SET, Figure, Row, Spread
 from rag.models import hub
 from rag.models.llama import Llama
+from rag.ops import native
+from rag.ops.linear import product_type
 from rag.types import Message, UserError
 
 Write = Callable[[list[int], int], Iterator[int]]  # prompt, new tokens -> how many came together, each time
@@ -85,19 +88,20 @@ class Generate:
         return seconds
 
     def _prefill(
-        self, seconds: Seconds, dtype: str, peers: dict[str, LlamaCpp], size: int, work: "Work"
+        self, seconds: Seconds, dtype: str, peers: dict[str, LlamaCpp], size: int, work: "Weights"
     ) -> Row:
         rates = {name: Spread.of([size / prefill for prefill, _ in taken]) for name, taken in seconds.items()}
-        flops = {work.unit: _scaled(rates[dtype], work.flop / 1e9)}
+        unit, flop = work.products(size)
+        flops = {unit: _scaled(rates[dtype], flop / 1e9)}
         return _row(f"prefill {size}, {dtype}", rates, dtype, flops, {name: {} for name in peers})
 
     def _decode(
-        self, seconds: Seconds, dtype: str, peers: dict[str, LlamaCpp], size: int, work: "Work"
+        self, seconds: Seconds, dtype: str, peers: dict[str, LlamaCpp], size: int, work: "Weights"
     ) -> Row:
         count = self.new_tokens - 1
         rates = {name: Spread.of([count / decode for _, decode in taken]) for name, taken in seconds.items()}
-        read = {"GB/s": _scaled(rates[dtype], work.nbytes / 1e9)}
-        theirs = {name: {"GB/s": _scaled(rates[name], model.nbytes / 1e9)} for name, model in peers.items()}
+        read = _reading(rates[dtype], work.nbytes)
+        theirs = {name: _reading(rates[name], model.nbytes) for name, model in peers.items()}
         return _row(f"decode at {size}, {dtype}", rates, dtype, read, theirs)
 
     def _grounded(self, ours: dict[str, LocalGenerator], peers: dict[str, LlamaCpp]) -> list[Row]:
@@ -139,23 +143,32 @@ class Generate:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Weights:
     """What a model's weights ask for: FLOP of a prompt's token, bytes of a decoded one."""
 
     flop: int
     nbytes: int
-    unit: str  # the rate's name, by the kind of product that prefill's are: it decides the roof
+    dtype: str
+    width: int  # M
+    native: bool  # whether rag.ops.native may read prompts
+
+    def products(self, tokens: int) -> tuple[str, int]:
+        """What a rate of so many tokens is called, by the type that is multiplied in, and a token's operations."""
+        if self.dtype != "int8":
+            return f"{self.dtype} GFLOP/s", self.flop
+        rows = bucket(tokens)
+        kind = product_type(rows, self.width, by_native=self.native and native.reads(rows))
+        return ("int8 GOP/s", 2 * self.flop) if kind == "int8" else (f"{kind} GFLOP/s", self.flop)
 
 
-def work_of(model: Llama, dtype: str) -> Work:
+def work_of(model: Llama, dtype: str) -> Weights:
     """Norms count nothing, an embedding that is not the output head is not read through."""
     leaves = jax.tree.leaves(model)
     vocab = model.config.vocab_size
     tables = [leaf for leaf in leaves if leaf.ndim == 2 and leaf.shape[0] == vocab]
     flop = 2 * (sum(leaf.size for leaf in leaves if leaf.ndim == 2) - sum(table.size for table in tables))
     nbytes = sum(leaf.nbytes for leaf in leaves) - sum(table.nbytes for table in tables[1:])
-    wide = dtype != "float32" and (jax.default_backend() != "cpu" or "bf16" in " ".join(cpu_flags()))
-    return Work(flop, nbytes, "bfloat16 GFLOP/s" if wide else "GFLOP/s")
+    return Weights(flop, nbytes, dtype, model.config.hidden_size, model.native)
 
 
 def timed(write: Write, prompt: list[int], new_tokens: int) -> tuple[float, float]:
@@ -191,6 +204,11 @@ def _answer_rate(
     """Tokens a second after the first one; None for an answer that is too short to have a rate."""
     *_, usage = generator.stream(prompt, max_new_tokens=budget)
     return None if usage.new_tokens < 8 else (usage.new_tokens - 1) / usage.decode_s
+
+
+def _reading(rate: Spread, nbytes: int) -> dict[str, Figure]:
+    """The figures of reading so many bytes for each token."""
+    return {WORKING_SET: nbytes / 1e6, READ_RATE: _scaled(rate, nbytes / 1e9)}
 
 
 def _scaled(rate: Spread, factor: float) -> Spread:

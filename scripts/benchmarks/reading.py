@@ -23,7 +23,7 @@ from rag.evaluate.run import chunk_all, collect, others
 from rag.evaluate.stats import Statistics, intervals, randomisation
 from rag.generate.local import LocalGenerator, StoppedText
 from rag.ingest.chunk import WholeChunker
-from rag.measure import Row, compile_seconds, cores
+from rag.measure import Clock, Row, cores
 from rag.models import hub
 from rag.models.tokenizer import TextStream, Tokenizer
 from rag.pipeline import AnswerOptions, Reader, fit, relevant
@@ -113,17 +113,18 @@ class Reading:
 
     def _ours(self, generator: LocalGenerator, tasks: Sequence[Task]) -> Outcome:
         _ = generator.engine  # reads the weights
-        compiled, begin = compile_seconds(), time.perf_counter()
+        begin = Clock.now()
         conversations = [task.messages for task in tasks]
         texts = generator.generate(conversations, max_new_tokens=self.max_new_tokens, stop=self.stop)
-        answered = time.perf_counter()
+        answered = Clock.now()
         scores = generator.log_likelihood([(task.messages, task.gold[0]) for task in tasks])
+        scored = Clock.now()
         return Outcome(
             texts,
             [score.total for score in scores],
-            answered - begin,
-            time.perf_counter() - answered,
-            compile_seconds() - compiled,
+            (answered - begin).wall,
+            (scored - answered).wall,
+            (scored - begin).compiling,
         )
 
     def _room(self, generator: LocalGenerator, tasks: Sequence[Task]) -> int:

@@ -2,8 +2,9 @@
 
 FAISS multiplies matrices only where queries x dimensions reach faiss.cvar.distance_compute_blas_threshold, by
 default 128,000; `faiss tuned` has that at 1. Recall is counted against float64, on as many of the queries as
-`checked` says: of the k returned, how many score no less than the true k-th. GFLOP/s and GB/s are those of
-exact scores, 2 N Q E operations on N E floats, whatever was computed in their place.
+`checked` says: of the k returned, how many score no less than the true k-th. Of ours the operations and the bytes
+read are what the index says that it did: codes and what was scored exactly after them, products in the type that
+they were computed in. FAISS's are 2 N Q E operations in float32 on N E floats read once, the least that it can do.
 
 Letters: N vectors, Q queries, E embedding dim.
 """
@@ -21,7 +22,7 @@ from rag.index.binary import Binary, BinaryIndex
 from rag.index.dense import DenseIndex
 from rag.index.quantized import Int8Index
 from rag.index.store import Index
-from rag.measure import Row, Timing, alternate, cores, ratio
+from rag.measure import Row, Work, alternate, cores, ratio
 
 Find = Callable[[np.ndarray, int], np.ndarray]  # queries [Q, E], k -> ids [Q, k]
 
@@ -67,9 +68,12 @@ class Search:
         finders = ours.finders(len(questions)) | peers
         calls = {name: (lambda find=find: find(questions, k)) for name, find in finders.items()}
         timings = alternate(calls, repeats=self.repeats)
+        least = Work(vectors.nbytes, vectors.nbytes, float32=2 * vectors.size * len(questions))
+        work = dict.fromkeys(peers, least) | ours.work(len(questions))
         few, case = questions[: self.checked], f"N={len(vectors)} E={vectors.shape[1]} k={k}"
         figures = {
-            name: _figures(timings[name], vectors, len(questions))
+            name: {"ms": timings[name].times(1000)}
+            | work[name].rates(timings[name])
             | {"recall": _recall(vectors, few, kth[: len(few)], find(few, k))}
             for name, find in finders.items()
         }
@@ -92,28 +96,26 @@ class _Ours:
             BinaryIndex(vectors, options),
         )
 
-    def finders(self, queries: int) -> dict[str, Find]:
+    def _ways(self, queries: int) -> dict[str, DenseIndex | Int8Index | BinaryIndex]:
         """Those that search so many queries in ways of their own."""
-        ways = {"exact": self.exact, "int8": self.int8, "1 bit": self.binary}
+        exact = {"exact": self.exact}
+        return exact | {"int8": self.int8, "1 bit": self.binary} if queries <= _FEW else exact
+
+    def finders(self, queries: int) -> dict[str, Find]:
         return {
             name: (lambda asked, k, index=index: index.search(asked, k)[1])
-            for name, index in ways.items()
-            if name == "exact" or queries <= _FEW
+            for name, index in self._ways(queries).items()
         }
+
+    def work(self, queries: int) -> dict[str, Work]:
+        """What the latest search did by each of the ways for so many queries."""
+        return {name: index.work for name, index in self._ways(queries).items()}
 
     def extra(self, way: str, questions: np.ndarray, k: int) -> dict[str, float | int]:
         """What there is to say of one way beside its speed."""
         if way == "int8":
             return {"proven": float(self.int8.search_with_proof(questions, k)[2].mean())}
         return {"candidates": self.binary.candidates(k)} if way == "1 bit" else {}
-
-
-def _figures(timing: Timing, vectors: np.ndarray, queries: int) -> dict[str, object]:
-    return {
-        "ms": timing.times(1000),
-        "GFLOP/s": timing.rate(2 * vectors.size * queries / 1e9),
-        "GB/s": timing.rate(vectors.nbytes / 1e9),
-    }
 
 
 def _stored(path: Path) -> Float32[np.ndarray, "N E"]:
