@@ -368,6 +368,7 @@ def _modules_of(thing: Any) -> Iterator[str]:
         case None | str() | bytes() | bool() | int() | float():
             return
         case type():
+            _check_current(thing)
             yield from (kind.__module__ for kind in thing.__mro__ if kind.__module__ != "builtins")
             return
         case list() | tuple():
@@ -383,6 +384,18 @@ def _modules_of(thing: Any) -> Iterator[str]:
             yield thing.__module__
             yield from _modules_of(type(getattr(thing, "__self__", None)))
     yield from _modules_of(type(thing))
+
+
+def _check_current(kind: type) -> None:
+    """UserError for a class of a module that was loaded again since: the code that runs is no longer in its file."""
+    found: Any = sys.modules.get(kind.__module__)
+    for name in kind.__qualname__.split("."):
+        found = getattr(found, name, None)
+    named = (kind.__module__, kind.__qualname__)
+    if isinstance(found, type) and found is not kind and (found.__module__, found.__qualname__) == named:
+        raise UserError(
+            f"{'.'.join(named)} was loaded again after this one was made: make it anew, so that it is what its file says."
+        )
 
 
 def _each(things: Iterable[Any]) -> Iterator[str]:
