@@ -394,7 +394,7 @@ def _check_current(kind: type) -> None:
     named = (kind.__module__, kind.__qualname__)
     if isinstance(found, type) and found is not kind and (found.__module__, found.__qualname__) == named:
         raise UserError(
-            f"{'.'.join(named)} was loaded again after this one was made: make it anew, so that it is what its file says."
+            f"{'.'.join(named)} was loaded again after this one was made: make it anew, as its file now says."
         )
 
 

@@ -148,7 +148,7 @@ def quantized(module: M) -> M:
     """The module with the weight of every layer that has a place for a scale made int8 (rag.ops.linear.quantize)."""
     for _, layer in nnx.iter_modules(module):
         if hasattr(layer, "scale"):
-            values, scale = quantize(layer.weight[...])
+            values, scale = quantize(jax.numpy.asarray(layer.weight[...]))
             layer.weight, layer.scale = nnx.Param(values), nnx.Param(scale)
     return module
 
