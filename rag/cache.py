@@ -82,13 +82,13 @@ def _tagged(value: object) -> tuple[bytes, bytes]:
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes (64 hex digits), remembered by path, size, mtime and inode.
+    """SHA-256 of a file's bytes (64 hex digits), remembered by path, size, mtime, ctime and inode.
 
     A large file is read once; a changed or replaced one is read again. Raises OSError when it cannot be read.
     """
     path = Path(path).resolve()
     stat = path.stat()
-    memory = cache_root() / "sha256" / content_key(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    memory = cache_root() / "sha256" / content_key(str(path), *_stamp(stat), stat.st_ino)
     with contextlib.suppress(FileNotFoundError):
         return json.loads(memory.read_text())["sha256"]
     digest = hashlib.sha256()
@@ -96,12 +96,17 @@ def file_sha256(path: str | Path) -> str:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     after = path.stat()
-    unchanged = (after.st_size, after.st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-    if unchanged and time.time_ns() - stat.st_mtime_ns > _RACY_NS:
+    changed_ns = max(stat.st_mtime_ns, stat.st_ctime_ns)
+    if _stamp(after) == _stamp(stat) and time.time_ns() - changed_ns > _RACY_NS:
         # A cache that cannot be written (read-only, full) costs the next start a reading, and no more.
         with contextlib.suppress(OSError), atomic_file(memory, "w") as file:
             json.dump({"path": str(path), "sha256": digest.hexdigest()}, file)
     return digest.hexdigest()
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int, int]:
+    """What tells that a file was written to; the mtime alone can be set to what it was."""
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 @contextlib.contextmanager

@@ -18,18 +18,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Float32, Float64, Int
 
 from rag import cache
-from rag.models import bert, bert_checkpoint, checkpoint, hub, tokenizer
-from rag.ops import attention, flash, linear, native, visibility
+from rag.models import bert, bert_checkpoint, hub
 from rag.types import UserError
 
-BERT_VERSION = 1  # part of fingerprints: raise it when the same weights begin to give other vectors
+# Part of fingerprints, by which an index on disk knows its embedder, whatever the code: raise one when the same
+# weights begin to give other vectors, which do not compare with an index's. Kept results need neither (rag.closure).
+BERT_VERSION = 1
 BAG_OF_WORDS_VERSION = 1
 
 Progress = Callable[[int], None]  # texts done so far
@@ -108,18 +109,6 @@ class BertEmbedder:
     (rag.ops.linear); the vectors are float32 all the same, and another dtype has another fingerprint.
     Raises UserError for a checkpoint that cannot be loaded, a max_length beyond its positions and an unknown dtype.
     """
-
-    code: ClassVar = (
-        bert,
-        bert_checkpoint,
-        checkpoint,
-        tokenizer,
-        attention,
-        flash,
-        visibility,
-        linear,
-        native,
-    )  # what vectors depend on
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from rag.cache import atomic_file, cache_root, claimed, content_key, writing
+from rag.closure import code_of
 from rag.embed import Embedder, Progress
 from rag.measure import Clock
 from rag.memo import version_of
@@ -33,7 +34,8 @@ class CachedEmbedder:
     def __init__(self, embedder: Embedder, folder: Path | None = None):
         """`folder`: where vectors are kept, by default the cache's."""
         self.uncached = embedder
-        self._folder = (folder or cache_root() / "vectors") / version_of(embedder)
+        version = content_key(version_of(embedder), code_of(type(self)))
+        self._folder = (folder or cache_root() / "vectors") / version
         self._read: dict[bytes, np.void] = {}  # every text's row on disk, mapped into memory, by its hash
         self._files: set[Path] = set()  # that were read
         self.passages_s = 0.0  # that the passages' vectors took to compute, in this run or before

@@ -9,19 +9,15 @@ Batches are cut by position, so that a resumed run computes exactly the batches 
 results that depend on their batch in the last bit of a float are the same bit again.
 """
 
-import ast
-import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rag.cache import atomic_file, claimed, content_key, writing
+from rag.closure import code_of
 from rag.measure import Clock
 from rag.types import UserError
 
@@ -54,9 +50,10 @@ class Memo:
     ) -> list[Any]:
         """compute(items), a batch at a time, each taken from disk if it is there.
 
-        `meaning` identifies all that the results depend on beside the items; items and results are JSON-able.
+        `meaning` identifies all that the results depend on beside the items and the code of `compute`; items and
+        results are JSON-able.
         """
-        begin, results = Clock.now(), []
+        begin, results, meaning = Clock.now(), [], content_key(meaning, code_of(compute))
         for start in range(0, len(items), batch):
             results += self._batch(stage, meaning, items[start : start + batch], compute)
         if self._inner:
@@ -117,41 +114,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def version_of(model: Any) -> str:
-    """A key of what a model makes of its input: its fingerprint, its class's module and those named in `code`."""
-    kind = type(model)
-    return content_key(
-        model.fingerprint, code_version(sys.modules[kind.__module__], *getattr(kind, "code", ()))
-    )
-
-
-@cache
-def package_version() -> str:
-    """A key of the code of the whole package, but for the report's."""
-    root = Path(__file__).parent
-    files = [path for path in sorted(root.rglob("*")) if path.suffix in (".py", ".cc", ".h")]
-    files = [path for path in files if path.relative_to(root).parts[0] != "report"]
-    return content_key([(path.relative_to(root).as_posix(), _normal(path)) for path in files])
-
-
-@cache
-def code_version(*modules: ModuleType) -> str:
-    """A hash of what the modules' code does: comments, docstrings and layout may change, nothing else.
-
-    Code in another language is what a module names as its SOURCES, paths of files that are hashed as they are.
-    """
-    files = [path for module in modules for path in (module.__file__, *getattr(module, "SOURCES", ()))]
-    return content_key([_normal(Path(path)) for path in files])
-
-
-def _normal(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".py":
-        return hashlib.sha256(text.encode()).hexdigest()
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-            and ast.get_docstring(node) is not None
-        ):
-            node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    """A key of what a model makes of its input: its fingerprint, and the code of its class."""
+    return content_key(model.fingerprint, code_of(type(model)))

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import hashlib
+import json
 import math
 import os
 import subprocess
@@ -139,14 +140,18 @@ def test_file_sha256_follows_the_content(tmp_path):
     assert file_sha256(path) == hashlib.sha256(b"two" * 1_000_000).hexdigest()
 
 
-def test_file_sha256_remembers_by_size_time_and_inode(tmp_path):
+def test_file_sha256_reads_a_file_once_until_it_changes(tmp_path, monkeypatch):
     path = tmp_path / "weights"
     path.write_bytes(b"one")
     os.utime(path, (1000, 1000))
+    monkeypatch.setattr(cache, "_RACY_NS", 0)
     first = file_sha256(path)
+    [memory] = (tmp_path / "cache" / "sha256").iterdir()
+    memory.write_text(json.dumps({"sha256": "as remembered"}))
+    assert file_sha256(path) == "as remembered"
     path.write_bytes(b"two")
-    os.utime(path, (1000, 1000))  # the same inode, size and time: taken from memory
-    assert file_sha256(path) == first
+    os.utime(path, (1000, 1000))  # the same inode, size and mtime: as a copy that keeps times leaves it
+    assert file_sha256(path) == hashlib.sha256(b"two").hexdigest() != first
     os.utime(path, (2000, 2000))
     assert file_sha256(path) == hashlib.sha256(b"two").hexdigest()
     other = tmp_path / "other"
@@ -164,8 +169,8 @@ def test_file_sha256_needs_no_memory(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(cache, "atomic_file", read_only)
+    monkeypatch.setattr(cache, "_RACY_NS", 0)
     path.write_bytes(b"one")
-    os.utime(path, (1000, 1000))
     assert file_sha256(path) == hashlib.sha256(b"one").hexdigest()
     assert len(tried) == 1
     with pytest.raises(FileNotFoundError):

@@ -49,7 +49,7 @@ def test_chat_needs_a_template():
         ("{% for n in range(9) %}{% if n == 2 %}{% break %}{% endif %}{{ n }}{% endfor %}", "01"),
         ("{% generation %}{{ messages[0]['content'] }}{% endgeneration %}!", "he!"),
         ("{{ {'a': '<\u00e9>'} | tojson }}", '{"a": "<\u00e9>"}'),
-        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ strftime_now('%Y-%m-%d') }}", "2026-01-01"),
         ("a\n  {% if true %}\nb\n  {% endif %}\nc", "a\nb\nc"),
     ],
 )

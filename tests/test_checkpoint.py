@@ -225,6 +225,36 @@ def test_the_same_bytes_are_converted_once(tmp_path, monkeypatch):
     assert calls == ["first", "third", "as another"]
 
 
+def test_what_other_code_converted_is_not_found_and_what_is_equal_takes_no_room(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
+    source, code = tmp_path / "source", ["one"]
+    source.write_text("weights")
+    monkeypatch.setattr(checkpoint, "code_of", lambda convert: code[0])
+
+    def convert(folder):
+        (folder / "same.npy").write_text("as before")
+        (folder / "other.npy").write_text(code[0])
+
+    first = checkpoint.keep("toy", [source], convert)
+    code[0] = "two"
+    second = checkpoint.keep("toy", [source], convert)
+    assert [(folder / "other.npy").read_text() for folder in (first, second)] == ["one", "two"]
+    assert (first / "same.npy").samefile(second / "same.npy")
+    assert not (first / "other.npy").samefile(second / "other.npy")
+    assert sorted(path.name for path in second.iterdir()) == ["other.npy", "same.npy"]
+
+
+def test_a_file_that_is_renamed_is_another_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.json").write_text("{}")
+    before = checkpoint.contents([tmp_path / "a.json"])
+    (tmp_path / "a.json").rename(tmp_path / "b.json")
+    assert before != checkpoint.contents([tmp_path / "b.json"])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.json").write_text("{}")
+    assert before == checkpoint.contents([tmp_path / "elsewhere" / "a.json"])
+
+
 def test_a_cache_that_cannot_be_written_is_told_unless_all_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "source"

@@ -175,6 +175,27 @@ def test_a_slow_decode_is_no_preparation(fresh, monkeypatch):
     assert usage.decode_s >= 0.25 and usage.prepare_s == 0
 
 
+def test_a_template_is_told_the_date_of_the_settings_and_not_that_of_the_clock(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "dated").mkdir()
+    write_checkpoint(tmp_path / "dated")
+    template = "{{ strftime_now('%d %b %Y, %H:%M') }} {{ messages[0].content }}"
+    (tmp_path / "dated" / "chat_template.jinja").write_text(template)
+    plain, same, other = (
+        LocalGenerator(str(tmp_path / "dated"), **options)
+        for options in ({}, {"date": "2026-01-01"}, {"date": "2024-02-29"})
+    )
+    chat = [Message("user", "why")]
+    prompts = [some.tokenizer.decode(some.tokenizer.chat(chat)) for some in (plain, same, other)]
+    assert prompts == ["01 Jan 2026, 00:00 why", "01 Jan 2026, 00:00 why", "29 Feb 2024, 00:00 why"]
+    assert plain.fingerprint == same.fingerprint != other.fingerprint
+    chunked = [
+        LocalGenerator(str(tmp_path / "dated"), kv_reuse="chunk", date=date).fingerprint
+        for date in ("2026-01-01", "2024-02-29")
+    ]
+    assert len({plain.fingerprint, other.fingerprint, *chunked}) == 4
+
+
 def test_a_stop_string_ends_the_text_before_itself(generator):
     text, _ = written(generator, CHATS[0], max_new_tokens=40)
     stop = text[10:13]
@@ -220,6 +241,9 @@ def test_no_text_is_held_back_longer_than_it_must():
 def test_settings_that_cannot_be_are_told(tmp_path):
     with pytest.raises(UserError, match="dtype is 'int3'"):
         LocalGenerator(dtype="int3")
+    for date in ("1 May", "2026-02-30", "2026-01-01T10:00", ""):
+        with pytest.raises(UserError, match=rf"generator\.date is '{date}', .* as 2026-01-31"):
+            LocalGenerator(date=date)
     with pytest.raises(UserError, match="tokens_per_batch is 0"):
         LocalGenerator(tokens_per_batch=0)
     with pytest.raises(UserError, match="steps_per_dispatch is 0"):

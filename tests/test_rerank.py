@@ -12,13 +12,12 @@ import pytest
 import tokenizers
 from hypothesis import given, settings, strategies
 
-from rag import embed
 from rag.cache import content_key
 from rag.embed import BagOfWords, BertEmbedder
 from rag.generate import LogLikelihood
 from rag.generate.local import LocalGenerator
 from rag.index.memory import MemoryIndex
-from rag.models import bert, bert_checkpoint, checkpoint, tokenizer_folder
+from rag.models import bert, bert_checkpoint
 from rag.retrieve import rerank
 from rag.retrieve.collection import Collection, Reranker
 from rag.retrieve.rerank import CrossEncoder, Likelihood, MaxSim, label_scores, longest_first
@@ -235,18 +234,6 @@ def test_a_cross_encoder_is_loaded_once(collection, tmp_path, monkeypatch):
     for _ in range(3):
         CrossEncoder(str(folder)).rerank(collection, ["seal"], [hits_of(collection, [0, 1])])
     assert len(loads) == 1
-
-
-def test_the_code_behind_a_cross_encoder_is_its_meaning():
-    """No model's fingerprint stands for it: what reads, batches and runs the checkpoint must be listed."""
-    used = {
-        getattr(value, "__module__", None) for module in CrossEncoder.code for value in vars(module).values()
-    }
-    models = {name for name in used if name and name.startswith(("rag.models", "rag.ops"))}
-    assert models >= {"rag.models.tokenizer", "rag.ops.attention", "rag.ops.flash", "rag.ops.linear"}
-    listed = {module.__name__ for module in CrossEncoder.code}
-    # reached by name: as modules, or when a tokenizer is first needed
-    assert listed >= models | {embed.__name__, checkpoint.__name__, tokenizer_folder.__name__}
 
 
 def test_a_cross_encoder_that_cannot_be(collection, classifier, tmp_path):

@@ -93,10 +93,14 @@ def test_what_the_embedder_learned_is_kept(tmp_path):
         store.Index.open(tmp_path)
 
 
-def test_another_embedder_is_refused(tmp_path):
+def test_another_embedder_is_refused(tmp_path, monkeypatch):
     write_index(tmp_path)
+    other = Stub(fingerprint="abd")
+    with pytest.raises(UserError, match="was built by stub with other files or settings"):
+        store.Index.open(tmp_path).restore(other)
+    monkeypatch.setattr(Stub, "spec", {"kind": "another"})
     with pytest.raises(UserError, match="built by another embedder, stub"):
-        store.Index.open(tmp_path).restore(Stub(fingerprint="abd"))
+        store.Index.open(tmp_path).restore(other)
 
 
 def test_replacing_leaves_one_segment_and_open_indexes_alone(tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rag.cache import atomic_folder, cache_root, claimed, content_key, writing
+from rag.closure import code_of
 from rag.context import ContextOptions
 from rag.embed import Embedder
 from rag.embed_cache import CachedEmbedder
@@ -31,7 +32,7 @@ from rag.generate import Generator
 from rag.index.weighting import BM25Weights
 from rag.ingest.chunk import Chunker
 from rag.measure import forget_peak_memory
-from rag.memo import Cost, Memo, package_version
+from rag.memo import Cost, Memo, version_of
 from rag.ops.sampling import Sampling
 from rag.pipeline import AnswerOptions, Progress, Reader
 from rag.prompt import PromptTemplate
@@ -115,20 +116,21 @@ class Job:
 
     @cached_property
     def key(self) -> str:
-        """64 hex digits of everything that the results depend on; of code, the whole package's.
+        """64 hex digits of everything that the results depend on; of code, all that this module and the stages import.
 
         Stages are kept by their own code: after a change elsewhere a job is put together anew from what they kept.
         """
         asks = bool(self.reading.conditions)
         writing = (self.reading, self.prompt, self.closed_book, self.context, self.sampling, self.options)
+        measuring = (self.evaluation, self.statistics, self.tuning)
         return content_key(
             self.dataset.fingerprint,
             (self.dataset.limit, self.dataset.seed),
-            (self.chunker, self.embedder.fingerprint, self.method),
-            (self.evaluation, self.statistics, self.tuning),
+            (self.chunker, version_of(self.embedder), self.method),
+            measuring,
             (writing, self.embedder.relevant_from) if asks else None,
-            self.generator().fingerprint if self._generates else None,
-            package_version(),
+            version_of(self.generator()) if self._generates else None,
+            code_of(type(self), self.chunker, self.method, measuring, writing if asks else None),
         )
 
     @property

@@ -5,20 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from rag.cache import content_key
+from rag.closure import code_of
 from rag.embed import Embedder
 from rag.embed_cache import cached
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.selection import best_documents
 from rag.generate import Generator
 from rag.index.memory import MemoryIndex
-from rag.ingest import chunk, markdown, packing, semantic, sentences
 from rag.ingest.chunk import Chunker, chunks_of
-from rag.memo import Memo, code_version, version_of
+from rag.memo import Memo, version_of
 from rag.pipeline import Progress
 from rag.retrieve.collection import Collection, Retriever
 from rag.types import Chunk, Hit, UserError, chunk_at
-
-_SPLITTING = (chunk, markdown, packing, semantic, sentences)  # the code that chunks depend on
 
 
 def collect(
@@ -55,7 +53,7 @@ def chunk_all(
         return [[(piece.start, piece.end) for piece in pieces] for pieces in found]
 
     items = [[document.id, content_key(document.text)] for document in dataset.corpus]
-    meaning = content_key(chunker, version_of(embedder), code_version(*_SPLITTING))
+    meaning = content_key(chunker, version_of(embedder), code_of(chunker))
     spans = memo.map("chunk", meaning, items, compute, batch=256)
     if None in spans:
         return None

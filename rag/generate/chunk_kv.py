@@ -9,7 +9,8 @@ prompt. The first passage is exact. A later one does not know those before it, u
 
     chunk_kv/<key>.npy   [L, 2, K, T, D] float16: keys, values; or int8 with a float32 scale for each vector
 
-The key is made of the model, the ids of the beginning and the ids of the passage. Files appear whole or not at all.
+The key is made of the model and its code, the ids of the beginning and those of the passage. Files appear whole or
+not at all.
 
 Letters: L layers, K kv heads, T tokens of a passage, C slots of the cache, D head dim, B passages read together.
 """
@@ -25,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float16, Float32, Int, Shaped
 
 from rag.cache import atomic_file, cache_root, content_key, writing
+from rag.closure import code_of
 from rag.generate.blend import LAYERS, blend
 from rag.generate.engine import DecodeState, Engine, batches, bucket, fresh_bucket, padded_rows
 from rag.generate.likelihood import log_probs_behind, next_log_probs_behind
@@ -36,7 +38,6 @@ from rag.ops.sampling import Sampling
 from rag.types import Message, UserError
 
 DTYPES = ("float16", "int8")
-FORMAT = 1  # of the files; part of their keys
 
 Ids = tuple[int, ...]
 
@@ -140,7 +141,7 @@ class ChunkStore:
     """The files of one model's passages."""
 
     def __init__(self, folder: Path, model: str, shape: tuple[int, int, int], dtype: str):
-        """`model` is what identifies it, `shape` its layers, kv heads and head dim."""
+        """`model` is what identifies it and the code that runs it, `shape` its layers, kv heads and head dim."""
         self.folder, self._model, self._shape, self._dtype = folder, model, shape, dtype
 
     @property
@@ -152,7 +153,7 @@ class ChunkStore:
 
     def path(self, beginning: Ids, passage: Ids) -> Path:
         """Where a passage that is read behind this beginning is kept."""
-        return self.folder / f"{content_key(FORMAT, self._model, self._dtype, beginning, passage)}.npy"
+        return self.folder / f"{content_key(self._model, self._dtype, beginning, passage)}.npy"
 
     def load(self, beginning: Ids, passage: Ids) -> Shaped[np.ndarray, "L 2 K T *D"] | None:
         """What is kept, memory-mapped; None where nothing is. Raises UserError for a file that is damaged."""
@@ -202,7 +203,7 @@ class ChunkReader:
         c = engine.model.config
         folder = (Path(options.path).expanduser() if options.path else cache_root()) / "chunk_kv"
         shape = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim)
-        self.store = ChunkStore(folder, fingerprint, shape, options.dtype)
+        self.store = ChunkStore(folder, content_key(fingerprint, code_of(type(self))), shape, options.dtype)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation: those of its pieces."""

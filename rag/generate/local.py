@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import date as day
 from functools import cached_property
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from rag import cache
-from rag.generate import LogLikelihood, batching, blend, chunk_kv, drafting, engine, likelihood, prefix_cache
+from rag.generate import LogLikelihood
 from rag.generate.batching import Prompts, Rows, plan, serve
 from rag.generate.chunk_kv import ChunkOptions, ChunkReader
 from rag.generate.drafting import Drafting, DraftPolicy, can_draft
@@ -20,26 +20,17 @@ from rag.generate.engine import DecodeState, Decoding, Engine
 from rag.generate.likelihood import log_probs, next_log_probs
 from rag.generate.prefix_cache import PrefixCache
 from rag.measure import Clock
-from rag.models import chat_template, checkpoint, hub, llama, llama_checkpoint, tokenizer
-from rag.models.tokenizer import TextStream, Tokenizer
-from rag.ops import attention, flash, linear, native, rope, sampling, visibility
+from rag.models import checkpoint, hub, llama, llama_checkpoint
+from rag.models.tokenizer import DEFAULT_DATE, TextStream, Tokenizer
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage, UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "int8")
 KV_REUSE = ("none", "prefix", "chunk", "blend")
-GENERATOR_VERSION = 1  # part of fingerprints: raise it when the same weights begin to write other answers
 
 
 class LocalGenerator:
     """A Llama-family checkpoint run by rag.generate.engine; weights are fetched at once, read when first needed."""
-
-    # What answers depend on.
-    code: ClassVar = (
-        *(engine, batching, drafting, prefix_cache, chunk_kv, blend, likelihood),
-        *(llama, llama_checkpoint, checkpoint, tokenizer, chat_template),
-        *(attention, flash, visibility, linear, native, rope, sampling),
-    )
 
     def __init__(
         self,
@@ -55,11 +46,13 @@ class LocalGenerator:
         kv_recompute: int = 0,
         blend_share: float = 0.15,
         prefix_mib: int = 512,
+        date: str = DEFAULT_DATE.isoformat(),
     ):
         """`weights` is a URI of rag.models.hub; `context_length` None takes the checkpoint's own.
 
         `dtype` is that of the weights: "float32", "bfloat16", "int8" with a scale a row (rag.ops.linear), or "auto",
-        int8 on a CPU and bfloat16 on an accelerator.
+        int8 on a CPU and bfloat16 on an accelerator. `date`, as 2026-01-31, is the day that a chat template which asks
+        for one is told; it is a setting, since answers of another day are other answers.
 
         `tokens_per_batch` bounds the padded tokens, new ones included, that `generate` and the likelihoods hold
         at once; it changes their speed and memory, and results no more than float rounding does. Neither does
@@ -82,6 +75,7 @@ class LocalGenerator:
             raise UserError(f"generator.kv_reuse is {kv_reuse!r}; choose one of {', '.join(KV_REUSE)}")
         if prefix_mib < 0:
             raise UserError(f"generator.prefix_mib is {prefix_mib}; give 0 or more MiB")
+        self._date = _day(date)
         share = blend_share if kv_reuse == "blend" else 0.0
         self._kv_reuse, self._prefix_bytes = kv_reuse, prefix_mib << 20
         self._chunk_options = ChunkOptions(kv_path, kv_dtype, kv_recompute, share)
@@ -104,7 +98,7 @@ class LocalGenerator:
 
     @cached_property
     def _loaded(self) -> tuple[Engine, Tokenizer]:
-        model, tokenizer = llama_checkpoint.load(self._path, int8=self.dtype == "int8")
+        model, tokenizer = llama_checkpoint.load(self._path, int8=self.dtype == "int8", date=self._date)
         llama.use_native(model)
         if model.native:
             model = checkpoint.in_huge_pages(model)
@@ -113,20 +107,23 @@ class LocalGenerator:
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits of all that answers depend on: the weights' bytes, dtype, context length, passages kept.
+        """64 hex digits of all that answers depend on, nothing of which is loaded for it.
 
-        Nothing is loaded for it.
+        These are the checkpoint's files, dtype, context length, the date and how passages are kept.
         """
         if not self.reuses_passages:
-            return self._model_fingerprint
+            return cache.content_key(self._model_fingerprint, self._date.isoformat())
         return cache.content_key(
-            self._model_fingerprint, self._kv_reuse, replace(self._chunk_options, path=None)
+            self._model_fingerprint,
+            self._date.isoformat(),
+            self._kv_reuse,
+            replace(self._chunk_options, path=None),
         )
 
     @cached_property
     def _model_fingerprint(self) -> str:
-        digests = [cache.file_sha256(file) for file in llama_checkpoint.source_files(self._path)]
-        return cache.content_key("llama", GENERATOR_VERSION, digests, self.dtype, self._limit)
+        files = checkpoint.contents(llama_checkpoint.source_files(self._path))
+        return cache.content_key("llama", files, self.dtype, self._limit)
 
     @property
     def reuses_passages(self) -> bool:
@@ -283,6 +280,13 @@ class LocalGenerator:
         ids = [(prompt, self.tokenizer.encode(text, special=False)) for prompt, text in pairs]
         found = log_probs(self.engine.model, ids, self._tokens_per_batch)
         return [_total(values) for values in found]
+
+
+def _day(text: str) -> day:
+    try:
+        return day.fromisoformat(text)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"generator.date is {text!r}, which is no date: write it as 2026-01-31") from error
 
 
 def _total(log_probabilities: Float32[np.ndarray, "n"]) -> LogLikelihood:

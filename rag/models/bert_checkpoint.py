@@ -6,6 +6,7 @@ both end up as the same module, kept converted (rag.models.checkpoint.keep): the
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -157,7 +158,15 @@ def source_files(path: Path) -> list[Path]:
         raise UserError(
             f"{path} is neither a GGUF file nor a folder with a config.json; name an encoder's checkpoint"
         )
-    return [*checkpoint.shards(path), *sorted(path.glob("*.json")), *sorted(path.glob("[0-9]_*/config.json"))]
+    files = [
+        *checkpoint.shards(path),
+        *sorted(path.glob("*.json")),
+        *sorted(path.glob("[0-9]_*/config.json")),
+    ]
+    if (path / "modules.json").is_file():  # which may name other folders
+        files += [path / place / "config.json" for kind, place in _listed_modules(path) if kind == "Pooling"]
+    files += sorted(path.glob("*.jinja"))
+    return list({os.path.normpath(file): file for file in files if file.is_file()}.values())
 
 
 def _convert_huggingface(path: Path, folder: Path) -> None:
@@ -271,7 +280,7 @@ def _max_length(path: Path, config: BertConfig) -> int:
 def _pooling_modules(path: Path) -> tuple[str, bool]:
     """(mode, normalize) from modules.json, sentence-transformers' list of what is applied in order."""
     mode, normalize = None, False
-    for kind, place in _listed_modules(path / "modules.json"):
+    for kind, place in _listed_modules(path):
         match kind:
             case "Transformer":
                 pass
@@ -289,8 +298,9 @@ def _pooling_modules(path: Path) -> tuple[str, bool]:
     return mode, normalize
 
 
-def _listed_modules(path: Path) -> list[tuple[str, str]]:
-    """(class, folder) of every module in the list."""
+def _listed_modules(folder: Path) -> list[tuple[str, str]]:
+    """(class, folder) of every module in a checkpoint's modules.json."""
+    path = folder / "modules.json"
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))
         return [(module["type"].rsplit(".", 1)[-1], module.get("path", "")) for module in modules]

@@ -3,12 +3,15 @@
 A template is a program that came with the weights. It runs in jinja2's immutable sandbox: no attributes that
 start with an underscore, no changes to what it is given, no imports. The names it may call are those that
 Hugging Face transformers offers: raise_exception, strftime_now, the tojson filter, break and continue, and
-{% generation %} blocks (rendered as they are).
+{% generation %} blocks (rendered as they are). What it writes depends on the messages and a given date alone: the clock
+and what jinja2 draws at random are not there.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import date as day
+from datetime import datetime, time
+from functools import partial
 
 import jinja2
 from jinja2.ext import Extension
@@ -28,14 +31,18 @@ class _GenerationBlock(Extension):
 
 
 class ChatTemplate:
-    """A compiled template. `special_tokens` are the texts it sees as bos_token, eos_token and so on."""
+    """A compiled template. `special_tokens` are the texts it sees as bos_token, eos_token and so on.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]):
+    `date` at midnight is what strftime_now takes for now.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], date: day):
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _reject, "strftime_now": _now}
+        environment.globals |= {"raise_exception": _reject, "strftime_now": partial(_now, date)}
+        del environment.filters["random"], environment.globals["lipsum"]
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
@@ -63,8 +70,8 @@ def _reject(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
+def _now(date: day, form: str) -> str:
+    return datetime.combine(date, time()).strftime(form)
 
 
 def _to_json(

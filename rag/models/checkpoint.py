@@ -5,10 +5,15 @@ A table is a sequence of `Rule`s, each from a tensor's name in the file to a par
 a tensor of another shape are errors: a model that loads is the model that was saved.
 
 Reading and dequantising a GGUF costs seconds, so what was read once is kept as one .npy file a parameter
-(float32, memory-mapped when it is read again) in the cache folder, under the source file's SHA-256.
+(float32, memory-mapped when it is read again) in the cache folder, under the names and SHA-256 of the source files and
+the code that converts them:
+
+    converted/<sources>/<code>/   files that another code made alike are hard links to that one's
 """
 
+import filecmp
 import mmap
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +28,7 @@ import numpy as np
 from flax import nnx
 
 from rag import cache
+from rag.closure import code_of
 from rag.models.tokenizer import read_json
 from rag.ops import native
 from rag.ops.linear import quantize
@@ -31,7 +37,6 @@ from rag.types import UserError
 M = TypeVar("M", bound=nnx.Module)
 
 _ALIGNED = 64  # bytes, to which JAX takes an array of numpy's without a copy
-CONVERTED_FORMAT = 2  # part of the cache's key: raise it when what `keep` writes changes meaning
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,19 +284,38 @@ def is_gguf(path: Path) -> bool:
 
 
 def keep(kind: str, sources: Sequence[Path], convert: Callable[[Path], None]) -> Path:
-    """The cache's folder for what `convert(folder)` makes of the source files, made once for the same bytes.
+    """The cache's folder for what `convert(folder)` makes of the source files, made once for the same bytes and code.
 
     `kind` names what they are read as, since one file may be read as several. UserError if the cache cannot be
     written.
     """
-    digests = [cache.file_sha256(path) for path in sources]
-    folder = cache.cache_root() / "converted" / cache.content_key(kind, digests, CONVERTED_FORMAT)
+    place = cache.cache_root() / "converted" / cache.content_key(kind, contents(sources))
+    folder = place / code_of(convert)
     if not folder.exists():
-        with cache.writing(), cache.locked(folder):
+        with cache.writing(), cache.locked(place):
             if not folder.exists():  # another process may have made it while this one waited
                 with cache.atomic_folder(folder) as unfinished:
                     convert(unfinished)
+                    _link_equal_files(unfinished, place)
     return folder
+
+
+def contents(sources: Sequence[Path]) -> list[tuple[str, str]]:
+    """(name, SHA-256) of a checkpoint's files: a file that is renamed is read as another, or no longer."""
+    folder = sources[0].parent
+    return [(os.path.relpath(path, folder), cache.file_sha256(path)) for path in sources]
+
+
+def _link_equal_files(folder: Path, place: Path) -> None:
+    """Make links of the files in `folder` to equal ones that earlier code left in `place`: weights are large."""
+    earlier = [path for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for other in sorted(earlier, key=lambda path: path.stat().st_mtime, reverse=True)[:1]:
+        for file in folder.iterdir():
+            if (other / file.name).is_file() and filecmp.cmp(other / file.name, file, shallow=False):
+                with suppress(OSError):  # a file system without links
+                    link = folder / f".{file.name}"
+                    os.link(other / file.name, link)
+                    os.replace(link, file)
 
 
 def save_module(module: nnx.Module, folder: Path) -> None:

@@ -7,6 +7,7 @@ converted (rag.models.checkpoint.keep), so that the second start maps memory ins
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import date as day
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from rag.models import checkpoint
 from rag.models.checkpoint import Rule
 from rag.models.llama import Llama, LlamaConfig, abstract
-from rag.models.tokenizer import Tokenizer
+from rag.models.tokenizer import DEFAULT_DATE, Tokenizer
 from rag.ops.rope import llama3_factors
 from rag.types import UserError
 
@@ -40,17 +41,18 @@ NAMES = (
 )
 
 
-def load(path: Path, *, int8: bool = False) -> tuple[Llama, Tokenizer]:
+def load(path: Path, *, int8: bool = False, date: day = DEFAULT_DATE) -> tuple[Llama, Tokenizer]:
     """The decoder and tokenizer of a GGUF file or a Hugging Face folder, memory-mapped, float32 or int8.
 
-    Raises UserError for another architecture and for tensors that do not fit.
+    `date` is what the tokenizer tells a chat template that asks for today's. Raises UserError for another
+    architecture and for tensors that do not fit.
     """
     if int8:
         folder = checkpoint.keep("llama int8", source_files(path), partial(_quantize, path))
-        return checkpoint.load_module(_abstract(folder, int8=True), folder), Tokenizer.load(folder)
+        return checkpoint.load_module(_abstract(folder, int8=True), folder), Tokenizer.load(folder, date)
     convert = _convert_gguf if checkpoint.is_gguf(path) else _convert_huggingface
     folder = checkpoint.keep("llama", source_files(path), partial(convert, path))
-    return checkpoint.load_module(_abstract(folder), folder), Tokenizer.load(folder)
+    return checkpoint.load_module(_abstract(folder), folder), Tokenizer.load(folder, date)
 
 
 def _abstract(folder: Path, *, int8: bool = False) -> Llama:

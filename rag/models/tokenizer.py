@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import date as day
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,7 @@ from rag.types import Message, UserError
 
 TOKENIZER_FILE = "tokenizer.json"
 SPEC_FILE = "tokenizer_spec.json"
+DEFAULT_DATE = day(2026, 1, 1)  # that chat templates are told: the same prompts every day
 
 # Tokens that end a turn or a text in the checkpoints of the Llama family, whatever their metadata says.
 END_TEXTS = frozenset({
@@ -53,7 +55,8 @@ class TokenizerSpec:
 class Tokenizer:
     """A model's vocabulary, rules and special tokens. Immutable to its users, safe in threads."""
 
-    def __init__(self, core: tokenizers.Tokenizer, spec: TokenizerSpec):
+    def __init__(self, core: tokenizers.Tokenizer, spec: TokenizerSpec, date: day = DEFAULT_DATE):
+        """`date` is what a chat template that asks for today's is told."""
         core.no_truncation()  # sentence-transformers checkpoints pad every text to 128 tokens
         core.no_padding()
         self._core = core
@@ -61,6 +64,7 @@ class Tokenizer:
         self._added = core.get_added_tokens_decoder()
         self._unused = frozenset(spec.unused_ids)
         self.spec = spec
+        self._date = date
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -77,14 +81,14 @@ class Tokenizer:
         return cls(*build(metadata))
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer":
-        """The tokenizer that `save` wrote."""
+    def load(cls, folder: str | Path, date: day = DEFAULT_DATE) -> "Tokenizer":
+        """The tokenizer that `save` wrote, and the date that its chat template is told."""
         folder = Path(folder)
         if not (folder / SPEC_FILE).is_file():
             raise UserError(f"{folder} lacks {SPEC_FILE}; convert the checkpoint again")
         fields = read_json(folder / SPEC_FILE)
         fields |= {name: tuple(fields[name]) for name in ("eos_ids", "unused_ids")}
-        return cls(read_core(folder), TokenizerSpec(**fields))
+        return cls(read_core(folder), TokenizerSpec(**fields), date)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_spec.json into an existing folder."""
@@ -266,7 +270,7 @@ class Tokenizer:
             "pad": spec.pad_id,
         }
         names = {f"{name}_token": self._core.id_to_token(i) for name, i in ids.items() if i is not None}
-        return ChatTemplate(spec.chat_template, names)
+        return ChatTemplate(spec.chat_template, names, self._date)
 
 
 class TextStream:

@@ -35,7 +35,9 @@ from rag.types import UserError
 
 _ENTRY = Path(__file__).with_name("cpp") / "calls.cc"
 _WANTED = os.environ.get("RAG_NATIVE") != "0"
-SOURCES = (*sorted(_ENTRY.parent.glob("*.h")), _ENTRY) if _WANTED else ()  # what kept results depend on
+# What kept results depend on beside Python code, read by rag.closure.
+SOURCES = ("cpp/*.h", "cpp/*.cc")
+ENVIRONMENT = ("RAG_NATIVE",)
 _TARGETS = {"rag_attention": "RagAttention", "rag_decoder": "RagDecoder", "rag_linear": "RagLinear"}
 # Not -ffast-math: a library linked with it makes the whole process flush small numbers to zero.
 _FLAGS = (
@@ -101,7 +103,11 @@ def _library() -> Path | None:
     if compiler is None:
         return None
     key = cache.content_key(
-        [file.read_text(encoding="utf-8") for file in SOURCES],
+        [
+            file.read_text(encoding="utf-8")
+            for pattern in SOURCES
+            for file in sorted(Path(__file__).parent.glob(pattern))
+        ],
         _version(compiler),
         _FLAGS,
         list(cpu_flags()),

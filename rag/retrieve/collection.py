@@ -4,7 +4,6 @@ A method is a frozen dataclass of options, so that its fields are its meaning: i
 and written in YAML. All that is large or loaded lives here instead, and is shared by the methods that use it.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
@@ -14,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from rag.cache import content_key
+from rag.closure import code_of
 from rag.embed import Embedder
 from rag.embed_cache import CachedEmbedder
 from rag.generate import Generator
@@ -23,7 +23,7 @@ from rag.index.lexical import LexicalIndex
 from rag.index.memory import MemoryIndex
 from rag.index.store import Index
 from rag.measure import Clock
-from rag.memo import Memo, code_version, version_of
+from rag.memo import Memo, version_of
 from rag.types import Chunk, Hit
 
 
@@ -197,7 +197,7 @@ class Collection:
         models = sorted({name for part in _dataclasses(method) for name in getattr(part, "uses", ())})
         versions = {name: version_of(self._model(name)) for name in models}
         passages_are = self.index.fingerprint if passages else None
-        return content_key(method, versions, passages_are, code_of(method))
+        return content_key(method, versions, passages_are, code_of(method, type(self)))
 
     def _model(self, name: str) -> Any:
         """The embedder or the generator itself, whatever keeps its results."""
@@ -224,11 +224,3 @@ def _dataclasses(value: Any) -> Iterator[Any]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _dataclasses(item)
-
-
-def code_of(method: Any) -> str:
-    """The version of the code behind a method's dataclasses: their modules, and those that they name in `code`."""
-    kinds = dict.fromkeys(type(part) for part in _dataclasses(method))
-    modules = [sys.modules[kind.__module__] for kind in kinds]
-    modules += [module for kind in kinds for module in getattr(kind, "code", ())]
-    return code_version(*dict.fromkeys(modules))

@@ -42,7 +42,6 @@ class MMR:
     relevance: Relevance = "cosine"
 
     uses: ClassVar[tuple[str, ...]] = ("embedder",)
-    code: ClassVar = (fusion,)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", float(self.weight))

@@ -10,12 +10,9 @@ from typing import ClassVar
 
 from rag import context, prompt
 from rag.context import ContextOptions
-from rag.index import fusion as fusing
 from rag.index.fusion import Fusion, ReciprocalRank
-from rag.ingest import sentences
 from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate
-from rag.retrieve import transform
 from rag.retrieve.collection import Collection, Retriever
 from rag.retrieve.transform import Instruction, at_least_one, lines, normal, without_echoes
 from rag.types import Hit, Message, Source, UserError
@@ -31,7 +28,6 @@ class _Writing:
     seed: int
 
     uses: ClassVar[tuple[str, ...]] = ("generator",)
-    code: ClassVar = (transform,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +52,6 @@ class Iterative(Instruction):
     fusion: Fusion = field(default_factory=ReciprocalRank)
     depth: int = 100  # of each search
 
-    code: ClassVar = (context, fusing, prompt, sentences, transform)
     group: ClassVar[str] = "retriever"
 
     def __post_init__(self) -> None:

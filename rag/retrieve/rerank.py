@@ -19,16 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int
 
-from rag import embed
-from rag.cache import content_key, file_sha256
+from rag.cache import content_key
 from rag.embed import padded_length, plan
-from rag.generate import LogLikelihood, likelihood
-from rag.models import bert, bert_checkpoint, checkpoint, hub, tokenizer_folder
-from rag.models import tokenizer as tokenization
+from rag.generate import LogLikelihood
+from rag.models import bert, bert_checkpoint, checkpoint, hub
 from rag.models.bert import BertClassifier
 from rag.models.bert_checkpoint import ClassifierSettings
 from rag.models.tokenizer import Tokenizer
-from rag.ops import attention, flash, linear, native, visibility
 from rag.retrieve.collection import Collection
 from rag.types import Hit, Message, UserError
 
@@ -59,17 +56,12 @@ class CrossEncoder:
     weights: str = field(init=False, repr=False)  # digest of the checkpoint: its name alone says too little
 
     uses: ClassVar[tuple[str, ...]] = ()
-    # No model's fingerprint stands for these.
-    code: ClassVar = (
-        *(embed, bert, bert_checkpoint, checkpoint, tokenization, tokenizer_folder),
-        *(attention, flash, linear, native, visibility),
-    )
 
     def __post_init__(self) -> None:
         if self.tokens_per_batch < 1:
             raise UserError(f"reranker.tokens_per_batch is {self.tokens_per_batch}; give about 1024")
         files = bert_checkpoint.source_files(hub.local_path(self.uri))
-        object.__setattr__(self, "weights", content_key([file_sha256(file) for file in files]))
+        object.__setattr__(self, "weights", content_key(checkpoint.contents(files)))
 
     def rerank(
         self, collection: Collection, questions: Sequence[str], hits: Sequence[Sequence[Hit]]
@@ -172,7 +164,6 @@ class MaxSim:
     """
 
     uses: ClassVar[tuple[str, ...]] = ("embedder",)
-    code: ClassVar = (embed, bert)
 
     def rerank(
         self, collection: Collection, questions: Sequence[str], hits: Sequence[Sequence[Hit]]
@@ -280,7 +271,6 @@ class Likelihood:
     question_tokens: int = 64
 
     uses: ClassVar[tuple[str, ...]] = ("generator",)
-    code: ClassVar = (likelihood,)
 
     def __post_init__(self) -> None:
         once = all(self.prompt.count(name) == 1 for name in ("{passage}", "{question}"))

@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from rag.index import analyzer as analysis
-from rag.index import dense, growing, lexical, rescore
-from rag.index import fusion as fusing
 from rag.index.analyzer import Analyzer
 from rag.index.binary import Binary
 from rag.index.dense import Exact
@@ -18,7 +15,6 @@ from rag.index.fusion import Fusion, ReciprocalRank
 from rag.index.lexical import BM25Weights, TfIdfWeights
 from rag.index.prefix import Prefix
 from rag.index.quantized import Int8Scan
-from rag.ops import topk
 from rag.retrieve.collection import Collection, Reranker, Retriever, Transform
 from rag.types import Hit, UserError
 
@@ -30,7 +26,6 @@ class Dense:
     index: Exact | Int8Scan | Binary | Prefix = field(default_factory=Exact)
 
     uses: ClassVar[tuple[str, ...]] = ("embedder",)
-    code: ClassVar = (dense, rescore, growing, topk)
     lowest: ClassVar[float] = -1.0  # that a score can be
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
@@ -47,7 +42,6 @@ class Lexical:
     analyzer: Analyzer = Analyzer()
 
     uses: ClassVar[tuple[str, ...]] = ()
-    code: ClassVar = (lexical, analysis)
     lowest: ClassVar[float] = 0.0
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
@@ -65,8 +59,6 @@ class Hybrid:
     arms: Mapping[str, Retriever] = field(default_factory=lambda: {"dense": Dense(), "lexical": Lexical()})
     fusion: Fusion = ReciprocalRank()
     depth: int = 100
-
-    code: ClassVar = (fusing,)
 
     def __post_init__(self):
         if len(self.arms) < 2:
@@ -137,8 +129,6 @@ class Transformed:
     transform: Transform
     fusion: Fusion = ReciprocalRank()
     depth: int = 100  # of each text
-
-    code: ClassVar = (fusing,)
 
     @property
     def uses(self) -> tuple[str, ...]:

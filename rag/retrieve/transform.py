@@ -39,7 +39,6 @@ class Instruction:
     seed: int = 0
 
     uses: ClassVar[tuple[str, ...]] = ("generator",)
-    code: ClassVar = (prompt,)
     group: ClassVar[str] = "transform"  # of the configuration
 
     def __post_init__(self) -> None:
