@@ -175,7 +175,7 @@ def test_an_index_of_another_embedder_is_told(home, index, run):
     whole = manifest.read_text()
     manifest.write_text(whole.replace(json.loads(whole)["embedder"]["fingerprint"], "0" * 64))
     try:
-        with pytest.raises(UserError, match="with other files or settings than it has now"):
+        with pytest.raises(UserError, match="another embedder"):
             run(generate, *ASK, "question=x")
     finally:
         manifest.write_text(whole)

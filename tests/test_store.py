@@ -96,10 +96,10 @@ def test_what_the_embedder_learned_is_kept(tmp_path):
 def test_another_embedder_is_refused(tmp_path, monkeypatch):
     write_index(tmp_path)
     other = Stub(fingerprint="abd")
-    with pytest.raises(UserError, match="was built by stub with other files or settings"):
+    with pytest.raises(UserError, match="built by another embedder, stub with other files or settings than"):
         store.Index.open(tmp_path).restore(other)
     monkeypatch.setattr(Stub, "spec", {"kind": "another"})
-    with pytest.raises(UserError, match="built by another embedder, stub"):
+    with pytest.raises(UserError, match="built by another embedder, stub: choose that one"):
         store.Index.open(tmp_path).restore(other)
 
 

@@ -323,10 +323,7 @@ class Index:
         if embedder.fingerprint != made_by["fingerprint"]:
             named = made_by["spec"].get("uri", made_by["spec"].get("kind"))
             if named == embedder.spec.get("uri", embedder.spec.get("kind")):
-                raise UserError(
-                    f"The index at {self.path} was built by {named} with other files or settings than it has now, so "
-                    "its vectors do not compare with new ones: restore those, or ingest the corpus again."
-                )
+                named += " with other files or settings than it has now"
             raise UserError(
                 f"The index at {self.path} was built by another embedder, {named}: "
                 "choose that one with embedder=..., or ingest the corpus again with this one."
