@@ -97,12 +97,14 @@ def describe(folder, config, dataset) -> dict:
 def show(metrics: dict) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from rag.evaluate.answers import lower_is_better
 
     d = metrics["dataset"]
     sample = f", a sample by seed {d['seed']}" if d["limit"] else ""
-    table = Table(title=f"{metrics['label']}\n{d['name']}: {d['queries']} queries{sample}")
+    title = f"{metrics['label']}\n{d['name']}: {d['queries']} queries{sample}"
+    table = Table(title=Text(title))  # not rich's markup: a label has lists in brackets
     for heading in ("measure", "mean", f"{metrics['statistics']['confidence']:.0%} interval"):
         table.add_column(heading, justify="left" if heading == "measure" else "right")
     for name, mean in metrics["means"].items():

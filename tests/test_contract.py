@@ -198,7 +198,7 @@ def home(tmp_path_factory) -> Path:
     queries = [
         {"_id": f"q {name}", "text": f"{name}?", "answers": [text[2:]]} for name, text in texts.items()
     ]
-    queries.append({"_id": "none", "text": "neutrino?", "unanswerable": True})
+    queries.append({"_id": "none", "text": "neutrino?", "answerable": False})
     for name, text in texts.items():
         (home / "documents" / f"{name}.txt").write_text(text)
     for file, lines in (("corpus", corpus), ("queries", queries)):
@@ -262,7 +262,9 @@ def test_the_files_of_an_evaluation(home, run):
         assert query.startswith("q ") and document in ("seal", "gull", "whale")
     assert misfit(strict((folder / "ledger.json").read_text()), LEDGER) == ""
     replies = lines(folder / "answers.jsonl")
-    assert misfit(replies, [ANSWER]) == "" and len(replies) == 2 * 4
+    for condition, shape in {"oracle": ANSWER, "retrieved": ANSWER | {"gold log-likelihood": MAYBE}}.items():
+        chosen = [reply for reply in replies if reply["condition"] == condition]
+        assert misfit(chosen, [shape]) == "" and len(chosen) == 4
     assert misfit(strict((folder / "losses.json").read_text()), LOSSES) == ""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["dataset"]["path"] == str(home / "beir") and config["reading"]["k"] == 1

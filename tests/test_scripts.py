@@ -203,7 +203,7 @@ def evaluated(run, tmp_path, monkeypatch):
     def evaluated(*overrides):
         monkeypatch.setattr(eval_script, "run_dir", lambda: tmp_path)
         monkeypatch.setattr(eval_script, "overrides", lambda: list(overrides))
-        monkeypatch.setattr(eval_script, "label", lambda: "this one")
+        monkeypatch.setattr(eval_script, "label", lambda: "this [one]")
         evaluated.out, _ = run(eval_script, *overrides)
         return tmp_path
 
@@ -212,11 +212,11 @@ def evaluated(run, tmp_path, monkeypatch):
 
 def test_eval_writes_what_other_programs_rely_on(beir, evaluated):
     folder = evaluated(f"dataset.path={beir}", *WORDS)
-    assert "nDCG@10" in evaluated.out
+    assert "nDCG@10" in evaluated.out and "this [one]" in evaluated.out
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["means"]["MRR@10"] == pytest.approx((1 + 1 / 2) / 2)
+    assert metrics["MRR@10"] == metrics["means"]["MRR@10"] == pytest.approx((1 + 1 / 2) / 2)
     assert set(metrics["means"]) == {"nDCG@10", "Recall@100", "MRR@10", "MAP"}
-    assert metrics["label"] == "this one"
+    assert metrics["label"] == "this [one]"
     assert any("2 queries" in warning for warning in metrics["warnings"])
     ledger = json.loads((folder / "ledger.json").read_text())
     assert ledger["query_p50_s"] > 0
