@@ -18,10 +18,14 @@ def run_dir() -> Path:
 
 
 def overrides() -> list[str]:
-    """The settings that this run was given on the command line, as Hydra spells them."""
+    """The settings that this run was given on the command line, as Hydra spells them; no choice of a group is null."""
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task)
+    config = HydraConfig.get()
+    return [
+        re.sub(r"=\[\]$", "=null", o) if o[:-3] in config.runtime.choices else o
+        for o in config.overrides.task
+    ]
 
 
 def label() -> str:

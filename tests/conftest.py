@@ -10,7 +10,9 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("rag", "beartype.beartype")  # before anything imports rag
+import tests.typecheck  # noqa: F401 (the hook finds it as an attribute of the package)
+
+install_import_hook("rag", "tests.typecheck.check")  # before anything imports rag
 
 OFFLINE = "RAG_OFFLINE_TESTS"  # "1": skip the tests marked `weights`, which may need a network the first time
 

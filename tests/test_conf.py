@@ -4,8 +4,9 @@ import re
 
 import pytest
 from hydra import compose, initialize_config_dir
-from launch import CONF, check
+from launch import CONF
 from omegaconf import OmegaConf
+from settings import check
 
 from rag.types import UserError
 

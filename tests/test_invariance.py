@@ -8,7 +8,8 @@ import certify as script
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
-from launch import CONF, build, quote_overrides
+from launch import CONF, quote_overrides
+from settings import build
 
 from rag.context import ContextOptions
 from rag.embed import BagOfWords, BertEmbedder, Embedder

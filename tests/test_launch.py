@@ -18,8 +18,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
-from launch import CONF, build, launch, quote, quote_overrides
+from launch import CONF, launch, quote, quote_overrides
 from omegaconf import OmegaConf
+from settings import build
 
 from rag.types import UserError
 
