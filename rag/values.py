@@ -131,13 +131,14 @@ def wanted(name: str, hint: Any) -> str:
             return limit.documentation
     filled = any(isinstance(limit, MinLen) for limit in limits)
     if get_origin(hint) in (Union, types.UnionType):
+        numbers = {int, float} & set(get_args(hint))
         kinds = [
-            kind
-            for kind in get_args(hint)
-            if kind is not Path and not (kind is int and float in get_args(hint))
+            kind for kind in get_args(hint) if kind is not Path and (kind is not int or float not in numbers)
         ]
-        nothing = sorted(kinds, key=lambda kind: kind is types.NoneType)  # null last
-        return _either(dict.fromkeys(wanted(name, kind) for kind in nothing))
+        kinds.sort(key=lambda kind: (get_origin(kind) in (list, tuple, Sequence), kind is types.NoneType))
+        return _either(
+            dict.fromkeys(wanted(name, Annotated[kind, *limits] if limits else kind) for kind in kinds)
+        )
     if get_origin(hint) is Literal:
         return _either(map(spelled, get_args(hint)))
     if get_origin(hint) in (list, tuple, Sequence):
@@ -174,9 +175,13 @@ def _number(kind: type, limits: Sequence[Any]) -> str:
     low = next((limit for limit in limits if isinstance(limit, Ge | Gt)), None)
     high = next((limit for limit in limits if isinstance(limit, Le | Lt)), None)
     if isinstance(low, Ge) and isinstance(high, Le):
-        return f"{noun} from {low.ge} to {high.le}"
-    below = "" if high is None else f"at most {high.le}" if isinstance(high, Le) else f"below {high.lt}"
-    above = "" if low is None else f"of {low.ge} or more" if isinstance(low, Ge) else f"above {low.gt}"
+        return f"{noun} from {low.ge:.10g} to {high.le:.10g}"
+    below = (
+        "" if high is None else f"at most {high.le:.10g}" if isinstance(high, Le) else f"below {high.lt:.10g}"
+    )
+    above = (
+        "" if low is None else f"of {low.ge:.10g} or more" if isinstance(low, Ge) else f"above {low.gt:.10g}"
+    )
     return " ".join([noun, " and ".join(filter(None, [above, below]))]).rstrip()
 
 

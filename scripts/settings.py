@@ -102,8 +102,8 @@ def check_setting(setting: Setting) -> None:
 
 def check_presence(config, schema: Any) -> None:
     """Raise UserError for a setting or part that a script asks for and that was taken away: embedder=null, ~k."""
-    for name, (hint, _) in _entries(config, schema).items():
-        if name not in config.keys():  # noqa: SIM118 (`in config` is false for "???" too)
+    for name, (hint, required) in _entries(config, schema).items():
+        if required and name not in config.keys():  # noqa: SIM118 (`in config` is false for "???" too)
             check_setting(Setting(name, None, hint))
 
 
@@ -120,6 +120,8 @@ def settings_of(config, schema: Any = Part, given: Collection[str] = ()) -> Iter
         if key not in entries and not str(key).startswith("_"):
             raise UserError(_unknown(config._get_full_key(key), config.get("_target_"), entries))
     for key, (hint, required) in entries.items():
+        if OmegaConf.is_missing(config, key):  # so far
+            continue
         if key not in config.keys() and (not required or key in given):  # noqa: SIM118
             continue
         value = config.get(key)

@@ -13,6 +13,7 @@ import ingest
 import pytest
 from hydra import compose, initialize_config_dir
 from launch import CONF, quote_overrides
+from settings import check
 
 from rag.types import UserError
 from tests.tiny import write_checkpoint
@@ -41,6 +42,7 @@ def run(home, monkeypatch, capsys):
     def run(script, *overrides):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose(script.__name__, quote_overrides(overrides))
+        check(config, script.Settings)
         script.main(config)
         return capsys.readouterr()
 
@@ -130,9 +132,9 @@ def test_a_session_keeps_history_and_knows_its_commands(index, run, monkeypatch)
     ("script", "overrides", "says"),
     [
         (generate, ("index.path=nowhere", "question=x"), "nowhere"),
-        (generate, (*INDEX, "question=x", "output=xml"), "choose text or json"),
+        (generate, (*INDEX, "question=x", "output=xml"), "must be text or json"),
         (generate, (*INDEX, "output=json"), "question="),
-        (generate, (*INDEX, "question=x", "k=0"), "k is 0"),
+        (generate, (*INDEX, "question=x", "k=0"), "k=0"),
         (generate, (*INDEX, "question=x", "generator.weights=/no/such.gguf"), "/no/such.gguf"),
         (ingest, ("corpus.path=missing", *INDEX), "missing"),
         (ingest, ("corpus.path=documents", "index.path=documents", *WORDS), "documents"),
