@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from settings import CONF, check, check_presence, user_error
-from this_run import label, overrides, record_failure, run_dir, sweeping
+from this_run import groups, label, overrides, record_failure, run_dir, sweeping
 
 from rag.cache import enable_compilation_cache
 from rag.types import UserError
@@ -183,28 +183,19 @@ def quote_overrides(
         template = _is_one(key, TEMPLATES)
         if key in chosen_from:
             return start + re.sub(r"(?<![^,(])null(?![^,)])", "[]", value)
-        if _is_one(key, TEXT_LISTS) or (template and sweep and _is_choice(value)):
+        if _is_one(key, TEXT_LISTS):
             return start + _unescaped_parts(value)
         if not template and not _is_one(key, free_text):
             return argument
-        if (sweep and _is_choice(value)) or (value == "null" and key != "question"):
+        if (sweep and re.fullmatch(r"choice\(.*\)", value, re.S)) or (value == "null" and key != "question"):
             return argument
         return start + quote(_unescaped(value) if template else value)
 
     return [quoted(argument) for argument in arguments]
 
 
-def groups(config_dir: Path = CONF) -> set[str]:
-    """The folders of configurations that a setting chooses from."""
-    return {path.parent.relative_to(config_dir).as_posix() for path in config_dir.glob("*/**/*.yaml")}
-
-
 def _is_one(key: str, names: Sequence[str]) -> bool:
     return any(key.endswith(name) if name.startswith(".") else key == name for name in names)
-
-
-def _is_choice(value: str) -> bool:
-    return re.fullmatch(r"choice\(.*\)", value, re.S) is not None
 
 
 def _unescaped(text: str, mark: str = "") -> str:
@@ -213,7 +204,7 @@ def _unescaped(text: str, mark: str = "") -> str:
 
 
 def _unescaped_parts(value: str) -> str:
-    """A list, or a sweep over texts or lists, with the escapes in its texts resolved; texts without any stay."""
+    """A list, or a sweep over lists, with the escapes in its texts resolved; texts without any stay."""
 
     def text(match: re.Match) -> str:
         if "\\" not in match[0]:

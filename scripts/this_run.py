@@ -22,10 +22,17 @@ def overrides() -> list[str]:
     from hydra.core.hydra_config import HydraConfig
 
     config = HydraConfig.get()
+    [main] = [source.path for source in config.runtime.config_sources if source.provider == "main"]
+    chosen = groups(Path(main))
     return [
-        re.sub(r"=\[\]$", "=null", o) if o[:-3] in config.runtime.choices else o
-        for o in config.overrides.task
+        re.sub(r"=\[\]$", "=null", text) if re.split("[@=]", text.lstrip("+"))[0] in chosen else text
+        for text in config.overrides.task
     ]
+
+
+def groups(config_dir: Path) -> set[str]:
+    """The folders of configurations that a setting chooses from."""
+    return {path.parent.relative_to(config_dir).as_posix() for path in config_dir.glob("*/**/*.yaml")}
 
 
 def label() -> str:

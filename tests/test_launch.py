@@ -162,6 +162,83 @@ def test_a_sweep_over_paths_is_written_as_a_choice():
     assert quote_overrides(["-m", "index.path=a,b"]) == ["-m", "index.path='a,b'"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (r'["\n\n"]', ["\n\n"]),  # in single quotes in a shell ...
+        (r"[\n\n]", ["\n\n"]),  # ... and without any, which takes the double ones away
+        (r"['\n',aaa, b]", ["\n", "aaa", "b"]),
+        (r'["\\n"]', [r"\n"]),  # a backslash is two
+        (r'["\\"]', ["\\"]),
+        (r'["a\"b\tc"]', ['a"b\tc']),
+        (r'["\d"]', [r"\d"]),
+        ('["\n"]', ["\n"]),
+        ("[]", []),
+        (r'["a, b","[x]\n"]', ["a, b", "[x]\n"]),
+        ("null", None),
+    ],
+)
+@pytest.mark.parametrize("key", ["answer.stop", "bench.stop", "transform.stop", "chunker.separators"])
+def test_escapes_in_lists_of_texts_mean_what_they_mean_in_yaml(key, typed, meant):
+    [override] = quote_overrides([f"{key}={typed}"])
+    assert OverridesParser.create().parse_override(override).value() == meant
+
+
+@pytest.mark.parametrize(
+    "key", ["prompt.user", "prompt.separator", "retriever.system", "reranker.prompt", "embedder.query_prompt"]
+)
+def test_escapes_in_templates_mean_what_they_mean_in_yaml(key):
+    def value(text):
+        return OverridesParser.create().parse_override(quote_overrides([f"{key}={text}"])[0]).value()
+
+    assert value(r"Passages:\n\n{context}, [a]\t\\n \d") == "Passages:\n\n{context}, [a]\t\\n \\d"
+    assert value("null") is None
+    assert value("'null'") == "'null'"
+
+
+@given(st.lists(TEXT.filter(lambda text: "${" not in text and text != "???")))
+def test_every_list_of_texts_can_be_typed(texts):
+    """As YAML writes it: a backslash and the quotation mark behind a backslash, a line break as one."""
+    escaped = [text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for text in texts]
+    [override] = quote_overrides(["answer.stop=[" + ",".join(f'"{text}"' for text in escaped) + "]"])
+    assert OverridesParser.create().parse_override(override).value() == texts
+
+
+def test_a_sweep_over_lists_of_texts_keeps_its_commas():
+    sweep = quote_overrides(["-m", r'answer.stop=["\n"],[a,"\t"]'])
+    parsed = OverridesParser.create().parse_overrides(sweep[1:])
+    [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    assert [OverridesParser.create().parse_override(job).value() for [job] in jobs] == [["\n"], ["a", "\t"]]
+
+
+def test_null_is_no_choice_of_a_group(run):
+    code, [config], _ = run("stage=null")
+    assert code == 0 and "stage" not in config
+    code, seen, _ = run("-m", "stage=small,null")
+    assert code == 0
+    assert [config.get("stage", {}).get("size") for config in seen] == [128, None]
+    asked = []
+    run("stage=null", "n=1", main=lambda config: asked.extend(launch_module.overrides()))
+    assert asked == ["stage=null", "n=1"]
+
+
+@pytest.mark.parametrize("value", ["3", "true", "[small,3]", "{a:1}", "1.5"])
+def test_a_choice_that_is_no_name_is_one_sentence(run, value):
+    code, seen, err = run(f"stage={value}")
+    assert (code, seen, len(err.splitlines())) == (2, [], 1)
+    assert "will not do: it must be one of large, small." in err
+
+
+def test_settings_of_any_wrong_kind_are_told_before_main(run):
+    for wrong in ("n=abc", "n=1.5", "n=null", "n=true", "index=3", "logged=yes", "stage.size=[1]", "+m=3"):
+        code, seen, err = run(wrong)
+        assert (code, seen, len(err.splitlines())) == (2, [], 1), wrong
+    assert "There is no setting 'm': " in err
+    code, seen, err = run("-m", "n=1,abc,2")
+    assert code == 2 and [config["n"] for config in seen] == [1, 2]
+    assert "n=abc will not do" in err
+
+
 def test_text_arrives_through_the_whole_of_hydra(run):
     for a, b, c in zip(SPECIAL[::3], SPECIAL[1::3], SPECIAL[2::3], strict=True):
         code, [config], _ = run(f"question={a}", f"index.path={b}", f"corpus.path={c}", "stage.size=1")
