@@ -5,12 +5,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal
 
 from rag.ingest.markdown import sections
 from rag.ingest.packing import Span
 from rag.ingest.sentences import sentences
-from rag.types import Chunk, Context, Hit, Source, UserError
+from rag.types import Chunk, Context, Hit, Source
+from rag.values import Count, check_fields
 
 Order = Literal["score", "reverse", "document", "sides"]
 Expand = Literal["none", "neighbours", "section", "parent"]
@@ -38,28 +39,18 @@ class ContextOptions:
     but never beyond `expand_tokens`, which are filled evenly from the hit to both sides.
     """
 
-    max_tokens: int = 1024  # of the rendered passages, by the generator's tokenizer
+    max_tokens: Count = 1024  # of the rendered passages, by the generator's tokenizer
     order: Order = "score"
     # hits below it are not relevant; its scale is the retriever's, and "auto" is for the pipeline to fill in from there
     min_score: float | Literal["auto"] | None = None
     merge: bool = True  # overlapping or adjoining chunks of a document become one passage
     expand: Expand = "none"
-    expand_by: int = (
-        2  # sentences on either side, for "neighbours"; where a chunk cuts one, its rest is the first
-    )
-    expand_tokens: int = 256  # of a widened passage as rendered, by the generator's tokenizer
+    # sentences on either side, for "neighbours"; where a chunk cuts one, its rest is the first
+    expand_by: Count = 2
+    expand_tokens: Count = 256  # of a widened passage as rendered, by the generator's tokenizer
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "expand_by", "expand_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"The context's {name} must be a whole number above 0, not {value!r}.")
-        for name, choices in (("order", Order), ("expand", Expand)):
-            if getattr(self, name) not in get_args(choices):
-                raise UserError(
-                    f"The context's {name} must be one of {', '.join(get_args(choices))}, "
-                    f"not {getattr(self, name)!r}."
-                )
+        check_fields(self)
 
 
 def text_of(source: Source) -> str:

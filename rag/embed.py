@@ -18,21 +18,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from annotated_types import Ge, Le
 from jaxtyping import Float32, Float64, Int
 
 from rag import cache
 from rag.models import bert, bert_checkpoint, hub
 from rag.types import UserError
+from rag.values import Count, Filled, checked
 
 # Part of fingerprints, by which an index on disk knows its embedder, whatever the code: raise one when the same
 # weights begin to give other vectors, which do not compare with an index's. Kept results need neither (rag.closure).
 BERT_VERSION = 1
 BAG_OF_WORDS_VERSION = 1
 
+Bytes = Annotated[int, Ge(1), Le(2**50)]
 Progress = Callable[[int], None]  # texts done so far
 
 _BLOCK = 2048  # texts that are tokenised and sorted together
@@ -110,27 +113,23 @@ class BertEmbedder:
     Raises UserError for a checkpoint that cannot be loaded, a max_length beyond its positions and an unknown dtype.
     """
 
+    @checked
     def __init__(
         self,
-        uri: str = hub.DEFAULT_EMBEDDER,
-        max_length: int | None = None,
-        tokens_per_batch: int = 1024,
+        uri: Filled = hub.DEFAULT_EMBEDDER,
+        max_length: Count | None = None,
+        tokens_per_batch: Count = 1024,
         query_prompt: str | None = None,
         document_prompt: str | None = None,
         relevant_from: float | None = None,
-        dtype: str = "float32",
+        dtype: Literal[bert_checkpoint.DTYPES] = "float32",
     ):
-        if dtype not in bert_checkpoint.DTYPES:
-            known = ", ".join(bert_checkpoint.DTYPES)
-            raise UserError(f"embedder.dtype={dtype} is no type of weights: choose from {known}")
         path = hub.local_path(uri)
         self._model, self._tokenizer, settings = bert_checkpoint.load(path, dtype)
         config, wanted = settings.config, settings.pooling.max_length if max_length is None else max_length
         longest = config.max_position_embeddings - config.position_offset
         if not 3 <= wanted <= longest:
             raise UserError(f"max_length={wanted} does not suit {uri}: choose from 3 to {longest} tokens")
-        if tokens_per_batch < 1:
-            raise UserError(f"tokens_per_batch={tokens_per_batch} holds no token: choose about 1024")
         self._settings = replace(
             settings,
             pooling=replace(settings.pooling, normalize=True, max_length=wanted),
@@ -309,9 +308,10 @@ class BagOfWords:
     question of such words alone is the zero vector and scores 0.
     """
 
+    @checked
     def __init__(
         self,
-        max_bytes: int = 1 << 30,
+        max_bytes: Bytes = 1 << 30,
         relevant_from: float | None = None,
         vocabulary: Sequence[str] = (),
     ):

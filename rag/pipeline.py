@@ -24,6 +24,7 @@ from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate, render, render_passage
 from rag.retrieve.search import Search
 from rag.types import Answer, Chunk, Context, Document, Hit, Message, Source, Timings, Usage, UserError
+from rag.values import Count, Filled, Seed, check_fields
 
 Progress = Callable[[str, int, int], None]  # stage, done, of how many
 
@@ -187,20 +188,12 @@ def _postings(
 class AnswerOptions:
     """How long an answer may be, by which draw it is written, and what ends it. UserError for what cannot be."""
 
-    max_new_tokens: int = 128
-    seed: int = 0  # of sampling; greedy has no use for it
-    stop: Sequence[str] = ()  # the answer ends before the first of these
+    max_new_tokens: Count = 128
+    seed: Seed = 0  # of sampling; greedy has no use for it
+    stop: Sequence[Filled] = ()  # the answer ends before the first of these
 
     def __post_init__(self):
-        if isinstance(self.stop, str):
-            raise UserError(
-                f"answer.stop={self.stop} is one text: write a list, answer.stop='[\"{self.stop}\"]'"
-            )
-        object.__setattr__(self, "stop", tuple(self.stop))  # a YAML list must become hashable
-        if self.max_new_tokens < 1:
-            raise UserError(f"answer.max_new_tokens is {self.max_new_tokens}; ask for at least one token")
-        if not 0 <= self.seed < 1 << 32:
-            raise UserError(f"answer.seed is {self.seed}; give a number from 0 to 4294967295")
+        check_fields(self)
 
 
 @dataclass(frozen=True)

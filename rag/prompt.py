@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rag.types import Context, Message, Source, UserError
+from rag.values import check_fields
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 _KNOWN = {
@@ -33,6 +34,7 @@ class PromptTemplate:
     abstain_answer: str = "The documents do not answer this question."
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for field, known in _KNOWN.items():
             for name in _PLACEHOLDER.findall(getattr(self, field)):
                 if name not in known:

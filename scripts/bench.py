@@ -13,14 +13,26 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from launch import build, launch
+from launch import launch
+from settings import Part, Shared, build
 from this_run import overrides, run_dir
 
 from rag.cache import atomic_file
 from rag.measure import bench_json, print_table
 from rag.roofs import best, roofs, with_shares
+from rag.values import Filled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Shared):
+    """conf/bench.yaml."""
+
+    bench: Part
+    keep: Filled | None
+    name: Filled | None
 
 
 def main(config) -> None:
@@ -80,4 +92,4 @@ def write(stem: Path, line: str, table: str, picture: bytes | None) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, "bench")
+    launch(main, "bench", Settings)

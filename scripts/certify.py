@@ -10,9 +10,35 @@ import functools
 import inspect
 import json
 import sys
+from dataclasses import dataclass
 
-from launch import build, launch
+from launch import launch
+from settings import Part, Shared, build
 from this_run import run_dir
+
+from rag.values import Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Shared):
+    """conf/certify.yaml."""
+
+    rerank_depth: Count
+    dataset: Part
+    embedder: Part
+    chunker: Part
+    analyzer: Part
+    fusion: Part
+    vector_index: Part
+    retriever: Part
+    transform: Part | None = None
+    reranker: Part | None = None
+    context: Part
+    prompt: Part
+    generator: Part
+    sampling: Part
+    certificate: Part
+    answer: Part
 
 
 def main(config) -> None:
@@ -138,4 +164,4 @@ def number(value: float | None, spelling: str = ".4f") -> str:
 
 
 if __name__ == "__main__":
-    launch(main, "certify")
+    launch(main, "certify", Settings)

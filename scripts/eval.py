@@ -7,18 +7,45 @@ python scripts/eval.py -m dataset=sample retriever=dense,bm25,hybrid chunker=sen
 import functools
 import json
 import shutil
+from dataclasses import dataclass
 
-from launch import build, launch
+from launch import launch
+from settings import Part, Shared, build
 from this_run import label, overrides, run_dir
 
-from rag.types import UserError
+from rag.values import Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Shared):
+    """conf/eval.yaml."""
+
+    plan: bool
+    rerank_depth: Count
+    dataset: Part
+    embedder: Part
+    chunker: Part
+    analyzer: Part
+    fusion: Part
+    vector_index: Part
+    retriever: Part
+    transform: Part | None = None
+    reranker: Part | None = None
+    tuning: Part | None = None
+    context: Part
+    prompt: Part
+    closed_book: Part
+    generator: Part
+    sampling: Part
+    evaluation: Part
+    statistics: Part
+    reading: Part
+    answer: Part
 
 
 def main(config) -> None:
     from terminal import print_problem, progress_bars
 
-    if type(config.plan) is not bool:
-        raise UserError(f"plan={config.plan} will not do: it must be true or false.")
     job = job_of(config)
     for problem in job.dataset.problems:
         print_problem(problem)
@@ -124,4 +151,4 @@ def show_plan(job) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, "eval")
+    launch(main, "eval", Settings)

@@ -9,13 +9,15 @@ from __future__ import annotations  # the types below are imported in main: a ty
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from launch import build, launch
+from launch import launch
+from settings import IndexFolder, Part, Shared, build
 
 from rag.types import Answer, Message, Source, UserError
+from rag.values import Count, Question
 
 if TYPE_CHECKING:
     from rag.pipeline import Reader
@@ -24,9 +26,30 @@ if TYPE_CHECKING:
 COMMANDS = "/sources  what the last answer was shown, /context  its passages in full, /quit  leave"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(Shared):
+    """conf/generate.yaml."""
+
+    index: IndexFolder
+    k: Count
+    rerank_depth: Count
+    question: Question | None
+    output: Literal["text", "json"]
+    embedder: Part
+    analyzer: Part
+    fusion: Part
+    vector_index: Part
+    retriever: Part
+    transform: Part | None = None
+    reranker: Part | None = None
+    context: Part
+    prompt: Part
+    generator: Part
+    sampling: Part
+    answer: Part
+
+
 def main(config) -> None:
-    if config.output not in ("text", "json"):
-        raise UserError(f"There is no output {config.output!r}: choose text or json.")
     if config.question is None and config.output == "json":
         raise UserError('output=json answers one question: give it as question="..."')
     from stages import method_of
@@ -147,4 +170,4 @@ def _read() -> str | None:
 
 
 if __name__ == "__main__":
-    launch(main, "generate")
+    launch(main, "generate", Settings)

@@ -6,28 +6,50 @@ python scripts/ingest.py corpus.path=MORE index.path=.demo/index index.add=true
 
 from __future__ import annotations  # the types below are imported in main: a typo should not wait for JAX
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch import build, launch
+from launch import launch
+from settings import IndexFolder, Part, Shared, build
 
-from rag.types import UserError
+from rag.values import Filled
 
 if TYPE_CHECKING:
     from rag.pipeline import IngestReport
 
 
+@dataclass(frozen=True)
+class Corpus:
+    path: Filled
+
+
+@dataclass(frozen=True)
+class Target(IndexFolder):
+    """The index that is written."""
+
+    add: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Shared):
+    """conf/ingest.yaml."""
+
+    corpus: Corpus
+    index: Target
+    embedder: Part
+    chunker: Part
+    analyzer: Part | None  # null: no postings
+
+
 def main(config) -> None:
-    if not isinstance(
-        config.index.add, bool
-    ):  # yes and no are text to Hydra, and any text would count as true
-        raise UserError(f"index.add={config.index.add} will not do: it must be true or false.")
     from terminal import progress_bars
 
     from rag import pipeline
 
     corpus, index = Path(config.corpus.path).expanduser(), Path(config.index.path).expanduser()
-    stages = (build(config[name]) for name in ("chunker", "embedder", "analyzer"))
+    stages = [build(config[name]) for name in ("chunker", "embedder")]
+    stages.append(build(config.analyzer) if config.get("analyzer") else None)
     with progress_bars() as update:
         report = pipeline.ingest(corpus, index, *stages, update, add=config.index.add)
     print(
@@ -50,4 +72,4 @@ def changes(report: IngestReport) -> str:
 
 
 if __name__ == "__main__":
-    launch(main, "ingest")
+    launch(main, "ingest", Settings)

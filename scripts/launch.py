@@ -1,17 +1,17 @@
-"""What every script shares: `launch(main, "name")` runs `main(config)` under Hydra, as a person expects it.
+"""What every script shares: `launch(main, "name", Settings)` runs `main(config)` under Hydra, as a person expects it.
 
     if __name__ == "__main__":
-        launch(main, "generate")
+        launch(main, "generate", Settings)
 
-Free text arrives as typed, a wrong setting is one sentence and exit code 2, and `device=`, `profile=` and the
-compilation cache are in place before JAX starts. Hydra and JAX are imported late: a typo costs no JAX start.
+Free text arrives as typed, every value is checked against its declaration (settings.py), a wrong one is one sentence
+and exit code 2, and `device=`, `profile=` and the compilation cache are in place before JAX starts. Hydra, pydantic
+and JAX are imported late: a typo costs no JAX start.
 """
 
 import contextlib
 import difflib
 import functools
 import gc
-import inspect
 import os
 import re
 import signal
@@ -22,42 +22,37 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from this_run import label, overrides, record_failure, run_dir, sweeping
+from settings import CONF, check, check_presence, user_error
+from this_run import groups, label, overrides, record_failure, run_dir, sweeping
 
 from rag.cache import enable_compilation_cache
 from rag.types import UserError
-
-CONF = Path(__file__).resolve().parent.parent / "conf"
+from rag.values import refusal
 
 # Settings whose value is a person's text; a leading dot means the last word of any dotted key.
 FREE_TEXT = (
-    "question",
-    "runs",
-    "baseline",
-    "output",
-    ".path",
-    ".url",
-    ".model",
-    ".uri",
-    ".weights",
-    ".system",
-    ".user",
-    ".passage",
-    ".separator",
-    ".query_prompt",
-    ".document_prompt",
-    ".abstain_answer",
+    *("question", "runs", "baseline", "output", "keep"),
+    *(".path", ".url", ".model", ".uri"),
+    *("generator.weights", "bench.weights", "bench.reading.weights"),
 )
+# Texts and lists of texts that are written in YAML with \n for a line break, and so on a command line, where shells
+# leave the backslash: \n, \t and \r are what they are in YAML, \\ is a backslash, and any other backslash stays.
+TEMPLATES = (
+    *(".system", ".user", ".passage", ".separator", ".abstain_answer"),
+    *(".query_prompt", ".document_prompt", ".finished", "reranker.prompt"),
+)
+TEXT_LISTS = (".stop", ".separators")
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 # Imports and programs leave hundreds of thousands of objects that stay. With Python's own 700 between two looks for
 # cycles, and 10 looks at the youngest before one at older ones, half a second of every start went into looking.
 _COLLECT_EVERY = (50_000, 50)
 _DEVICES = {"auto": None, "cpu": "cpu", "gpu": "cuda,cpu"}  # what JAX_PLATFORMS calls them
 
 
-def launch(
-    main: Callable, config_name: str, *, config_dir: Path = CONF, free_text: Sequence[str] = FREE_TEXT
-) -> typing.NoReturn:
+def launch(main: Callable, config_name: str, schema: type, *, config_dir: Path = CONF) -> typing.NoReturn:
     """Run `main(config)` with conf/<config_name>.yaml and the command line's overrides, then exit.
+
+    `schema`, a dataclass, declares what that file holds.
 
     Exit codes: 0; 2 for what a person can put right (one sentence on stderr); 130 after Ctrl-C; 141 when the
     reader of stdout went away. Any other exception is a bug of ours: it keeps its traceback and exits with 1.
@@ -65,19 +60,21 @@ def launch(
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as by nohup
         signal.signal(signal.SIGINT, _ctrl_c)
     gc.set_threshold(*_COLLECT_EVERY)
-    sys.exit(_exit_code(main, config_name, config_dir, free_text))
+    sys.exit(_exit_code(main, config_name, schema, config_dir))
 
 
 class _Raised(BaseException):
     """Carries main's exception out through Hydra, which would report an Exception in its own way."""
 
 
-def _exit_code(main: Callable, config_name: str, config_dir: Path, free_text: Sequence[str]) -> int:
+def _exit_code(main: Callable, config_name: str, schema: type, config_dir: Path) -> int:
     failures: list[BaseException] = []  # of a sweep's jobs: the others run all the same
 
     def task(config) -> None:
         try:
+            check_presence(config, schema)
             _require_all(config)
+            check(config, schema)
             _choose_device(config.device)
             enable_compilation_cache()
             with _profile(config.profile):
@@ -88,18 +85,18 @@ def _exit_code(main: Callable, config_name: str, config_dir: Path, free_text: Se
             if not sweeping():
                 raise _Raised from error
             failures.append(error)
-            record_failure(run_dir(), label(), overrides(), error, _user_error(error))
+            record_failure(run_dir(), label(), overrides(), error, user_error(error))
 
     def left_out(settings: Sequence[str], folder: Path, error: Exception) -> None:
         failures.append(UserError(_explain(error, config_name, config_dir)))
         record_failure(folder, " ".join(settings), settings, error, str(failures[-1]))
 
     try:
-        _run_hydra(functools.wraps(main)(task), config_name, config_dir, free_text, left_out)
+        _run_hydra(functools.wraps(main)(task), config_name, config_dir, left_out)
         sys.stdout.flush()
         if failures:
             print(f"{len(failures)} of the sweep's jobs failed; each has said why above.", file=sys.stderr)
-            return 2 if all(_user_error(error) for error in failures) else 1
+            return 2 if all(user_error(error) for error in failures) else 1
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
@@ -108,7 +105,7 @@ def _exit_code(main: Callable, config_name: str, config_dir: Path, free_text: Se
     except _Raised as raised:
         if isinstance(raised.__cause__, BrokenPipeError):
             return _reader_gone()
-        return _tell(raised.__cause__, _user_error(raised.__cause__))
+        return _tell(raised.__cause__, user_error(raised.__cause__))
     except Exception as error:
         return _tell(error, _explain(error, config_name, config_dir))
     return 0
@@ -139,9 +136,7 @@ def _reader_gone() -> int:
     return 141  # 128 + SIGPIPE, as a shell reports it
 
 
-def _run_hydra(
-    task: Callable, config_name: str, config_dir: Path, free_text: Sequence[str], left_out: Callable
-) -> None:
+def _run_hydra(task: Callable, config_name: str, config_dir: Path, left_out: Callable) -> None:
     import hydra
     from hydra.core.plugins import Plugins
 
@@ -150,7 +145,7 @@ def _run_hydra(
     sweeper.left_out = staticmethod(left_out)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions out: we tell them better
     os.environ["RAG_RUN"] = uuid.uuid4().hex[:8]  # part of the output folder's name: conf/shared.yaml
-    sys.argv[1:] = quote_overrides(sys.argv[1:], free_text)
+    sys.argv[1:] = quote_overrides(sys.argv[1:], config_dir=config_dir)
     hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(task)()
 
 
@@ -170,22 +165,54 @@ def quote(text: str) -> str:
     return QuotedString(literal, Quote.single).with_quotes()
 
 
-def quote_overrides(arguments: Sequence[str], free_text: Sequence[str] = FREE_TEXT) -> list[str]:
-    """Quote the values of free-text keys in a command line; everything else stays as it is.
+def quote_overrides(
+    arguments: Sequence[str], free_text: Sequence[str] = FREE_TEXT, config_dir: Path = CONF
+) -> list[str]:
+    """Spell a command line as Hydra reads it: free text in quotes, null for a group as an empty list of choices.
 
-    In a sweep, `path=choice(a,b)` keeps Hydra's meaning; a plain comma is part of the text.
+    `key=null` is null for every key but `question`. In a sweep, `path=choice(a,b)` keeps Hydra's meaning; a plain
+    comma is part of the text.
     """
-    sweep = "-m" in arguments or "--multirun" in arguments
-    keys = "|".join((r"[\w./-]+" if key.startswith(".") else "") + re.escape(key) for key in free_text)
-    override = re.compile(rf"(\+{{0,2}}(?:{keys})=)(.*)", re.S)
+    sweep, chosen_from = "-m" in arguments or "--multirun" in arguments, groups(config_dir)
 
     def quoted(argument: str) -> str:
-        match = override.fullmatch(argument)
-        if match is None or (sweep and re.fullmatch(r"choice\(.*\)", match[2], re.S)):
+        match = re.fullmatch(r"(\+{0,2}([\w./-]+)(?:@[\w.]+)?=)(.*)", argument, re.S)
+        if match is None:
             return argument
-        return match[1] + quote(match[2])
+        start, key, value = match.groups()
+        template = _is_one(key, TEMPLATES)
+        if key in chosen_from:
+            return start + re.sub(r"(?<![^,(])null(?![^,)])", "[]", value)
+        if _is_one(key, TEXT_LISTS):
+            return start + _unescaped_parts(value)
+        if not template and not _is_one(key, free_text):
+            return argument
+        if (sweep and re.fullmatch(r"choice\(.*\)", value, re.S)) or (value == "null" and key != "question"):
+            return argument
+        return start + quote(_unescaped(value) if template else value)
 
     return [quoted(argument) for argument in arguments]
+
+
+def _is_one(key: str, names: Sequence[str]) -> bool:
+    return any(key.endswith(name) if name.startswith(".") else key == name for name in names)
+
+
+def _unescaped(text: str, mark: str = "") -> str:
+    """The text with its escapes resolved, that of the quotation mark it stood in among them."""
+    return re.sub(r"\\(.)", lambda m: m[1] if m[1] == mark else _ESCAPES.get(m[1], m[0]), text, flags=re.S)
+
+
+def _unescaped_parts(value: str) -> str:
+    """A list, or a sweep over lists, with the escapes in its texts resolved; texts without any stay."""
+
+    def text(match: re.Match) -> str:
+        if "\\" not in match[0]:
+            return match[0]
+        mark = match[0][0]
+        return quote(_unescaped(match[0][1:-1], mark) if mark in "\"'" else _unescaped(match[0]))
+
+    return re.sub(r"""(["'])(?:\\.|(?!\1|\\).)*\1|[^\s\[\](),"']+""", text, value, flags=re.S)
 
 
 # --- one sentence for what a person can put right
@@ -196,7 +223,7 @@ def _explain(error: Exception, config_name: str, config_dir: Path) -> str | None
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-    if (sentence := _user_error(error)) is not None:
+    if (sentence := user_error(error) or _wrong_choice(config_dir)) is not None:
         return sentence
     match error:
         case MissingConfigException(missing_cfg_file=str(name), options=options) if options:
@@ -217,12 +244,24 @@ def _explain(error: Exception, config_name: str, config_dir: Path) -> str | None
     return None
 
 
-def _user_error(error: BaseException | None) -> str | None:
-    """The sentence of the UserError that was raised, or that caused what was raised."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return str(error)
-        error = error.__cause__
+def _wrong_choice(config_dir: Path) -> str | None:
+    """The sentence for a group that is given something else than the name of a choice, or a list of names."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    for argument in sys.argv[1:]:
+        group = argument.partition("=")[0].lstrip("+").partition("@")[0]
+        if "=" not in argument or group not in groups(config_dir):
+            continue
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except OverrideParseException:  # has its own sentence
+            continue
+        value = override.value()
+        names = value if isinstance(value, list) else [value]
+        if not override.is_sweep_override() and not all(isinstance(name, str) for name in names):
+            choices = sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
+            return refusal(group, value, f"one of {', '.join(choices)}")
     return None
 
 
@@ -252,8 +291,7 @@ def _settings(wrong: str, config_name: str, config_dir: Path) -> set[str]:
             config = compose(config_name, overrides)
         except HydraException:  # a second mistake: it will have its own sentence
             config = compose(config_name)
-    groups = {path.parent.relative_to(config_dir).as_posix() for path in config_dir.glob("*/**/*.yaml")}
-    return groups | set(_leaves(config, ""))
+    return groups(config_dir) | set(_leaves(config, ""))
 
 
 def _leaves(config, prefix: str) -> Iterator[str]:
@@ -281,89 +319,11 @@ def _require_all(config) -> None:
         raise UserError(f"Please say which: {' '.join(f'{key}=...' for key in missing)}")
 
 
-# --- from a configuration to objects
-
-
-def build(config, **arguments: object):
-    """Make what `_target_` names, and all inside it, from plain Python values and the given `arguments`.
-
-    Raises UserError naming the setting that the target does not have, or whose value is of the wrong type.
-    """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    check(config)
-    try:
-        # The arguments stay out of instantiate: it would copy them, and take dataclasses for configurations.
-        make = instantiate(config, _convert_="all", _partial_=True)
-    except InstantiationException as error:  # of something inside
-        if (sentence := _user_error(error)) is None:
-            raise
-        raise UserError(sentence) from error
-    return make(**arguments)
-
-
-def check(config) -> None:
-    """Compare settings with the parameters of their target, and with the plain types that these declare.
-
-    YAML and Hydra leave both open. Raises UserError for the first that does not fit.
-    """
-    from hydra.utils import get_object
-    from omegaconf import DictConfig, OmegaConf
-
-    if not isinstance(config, DictConfig):
-        return
-    settings = {key: config[key] for key in config if not OmegaConf.is_missing(config, key)}
-    for value in settings.values():
-        check(value)
-    if "_target_" not in config:
-        return
-    target = get_object(config._target_)
-    parameters = inspect.signature(target, eval_str=True).parameters
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for key, value in settings.items():
-        name = config._get_full_key(key)
-        if key in parameters:
-            if wanted := _mismatch(name, value, parameters[key].annotation):
-                raise UserError(f"{name}={value} will not do: it must be {wanted}.")
-        elif not key.startswith("_") and not open_ended:
-            raise UserError(f"There is no setting {name!r}: {config._target_} takes {', '.join(parameters)}.")
-
-
-def _mismatch(name: str, value: object, hint: object) -> str:
-    """What `hint` asks of the setting `name`; "" if `value` is that, or if `hint` is no type of plain values."""
-    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        wanted = [_mismatch(name, value, kind) for kind in arguments]
-        return "" if "" in wanted else " or ".join(sorted(wanted))
-    if origin is typing.Literal:
-        return "" if value in arguments else " or ".join(map(str, arguments))
-    if origin in (list, tuple, Sequence):
-        return _list_mismatch(name, value, [kind for kind in arguments if kind is not ...])
-    if origin is float:
-        return "" if type(value) in (float, int) else "float or int"
-    if origin in (int, bool, str, type(None)):
-        return "" if type(value) is origin else "null" if origin is type(None) else origin.__name__
-    return ""
-
-
-def _list_mismatch(name: str, value: object, kinds: Sequence[object]) -> str:
-    """As _mismatch, for a list whose elements are each of one of `kinds`, or of any kind if there is none."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        wrong = [[_mismatch(name, item, kind) for kind in kinds] for item in value]
-        if all(not wanted or "" in wanted for wanted in wrong):
-            return ""
-    example = "[10,100]" if int in kinds else "[0.1,0.9]" if float in kinds else "[a,b]"
-    return f"a list, as in {name}={example}"
-
-
 # --- device and profile
 
 
 def _choose_device(device: str) -> None:
-    """Tell JAX before it starts which device to use. Raises UserError for an unknown or missing one."""
-    if device not in _DEVICES:
-        raise UserError(f"There is no device {device!r}: choose one of {', '.join(_DEVICES)}.")
+    """Tell JAX before it starts which device to use. Raises UserError where it is not there."""
     if (platforms := _DEVICES[device]) is None:
         return
     import jax
@@ -381,10 +341,8 @@ def _choose_device(device: str) -> None:
 
 
 @contextlib.contextmanager
-def _profile(wanted: object) -> Iterator[None]:
-    """Record a JAX trace of the run into its folder, if wanted, and say where. Raises UserError for no bool."""
-    if not isinstance(wanted, bool):  # yes and no are text to Hydra, and any text would count as true
-        raise UserError(f"profile={wanted} will not do: it must be true or false.")
+def _profile(wanted: bool) -> Iterator[None]:
+    """Record a JAX trace of the run into its folder, if wanted, and say where."""
     if not wanted:
         yield
         return

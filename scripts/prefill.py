@@ -11,11 +11,12 @@ from __future__ import annotations  # the types below are imported in main: a ty
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch import build, launch
+from launch import launch
+from settings import IndexFolder, Part, Shared, build
 
 from rag.types import Hit, Message, UserError
 
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
     from rag.prompt import PromptTemplate
 
 _TOGETHER = 256  # chunks between two looks at what is missing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Shared):
+    """conf/prefill.yaml."""
+
+    index: IndexFolder
+    context: Part
+    prompt: Part
+    generator: Part
 
 
 def main(config) -> None:
@@ -74,4 +85,4 @@ def prompts(
 
 
 if __name__ == "__main__":
-    launch(main, "prefill")
+    launch(main, "prefill", Settings)

@@ -3,10 +3,25 @@
 python scripts/report.py runs=DIR baseline=bm25
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch import launch
+from settings import Shared
 from this_run import run_dir
+
+from rag.values import Filled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Shared):
+    """conf/report.yaml."""
+
+    runs: Filled | Sequence[Filled]
+    baseline: Filled | None
+    measure: Filled | None
+    output: Filled | None
 
 
 def main(config) -> None:
@@ -14,8 +29,7 @@ def main(config) -> None:
 
     paths = locations(config.runs)
     runs, failures = results.read(paths)
-    baseline, measure = (None if text is None else str(text) for text in (config.baseline, config.measure))
-    blocks = compose.page(runs, failures, baseline, measure)
+    blocks = compose.page(runs, failures, config.baseline, config.measure)
     output = folder(config.output, paths)
     compose.write(output, blocks)
     for failure in failures:
@@ -51,4 +65,4 @@ def folder(output: str | None, paths: list[Path]) -> Path:
 
 
 if __name__ == "__main__":
-    launch(main, "report")
+    launch(main, "report", Settings)

@@ -18,10 +18,21 @@ def run_dir() -> Path:
 
 
 def overrides() -> list[str]:
-    """The settings that this run was given on the command line, as Hydra spells them."""
+    """The settings that this run was given on the command line, as Hydra spells them; no choice of a group is null."""
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task)
+    config = HydraConfig.get()
+    [main] = [source.path for source in config.runtime.config_sources if source.provider == "main"]
+    chosen = groups(Path(main))
+    return [
+        re.sub(r"=\[\]$", "=null", text) if re.split("[@=]", text.lstrip("+"))[0] in chosen else text
+        for text in config.overrides.task
+    ]
+
+
+def groups(config_dir: Path) -> set[str]:
+    """The folders of configurations that a setting chooses from."""
+    return {path.parent.relative_to(config_dir).as_posix() for path in config_dir.glob("*/**/*.yaml")}
 
 
 def label() -> str:

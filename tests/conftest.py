@@ -10,9 +10,10 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+import tests.typecheck  # noqa: F401 (the hook finds it as an attribute of the package)
 from tests import trials
 
-install_import_hook("rag", "beartype.beartype")  # before anything imports rag
+install_import_hook("rag", "tests.typecheck.check")  # before anything imports rag
 
 OFFLINE = "RAG_OFFLINE_TESTS"  # "1": skip the tests marked `weights`, which may need a network the first time
 

@@ -410,7 +410,7 @@ def test_quality_compares_each_setting_with_the_first(small, tmp_path):
 @pytest.mark.parametrize("wrong", [{"questions": 1}, {"k": 0}])
 def test_reading_says_what_cannot_be(wrong):
     [name] = wrong
-    with pytest.raises(UserError, match=rf"bench\.{name} is "):
+    with pytest.raises(UserError, match=rf"Reading\.{name}="):
         Reading("x", PromptTemplate("{question}"), **wrong)
 
 

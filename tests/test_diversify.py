@@ -149,9 +149,9 @@ def test_it_is_a_reranker_kept_by_its_options():
 @pytest.mark.parametrize(
     ("options", "setting"),
     [
-        ({"weight": 1.5}, "reranker.weight is 1.5"),
-        ({"weight": -1}, "reranker.weight"),
-        ({"weight": float("nan")}, "reranker.weight"),
+        ({"weight": 1.5}, "weight=1.5"),
+        ({"weight": -1}, "weight=-1"),
+        ({"weight": float("nan")}, "weight=nan"),
     ],
 )
 def test_a_bad_weight_is_named(options, setting):

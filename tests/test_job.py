@@ -22,6 +22,7 @@ from rag.pipeline import AnswerOptions
 from rag.prompt import PromptTemplate
 from rag.retrieve.search import Dense, Hybrid, Lexical
 from rag.types import Document, UserError
+from tests.typecheck import unchecked
 
 FACTS = {
     "seal": "fish",
@@ -346,10 +347,10 @@ def test_one_question_too_long_for_the_model_is_told_and_loses_no_other():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Reading(["retrieved"], measure="f1"),
+        lambda: unchecked(Reading, conditions=["retrieved"], measure="f1"),
         lambda: Evaluation(probes=0),
-        lambda: Reading(["retreived"]),
-        lambda: Reading("retrieved"),
+        lambda: unchecked(Reading, conditions=["retreived"]),
+        lambda: unchecked(Reading, conditions="retrieved"),
         lambda: Reading(k=0),
         lambda: Evaluation(measures="MAP"),
         lambda: Evaluation(measures=["nDGC"]),

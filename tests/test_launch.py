@@ -6,10 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import launch as launch_module
 import pytest
@@ -18,10 +16,12 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
-from launch import CONF, build, launch, quote, quote_overrides
+from launch import CONF, launch, quote, quote_overrides
 from omegaconf import OmegaConf
+from settings import build
 
 from rag.types import UserError
+from tests.tiny_settings import Settings, Stage
 
 SPECIAL = [
     'What\'s attention, (really)? [yes=no] #1 "x" \U0001f916',
@@ -70,21 +70,6 @@ TEXT = st.text(st.sampled_from("\\\\\\'\"${}$ab?,=[]() \n:\U0001f916")) | st.tex
 )
 
 
-@dataclass(frozen=True)
-class Stage:
-    size: int = 128
-    ratio: float = 0.5
-    name: str | None = None
-    inner: "Stage | None" = None
-    words: tuple[str, ...] = ()
-    parts: Sequence[str] = ()
-    order: Literal["score", "reverse"] = "score"
-
-    def __post_init__(self):
-        if self.size < 0:
-            raise UserError("stage.size must be 0 or more")
-
-
 @pytest.fixture
 def conf(tmp_path) -> Path:
     """A configuration like those of conf/, with the real shared.yaml."""
@@ -95,8 +80,12 @@ def conf(tmp_path) -> Path:
         "defaults: [shared, {stage: small}, _self_]\n"
         "question: null\nn: 3\nindex:\n  path: here\ncorpus:\n  path: there\nlogged: false\n"
     )
-    (folder / "stage" / "small.yaml").write_text(f"_target_: {__name__}.Stage\nsize: 128\nratio: 0.5\n")
-    (folder / "stage" / "large.yaml").write_text(f"_target_: {__name__}.Stage\nsize: 512\ninner: null\n")
+    (folder / "stage" / "small.yaml").write_text(
+        "_target_: tests.tiny_settings.Stage\nsize: 128\nratio: 0.5\n"
+    )
+    (folder / "stage" / "large.yaml").write_text(
+        "_target_: tests.tiny_settings.Stage\nsize: 512\ninner: null\n"
+    )
     (folder / "must.yaml").write_text(
         "defaults: [shared, _self_]\nindex:\n  path: ???\ncorpus:\n  path: ???\n"
     )
@@ -120,6 +109,7 @@ def run(conf, tmp_path, monkeypatch, capsys):
             launch(
                 main or (lambda config: seen.append(OmegaConf.to_container(config, resolve=True))),
                 name,
+                Settings,
                 config_dir=conf,
             )
         return exit.value.code, seen, capsys.readouterr().err
@@ -172,11 +162,89 @@ def test_a_sweep_over_paths_is_written_as_a_choice():
     assert quote_overrides(["-m", "index.path=a,b"]) == ["-m", "index.path='a,b'"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (r'["\n\n"]', ["\n\n"]),  # in single quotes in a shell ...
+        (r"[\n\n]", ["\n\n"]),  # ... and without any, which takes the double ones away
+        (r"['\n',aaa, b]", ["\n", "aaa", "b"]),
+        (r'["\\n"]', [r"\n"]),  # a backslash is two
+        (r'["\\"]', ["\\"]),
+        (r'["a\"b\tc"]', ['a"b\tc']),
+        (r'["\d"]', [r"\d"]),
+        ('["\n"]', ["\n"]),
+        ("[]", []),
+        (r'["a, b","[x]\n"]', ["a, b", "[x]\n"]),
+        ("null", None),
+    ],
+)
+@pytest.mark.parametrize("key", ["answer.stop", "bench.stop", "transform.stop", "chunker.separators"])
+def test_escapes_in_lists_of_texts_mean_what_they_mean_in_yaml(key, typed, meant):
+    [override] = quote_overrides([f"{key}={typed}"])
+    assert OverridesParser.create().parse_override(override).value() == meant
+
+
+@pytest.mark.parametrize(
+    "key", ["prompt.user", "prompt.separator", "retriever.system", "reranker.prompt", "embedder.query_prompt"]
+)
+def test_escapes_in_templates_mean_what_they_mean_in_yaml(key):
+    def value(text):
+        return OverridesParser.create().parse_override(quote_overrides([f"{key}={text}"])[0]).value()
+
+    assert value(r"Passages:\n\n{context}, [a]\t\\n \d") == "Passages:\n\n{context}, [a]\t\\n \\d"
+    assert value("null") is None
+    assert value("'null'") == "'null'"
+
+
+@given(st.lists(TEXT.filter(lambda text: "${" not in text and text != "???")))
+def test_every_list_of_texts_can_be_typed(texts):
+    """As YAML writes it: a backslash and the quotation mark behind a backslash, a line break as one."""
+    escaped = [text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for text in texts]
+    [override] = quote_overrides(["answer.stop=[" + ",".join(f'"{text}"' for text in escaped) + "]"])
+    assert OverridesParser.create().parse_override(override).value() == texts
+
+
+def test_a_sweep_over_lists_of_texts_keeps_its_commas():
+    sweep = quote_overrides(["-m", r'answer.stop=["\n"],[a,"\t"]'])
+    parsed = OverridesParser.create().parse_overrides(sweep[1:])
+    [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    assert [OverridesParser.create().parse_override(job).value() for [job] in jobs] == [["\n"], ["a", "\t"]]
+
+
+def test_null_is_no_choice_of_a_group(run):
+    code, [config], _ = run("stage=null")
+    assert code == 0 and "stage" not in config
+    code, seen, _ = run("-m", "stage=small,null")
+    assert code == 0
+    assert [config.get("stage", {}).get("size") for config in seen] == [128, None]
+    asked = []
+    run("stage=null", "n=1", main=lambda config: asked.extend(launch_module.overrides()))
+    assert asked == ["stage=null", "n=1"]
+
+
+@pytest.mark.parametrize("value", ["3", "true", "[small,3]", "{a:1}", "1.5"])
+def test_a_choice_that_is_no_name_is_one_sentence(run, value):
+    code, seen, err = run(f"stage={value}")
+    assert (code, seen, len(err.splitlines())) == (2, [], 1)
+    assert "will not do: it must be one of large, small." in err
+
+
+def test_settings_of_any_wrong_kind_are_told_before_main(run):
+    for wrong in ("n=abc", "n=1.5", "n=null", "n=true", "index=3", "logged=yes", "stage.size=[1]", "+m=3"):
+        code, seen, err = run(wrong)
+        assert (code, seen, len(err.splitlines())) == (2, [], 1), wrong
+    assert "There is no setting 'm': " in err
+    code, seen, err = run("-m", "n=1,abc,2")
+    assert code == 2 and [config["n"] for config in seen] == [1, 2]
+    assert "n=abc will not do" in err
+
+
 def test_text_arrives_through_the_whole_of_hydra(run):
     for a, b, c in zip(SPECIAL[::3], SPECIAL[1::3], SPECIAL[2::3], strict=True):
         code, [config], _ = run(f"question={a}", f"index.path={b}", f"corpus.path={c}", "stage.size=1")
         assert (code, config["stage"]["size"]) == (0, 1)
-        assert (config["question"], config["index"]["path"], config["corpus"]["path"]) == (a, b, c)
+        paths = [None if text == "null" else text for text in (b, c)]  # null is null but for the question
+        assert [config["question"], config["index"]["path"], config["corpus"]["path"]] == [a, *paths]
 
 
 def test_sweeps_over_other_keys_stay(run):
@@ -201,7 +269,7 @@ def test_sweeps_over_other_keys_stay(run):
         (["n=1,2"], "--multirun"),
         (["n=${nowhere}"], "Cannot read the setting n: .*nowhere"),
         (["+n=4"], "already at 'n'"),
-        (["device=tpu"], "no device 'tpu': choose one of auto, cpu, gpu"),
+        (["device=tpu"], "device=tpu will not do: it must be auto, cpu or gpu"),
         (["profile=no"], "profile=no will not do: it must be true or false"),
         (["--config-name=nowhere"], "nowhere"),
     ],
@@ -281,22 +349,22 @@ def test_build_makes_plain_objects(conf):
     assert stage == Stage(128, 1, "x", inner, ["a", "b"], ["c"])
     assert stage.inner is inner  # handed on, not copied
     assert type(stage.words) is list
-    assert build(composed(conf, f"+stage.inner._target_={__name__}.Stage")).inner == Stage()
+    assert build(composed(conf, "+stage.inner._target_=tests.tiny_settings.Stage")).inner == Stage()
 
 
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("stage.size=many", "stage.size=many will not do: it must be int"),
-        ("stage.size=1.5", "stage.size=1.5 will not do: it must be int"),
-        ("stage.size=true", "stage.size=True will not do: it must be int"),
-        ("stage.size=null", "stage.size=None will not do: it must be int"),
-        ("stage.ratio=x", "stage.ratio=x will not do: it must be float or int"),
-        ("+stage.name=3", "stage.name=3 will not do: it must be null or str"),
+        ("stage.size=many", "stage.size=many will not do: it must be a whole number"),
+        ("stage.size=1.5", "stage.size=1.5 will not do: it must be a whole number"),
+        ("stage.size=true", "stage.size=true will not do: it must be a whole number"),
+        ("stage.size=null", "stage.size=null will not do: it must be a whole number"),
+        ("stage.ratio=x", "stage.ratio=x will not do: it must be a number"),
+        ("+stage.name=3", "stage.name=3 will not do: it must be text or null"),
         ("+stage.order=up", "stage.order=up will not do: it must be score or reverse"),
         ("+stage.colour=red", r"no setting 'stage\.colour': .*Stage takes size, ratio"),
-        (f"+stage.inner={{_target_:{__name__}.Stage,sise:1}}", r"no setting 'stage\.inner\.sise'"),
-        (f"+stage.inner={{_target_:{__name__}.Stage,size:-1}}", "stage.size must be 0 or more"),
+        ("+stage.inner={_target_:tests.tiny_settings.Stage,sise:1}", r"no setting 'stage\.inner\.sise'"),
+        ("+stage.inner={_target_:tests.tiny_settings.Stage,size:-1}", "stage.size must be 0 or more"),
         ("stage.size=-1", "stage.size must be 0 or more"),
     ],
 )
@@ -312,6 +380,7 @@ import json, logging, sys, time
 from pathlib import Path
 sys.path[:0] = {paths}
 from launch import launch
+from tests.tiny_settings import Settings
 
 def main(config):
     import jax.numpy as jnp
@@ -323,7 +392,7 @@ def main(config):
         print(json.dumps(dict(question=config.question, sum=float(jnp.ones(3).sum()))))
 
 if __name__ == "__main__":
-    launch(main, "tiny", config_dir=Path(__file__).parent / "conf")
+    launch(main, "tiny", Settings, config_dir=Path(__file__).parent / "conf")
 """
 
 

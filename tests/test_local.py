@@ -239,14 +239,14 @@ def test_no_text_is_held_back_longer_than_it_must():
 
 
 def test_settings_that_cannot_be_are_told(tmp_path):
-    with pytest.raises(UserError, match="dtype is 'int3'"):
+    with pytest.raises(UserError, match="dtype=int3"):
         LocalGenerator(dtype="int3")
     for date in ("1 May", "2026-02-30", "2026-01-01T10:00", ""):
         with pytest.raises(UserError, match=rf"generator\.date is '{date}', .* as 2026-01-31"):
             LocalGenerator(date=date)
-    with pytest.raises(UserError, match="tokens_per_batch is 0"):
+    with pytest.raises(UserError, match="tokens_per_batch=0"):
         LocalGenerator(tokens_per_batch=0)
-    with pytest.raises(UserError, match="steps_per_dispatch is 0"):
+    with pytest.raises(UserError, match="steps_per_dispatch=0"):
         LocalGenerator(steps_per_dispatch=0)
     (tmp_path / "notes.txt").write_text("no weights")
     for use in (lambda other: other.count("x"), lambda other: other.fingerprint):

@@ -13,6 +13,7 @@ import ingest
 import pytest
 from hydra import compose, initialize_config_dir
 from launch import CONF, quote_overrides
+from settings import check
 
 from rag.types import UserError
 from tests.tiny import write_checkpoint
@@ -41,6 +42,7 @@ def run(home, monkeypatch, capsys):
     def run(script, *overrides):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose(script.__name__, quote_overrides(overrides))
+        check(config, script.Settings)
         script.main(config)
         return capsys.readouterr()
 
@@ -130,9 +132,9 @@ def test_a_session_keeps_history_and_knows_its_commands(index, run, monkeypatch)
     ("script", "overrides", "says"),
     [
         (generate, ("index.path=nowhere", "question=x"), "nowhere"),
-        (generate, (*INDEX, "question=x", "output=xml"), "choose text or json"),
+        (generate, (*INDEX, "question=x", "output=xml"), "must be text or json"),
         (generate, (*INDEX, "output=json"), "question="),
-        (generate, (*INDEX, "question=x", "k=0"), "k is 0"),
+        (generate, (*INDEX, "question=x", "k=0"), "k=0"),
         (generate, (*INDEX, "question=x", "generator.weights=/no/such.gguf"), "/no/such.gguf"),
         (ingest, ("corpus.path=missing", *INDEX), "missing"),
         (ingest, ("corpus.path=documents", "index.path=documents", *WORDS), "documents"),
@@ -168,6 +170,53 @@ def test_as_it_is_typed(home, index):
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "retriever" in wrong.stderr
     assert len(wrong.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "override", "says"),
+    [
+        ("generate", "k=abc", "k=abc will not do: it must be a whole number from 1 to 2147483647."),
+        ("generate", "k=null", "k=null will not do"),
+        (
+            "generate",
+            "context.min_score=nan",
+            "context.min_score=nan will not do: it must be a number, auto or null.",
+        ),
+        ("generate", "question=", "it must be a question that is not empty or null."),
+        ("generate", "prompt=null", "prompt=null will not do: it must be one of cited, closed_book"),
+        ("generate", "embedder._target_=nowhere", "nothing that can be built"),
+        ("ingest", "corpus.path=", 'corpus.path="" will not do: it must be text that is not empty.'),
+        ("ingest", "index.path=", 'index.path="" will not do'),
+        ("ingest", "chunker.size=1.5", "chunker.size=1.5 will not do"),
+        ("ingest", "index.add=yes", "index.add=yes will not do: it must be true or false."),
+        ("eval", "plan=maybe", "plan=maybe will not do: it must be true or false."),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_and_nothing_is_done(home, tmp_path, script, override, says):
+    """As typed, in a folder with a file that an empty path would ingest."""
+    (tmp_path / "here.txt").write_text("a seal")
+    given = {"generate": ["index.path=new", "question=x"], "ingest": ["corpus.path=.", "index.path=new"]}
+    command = [sys.executable, Path(CONF.parent, "scripts", f"{script}.py"), "hydra.run.dir=run", *WORDS]
+    command += [
+        text for text in given.get(script, ["dataset=sample"]) if text.split("=")[0] != override.split("=")[0]
+    ]
+    environment = os.environ | {"RAG_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([*command, override], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert says in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"here.txt", "run"}
+
+
+def test_no_reranker_and_no_postings_may_be_chosen(home, index, run):
+    out, _ = run(
+        generate, *ASK, "question=What eats krill?", "reranker=null", "transform=null", "output=json"
+    )
+    assert json.loads(out)["sources"]
+    out, _ = run(ingest, "corpus.path=documents", "index.path=bare", *WORDS, "analyzer=null")
+    assert "2 documents, 2 chunks" in out
+    out, _ = run(generate, *ASK, "index.path=bare", "retriever=bm25", "question=krill", "output=json")
+    assert [source["path"] for source in json.loads(out)["sources"]] == ["krill.md"]
 
 
 def test_an_index_of_another_embedder_is_told(home, index, run):

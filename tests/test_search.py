@@ -171,7 +171,7 @@ def test_other_passages_and_models_are_another_meaning():
         (lambda: Hybrid({"dense": Dense()}), "two or more"),
         (lambda: Hybrid({"a": Dense(), "b": Dense()}, depth=0), "depth"),
         (lambda: Reranked(Dense(), Backwards(), 0), "depth"),
-        (lambda: Search(collection(), Dense(), 0), "k is 0"),
+        (lambda: Search(collection(), Dense(), 0), "k=0"),
     ],
 )
 def test_what_cannot_be_is_told(make, says):

@@ -93,10 +93,10 @@ def test_the_embedder_of_the_index_is_the_one_that_decides():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, "size must be a whole number"),
-        ({"size": 9, "percentile": 101.0}, r"percentile must be from 0 to 100, not 101\.0"),
-        ({"size": 9, "percentile": -1}, "percentile must be from 0 to 100, not -1"),
-        ({"size": 9, "window": -1}, "window must be 0 or more sentences, not -1"),
+        ({"size": 0}, "size=0 .* a whole number"),
+        ({"size": 9, "percentile": 101.0}, r"percentile=101\.0 .* from 0 to 100"),
+        ({"size": 9, "percentile": -1}, "percentile=-1 .* from 0 to 100"),
+        ({"size": 9, "window": -1}, "window=-1 .* a whole number from 0"),
     ],
 )
 def test_impossible_options_are_errors(options, message):

@@ -21,6 +21,7 @@ from rag.retrieve.collection import Collection
 from rag.retrieve.search import Lexical
 from rag.types import Document, UserError, chunk_at
 from tests.reference import metric_oracle, ranking_oracle
+from tests.typecheck import unchecked
 
 CLOSE = 1e-5  # float32 against float64
 MEASURES = ["nDCG@3", "MRR@10", "Recall@4", "Precision@2", "Success@1", "nDCG@100"]
@@ -328,23 +329,23 @@ def test_one_point_is_the_plain_search_at_it(depth, weights):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Tuning(folds=1), "folds is 1"),
-        (lambda: Tuning(seed=-1), "tuning.seed is -1"),
-        (lambda: Tuning(seed=2**32), "tuning.seed is 4294967296"),
-        (lambda: Tuning(seed=99999999999999999999), "tuning.seed is 99999999999999999999"),
+        (lambda: Tuning(folds=1), "folds=1 "),
+        (lambda: Tuning(seed=-1), "seed=-1"),
+        (lambda: Tuning(seed=2**32), "seed=4294967296"),
+        (lambda: Tuning(seed=99999999999999999999), "seed=99999999999999999999"),
         (lambda: Tuning(measure="P@" + "9" * 400), "measure is"),
         (lambda: Tuning(measure="MAP"), r'measure is "MAP"'),
         (lambda: Tuning(measure="nDCG"), r'measure is "nDCG"'),
-        (lambda: ConvexGrid(normalizers=["softmax"]), "softmax"),
-        (lambda: ConvexGrid(normalizers=[]), "normalizers is empty"),
-        (lambda: ConvexGrid(steps=0), "steps is 0"),
-        (lambda: ConvexGrid(steps=101), "steps is 101"),
-        (lambda: ConvexGrid(depths=[10, 0]), r"depths is \[10, 0\]"),
-        (lambda: ReciprocalRankGrid(depths=[2**31]), r"depths is \[2147483648\]"),
+        (lambda: unchecked(ConvexGrid, normalizers=["softmax"]), "softmax"),
+        (lambda: ConvexGrid(normalizers=[]), "normalizers=.* not empty"),
+        (lambda: ConvexGrid(steps=0), "steps=0 "),
+        (lambda: ConvexGrid(steps=101), "steps=101 "),
+        (lambda: ConvexGrid(depths=[10, 0]), r"depths=\[10,0\]"),
+        (lambda: ReciprocalRankGrid(depths=[2**31]), r"depths=\[2147483648\]"),
         (lambda: ReciprocalRankGrid(constants=[-1]), "constant"),
-        (lambda: BM25Grid(b=[1.5]), "b=1.5"),
-        (lambda: BM25Grid(k1=[]), "k1 is empty"),
-        (lambda: BM25Grid(k1=[1.5, 1e39]), r"k1 is \[1.5, 1e\+39\]"),
+        (lambda: BM25Grid(b=[1.5]), r"b=\[1\.5\]"),
+        (lambda: BM25Grid(k1=[]), "k1=.* not empty"),
+        (lambda: BM25Grid(k1=[1.5, 1e39]), r"k1=\[1\.5,1e\+39\]"),
     ],
 )
 def test_a_bad_option_is_named(make, message):

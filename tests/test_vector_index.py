@@ -131,12 +131,12 @@ def test_bad_queries_are_told(options):
 @pytest.mark.parametrize(
     ("make", "setting"),
     [
-        (lambda: Int8Scan(candidates=0), "candidates is 0"),
-        (lambda: Binary(recall=1.0), "recall is 1.0"),
-        (lambda: Binary(sample=0), "sample is 0"),
-        (lambda: Binary(k=0), "k is 0"),
-        (lambda: Prefix(dims=0), "dims is 0"),
-        (lambda: Prefix(candidates=0), "candidates is 0"),
+        (lambda: Int8Scan(candidates=0), "candidates=0"),
+        (lambda: Binary(recall=1.0), "recall=1.0"),
+        (lambda: Binary(sample=0), "sample=0"),
+        (lambda: Binary(k=0), "k=0"),
+        (lambda: Prefix(dims=0), "dims=0"),
+        (lambda: Prefix(candidates=0), "candidates=0"),
         (lambda: Prefix(dims=49).build(_units(10)), "dims is 49 and the vectors have 48"),
     ],
 )

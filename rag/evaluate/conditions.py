@@ -16,7 +16,7 @@ Relevant is the evidence, nine tenths of a span of it; without evidence a passag
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from rag.context import cited
 from rag.evaluate.datasets import Dataset
@@ -26,12 +26,13 @@ from rag.pipeline import AnswerOptions, Reader, fit, relevant
 from rag.prompt import PromptTemplate, render
 from rag.retrieve.collection import Collection
 from rag.types import Chunk, Context, Hit, Message, UserError
+from rag.values import Count, Seed, check_fields
 
 Span = tuple[str, int, int]  # document id, characters from and to, the end exclusive
 Condition = Literal["closed_book", "oracle", "random", "retrieved", "shuffled"]
-CONDITIONS = ("closed_book", "oracle", "random", "retrieved", "shuffled")
+CONDITIONS = get_args(Condition)
 LOSSES = ("retrieval miss", "truncation", "distraction", "reader")
-LOSS_MEASURES = ("F1", "EM", "contains", "ROUGE-L")  # whose best value is 1
+LossMeasure = Literal["F1", "EM", "contains", "ROUGE-L"]  # whose best value is 1
 
 _ENOUGH = 0.9  # of a span: chunks that adjoin leave out the white space between them
 _BATCH = 16  # questions answered together: what a kill can lose
@@ -41,22 +42,14 @@ _BATCH = 16  # questions answered together: what a kill can lose
 class Reading:
     """Under which conditions questions are read, and what is measured beside the answers."""
 
-    conditions: Sequence[str] = ()  # none: retrieval is evaluated alone
-    likelihood: Sequence[str] = ("closed_book", "retrieved")  # of those: score the gold answer too
-    measure: str = "F1"  # that the losses are counted in
-    k: int = 3  # passages shown
-    seed: int = 0  # of the random passages and the shuffling
+    conditions: Sequence[Condition] = ()  # none: retrieval is evaluated alone
+    likelihood: Sequence[Condition] = ("closed_book", "retrieved")  # of those: score the gold answer too
+    measure: LossMeasure = "F1"  # that the losses are counted in
+    k: Count = 3  # passages shown
+    seed: Seed = 0  # of the random passages and the shuffling
 
     def __post_init__(self):
-        for name in ("conditions", "likelihood"):
-            chosen = getattr(self, name)
-            if isinstance(chosen, str) or not set(chosen) <= set(CONDITIONS):
-                raise UserError(f"reading.{name}={chosen}: give a list of {', '.join(CONDITIONS)}.")
-            object.__setattr__(self, name, tuple(chosen))
-        if self.measure not in LOSS_MEASURES:
-            raise UserError(f"reading.measure is {self.measure!r}: choose one of {', '.join(LOSS_MEASURES)}.")
-        if self.k < 1:
-            raise UserError(f"reading.k is {self.k}; give 1 or more")
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)

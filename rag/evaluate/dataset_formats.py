@@ -14,11 +14,14 @@ from typing import Any
 from rag.evaluate.datasets import Dataset, Judgement, assemble
 from rag.evaluate.questions import Question, leave_out, locate, named, read_questions
 from rag.types import Document, UserError
+from rag.values import Count, Filled, Seed
 
 # --- SQuAD
 
 
-def load_squad(path: str | Path, *, strict: bool = True, limit: int | None = None, seed: int = 0) -> Dataset:
+def load_squad(
+    path: Filled | Path, *, strict: bool = True, limit: Count | None = None, seed: Seed = 0
+) -> Dataset:
     """Load a SQuAD file, 1.1 or 2.0 (Rajpurkar et al. 2016, 2018), XQuAD too, or `limit` of its questions.
 
     Every different context is a document, its title beside it, not in it; a question judges its own context
@@ -95,13 +98,13 @@ def _member(record: object, key: str, kind: type, where: str) -> Any:
 
 
 def load_spans(
-    path: str | Path,
-    questions: str = "questions_df.csv",
-    documents: str = "corpora",
+    path: Filled | Path,
+    questions: Filled = "questions_df.csv",
+    documents: Filled = "corpora",
     *,
     strict: bool = True,
-    limit: int | None = None,
-    seed: int = 0,
+    limit: Count | None = None,
+    seed: Seed = 0,
 ) -> Dataset:
     """Load a folder of text files and questions whose evidence is spans of characters, or `limit` of them.
 
@@ -205,7 +208,9 @@ def read_text(file: Path) -> str:
 # --- ir_datasets
 
 
-def load_ir_datasets(id: str, *, strict: bool = True, limit: int | None = None, seed: int = 0) -> Dataset:
+def load_ir_datasets(
+    id: Filled, *, strict: bool = True, limit: Count | None = None, seed: Seed = 0
+) -> Dataset:
     """Load a set by its id in the ir_datasets catalogue (MacAvaney et al. 2021), such as "beir/scifact/test".
 
     The library is not required otherwise; it downloads the set on first use. A document's and a query's text is

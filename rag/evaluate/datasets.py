@@ -23,6 +23,7 @@ from rag.cache import content_key
 from rag.evaluate.questions import Evidence, Question, json_rows, leave_out, lines_of, named, read_questions
 from rag.ingest.load import Skipped, load_folder
 from rag.types import Document, UserError
+from rag.values import Count, Filled, Seed, checked
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample"
 
@@ -63,7 +64,8 @@ class Dataset:
             "dataset", corpus, queries, self.qrels, self.answers, evidence, unanswerable, self.drop_self_hits
         )
 
-    def sample(self, limit: int | None, seed: int = 0) -> "Dataset":
+    @checked
+    def sample(self, limit: Count | None, seed: Seed = 0) -> "Dataset":
         """The set with `limit` of its queries, drawn by `seed`, and its whole corpus; itself if it has no more.
 
         The same ids are drawn whatever their order in the file, and a smaller sample is part of a larger one.
@@ -71,8 +73,6 @@ class Dataset:
         """
         if limit is None:
             return self
-        if isinstance(limit, bool) or limit < 1:
-            raise UserError(f"dataset.limit is {limit}; give 1 or more queries, or null for all of them")
         if limit >= len(self.queries):
             return self
         share = math.ceil(limit * len(self.unanswerable) / len(self.queries))
@@ -102,13 +102,18 @@ def _drawn(ids: Iterable[str], count: int, seed: int) -> frozenset[str]:
 # --- the layout of BEIR
 
 
-def load_sample(limit: int | None = None, seed: int = 0) -> Dataset:
+def load_sample(limit: Count | None = None, seed: Seed = 0) -> Dataset:
     """The sample set of this project (data/sample), or `limit` of its queries."""
     return load_beir(SAMPLE, limit=limit, seed=seed)
 
 
 def load_beir(
-    path: str | Path, split: str = "test", *, strict: bool = True, limit: int | None = None, seed: int = 0
+    path: Filled | Path,
+    split: Filled = "test",
+    *,
+    strict: bool = True,
+    limit: Count | None = None,
+    seed: Seed = 0,
 ) -> Dataset:
     """Load and check the set in folder `path`, or `limit` of its queries.
 

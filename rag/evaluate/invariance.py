@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -33,17 +33,19 @@ from rag.evaluate.rounding import Rounded, rounded
 from rag.generate import Generator
 from rag.generate.batching import straddling_budgets
 from rag.generate.engine import bucket
+from rag.generate.local import DTYPES
 from rag.index.memory import MemoryIndex
 from rag.ingest.chunk import Chunker
 from rag.pipeline import Reader
 from rag.retrieve.collection import Collection, Retriever
 from rag.retrieve.search import Search
-from rag.types import Hit, UserError
+from rag.types import Hit
+from rag.values import Count, Filled, Whole, check_fields
 
 Progress = Callable[[str, int, int], None]  # "reference", "lists" or "answers", how many done, of how many
 Trial = tuple[str, str, Callable[[], Any]]  # axis, setting, what is to be computed
 
-VECTOR_DTYPES = ("float32", "bfloat16", "float16")
+VectorDtype = Literal["float32", "bfloat16", "float16"]
 ANSWER_MEASURES = ("F1", "contains")
 
 _BATCH_AXES = ("tokens_per_batch", "search_batches", "answer_batches", "answer_budgets")
@@ -54,43 +56,21 @@ _WHOLE = 1 << 24  # tokens: more than any batch of answers has, so that it is ne
 class Variations:
     """What is varied, and what is compared; an empty list leaves its axis out. UserError for what cannot be."""
 
-    k: int = 10  # passages of a list
-    questions: int | None = None  # drawn by the dataset's seed; None: all
-    measure: str = "nDCG@10"
-    tokens_per_batch: Sequence[int] = (64, 256, 1024, 4096)
-    search_batches: Sequence[int | Literal["all"]] = (1, 7, "all")
-    vector_dtypes: Sequence[str] = VECTOR_DTYPES
-    answers: int = 20  # questions that are answered; 0: none
-    passages: int = 3  # shown to the generator
-    answer_batches: Sequence[int] = (1, 4, 16)
-    answer_budgets: int = 3  # how many are tried; 0: none
-    answer_dtypes: Sequence[str] = ("float32", "bfloat16")
+    k: Count = 10  # passages of a list
+    questions: Count | None = None  # drawn by the dataset's seed; None: all
+    measure: Filled = "nDCG@10"
+    tokens_per_batch: Sequence[Count] = (64, 256, 1024, 4096)
+    search_batches: Sequence[Count | Literal["all"]] = (1, 7, "all")
+    vector_dtypes: Sequence[VectorDtype] = get_args(VectorDtype)
+    answers: Whole = 20  # questions that are answered; 0: none
+    passages: Count = 3  # shown to the generator
+    answer_batches: Sequence[Count] = (1, 4, 16)
+    answer_budgets: Whole = 3  # how many are tried; 0: none
+    answer_dtypes: Sequence[Literal[DTYPES]] = ("float32", "bfloat16", "int8")
 
     def __post_init__(self):
+        check_fields(self)
         metrics.check([self.measure])
-        for name in (
-            "tokens_per_batch",
-            "search_batches",
-            "answer_batches",
-            "vector_dtypes",
-            "answer_dtypes",
-        ):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # a YAML list must become hashable
-        for name in ("tokens_per_batch", "search_batches", "answer_batches"):
-            if small := [size for size in getattr(self, name) if size != "all" and size < 1]:
-                raise UserError(f"certificate.{name} has {small[0]}; give sizes of 1 or more")
-        if wrong := [name for name in self.vector_dtypes if name not in VECTOR_DTYPES]:
-            choices = ", ".join(VECTOR_DTYPES)
-            raise UserError(f"certificate.vector_dtypes has {wrong[0]!r}; choose among {choices}")
-        for name, least in (
-            ("k", 1),
-            ("questions", 1),
-            ("passages", 1),
-            ("answers", 0),
-            ("answer_budgets", 0),
-        ):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"certificate.{name} is {value}; give {least} or more")
 
     @property
     def depth(self) -> int:

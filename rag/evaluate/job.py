@@ -39,6 +39,7 @@ from rag.prompt import PromptTemplate
 from rag.retrieve.collection import Collection, Retriever
 from rag.retrieve.search import Hybrid, Lexical, Search
 from rag.types import Chunk, Hit, UserError
+from rag.values import Count, Filled, check_fields
 
 # Of metrics.json, beside the measures' own names: these have an "@", a "/", or are among rag.evaluate.metrics'.
 ABOUT = frozenset({"label", "key", "dataset", "means", "intervals", "statistics", "warnings"})
@@ -48,20 +49,13 @@ ABOUT = frozenset({"label", "key", "dataset", "means", "intervals", "statistics"
 class Evaluation:
     """How deep to look, and what to measure. UserError for what cannot be."""
 
-    depth: int = 100  # documents retrieved for each query
-    measures: Sequence[str] = DEFAULT_MEASURES
-    span_measures: Sequence[str] = DEFAULT_SPAN_MEASURES  # of queries whose evidence is known by its place
-    probes: int = 20  # queries that are timed one at a time
+    depth: Count = 100  # documents retrieved for each query
+    measures: Sequence[Filled] = DEFAULT_MEASURES
+    span_measures: Sequence[Filled] = DEFAULT_SPAN_MEASURES  # of queries whose evidence is known by its place
+    probes: Count = 20  # queries that are timed one at a time
 
     def __post_init__(self):
-        for name in ("measures", "span_measures"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise UserError(f"evaluation.{name}={value} is one name: write a list, [{value}]")
-            object.__setattr__(self, name, tuple(value))  # a YAML list must become hashable
-        for name in ("depth", "probes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"evaluation.{name} is {getattr(self, name)}; give 1 or more")
+        check_fields(self)
         metrics.check(self.measures)
         if unknown := [name for name in self.span_measures if not is_span_measure(name)]:
             choices = ", ".join(DEFAULT_SPAN_MEASURES)

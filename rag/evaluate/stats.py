@@ -22,15 +22,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Le
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Key, UInt32
 from scipy import stats
 
 from rag.types import UserError
+from rag.values import Seed, check_fields
 
 FEW = 25  # queries: below this the order of systems is unstable (Buckley and Voorhees 2000; 50 are better)
 WIDE = 0.5  # of the mean: an interval wider than that says little
@@ -41,28 +44,21 @@ _ELEMENTS = 1 << 22  # that a block of resamples holds at once: 16 MiB
 _TIE = 1e-9  # scores of one query that differ by less are a tie
 _ROUNDING = 1e-6  # relative: what float32 sums of the same numbers may differ by
 
+Confidence = Annotated[float, Ge(0.001), Le(0.999)]
+
 
 @dataclass(frozen=True)
 class Statistics:
     """How the uncertainty is measured; the same seed gives the same figures."""
 
-    resamples: int = 10_000  # of the bootstrap and of the randomisation test
-    confidence: float = 0.95  # of the intervals; 1 - confidence is the two-sided significance level
-    power: float = 0.8  # chance of finding the smallest detectable difference
-    seed: int = 0
+    # of the bootstrap and of the randomisation test; fewer are too few for an interval
+    resamples: Annotated[int, Ge(100), Le(1_000_000)] = 10_000
+    confidence: Confidence = 0.95  # of the intervals; 1 - confidence is the two-sided significance level
+    power: Confidence = 0.8  # chance of finding the smallest detectable difference
+    seed: Seed = 0
 
     def __post_init__(self):
-        if not 100 <= self.resamples <= 1_000_000:
-            raise UserError(
-                f"statistics.resamples is {self.resamples}: give 100 to 1000000; fewer are too few for an interval."
-            )
-        for name in ("confidence", "power"):
-            if not 0.001 <= getattr(self, name) <= 0.999:
-                raise UserError(
-                    f"statistics.{name} is {getattr(self, name)}: give 0.001 to 0.999, such as 0.95 or 0.8."
-                )
-        if not 0 <= self.seed < 1 << 32:
-            raise UserError(f"statistics.seed is {self.seed}: give 0 to {(1 << 32) - 1}.")
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Le, MinLen
 from jaxtyping import Array, Bool, Float32, Int32
 
 from rag.evaluate.metrics import Qrels
@@ -26,6 +27,7 @@ from rag.index.fusion import (
     Fusion,
     Id,
     Normalizer,
+    RankConstant,
     Ranking,
     ReciprocalRank,
     Table,
@@ -37,9 +39,10 @@ from rag.index.fusion import (
 from rag.index.lexical import LexicalIndex
 from rag.index.weighting import BM25Weights, Variant, bm25_scores
 from rag.types import UserError
+from rag.values import Count, Filled, Seed, Share, check_fields
 
 _ELEMENTS = 1 << 22  # numbers that a block of queries holds at once: 16 MiB
-_ALL = np.iinfo(np.int32).max  # the depth that cuts nothing off
+_ALL = int(np.iinfo(np.int32).max)  # the depth that cuts nothing off
 _STEPS = 100  # finer weights than hundredths no number of queries can tell apart
 _K1 = 1000  # from here on term frequencies just add up
 
@@ -61,16 +64,8 @@ class FusionGrid(Protocol):
         ...
 
 
-def _check(grid: Any, *names: str) -> None:
-    """A config gives lists, options are hashable: they become tuples. The named ones need a value."""
-    for name in (*names, *(["depths"] if hasattr(grid, "depths") else [])):
-        object.__setattr__(grid, name, tuple(getattr(grid, name)))
-        if name in names and not getattr(grid, name):
-            raise UserError(f"tuning.grid.{name} is empty: give one value or more.")
-    if not all(1 <= depth <= _ALL for depth in getattr(grid, "depths", ())):
-        raise UserError(f"tuning.grid.depths is {list(grid.depths)}: give depths of 1 to {_ALL}.")
-    if not 1 <= getattr(grid, "steps", 1) <= _STEPS:
-        raise UserError(f"tuning.grid.steps is {grid.steps}: give 1 to {_STEPS}.")
+Steps = Annotated[int, Ge(1), Le(_STEPS)]
+K1 = Annotated[float, Ge(0), Le(_K1)]
 
 
 @dataclass(frozen=True)
@@ -81,19 +76,14 @@ class ConvexGrid:
     taken. `depths`: what an arm may be cut to, each by itself; none leaves the arms as they are.
     """
 
-    normalizers: Sequence[str] = get_args(Normalizer)
-    steps: int = 10
-    depths: Sequence[int] = ()
+    normalizers: Annotated[Sequence[Normalizer], MinLen(1)] = get_args(Normalizer)
+    steps: Steps = 10
+    depths: Sequence[Count] = ()
 
     family: ClassVar[str] = "convex"
 
     def __post_init__(self):
-        _check(self, "normalizers")
-        known = get_args(Normalizer)
-        if not set(self.normalizers) <= set(known):
-            raise UserError(
-                f"tuning.grid.normalizers is {list(self.normalizers)}: choose among {', '.join(known)}."
-            )
+        check_fields(self)
 
     def choices(self) -> list[Point]:
         return [{"normalizer": name} for name in self.normalizers]
@@ -106,19 +96,17 @@ class ConvexGrid:
 class ReciprocalRankGrid:
     """Reciprocal rank fusion: constants x depths x weights; the latter as in ConvexGrid."""
 
-    constants: Sequence[float | int] = (10, 20, 40, 60, 80, 100)
-    steps: int = 10
-    depths: Sequence[int] = ()
+    constants: Annotated[Sequence[RankConstant], MinLen(1)] = (10, 20, 40, 60, 80, 100)
+    steps: Steps = 10
+    depths: Sequence[Count] = ()
 
     family: ClassVar[str] = "rrf"
 
     def __post_init__(self):
-        _check(self, "constants")
-        for point in self.choices():
-            ReciprocalRank(**point)  # says what is wrong with it
+        check_fields(self)
 
     def choices(self) -> list[Point]:
-        return [{"constant": float(constant)} for constant in self.constants]
+        return [{"constant": constant} for constant in self.constants]
 
     def fusion(self, point: Point) -> Fusion:
         return ReciprocalRank(point["constant"], point["weights"])
@@ -128,20 +116,16 @@ class ReciprocalRankGrid:
 class BM25Grid:
     """BM25 of the retriever's variant: k1 x b."""
 
-    k1: Sequence[float | int] = (0.4, 0.6, 0.9, 1.2, 1.5, 2.0, 3.0)
-    b: Sequence[float | int] = (0.0, 0.2, 0.4, 0.6, 0.75, 0.9, 1.0)
+    k1: Annotated[Sequence[K1], MinLen(1)] = (0.4, 0.6, 0.9, 1.2, 1.5, 2.0, 3.0)
+    b: Annotated[Sequence[Share], MinLen(1)] = (0.0, 0.2, 0.4, 0.6, 0.75, 0.9, 1.0)
 
     family: ClassVar[str] = "bm25"
 
     def __post_init__(self):
-        _check(self, "k1", "b")
-        for point in self.points():
-            BM25Weights(**point)  # says what is wrong with it
-        if max(self.k1) > _K1:
-            raise UserError(f"tuning.grid.k1 is {list(self.k1)}: give values up to {_K1}.")
+        check_fields(self)
 
     def points(self) -> list[Point]:
-        return [{"k1": float(k1), "b": float(b)} for k1, b in product(self.k1, self.b)]
+        return [{"k1": k1, "b": b} for k1, b in product(self.k1, self.b)]
 
 
 @dataclass(frozen=True)
@@ -149,16 +133,13 @@ class Tuning:
     """What is tried, what it is to be good at, and how the queries are split (by `seed`)."""
 
     grid: ConvexGrid | ReciprocalRankGrid | BM25Grid = ConvexGrid()
-    measure: str = "nDCG@10"  # or MRR, Recall, Precision, Success, at any cut-off
-    folds: int = 5
-    seed: int = 0
+    measure: Filled = "nDCG@10"  # or MRR, Recall, Precision, Success, at any cut-off
+    folds: Annotated[int, Ge(2), Le(_ALL)] = 5
+    seed: Seed = 0
 
     def __post_init__(self):
+        check_fields(self)
         Measure.named(self.measure)
-        if self.folds < 2:
-            raise UserError(f"tuning.folds is {self.folds}: give 2 or more.")
-        if not 0 <= self.seed < 1 << 32:
-            raise UserError(f"tuning.seed is {self.seed}: give 0 to {(1 << 32) - 1}.")
 
 
 # --- fusion -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,9 @@ from rag.models.tokenizer import Tokenizer
 from rag.ops.rope import rotate
 from rag.ops.sampling import Sampling
 from rag.types import Message, UserError
+from rag.values import Filled, Share, Whole, check_fields
 
-DTYPES = ("float16", "int8")
+KVDtype = Literal["float16", "int8"]
 
 Ids = tuple[int, ...]
 
@@ -48,21 +50,16 @@ _TOKENS_TOGETHER = 1024  # padded, of passages read in one batch
 class ChunkOptions:
     """How passages are kept, and how much of them is read anew. Raises UserError for what cannot be."""
 
-    path: str | None = None  # of the folder that chunk_kv is in; None: the cache's
-    dtype: str = "float16"  # of the files, or int8: half the bytes
-    recompute: int = 0  # first tokens of each passage that are read anew
-    blend_share: float = 0.0  # of the passages' tokens, those that are read anew because they differ most
+    path: Filled | None = None  # of the folder that chunk_kv is in; None: the cache's
+    dtype: KVDtype = "float16"  # of the files, or int8: half the bytes
+    recompute: Whole = 0  # first tokens of each passage that are read anew
+    blend_share: Share = 0.0  # of the passages' tokens, those that are read anew because they differ most
     behind_prefix: bool = (
         True  # False: passages are read without the prompt's beginning, to show what that costs
     )
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise UserError(f"generator.kv_dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
-        if self.recompute < 0:
-            raise UserError(f"generator.kv_recompute is {self.recompute}; give 0 or more tokens")
-        if not 0.0 <= self.blend_share <= 1.0:
-            raise UserError(f"generator.blend_share is {self.blend_share}; give a share from 0 to 1")
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import date as day
 from functools import cached_property
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxtyping import Float32
 from rag import cache
 from rag.generate import LogLikelihood
 from rag.generate.batching import Prompts, Rows, plan, serve
-from rag.generate.chunk_kv import ChunkOptions, ChunkReader
+from rag.generate.chunk_kv import ChunkOptions, ChunkReader, KVDtype
 from rag.generate.drafting import Drafting, DraftPolicy, can_draft
 from rag.generate.engine import DecodeState, Decoding, Engine
 from rag.generate.likelihood import log_probs, next_log_probs
@@ -23,29 +24,31 @@ from rag.measure import Clock
 from rag.models import checkpoint, hub, llama, llama_checkpoint
 from rag.models.tokenizer import DEFAULT_DATE, TextStream, Tokenizer
 from rag.ops.sampling import Sampling
-from rag.types import Message, Usage, UserError
+from rag.types import Message, Usage
+from rag.values import Count, Filled, Share, Whole, checked
 
 DTYPES = ("auto", "float32", "bfloat16", "int8")
-KV_REUSE = ("none", "prefix", "chunk", "blend")
+KVReuse = Literal["none", "prefix", "chunk", "blend"]
 
 
 class LocalGenerator:
     """A Llama-family checkpoint run by rag.generate.engine; weights are fetched at once, read when first needed."""
 
+    @checked
     def __init__(
         self,
-        weights: str = hub.DEFAULT_GENERATOR,
-        dtype: str = "auto",
-        context_length: int | None = None,
-        steps_per_dispatch: int | None = None,
-        tokens_per_batch: int = 4096,
+        weights: Filled = hub.DEFAULT_GENERATOR,
+        dtype: Literal[DTYPES] = "auto",
+        context_length: Count | None = None,
+        steps_per_dispatch: Count | None = None,
+        tokens_per_batch: Count = 4096,
         drafting: bool = False,
-        kv_reuse: str = "none",
-        kv_path: str | None = None,
-        kv_dtype: str = "float16",
-        kv_recompute: int = 0,
-        blend_share: float = 0.15,
-        prefix_mib: int = 512,
+        kv_reuse: KVReuse = "none",
+        kv_path: Filled | None = None,
+        kv_dtype: KVDtype = "float16",
+        kv_recompute: Whole = 0,
+        blend_share: Share = 0.15,
+        prefix_mib: Whole = 512,
         date: str = DEFAULT_DATE.isoformat(),
     ):
         """`weights` is a URI of rag.models.hub; `context_length` None takes the checkpoint's own.
@@ -65,16 +68,6 @@ class LocalGenerator:
         `kv_path`, None for the cache's; "blend", these but for the `blend_share` that differs most
         (rag.generate.blend). The last two change answers, and make of `generate` a loop over `stream`.
         """
-        if dtype not in DTYPES:
-            raise UserError(f"generator.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-        if steps_per_dispatch is not None and steps_per_dispatch < 1:
-            raise UserError(f"generator.steps_per_dispatch is {steps_per_dispatch}; give 1 or more")
-        if tokens_per_batch < 1:
-            raise UserError(f"generator.tokens_per_batch is {tokens_per_batch}; give about 4096")
-        if kv_reuse not in KV_REUSE:
-            raise UserError(f"generator.kv_reuse is {kv_reuse!r}; choose one of {', '.join(KV_REUSE)}")
-        if prefix_mib < 0:
-            raise UserError(f"generator.prefix_mib is {prefix_mib}; give 0 or more MiB")
         self._date = _day(date)
         share = blend_share if kv_reuse == "blend" else 0.0
         self._kv_reuse, self._prefix_bytes = kv_reuse, prefix_mib << 20

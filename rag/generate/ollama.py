@@ -11,13 +11,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Annotated, NoReturn
 from urllib.parse import urlsplit
+
+from annotated_types import Gt, Le
 
 from rag.cache import content_key
 from rag.generate import LogLikelihood
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage, UserError
+from rag.values import Count, Filled, check_fields
 
 # Never through a proxy: the server is local, and a proxy could not reach it.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -31,12 +34,14 @@ class OllamaGenerator:
     answer breaks off.
     """
 
-    model: str = "llama3.2"
-    url: str = "http://localhost:11434"
-    context_length: int = 4096  # tokens of prompt and answer; the server cuts longer prompts without a word
-    timeout_s: float = 300.0  # without a sign of life; loading a model can take minutes
+    model: Filled = "llama3.2"
+    url: Filled = "http://localhost:11434"
+    context_length: Count = 4096  # tokens of prompt and answer; the server cuts longer prompts without a word
+    # without a sign of life; loading a model can take minutes
+    timeout_s: Annotated[float, Gt(0), Le(1e6)] = 300.0
 
     def __post_init__(self):
+        check_fields(self)
         try:
             parts = urlsplit(self.url)
             valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0

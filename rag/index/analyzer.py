@@ -10,11 +10,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int32
 
 from rag.types import UserError
+from rag.values import Filled, Whole, check_fields
 
 WORDS = r"(?u)\b\w\w+\b"  # runs of two or more letters, digits and underscores, as scikit-learn finds them
 
@@ -44,22 +46,13 @@ class Analyzer:
     character stays one); at 0 a run of them is one word. UserError for a value that none of this fits.
     """
 
-    pattern: str = WORDS
-    stemmer: str | None = None
-    stop_words: str | Sequence[str] | None = "english"
-    cjk: int = 0
+    pattern: Filled = WORDS
+    stemmer: Filled | None = None
+    stop_words: Literal["english"] | Sequence[Filled] | None = "english"
+    cjk: Whole = 0
 
     def __post_init__(self):
-        if self.stop_words is not None and not isinstance(self.stop_words, str):
-            object.__setattr__(self, "stop_words", tuple(self.stop_words))
-        if isinstance(self.stop_words, str) and self.stop_words != "english":
-            raise UserError(
-                f"There are no stop_words {self.stop_words!r}: say english, a list of words, or null."
-            )
-        if self.cjk < 0:
-            raise UserError(
-                f"cjk={self.cjk} will not do: it is a number of characters, 0 to leave them together."
-            )
+        check_fields(self)
         _check_pattern(self.pattern)
         if self.stemmer is not None:
             _stemmer(self.stemmer)

@@ -13,10 +13,12 @@ by comparing with exact search, on queries mixed of the index's own rows; `audit
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Gt, Lt
 from jaxtyping import Array, Float, Float32, Int, UInt32
 
 from rag.index import rescore
@@ -24,7 +26,7 @@ from rag.index.audit import Audit, audit
 from rag.index.dense import DenseIndex
 from rag.index.growing import Growing, bucket
 from rag.measure import Work
-from rag.types import UserError
+from rag.values import Count, Seed, check_fields
 
 _PLANES = 4
 _MANY = 32  # queries from which exact search is as fast for each
@@ -39,17 +41,13 @@ class Binary:
     Building does so for `k` results, on `sample` rows; another k is calibrated when first asked for.
     """
 
-    recall: float = 0.99
-    k: int = 10
-    sample: int = 256
-    seed: int = 0
+    recall: Annotated[float, Gt(0), Lt(1)] = 0.99
+    k: Count = 10
+    sample: Count = 256
+    seed: Seed = 0
 
     def __post_init__(self):
-        if not 0 < self.recall < 1:
-            raise UserError(f"vector_index.recall is {self.recall}; give a share between 0 and 1")
-        for name in ("k", "sample"):
-            if getattr(self, name) < 1:
-                raise UserError(f"vector_index.{name} is {getattr(self, name)}; give 1 or more")
+        check_fields(self)
 
     def build(self, vectors: Float32[np.ndarray, "N E"]) -> "BinaryIndex":
         return BinaryIndex(vectors, self)

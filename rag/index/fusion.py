@@ -13,18 +13,22 @@ its own number of arms and candidates, and equal terms sum to equal scores in wh
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Le
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, ScalarLike
 
 from rag.types import UserError
+from rag.values import Weight, check_fields
 
 Id = str | int
 Ranking = Sequence[tuple[Id, float]]  # one arm's candidates and their scores, best first
 Normalizer = Literal["min_max", "theoretical_min_max", "z_score", "dbsf"]
+RankConstant = Annotated[float, Ge(0), Le(1e6)]
+Low = Annotated[float, Ge(-1e6), Le(1e6)]  # a score
 
 _BATCH = 64  # queries of one call to XLA, always: the program, and so the rounding, is the same for any batch
 _LEAST = 32  # candidates of the smallest program; the others are its doubles
@@ -220,14 +224,12 @@ class ReciprocalRank:
     are negative or all zero, and when fusing for weights that are not as many as the arms.
     """
 
-    constant: float | int = 60
-    weights: Sequence[float | int] | None = None
+    constant: RankConstant = 60.0
+    weights: Sequence[Weight] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "constant", float(self.constant))
-        if not (np.isfinite(self.constant) and self.constant >= 0):
-            raise UserError(f"fusion.constant is {self.constant}: give 0 or more, 60 is usual.")
-        _check_weights(self)
+        check_fields(self)
+        _check_weights(self.weights)
 
     def fuse(
         self, rankings: Sequence[Ranking], lows: Sequence[float | int] | None = None
@@ -258,18 +260,12 @@ class Convex:
     """
 
     normalizer: Normalizer = "min_max"
-    weights: Sequence[float | int] | None = None
-    lows: Sequence[float | int] | None = None
+    weights: Sequence[Weight] | None = None
+    lows: Sequence[Low] | None = None
 
     def __post_init__(self) -> None:
-        if self.normalizer not in get_args(Normalizer):
-            choices = ", ".join(get_args(Normalizer))
-            raise UserError(f"fusion.normalizer is {self.normalizer!r}: choose one of {choices}.")
-        _check_weights(self)
-        if self.lows is not None:
-            object.__setattr__(self, "lows", tuple(map(float, self.lows)))
-            if not np.isfinite(self.lows).all():
-                raise UserError(f"fusion.lows is {list(self.lows)}: give numbers, such as [0, -1].")
+        check_fields(self)
+        _check_weights(self.weights)
 
     def fuse(
         self, rankings: Sequence[Ranking], lows: Sequence[float | int] | None = None
@@ -311,16 +307,9 @@ class Convex:
         return np.asarray(lows, np.float32)
 
 
-def _check_weights(fusion: ReciprocalRank | Convex) -> None:
-    """They become a tuple of floats, whatever sequence a config gave."""
-    if fusion.weights is None:
-        return
-    weights = tuple(map(float, fusion.weights))
-    if not np.isfinite(weights).all() or min(weights, default=0.0) < 0 or not sum(weights) > 0:
-        raise UserError(
-            f"fusion.weights is {list(weights)}: give each arm 0 or more, and one of them more than 0."
-        )
-    object.__setattr__(fusion, "weights", weights)
+def _check_weights(weights: Sequence[float] | None) -> None:
+    if weights is not None and not any(weights):
+        raise UserError(f"fusion.weights is {list(weights)}: give one of the arms more than 0.")
 
 
 def _weights(weights: Sequence[float | int] | None, arms: int) -> Float32[np.ndarray, "A"]:

@@ -21,6 +21,7 @@ from rag.index.dense import DenseIndex
 from rag.index.growing import Growing, bucket
 from rag.measure import Work
 from rag.types import UserError
+from rag.values import Count, check_fields
 
 _MANY = 32  # queries from which exact search is as fast
 
@@ -29,14 +30,11 @@ _MANY = 32  # queries from which exact search is as fast
 class Prefix:
     """Options of a PrefixIndex: the first `dims` dimensions choose `candidates` rows, which are scored exactly."""
 
-    dims: int = 128
-    candidates: int = 256
+    dims: Count = 128
+    candidates: Count = 256
 
     def __post_init__(self):
-        if self.dims < 1:
-            raise UserError(f"vector_index.dims is {self.dims}; give 1 or more")
-        if self.candidates < 1:
-            raise UserError(f"vector_index.candidates is {self.candidates}; give 1 or more")
+        check_fields(self)
 
     def build(self, vectors: Float32[np.ndarray, "N E"]) -> "PrefixIndex":
         return PrefixIndex(vectors, self)

@@ -23,7 +23,7 @@ from rag.index.growing import Growing, bucket
 from rag.measure import Work
 from rag.ops import native
 from rag.ops.linear import by_digits, quantize
-from rag.types import UserError
+from rag.values import Count, check_fields
 
 _GROUP = 16  # rows of a group
 _BLOCK = 1 << 14  # rows that are converted at once
@@ -35,11 +35,10 @@ _DIGITS_ERROR = 1.001 / (127 * 254 * 2)
 class Int8Scan:
     """Options of an Int8Index: `candidates` groups of 16 rows beyond the k best are scored exactly."""
 
-    candidates: int = 32
+    candidates: Count = 32
 
     def __post_init__(self):
-        if self.candidates < 1:
-            raise UserError(f"vector_index.candidates is {self.candidates}; give 1 or more")
+        check_fields(self)
 
     def build(self, vectors: Float32[np.ndarray, "N E"]) -> "Int8Index":
         return Int8Index(vectors, self)

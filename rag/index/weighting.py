@@ -10,13 +10,14 @@ that a passage lacks.
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Le
 from jaxtyping import Array, Float, Float32, Float64, Int, Integer, Num, Shaped
 
-from rag.types import UserError
+from rag.values import Share, check_fields
 
 Variant = Literal["lucene", "robertson", "atire", "bm25+", "bm25l"]
 Counts = Int[np.ndarray, "T"]
@@ -42,19 +43,12 @@ class BM25Weights:
     """
 
     variant: Variant = "lucene"
-    k1: float = 1.5  # how slowly repetitions saturate; 0 counts presence only
-    b: float = 0.75  # how far long passages are held back, 0 to 1
-    delta: float = 0.5  # what presence alone is worth, for bm25+ and bm25l
+    k1: Annotated[float, Ge(0), Le(1000)] = 1.5  # how slowly repetitions saturate; 0 counts presence only
+    b: Share = 0.75  # how far long passages are held back, 0 to 1
+    delta: Annotated[float, Ge(0), Le(1000)] = 0.5  # what presence alone is worth, for bm25+ and bm25l
 
     def __post_init__(self):
-        if self.variant not in get_args(Variant):
-            raise UserError(
-                f"There is no BM25 variant {self.variant!r}: choose one of {', '.join(get_args(Variant))}."
-            )
-        for name, highest in (("k1", np.inf), ("b", 1.0), ("delta", np.inf)):
-            value = getattr(self, name)
-            if not (0 <= value <= highest and np.isfinite(value)):
-                raise UserError(f"{name}={value} will not do: it must be {_range(highest)}.")
+        check_fields(self)
 
     def normaliser(
         self,
@@ -95,6 +89,9 @@ class TfIdfWeights:
     """
 
     sublinear: bool = False
+
+    def __post_init__(self):
+        check_fields(self)
 
     def normaliser(
         self,
@@ -206,7 +203,3 @@ def _absent(variant: Variant, k1: Any, delta: float) -> Any:
     if variant == "bm25+":
         return delta
     return delta * (k1 + 1) / (delta + k1) if variant == "bm25l" and delta > 0 else 0.0
-
-
-def _range(highest: float) -> str:
-    return f"a number from 0 to {highest:g}" if np.isfinite(highest) else "a number, 0 or more"

@@ -14,9 +14,20 @@ import numpy as np
 from jaxtyping import Float32
 
 from rag.embed import Embedder
-from rag.ingest.packing import Encode, Span, Tokens, TokenSpans, check_sizes, divide, fitting, pack, trim_all
+from rag.ingest.packing import (
+    Encode,
+    Span,
+    Tokens,
+    TokenSpans,
+    check_overlap,
+    divide,
+    fitting,
+    pack,
+    trim_all,
+)
 from rag.ingest.sentences import sentences
 from rag.types import Chunk, Document, UserError, chunk_at
+from rag.values import Count, Filled, Whole, check_fields
 
 
 @runtime_checkable  # the run-time type check of the tests asks for it
@@ -61,11 +72,12 @@ class WholeChunker:
 class FixedChunker:
     """`size` tokens a chunk (fewer in the last), of which `overlap` are also in the chunk before."""
 
-    size: int
-    overlap: int = 0
+    size: Count
+    overlap: Whole = 0
 
     def __post_init__(self) -> None:
-        check_sizes(self.size, self.overlap)
+        check_fields(self)
+        check_overlap(self.size, self.overlap)
 
     def split(self, text: str, token_spans: TokenSpans, encode: Encode | None = None) -> list[Span]:
         tokens = Tokens(text, token_spans)
@@ -79,11 +91,12 @@ class SentenceChunker:
     A sentence longer than `size` is divided at line breaks, then at spaces, then between tokens.
     """
 
-    size: int
-    overlap: int = 0
+    size: Count
+    overlap: Whole = 0
 
     def __post_init__(self) -> None:
-        check_sizes(self.size, self.overlap)
+        check_fields(self)
+        check_overlap(self.size, self.overlap)
 
     def split(self, text: str, token_spans: TokenSpans, encode: Encode | None = None) -> list[Span]:
         tokens = Tokens(text, token_spans)
@@ -100,18 +113,13 @@ class RecursiveChunker:
     that begins with a line break, such as "\\n## ", leaves the rest of itself to the text after.
     """
 
-    size: int
-    overlap: int = 0
-    separators: Sequence[str] = ("\n\n", "\n", ". ", "? ", "! ", "。", " ")
+    size: Count
+    overlap: Whole = 0
+    separators: Sequence[Filled] = ("\n\n", "\n", ". ", "? ", "! ", "。", " ")
 
     def __post_init__(self) -> None:
-        check_sizes(self.size, self.overlap)
-        if isinstance(self.separators, str) or not all(isinstance(s, str) and s for s in self.separators):
-            raise UserError(
-                f"The chunker's separators must be a list of non-empty strings, not {self.separators!r} "
-                "(dividing between tokens always comes last and needs no entry)."
-            )
-        object.__setattr__(self, "separators", tuple(self.separators))  # a YAML list must become hashable
+        check_fields(self)
+        check_overlap(self.size, self.overlap)
 
     def split(self, text: str, token_spans: TokenSpans, encode: Encode | None = None) -> list[Span]:
         return self._split((0, len(text)), self.separators, Tokens(text, token_spans))
@@ -139,20 +147,16 @@ class SlidingWindowChunker:
     than `size` is divided as by SentenceChunker, and its chunks count as sentences.
     """
 
-    sentences: int = 5
-    stride: int = 2
-    size: int = 256
+    sentences: Count = 5
+    stride: Count = 2
+    size: Count = 256
 
     def __post_init__(self) -> None:
-        check_sizes(self.size)
-        if isinstance(self.sentences, bool) or self.sentences < 1:
-            raise UserError(
-                f"The chunker's sentences must be a whole number above 0, not {self.sentences!r}."
-            )
-        if isinstance(self.stride, bool) or not 1 <= self.stride <= self.sentences:
+        check_fields(self)
+        if self.stride > self.sentences:
             raise UserError(
                 f"The chunker's stride must be a whole number from 1 to its sentences {self.sentences}, "
-                f"not {self.stride!r}: a longer one would leave text out."
+                f"not {self.stride}: a longer one would leave text out."
             )
 
     def split(self, text: str, token_spans: TokenSpans, encode: Encode | None = None) -> list[Span]:

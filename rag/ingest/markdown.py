@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rag.ingest.packing import Encode, Span, Tokens, TokenSpans, check_sizes, fitting, pack
+from rag.ingest.packing import Encode, Span, Tokens, TokenSpans, check_overlap, fitting, pack
 from rag.ingest.sentences import sentences, trimmed
+from rag.values import Count, Whole, check_fields
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})", re.MULTILINE)
@@ -23,11 +24,12 @@ class MarkdownChunker:
     headings is one section. The headings above are not written into a chunk: it is the document's own text.
     """
 
-    size: int
-    overlap: int = 0
+    size: Count
+    overlap: Whole = 0
 
     def __post_init__(self) -> None:
-        check_sizes(self.size, self.overlap)
+        check_fields(self)
+        check_overlap(self.size, self.overlap)
 
     def split(self, text: str, token_spans: TokenSpans, encode: Encode | None = None) -> list[Span]:
         tokens = Tokens(text, token_spans)

@@ -93,11 +93,9 @@ def trim_all(text: str, cuts: Sequence[int]) -> list[Span]:
     return [(start, end) for start, end in spans if start < end]
 
 
-def check_sizes(size: int, overlap: int = 0) -> None:
-    """Raise UserError for a size or overlap that no chunk can have."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise UserError(f"The chunker's size must be a whole number of tokens above 0, not {size!r}.")
-    if isinstance(overlap, bool) or not isinstance(overlap, int) or not 0 <= overlap < size:
+def check_overlap(size: int, overlap: int) -> None:
+    """Raise UserError for an overlap that leaves no room for anything new in a chunk."""
+    if overlap >= size:
         raise UserError(
-            f"The chunker's overlap must be a whole number from 0 to below its size {size}, not {overlap!r}."
+            f"The chunker's overlap must be a whole number from 0 to below its size {size}, not {overlap}."
         )

@@ -5,13 +5,15 @@ Letters: N sentences, E embedding dim.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge, Le
 from jaxtyping import Float32, Float64
 
-from rag.ingest.packing import Encode, Span, Tokens, TokenSpans, check_sizes, fitting, pack
+from rag.ingest.packing import Encode, Span, Tokens, TokenSpans, fitting, pack
 from rag.ingest.sentences import sentences
-from rag.types import UserError
+from rag.values import Count, Whole, check_fields
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,12 @@ class SemanticChunker:
     two such ends is divided as by SentenceChunker. There is no overlap. The embedder must be given.
     """
 
-    size: int
-    percentile: float | int = 95
-    window: int = 1
+    size: Count
+    percentile: Annotated[float | int, Ge(0), Le(100)] = 95
+    window: Whole = 1
 
     def __post_init__(self) -> None:
-        check_sizes(self.size)
-        if isinstance(self.percentile, bool) or not 0 <= self.percentile <= 100:
-            raise UserError(f"The chunker's percentile must be from 0 to 100, not {self.percentile!r}.")
-        if isinstance(self.window, bool) or self.window < 0:
-            raise UserError(f"The chunker's window must be 0 or more sentences, not {self.window!r}.")
+        check_fields(self)
 
     def split(self, text: str, token_spans: TokenSpans, encode: Encode | None = None) -> list[Span]:
         if encode is None:

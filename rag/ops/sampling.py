@@ -7,12 +7,14 @@ Letters: B batch, V vocab.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge, Lt
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rag.types import UserError
+from rag.values import Penalty, Temperature, TopP, Whole, check_fields
 
 MASKED = -1e30  # finite, so that a row of masked logits has no NaN in its softmax
 
@@ -21,25 +23,15 @@ MASKED = -1e30  # finite, so that a row of masked logits has no NaN in its softm
 class Sampling:
     """How the next token is chosen. Raises UserError for values outside their range."""
 
-    temperature: float = 0.0  # 0 takes the most probable token and ignores the filters below
-    top_k: int = 0  # keep the k most probable; 0 keeps all
-    top_p: float = 1.0  # keep the most probable tokens that together reach this mass
-    min_p: float = 0.0  # drop tokens below this share of the most probable one
-    repetition_penalty: float = (
-        1.0  # divides positive, multiplies negative logits of tokens seen (CTRL, 2019)
-    )
+    temperature: Temperature = 0.0  # 0 takes the most probable token and ignores the filters below
+    top_k: Whole = 0  # keep the k most probable; 0 keeps all
+    top_p: TopP = 1.0  # keep the most probable tokens that together reach this mass
+    min_p: Annotated[float, Ge(0), Lt(1)] = 0.0  # drop tokens below this share of the most probable one
+    # divides positive, multiplies negative logits of tokens seen (CTRL, 2019)
+    repetition_penalty: Penalty = 1.0
 
     def __post_init__(self):
-        _check("temperature", self.temperature, self.temperature >= 0, "0 or more")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 or more")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _check("min_p", self.min_p, 0 <= self.min_p < 1, "0 or more and below 1")
-        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
-
-
-def _check(name: str, value: int | float, right: bool, what: str) -> None:
-    if not right:
-        raise UserError(f"sampling.{name} is {value}; give a number {what}")
+        check_fields(self)
 
 
 def sample(

@@ -5,7 +5,7 @@ Q queries, C candidates (the passages to order), E embedding dim
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from rag.index import fusion
 from rag.retrieve.collection import Collection
-from rag.types import Hit, UserError
+from rag.types import Hit
+from rag.values import Share, check_fields
 
 Relevance = Literal["cosine", "score"]
 
@@ -38,21 +39,13 @@ class MMR:
     before. Raises UserError for a weight outside 0 to 1 and an unknown relevance.
     """
 
-    weight: float | int = 0.5
+    weight: Share = 0.5
     relevance: Relevance = "cosine"
 
     uses: ClassVar[tuple[str, ...]] = ("embedder",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weight", float(self.weight))
-        if not 0 <= self.weight <= 1:
-            raise UserError(
-                f"reranker.weight is {self.weight}: give 0 (all difference) to 1 (all relevance)."
-            )
-        if self.relevance not in get_args(Relevance):
-            raise UserError(
-                f"reranker.relevance is {self.relevance!r}: choose one of {', '.join(get_args(Relevance))}."
-            )
+        check_fields(self)
 
     def rerank(
         self, collection: Collection, questions: Sequence[str], hits: Sequence[Sequence[Hit]]

@@ -14,8 +14,9 @@ from rag.index.fusion import Fusion, ReciprocalRank
 from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate
 from rag.retrieve.collection import Collection, Retriever
-from rag.retrieve.transform import Instruction, at_least_one, lines, normal, without_echoes
+from rag.retrieve.transform import Instruction, lines, normal, without_echoes
 from rag.types import Hit, Message, Source, UserError
+from rag.values import Count, Filled
 
 
 @dataclass(frozen=True)
@@ -43,25 +44,19 @@ class Iterative(Instruction):
     """
 
     retriever: Retriever
-    max_steps: int = 3  # searches for a question, its own included
-    passages: int = 3
-    max_context_tokens: int = 512
+    max_steps: Count = 3  # searches for a question, its own included
+    passages: Count = 3
+    max_context_tokens: Count = 512
     passage: str = "{text}"
     separator: str = "\n\n"
-    finished: str = "DONE"  # as it is written here, anywhere in what the model writes
+    finished: Filled = "DONE"  # as it is written here, anywhere in what the model writes
     fusion: Fusion = field(default_factory=ReciprocalRank)
-    depth: int = 100  # of each search
-
-    group: ClassVar[str] = "retriever"
+    depth: Count = 100  # of each search
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_steps", "passages", "max_context_tokens", "depth"):
-            at_least_one(self, name)
         if "{context}" not in self.user + self.system:
             raise UserError("The prompt shows no passages: put {context} into retriever.user.")
-        if not self.finished:
-            raise UserError("retriever.finished is empty: give the word that ends the search, such as DONE.")
 
     @property
     def uses(self) -> tuple[str, ...]:

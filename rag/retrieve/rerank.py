@@ -11,12 +11,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Le
 from jaxtyping import Array, Float, Float32, Float64, Int
 
 from rag.cache import content_key
@@ -28,6 +29,7 @@ from rag.models.bert_checkpoint import ClassifierSettings
 from rag.models.tokenizer import Tokenizer
 from rag.retrieve.collection import Collection
 from rag.types import Hit, Message, UserError
+from rag.values import Count, Filled, check_fields
 
 _CANDIDATES = 16  # passages of one call of maxsim
 _BLOCK = 1024  # passages whose token vectors are made together
@@ -49,17 +51,16 @@ class CrossEncoder:
     the head lacks, and a max_length beyond its positions.
     """
 
-    uri: str = "hf:cross-encoder/ms-marco-MiniLM-L-6-v2"
-    max_length: int | None = None
-    tokens_per_batch: int = 1024
-    label: int = -1
+    uri: Filled = "hf:cross-encoder/ms-marco-MiniLM-L-6-v2"
+    max_length: Count | None = None
+    tokens_per_batch: Count = 1024
+    label: Annotated[int, Ge(-100_000), Le(100_000)] = -1
     weights: str = field(init=False, repr=False)  # digest of the checkpoint: its name alone says too little
 
     uses: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        if self.tokens_per_batch < 1:
-            raise UserError(f"reranker.tokens_per_batch is {self.tokens_per_batch}; give about 1024")
+        check_fields(self)
         files = bert_checkpoint.source_files(hub.local_path(self.uri))
         object.__setattr__(self, "weights", content_key(checkpoint.contents(files)))
 
@@ -266,23 +267,19 @@ class Likelihood:
 
     prompt: str = "Passage: {passage}\nPlease write a question based on this passage.\nQuestion: {question}"
     chat: bool = False
-    average: str = "mean"  # or "sum"
-    passage_tokens: int = 256
-    question_tokens: int = 64
+    average: Literal["mean", "sum"] = "mean"
+    passage_tokens: Count = 256
+    question_tokens: Count = 64
 
     uses: ClassVar[tuple[str, ...]] = ("generator",)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         once = all(self.prompt.count(name) == 1 for name in ("{passage}", "{question}"))
         if not once or not self.prompt.endswith("{question}"):
             raise UserError(
                 "reranker.prompt must hold {passage} once and then {question} once, at its very end: correct it"
             )
-        if self.average not in ("mean", "sum"):
-            raise UserError(f"reranker.average is {self.average!r}: choose one of mean, sum")
-        for name in ("passage_tokens", "question_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"reranker.{name} is {getattr(self, name)}; give 1 or more")
 
     def rerank(
         self, collection: Collection, questions: Sequence[str], hits: Sequence[Sequence[Hit]]

@@ -17,6 +17,7 @@ from rag.index.prefix import Prefix
 from rag.index.quantized import Int8Scan
 from rag.retrieve.collection import Collection, Reranker, Retriever, Transform
 from rag.types import Hit, UserError
+from rag.values import Count, check_fields
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,12 @@ class Hybrid:
 
     arms: Mapping[str, Retriever] = field(default_factory=lambda: {"dense": Dense(), "lexical": Lexical()})
     fusion: Fusion = ReciprocalRank()
-    depth: int = 100
+    depth: Count = 100
 
     def __post_init__(self):
         if len(self.arms) < 2:
             raise UserError(f"retriever.arms has {len(self.arms)} method: a hybrid needs two or more")
-        if self.depth < 1:
-            raise UserError(f"retriever.depth is {self.depth}; give 1 or more")
+        check_fields(self)
         object.__setattr__(self, "arms", dict(sorted(self.arms.items())))
 
     @property
@@ -92,11 +92,10 @@ class Reranked:
 
     retriever: Retriever
     reranker: Reranker
-    depth: int = 50
+    depth: Count = 50
 
     def __post_init__(self):
-        if self.depth < 1:
-            raise UserError(f"rerank_depth is {self.depth}; give 1 or more")
+        check_fields(self)
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -128,7 +127,10 @@ class Transformed:
     retriever: Retriever
     transform: Transform
     fusion: Fusion = ReciprocalRank()
-    depth: int = 100  # of each text
+    depth: Count = 100  # of each text
+
+    def __post_init__(self):
+        check_fields(self)
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -167,11 +169,10 @@ class Search:
 
     collection: Collection
     method: Retriever
-    k: int = 3
+    k: Count = 3
 
     def __post_init__(self):
-        if self.k < 1:
-            raise UserError(f"k is {self.k}; give 1 or more")
+        check_fields(self)
 
     def __call__(self, question: str) -> list[Hit]:
         """At most k hits, best first."""

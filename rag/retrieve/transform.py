@@ -16,6 +16,7 @@ from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate
 from rag.retrieve.collection import Collection
 from rag.types import Context, Message, UserError
+from rag.values import Count, Filled, Penalty, Seed, Temperature, TopP, check_fields
 
 _SEEDS = 1 << 32
 
@@ -31,23 +32,17 @@ class Instruction:
 
     user: str
     system: str = ""
-    stop: Sequence[str] = ()  # ends a text, and is left out of it
-    max_new_tokens: int = 64
-    temperature: float | int = 0.0
-    top_p: float | int = 1.0
-    repetition_penalty: float | int = 1.0
-    seed: int = 0
+    stop: Sequence[Filled] = ()  # ends a text, and is left out of it
+    max_new_tokens: Count = 64
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    repetition_penalty: Penalty = 1.0
+    seed: Seed = 0
 
     uses: ClassVar[tuple[str, ...]] = ("generator",)
-    group: ClassVar[str] = "transform"  # of the configuration
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        at_least_one(self, "max_new_tokens")
-        if not 0 <= self.seed < _SEEDS:
-            raise UserError(f"{self.group}.seed is {self.seed}: give 0 to {_SEEDS - 1}.")
+        check_fields(self)
         _ = self.template, self.sampling  # refused now rather than when a model has been loaded
 
     @property
@@ -92,12 +87,8 @@ class Rewrite(Instruction):
 class MultiQuery(Instruction):
     """Up to `count` other ways to ask the question, written as one list. Raises UserError for a count below 1."""
 
-    count: int = 3
+    count: Count = 3
     include_original: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_one(self, "count")
 
     def expand(self, collection: Collection, questions: Sequence[str]) -> list[list[str]]:
         """Each question, and the other ways to ask it that the model wrote, in its order."""
@@ -108,12 +99,8 @@ class MultiQuery(Instruction):
 class Decompose(Instruction):
     """Up to `max_parts` simpler questions that make up the question. Raises UserError for max_parts below 1."""
 
-    max_parts: int = 3
+    max_parts: Count = 3
     include_original: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_one(self, "max_parts")
 
     def expand(self, collection: Collection, questions: Sequence[str]) -> list[list[str]]:
         """Each question, and its parts in the model's order."""
@@ -129,12 +116,11 @@ class HyDE(Instruction):
     below 1, and for several passages without temperature, which would all be the same.
     """
 
-    count: int = 1
+    count: Count = 1
     include_original: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(self, "count")
         if self.count > 1 and not self.temperature:
             raise UserError(
                 f"{self.count} passages at temperature 0 are the same: give transform.temperature, such as 0.7."
@@ -144,11 +130,6 @@ class HyDE(Instruction):
         """The invented passages of each question."""
         options = {"most": self.count, "copies": self.count}
         return _expanded(self, collection, questions, passage, self.include_original, **options)
-
-
-def at_least_one(instruction: Instruction, name: str) -> None:
-    if (value := getattr(instruction, name)) < 1:
-        raise UserError(f"{instruction.group}.{name} is {value}: give 1 or more.")
 
 
 def _expanded(

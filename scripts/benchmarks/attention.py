@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rag.measure import Row, Timing, alternate, compiled_temp_bytes, cores, ratio
-from rag.ops.attention import attention
+from rag.ops.attention import IMPLEMENTATIONS, attention
+from rag.values import Count, Counts, check_fields
 
 Call = Callable[[], object]
 
@@ -30,15 +32,19 @@ _OFTEN = 4096  # tokens up to which every repeat is run; longer ones take propor
 class Attention:
     """bench=attention: milliseconds, FLOP/s and temporary memory for every length and head dim, both ways."""
 
-    tokens: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
-    head_dims: tuple[int, ...] = (32, 64, 128)
-    batch: int = 1
-    heads: int = 9
-    kv_heads: int = 3
-    implementation: str | None = None  # ours: the door's choice, beside which "flash" stands too, or a name
+    tokens: Counts = (512, 1024, 2048, 4096, 8192, 16384)
+    head_dims: Counts = (32, 64, 128)
+    batch: Count = 1
+    heads: Count = 9
+    kv_heads: Count = 3
+    # ours: the door's choice, beside which "flash" stands too, or a name
+    implementation: Literal[IMPLEMENTATIONS] | None = None
     gradients: bool = True  # also forward and backward together
-    repeats: int = 7  # of lengths up to 4,096
-    jax_nn_tokens: int = 2048  # longest for jax.nn, whose T x T scores take gigabytes beyond
+    repeats: Count = 7  # of lengths up to 4,096
+    jax_nn_tokens: Count = 2048  # longest for jax.nn, whose T x T scores take gigabytes beyond
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def run(self) -> list[Row]:
         ways = ("forward", "forward+backward") if self.gradients else ("forward",)

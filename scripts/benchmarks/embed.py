@@ -11,19 +11,22 @@ import random
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Le, MinLen
 
 from rag.embed import BertEmbedder
 from rag.measure import Row, Timing, Work, alternate, cores, ratio
 from rag.models import hub
+from rag.models.bert_checkpoint import DTYPES
 from rag.ops import native
 from rag.ops.linear import product_type
+from rag.values import Count, Filled, check_fields
 
 Encode = Callable[[list[str]], np.ndarray]  # texts -> unit vectors, N x E
 
@@ -38,17 +41,17 @@ class Embed:
     "min cosine" is to our float32 vectors. The operations are those of the texts' own tokens, padding left out.
     """
 
-    weights: str = hub.DEFAULT_EMBEDDER
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "int8")
-    tokens_per_batch: int = 1024
-    texts: int = 1000
-    median_words: int = 70
-    spread: float = 0.7  # standard deviation of the logarithm of the words
-    batch_size: int = 32  # of the peers; sentence-transformers' own default
-    repeats: int = 3
+    weights: Filled = hub.DEFAULT_EMBEDDER
+    dtypes: Annotated[Sequence[Literal[DTYPES]], MinLen(1)] = ("float32", "bfloat16", "int8")
+    tokens_per_batch: Count = 1024
+    texts: Count = 1000
+    median_words: Count = 70
+    spread: Annotated[float, Ge(0), Le(10)] = 0.7  # standard deviation of the logarithm of the words
+    batch_size: Count = 32  # of the peers; sentence-transformers' own default
+    repeats: Count = 3
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtypes", tuple(self.dtypes))
+        check_fields(self)
 
     def run(self) -> list[Row]:
         texts = mixed_texts(self.texts, self.median_words, self.spread)

@@ -7,13 +7,17 @@ prompt shares with the one before, as it does by itself.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import MinLen
 
 from benchmarks import grounded
 from benchmarks.peers import LLAMA_CPP, LlamaCppGenerator, open_llama_cpp
-from rag.generate.local import LocalGenerator
+from rag.generate.local import DTYPES, KVReuse, LocalGenerator
 from rag.measure import Clock, Row
 from rag.models import hub
 from rag.types import Message, Usage, UserError
+from rag.values import Count, Filled, check_fields
 
 Conversations = Sequence[Sequence[Message]]
 
@@ -23,17 +27,15 @@ class Evaluation:
     """bench=evaluation: answers a second."""
 
     questions: grounded.Questions
-    weights: str = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
-    dtypes: Sequence[str] = ("float32", "int8")
-    kv_reuse: Sequence[str] = ("none",)
-    count: int = 100
-    max_new_tokens: int = 32
-    stop: Sequence[str] = ("\n",)
+    weights: Filled = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
+    dtypes: Annotated[Sequence[Literal[DTYPES]], MinLen(1)] = ("float32", "int8")
+    kv_reuse: Annotated[Sequence[KVReuse], MinLen(1)] = ("none",)
+    count: Count = 100
+    max_new_tokens: Count = 32
+    stop: Sequence[Filled] = ("\n",)
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", tuple(self.stop))
-        if self.count < 1:
-            raise UserError(f"bench.count is {self.count}; ask 1 question or more")
+        check_fields(self)
 
     def run(self) -> list[Row]:
         search, questions = self.questions.load()

@@ -9,21 +9,24 @@ passages, which end where the model ends them: there drafting from the passages 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
+from annotated_types import Ge, Le, MinLen
 
 from benchmarks import grounded
 from benchmarks.peers import LlamaCpp, LlamaCppGenerator, llama_cpp_peers
 from rag.generate import Generator
 from rag.generate.engine import bucket
-from rag.generate.local import LocalGenerator
+from rag.generate.local import DTYPES, LocalGenerator
 from rag.measure import READ_RATE, WORKING_SET, Figure, Row, Spread
 from rag.models import hub
 from rag.models.llama import Llama
 from rag.ops import native
 from rag.ops.linear import product_type
-from rag.types import Message, UserError
+from rag.types import Message
+from rag.values import Count, Filled, check_fields
 
 Write = Callable[[list[int], int], Iterator[int]]  # prompt, new tokens -> how many came together, each time
 Seconds = dict[str, list[tuple[float, float]]]  # of prefill and of decode, of each round, by name
@@ -37,20 +40,17 @@ class Generate:
     """bench=generate: tokens per second of prefill and decode."""
 
     questions: grounded.Questions
-    weights: str = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
-    dtypes: Sequence[str] = ("float32", "int8")
-    prompt_tokens: Sequence[int] = (256, 1024)  # of prefill
-    contexts: Sequence[int] = (16, 256, 1024)  # tokens before the first that decode is timed for
-    new_tokens: int = 64
+    weights: Filled = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
+    dtypes: Annotated[Sequence[Literal[DTYPES]], MinLen(1)] = ("float32", "int8")
+    prompt_tokens: Sequence[Count] = (256, 1024)  # of prefill
+    contexts: Sequence[Count] = (16, 256, 1024)  # tokens before the first that decode is timed for
+    new_tokens: Annotated[int, Ge(2), Le(1_000_000)] = 64  # decode is timed from the first to the last
     drafting: Sequence[bool] = (False, True)  # for answers from passages; an empty list leaves these out
-    grounded_tokens: int = 128  # of such an answer at most
-    repeats: int = 5
+    grounded_tokens: Count = 128  # of such an answer at most
+    repeats: Count = 5
 
     def __post_init__(self):
-        if self.new_tokens < 2:
-            raise UserError(
-                f"bench.new_tokens is {self.new_tokens}; decode is timed from the first to the last of 2 or more"
-            )
+        check_fields(self)
 
     def run(self) -> list[Row]:
         ours = {dtype: self._ours(dtype) for dtype in self.dtypes}

@@ -17,6 +17,7 @@ from rag.pipeline import AnswerOptions, Reader, fit, relevant
 from rag.prompt import PromptTemplate, render
 from rag.retrieve.search import Dense, Search
 from rag.types import Context, Document, Message, UserError
+from rag.values import Count, Filled, Seed, check_fields
 
 _ANOTHER_QUESTION = "What is this about?"
 
@@ -26,13 +27,16 @@ class Questions:
     """Where the questions come from and what a prompt is made of."""
 
     prompt: PromptTemplate
-    path: str | None = None  # a folder in the layout of BEIR, with answers; None: the sample set
+    path: Filled | None = None  # a folder in the layout of BEIR, with answers; None: the sample set
     context: ContextOptions = ContextOptions(order="reverse", max_tokens=1536)
-    k: int = 3  # passages of a prompt
+    k: Count = 3  # passages of a prompt
     # documents of one title are joined and cut into passages of about so many tokens; None: each is one passage
-    passage_tokens: int | None = 300
-    embedder: str = hub.DEFAULT_EMBEDDER
-    seed: int = 0  # of the questions' order
+    passage_tokens: Count | None = 300
+    embedder: Filled = hub.DEFAULT_EMBEDDER
+    seed: Seed = 0  # of the questions' order
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def load(self) -> tuple[Search, list[str]]:
         """A search over the passages, and the questions with a gold answer in random order."""

@@ -34,6 +34,7 @@ from rag.models import hub
 from rag.ops.attention import attention
 from rag.report import benchmark as page
 from rag.types import Document, UserError
+from rag.values import Count, Filled, check_fields
 
 Measure = Callable[[int], list[float]]  # size -> seconds of each repeat
 
@@ -55,17 +56,20 @@ class PowerLaw:
 class Growth:
     """bench=growth: seconds at each size, and the exponent with which they grow."""
 
-    tokens: Sequence[int] = (512, 1024, 2048, 4096, 8192, 16384)
-    vectors: Sequence[int] = (10_000, 50_000, 200_000, 500_000, 1_000_000, 2_000_000)
-    chunks: Sequence[int] = (1_000, 3_000, 10_000, 30_000, 100_000)
-    words: int = 12  # of a chunk
-    dim: int = 384
-    heads: int = 9
-    kv_heads: int = 3
-    head_dim: int = 64
-    seconds: int = 100  # of one ingest at most
-    embedder: str = hub.DEFAULT_EMBEDDER
-    repeats: int = 5  # of ingest one
+    tokens: Sequence[Count] = (512, 1024, 2048, 4096, 8192, 16384)
+    vectors: Sequence[Count] = (10_000, 50_000, 200_000, 500_000, 1_000_000, 2_000_000)
+    chunks: Sequence[Count] = (1_000, 3_000, 10_000, 30_000, 100_000)
+    words: Count = 12  # of a chunk
+    dim: Count = 384
+    heads: Count = 9
+    kv_heads: Count = 3
+    head_dim: Count = 64
+    seconds: Count = 100  # of one ingest at most
+    embedder: Filled = hub.DEFAULT_EMBEDDER
+    repeats: Count = 5  # of ingest one
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def run(self) -> list[Row]:
         found = self._rows("attention", self.tokens, self._attention)

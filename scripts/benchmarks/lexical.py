@@ -28,6 +28,7 @@ from rag.index.lexical import BM25Weights, LexicalIndex
 from rag.index.weighting import Variant
 from rag.measure import Row, Timing, alternate, ratio
 from rag.types import UserError
+from rag.values import Count, Counts, Filled, check_fields
 
 _QUOTED = re.compile(r'"""(.*?)"""|\'\'\'(.*?)\'\'\'', re.S)  # a Python file's docstrings, nearly
 _TEXT = {".md", ".rst", ".txt"}
@@ -41,13 +42,16 @@ _TIE = 1e-6
 class Lexical:
     """bench=lexical: milliseconds a question, one at a time and all in one call."""
 
-    documents: Sequence[str] = ()  # folders; none: this Python's library and its packages
-    passages: int = 100_000
-    words: int = 80
-    queries: int = 64
-    k: Sequence[int] = (10, 100)
-    stemmer: str | None = None
-    repeats: int = 7
+    documents: Sequence[Filled] = ()  # folders; none: this Python's library and its packages
+    passages: Count = 100_000
+    words: Count = 80
+    queries: Count = 64
+    k: Counts = (10, 100)
+    stemmer: Filled | None = None
+    repeats: Count = 7
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def run(self) -> list[Row]:
         texts = self._texts()

@@ -11,16 +11,20 @@ it keeps what a prompt shares with the one before, here the instruction; elsewhe
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import MinLen
 
 from benchmarks import grounded
 from benchmarks.peers import LlamaCppGenerator, llama_cpp_peers
 from rag import pipeline
-from rag.generate.local import LocalGenerator
+from rag.generate.local import DTYPES, KVReuse, LocalGenerator
 from rag.measure import Row, Spread
 from rag.models import hub
 from rag.pipeline import Reader
 from rag.retrieve.search import Search
 from rag.types import UserError
+from rag.values import Count, Filled, Whole, check_fields
 
 _REST_S = 0.05  # after its turn a peer's thread pool spins for a while, on the cores of whoever comes next
 
@@ -41,14 +45,18 @@ class Pipeline:
     """bench=pipeline: milliseconds from a question to the first and to the last token of its answer."""
 
     questions: grounded.Questions
-    weights: str = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
-    dtypes: Sequence[str] = ("float32", "int8")
-    kv_reuse: Sequence[str] = ("none", "prefix", "chunk", "blend")
-    kv_recompute: Sequence[int] = (0,)  # first tokens of each passage that "chunk" reads anew
+    weights: Filled = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
+    dtypes: Annotated[Sequence[Literal[DTYPES]], MinLen(1)] = ("float32", "int8")
+    kv_reuse: Annotated[Sequence[KVReuse], MinLen(1)] = ("none", "prefix", "chunk", "blend")
+    # first tokens of each passage that "chunk" reads anew
+    kv_recompute: Annotated[Sequence[Whole], MinLen(1)] = (0,)
     drafting: bool = False
-    new_tokens: int = 64
-    repeats: int = 7  # questions, each asked once
-    warmup: int = 2  # questions before them
+    new_tokens: Count = 64
+    repeats: Count = 7  # questions, each asked once
+    warmup: Whole = 2  # questions before them
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def run(self) -> list[Row]:
         search, questions = self.questions.load()

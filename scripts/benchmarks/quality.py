@@ -10,10 +10,11 @@ Letters: N questions, V vocab.
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Float64
+from settings import ArgumentsOf
 
 from benchmarks.reading import MEASURES, Reading, Task, scores_of
 from rag.evaluate.datasets import load_beir
@@ -36,7 +37,8 @@ class Quality:
     """bench=quality: EM, F1, contains, gold log-likelihood and KL of each setting."""
 
     reading: Reading  # the questions and their prompts
-    settings: Mapping[str, Mapping[str, Any]]  # a name: options of a LocalGenerator
+    # a name: options of a LocalGenerator
+    settings: Mapping[str, Annotated[Mapping[str, Any], ArgumentsOf(LocalGenerator)]]
 
     def __post_init__(self):
         if not self.settings:

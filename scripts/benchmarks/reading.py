@@ -11,8 +11,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge, Le
 from jaxtyping import Float32, Float64
 
 from rag.context import ContextOptions
@@ -30,6 +32,7 @@ from rag.pipeline import AnswerOptions, Reader, fit, relevant
 from rag.prompt import PromptTemplate
 from rag.retrieve.search import Dense
 from rag.types import Message, UserError
+from rag.values import Count, Filled, Seed, check_fields
 
 MEASURES = ("EM", "F1", "contains", "log-likelihood")
 
@@ -59,26 +62,21 @@ class Outcome:
 class Reading:
     """bench=reading: answers and likelihoods of questions over a folder in the layout of BEIR."""
 
-    path: str
+    path: Filled
     prompt: PromptTemplate
     context: ContextOptions = ContextOptions(order="reverse", min_score="auto")
-    weights: str = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
-    embedder: str = hub.DEFAULT_EMBEDDER
-    dtype: str = "auto"  # of our weights
-    questions: int = 200  # drawn by seed, of those with a gold answer
-    seed: int = 0
-    k: int = 3  # passages
-    max_new_tokens: int = 32
-    stop: Sequence[str] = ("\n",)
+    weights: Filled = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
+    embedder: Filled = hub.DEFAULT_EMBEDDER
+    dtype: Literal[DTYPES] = "auto"  # of our weights
+    # drawn by seed, of those with a gold answer; below 25 say little
+    questions: Annotated[int, Ge(2), Le(1_000_000)] = 200
+    seed: Seed = 0
+    k: Count = 3  # passages
+    max_new_tokens: Count = 32
+    stop: Sequence[Filled] = ("\n",)
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", tuple(self.stop))  # a YAML list must become hashable
-        if self.questions < 2:
-            raise UserError(
-                f"bench.questions is {self.questions}; an interval needs 2 or more, and says little below 25"
-            )
-        if self.k < 1:
-            raise UserError(f"bench.k is {self.k}; give 1 or more passages")
+        check_fields(self)
 
     def run(self) -> list[Row]:
         dataset = load_beir(self.path).sample(self.questions, self.seed)

@@ -11,11 +11,13 @@ Letters: N vectors, Q queries, E embedding dim.
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Gt, Lt
 from jaxtyping import Float32, Float64
 
 from rag.index.binary import Binary, BinaryIndex
@@ -23,6 +25,7 @@ from rag.index.dense import DenseIndex
 from rag.index.quantized import Int8Index
 from rag.index.store import Index
 from rag.measure import Row, Work, alternate, cores, ratio
+from rag.values import Count, Counts, Filled, check_fields
 
 Find = Callable[[np.ndarray, int], np.ndarray]  # queries [Q, E], k -> ids [Q, k]
 
@@ -35,17 +38,18 @@ _FEW = 31  # queries up to which the indexes that scan codes do so
 class Search:
     """bench=search: milliseconds a batch, for every number of vectors, of queries and every k."""
 
-    vectors: Sequence[int] = (200_000, 1_000_000)  # random unit vectors
-    dim: int = 384
-    index: str | None = (
-        None  # the vectors of a real index, a folder, or of a .npy file instead, as many as there are
-    )
-    questions: str | None = None  # a .npy file of query vectors; none: each near one of the vectors
-    queries: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-    k: Sequence[int] = (10, 100)
-    recall: float = 0.99  # asked of the approximate index
-    checked: int = 64  # queries whose recall is counted
-    repeats: int = 5
+    vectors: Counts = (200_000, 1_000_000)  # random unit vectors
+    dim: Count = 384
+    index: Filled | None = None  # the vectors of a real index, a folder, or of a .npy file instead
+    questions: Filled | None = None  # a .npy file of query vectors; none: each near one of the vectors
+    queries: Counts = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    k: Counts = (10, 100)
+    recall: Annotated[float, Gt(0), Lt(1)] = 0.99  # asked of the approximate index
+    checked: Count = 64  # queries whose recall is counted
+    repeats: Count = 5
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def run(self) -> list[Row]:
         if self.index:

@@ -1,0 +1,366 @@
+"""Every value of every configuration is checked: wrong types and values outside their range are one sentence each.
+
+The tables below say, independently of the declarations, what a person may mean by a value that is odd at first sight.
+A setting that nothing declares, or that takes just any value, fails here.
+"""
+
+import importlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from launch import CONF, quote_overrides
+from omegaconf import DictConfig, OmegaConf
+from settings import Part, build, check, settings_of
+
+from rag.types import UserError
+from rag.values import Count, Share, check_fields, checked, is_plain
+from tests.test_conf import CHOICES, PRIMARY
+
+# A setting stands in a table by its last words. What 0 means:
+ZERO = {
+    "seed": "a seed like any other",
+    "certificate.answers": "no questions are answered",
+    "chunker.overlap": "no overlap",
+    "chunker.window": "each sentence alone",
+    "analyzer.cjk": "runs of Han and kana are words",
+    "sampling.top_k": "no limit",
+    "min_p": "no limit",
+    "temperature": "the most probable token",
+    "bench.warmup": "none",
+    "kv_recompute": "none",
+    "prefix_mib": "no memory for prompts: nothing is reused",
+    "reranker.label": "the first",
+    "min_score": "a score",
+    "relevant_from": "a score",
+    "fusion.lows": "a score",
+    "fusion.weights": "the arm does not count",
+    "fusion.constant": "1, 1/2, 1/3 ...",
+    "tuning.grid.constants": "1, 1/2, 1/3 ...",
+    "blend_share": "none",
+    "reranker.weight": "difference alone",
+    "weights.k1": "presence alone",
+    "tuning.grid.k1": "presence alone",
+    "weights.b": "length does not count",
+    "tuning.grid.b": "length does not count",
+    "weights.delta": "none",
+    "chunker.percentile": "a chunk ends at nearly every sentence",
+    "bench.spread": "all texts are as long",
+}
+NEGATIVE = {
+    "reranker.label": "the last",
+    **dict.fromkeys(("min_score", "relevant_from", "fusion.lows"), "a score"),
+}
+ONE_AND_A_HALF = {  # of numbers that are no shares
+    *("temperature", "repetition_penalty", "min_score", "relevant_from", "fusion.lows", "fusion.weights"),
+    *("fusion.constant", "tuning.grid.constants", "weights.k1", "weights.delta", "tuning.grid.k1"),
+    *("chunker.percentile", "bench.spread", "generator.timeout_s"),
+}
+HUGE = {"min_score": "above every score", "relevant_from": "above every score"}
+NULL = {
+    "question": "an interactive session",
+    "min_score": "no passage counts as irrelevant",
+    "questions.path": "the sample set",
+    "passage_tokens": "each document is a passage",
+    "relevant_from": "not known",
+    "stemmer": "words as they stand",
+    "stop_words": "all words count",
+    "kv_path": "the cache folder",
+}
+TEXT = {  # text of any kind; other texts are choices
+    *("question", "keep", "bench.name", "name", "runs", "baseline", "report.measure", "output"),
+    *("path", "uri", "url", "model", "weights", "embedder", "kv_path", "bench.index", "bench.questions"),
+    *("dataset.split", "dataset.id", "dataset.questions", "dataset.documents", "documents"),
+    *("system", "user", "passage", "separator", "separators", "abstain_answer", "finished", "prompt", "stop"),
+    *("query_prompt", "document_prompt", "pattern", "stemmer", "stop_words"),
+    *("measure", "measures", "span_measures"),  # their grammar is checked by those who know it
+}
+LIST_TOO = {"stop_words", "runs"}  # beside a word
+CHOICE = {"reading.measure", "generate.output"}  # although others of their name are text
+EMPTY = {  # text
+    "system": "no system message",
+    **dict.fromkeys(("user", "passage", "reranker.prompt"), "a template, which says what it lacks"),
+    "separator": "nothing in between",
+    "abstain_answer": "nothing is said",
+    **dict.fromkeys(("query_prompt", "document_prompt"), "nothing before the text"),
+}
+EMPTY_LIST = {
+    *("stop", "separators", "stop_words", "depths", "conditions", "likelihood", "measures", "span_measures"),
+    *("documents", "bench.drafting", "bench.prompt_tokens", "bench.contexts"),
+    *("bench.tokens", "bench.vectors", "bench.chunks"),  # of bench=growth: not measured
+    *("certificate.tokens_per_batch", "search_batches", "vector_dtypes", "answer_batches", "answer_dtypes"),
+    *("fusion.weights", "fusion.lows"),
+}
+OF_NULL = {  # what a setting is that is null
+    **dict.fromkeys(("keep", "name", "question", "baseline", "measure", "output", "path"), "text"),
+    **dict.fromkeys(("bench.index", "bench.questions", "stemmer", "kv_path"), "text"),
+    **dict.fromkeys(("query_prompt", "document_prompt"), "text"),
+    **dict.fromkeys(("max_length", "limit", "passage_tokens", "certificate.questions"), 1),
+    **dict.fromkeys(("context_length", "steps_per_dispatch"), 1),
+    "bench.implementation": "flash",
+    **dict.fromkeys(("min_score", "relevant_from"), 0.5),
+    "stop_words": ["text"],
+    **{key: [0.5] for key in ("fusion.weights", "fusion.lows")},
+}
+OF_EMPTY_LIST = {"depths": 1, "conditions": "oracle"}  # others are of texts
+
+
+def listed(key: str, table) -> bool:
+    """Whether a table has the setting, by its last word, its last two, or its last three."""
+    words = re.sub(r"int8.*\.", "", key).split(".")
+    return any(".".join(words[-n:]) in table for n in (1, 2, 3))
+
+
+def entry(key: str, table: dict) -> Any:
+    words = key.split(".")
+    return next(table[name] for n in (3, 2, 1) if (name := ".".join(words[-n:])) in table)
+
+
+def wrong_for(key: str, value: object, optional: bool) -> Iterator[object]:
+    """The values that must be refused where `value` is right."""
+    if not optional and not listed(key, NULL):
+        yield None
+    yield {"a": 1}
+    if isinstance(value, list):
+        yield from (3, True, "[]")
+        if not listed(key, EMPTY_LIST):
+            yield []
+        kind = value[0] if value else entry(key, OF_EMPTY_LIST) if listed(key, OF_EMPTY_LIST) else "text"
+        yield from ([wrong] for wrong in wrong_for(key, kind, False) if wrong is not None)
+        yield [value[0] if value else kind, None]
+        return
+    yield True if not isinstance(value, bool) else 1
+    if not listed(key, LIST_TOO):
+        yield from ([value], [])
+    if isinstance(value, bool):
+        yield from ("abc", "yes", "true", "", 0, 1.5, math.nan)
+    elif isinstance(value, str):
+        yield from (3, 1.5, math.nan) if not listed(key, {"min_score"}) else (math.nan,)
+        if not listed(key, EMPTY):
+            yield ""
+        if not listed(key, TEXT) or listed(key, CHOICE) or (listed(key, LIST_TOO) and value == "english"):
+            yield "abc"
+    else:
+        yield from ("abc", "", "3", math.nan, math.inf, -math.inf)
+        if isinstance(value, int) and not listed(key, ONE_AND_A_HALF):
+            yield from (1.5, 1.0)
+        elif not listed(key, ONE_AND_A_HALF):
+            yield 1.5
+        if not listed(key, HUGE):
+            yield from (10**40, -(10**40))
+        if not listed(key, ZERO):
+            yield 0
+        if not listed(key, NEGATIVE):
+            yield -1
+
+
+def composed(primary: str, *overrides: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(primary, list(overrides))
+    OmegaConf.set_struct(config, False)
+    for key in OmegaConf.missing_keys(config):
+        OmegaConf.update(config, key, "somewhere")
+    return config
+
+
+def refused(config, key: str, schema) -> None:
+    """Assert that the check of the configuration alone refuses the setting, in one sentence."""
+    with pytest.raises(UserError) as told:
+        check(config, schema)
+    sentence = str(told.value)
+    assert sentence.startswith(f"{key}=") and sentence.endswith("."), sentence
+    assert "will not do: it must be " in sentence
+    assert len(sentence.splitlines()) == 1
+    assert len(sentence) < 700
+
+
+def walk(config, schema, name: str) -> int:
+    """Try every wrong value of every setting in the part `name`, or of that one setting; return how many there are."""
+    inside = isinstance(config[name], DictConfig) and schema is Part
+    found = settings_of(config[name]) if inside else settings_of(config, schema)
+    seen = {s.key: s for s in found if f"{s.key}.".startswith(f"{name}.")}
+    for key, (_, value, hint) in seen.items():
+        assert is_plain(hint), f"{key} declares no plain type, but {hint}"
+        right = entry(key, OF_NULL) if value is None else value
+        changed = config.copy()
+        for wrong in wrong_for(key, right, value is None):
+            OmegaConf.update(changed, key, wrong, merge=False)
+            refused(changed[name] if inside else changed, key, schema)
+    return len(seen)
+
+
+# One script is enough for each choice of a group.
+ONCE = {(group, choice): primary for primary, group, choice in CHOICES}
+
+
+@pytest.mark.parametrize(("group", "choice"), sorted(ONCE))
+def test_every_setting_of_a_choice_is_checked(group, choice):
+    config = composed(ONCE[group, choice], f"{group}={choice}")
+    settings = walk(config, Part, group)
+    assert settings > 0 or choice in (
+        "whole",
+        "exact",
+        "maxsim",
+        "dense",
+        "tfidf",
+    )  # these have none of their own
+
+
+@pytest.mark.parametrize("primary", PRIMARY)
+def test_every_setting_of_a_script_is_checked(primary):
+    config, schema = composed(primary), importlib.import_module(primary).Settings
+    for key in set(config) - {group for _, group, _ in CHOICES}:
+        part = isinstance(config[key], DictConfig) and "_target_" in config[key]
+        assert walk(config, Part if part else schema, key) > 0
+
+
+@pytest.mark.parametrize("primary", PRIMARY)
+def test_no_part_is_null_but_those_that_may(primary):
+    config, schema = composed(primary), importlib.import_module(primary).Settings
+    may = {"transform", "reranker", "tuning"} | ({"analyzer"} if primary == "ingest" else set())
+    parts = {key.rpartition(".")[0] for key in (s.key for s in settings_of(config, schema))} - {""} - may
+    for key in parts:
+        changed = config.copy()
+        for wrong in (None, "abc", []):
+            OmegaConf.update(changed, key, wrong, merge=False)
+            refused(changed, key, schema)
+        if "." not in key:
+            del changed[key]
+            with pytest.raises(UserError, match=rf"^{key}=null will not do"):
+                check(changed, schema)
+
+
+def test_a_setting_that_declares_nothing_is_found():
+    """What the walk relies on: without a type, or with one that is not plain, a value would pass."""
+    config = OmegaConf.create({"_target_": f"{__name__}.Loose", "anything": 3})
+    [setting] = settings_of(config)
+    assert not is_plain(setting.hint)
+    assert not is_plain(Any) and not is_plain(list) and not is_plain(dict[str, int])
+
+
+class Loose:
+    def __init__(self, anything): ...
+
+
+@pytest.mark.parametrize(
+    ("primary", "override", "sentence"),
+    [
+        ("generate", "k=abc", "k=abc will not do: it must be a whole number from 1 to 2147483647."),
+        ("generate", 'k="3"', 'k="3" will not do: it must be a whole number'),
+        (
+            "generate",
+            "context.min_score=nan",
+            "context.min_score=nan will not do: it must be a number, auto or null.",
+        ),
+        (
+            "generate",
+            "question=",
+            'question="" will not do: it must be a question that is not empty or null.',
+        ),
+        ("generate", "output=xml", "output=xml will not do: it must be text or json."),
+        ("generate", "index.path=null", "index.path=null will not do: it must be text that is not empty."),
+        ("generate", "retriever.fusion=rrf", None),  # dense has none
+        (
+            "eval",
+            "dataset.split=2020",
+            "it must be text that is not empty; as text write dataset.split='\"2020\"'.",
+        ),
+        (
+            "bench",
+            "bench.k=10",
+            "it must be a list that is not empty, as in bench.k=[10,100], of which each is",
+        ),
+        ("bench", "bench.settings.int8.dtype=int3", "must be float32, bfloat16 or int8."),
+        ("bench", "+bench.settings.int8.nothing=1", "There is no setting 'bench.settings.int8.nothing': "),
+        ("generate", "+qestion2=x", "There is no setting 'qestion2': did you mean question?"),
+        ("generate", "+prompt.usr=x", "There is no setting 'prompt.usr': did you mean prompt.user?"),
+        (
+            "ingest",
+            "embedder._target_=rag.embed.Nope",
+            "embedder._target_=rag.embed.Nope is nothing that can be built",
+        ),
+        ("generate", "embedder=null", "must be one of bag_of_words, bert, minilm."),
+        ("generate", "answer=null", "answer=null will not do: it must be settings with a _target_."),
+        ("ingest", "index=3", "index=3 will not do: it must be settings: index.path, index.add."),
+    ],
+)
+def test_a_sentence_names_the_setting_and_what_it_takes(primary, override, sentence):
+    extra = {"bench.k": ["bench=search"], "bench.s": ["bench=quality"], "+bench.": ["bench=quality"]}
+    choice = next((chosen for start, chosen in extra.items() if override.startswith(start)), [])
+    if sentence is None:
+        with pytest.raises(Exception, match="fusion"):
+            composed(primary, *choice, *quote_overrides([override]))
+        return
+    config = composed(primary, *choice, *quote_overrides([override]))
+    with pytest.raises(UserError) as told:
+        check(config, importlib.import_module(primary).Settings)
+    assert sentence in str(told.value)
+
+
+@pytest.mark.parametrize("overrides", [["analyzer=null"], ["embedder=bert", "embedder.query_prompt=null"]])
+def test_null_may_mean_something_in_ingest(overrides):
+    config = composed("ingest", *quote_overrides(overrides))
+    check(config, importlib.import_module("ingest").Settings)
+    assert config.get("analyzer") is None or config.embedder.query_prompt is None
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["reranker=null", "transform=null", "fusion.weights=[1,2]", "generator.weights=weights", "k=3"],
+)
+def test_what_a_person_may_mean_passes(override):
+    config = composed("generate", *quote_overrides([override]))
+    check(config, importlib.import_module("generate").Settings)
+
+
+@dataclass(frozen=True)
+class Options:
+    size: Count = 3
+    share: Share = 0.5
+    parts: tuple[int, ...] | None = None
+    inner: object = None
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+def test_options_check_themselves():
+    options = Options(size=4, share=1)
+    assert options == Options(4, 1.0) and type(options.share) is float
+    for wrong in ({"size": 0}, {"size": True}, {"share": 1.5}, {"share": math.nan}, {"parts": ["x"]}):
+        with pytest.raises(UserError, match=rf"^Options\.{next(iter(wrong))}=.* will not do: it must be "):
+            Options(**wrong)
+
+
+def test_a_function_checks_its_arguments():
+    @checked
+    def take(size: Count, share: Share = 0.5, *, other: object = None) -> tuple:
+        """Return what came."""
+        return size, share, other
+
+    assert take(1, 1) == (1, 1.0, None) and type(take(1, 1)[1]) is float
+    assert take.__doc__ == "Return what came."
+    marker = object()
+    assert take(size=2, other=marker)[2] is marker
+    for wrong in ((0,), ("1",), (1, 2)):
+        with pytest.raises(UserError, match="will not do"):
+            take(*wrong)
+    with pytest.raises(TypeError):
+        take()
+
+
+def test_build_checks_before_it_makes():
+    with pytest.raises(UserError, match="size=0 will not do"):
+        build(OmegaConf.create({"_target_": f"{__name__}.Options", "size": 0}))
+    assert build(OmegaConf.create({"_target_": f"{__name__}.Options", "size": 2}), share=1) == Options(2, 1.0)
+    with pytest.raises(UserError, match="must be settings with a _target_"):
+        check(OmegaConf.create({"part": 3}), Holder)
+
+
+@dataclass
+class Holder:
+    part: Part
