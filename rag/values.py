@@ -10,6 +10,7 @@ import inspect
 import json
 import types
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -39,6 +40,16 @@ def is_question(text: str) -> bool:
     return bool(text.strip())
 
 
+def is_date(text: str) -> bool:
+    """Whether a text is a day of the calendar in ISO 8601, such as 2026-01-31."""
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+Date = Annotated[str, Predicate(is_date), DocInfo("a date, as 2026-01-31")]
 Question = Annotated[str, Predicate(is_question), DocInfo("a question that is not empty")]
 
 F = TypeVar("F", bound=Callable)

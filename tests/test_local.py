@@ -242,7 +242,7 @@ def test_settings_that_cannot_be_are_told(tmp_path):
     with pytest.raises(UserError, match="dtype=int3"):
         LocalGenerator(dtype="int3")
     for date in ("1 May", "2026-02-30", "2026-01-01T10:00", ""):
-        with pytest.raises(UserError, match=rf"generator\.date is '{date}', .* as 2026-01-31"):
+        with pytest.raises(UserError, match=r"date=.* will not do: it must be a date, as 2026-01-31"):
             LocalGenerator(date=date)
     with pytest.raises(UserError, match="tokens_per_batch=0"):
         LocalGenerator(tokens_per_batch=0)

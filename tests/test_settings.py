@@ -274,7 +274,7 @@ class Loose:
             "bench.k=10",
             "it must be a list that is not empty, as in bench.k=[10,100], of which each is",
         ),
-        ("bench", "bench.settings.int8.dtype=int3", "must be float32, bfloat16 or int8."),
+        ("bench", "bench.settings.int8.dtype=int3", "must be auto, float32, bfloat16 or int8."),
         ("bench", "+bench.settings.int8.nothing=1", "There is no setting 'bench.settings.int8.nothing': "),
         ("generate", "+qestion2=x", "There is no setting 'qestion2': did you mean question?"),
         ("generate", "+prompt.usr=x", "There is no setting 'prompt.usr': did you mean prompt.user?"),

@@ -25,7 +25,7 @@ from rag.models import checkpoint, hub, llama, llama_checkpoint
 from rag.models.tokenizer import DEFAULT_DATE, TextStream, Tokenizer
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage
-from rag.values import Count, Filled, Share, Whole, checked
+from rag.values import Count, Date, Filled, Share, Whole, checked
 
 DTYPES = ("auto", "float32", "bfloat16", "int8")
 KVReuse = Literal["none", "prefix", "chunk", "blend"]
@@ -49,7 +49,7 @@ class LocalGenerator:
         kv_recompute: Whole = 0,
         blend_share: Share = 0.15,
         prefix_mib: Whole = 512,
-        date: str = DEFAULT_DATE.isoformat(),
+        date: Date = DEFAULT_DATE.isoformat(),
     ):
         """`weights` is a URI of rag.models.hub; `context_length` None takes the checkpoint's own.
 
@@ -68,7 +68,7 @@ class LocalGenerator:
         `kv_path`, None for the cache's; "blend", these but for the `blend_share` that differs most
         (rag.generate.blend). The last two change answers, and make of `generate` a loop over `stream`.
         """
-        self._date = _day(date)
+        self._date = day.fromisoformat(date)
         share = blend_share if kv_reuse == "blend" else 0.0
         self._kv_reuse, self._prefix_bytes = kv_reuse, prefix_mib << 20
         self._chunk_options = ChunkOptions(kv_path, kv_dtype, kv_recompute, share)
@@ -273,13 +273,6 @@ class LocalGenerator:
         ids = [(prompt, self.tokenizer.encode(text, special=False)) for prompt, text in pairs]
         found = log_probs(self.engine.model, ids, self._tokens_per_batch)
         return [_total(values) for values in found]
-
-
-def _day(text: str) -> day:
-    try:
-        return day.fromisoformat(text)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"generator.date is {text!r}, which is no date: write it as 2026-01-31") from error
 
 
 def _total(log_probabilities: Float32[np.ndarray, "n"]) -> LogLikelihood:

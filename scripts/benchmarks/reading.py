@@ -1,7 +1,7 @@
 """Questions answered from retrieved passages: our engine beside llama.cpp, same weights, same prompts' token ids.
 
-Both decode greedily with the same stops, and both score the first gold answer after the same prompt. Ours computes
-in float32, llama.cpp with activations rounded to 8 bits, so near ties fall differently: what counts is the paired
+Both decode greedily with the same stops, and both score the first gold answer after the same prompt. Ours has int8
+weights on a CPU, llama.cpp activations rounded to 8 bits, so near ties fall differently: what counts is the paired
 difference and its interval. llama.cpp scores the gold answer first, then goes back to the prompt's end and
 answers: it reads each prompt once, one question at a time. Ours reads it twice, once to answer and once to score,
 many questions together; its seconds include compiling, which stands beside them.
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from annotated_types import Ge, Le
@@ -23,7 +23,7 @@ from rag.evaluate import answers
 from rag.evaluate.datasets import Dataset, load_beir
 from rag.evaluate.run import chunk_all, collect, others
 from rag.evaluate.stats import Statistics, intervals, randomisation
-from rag.generate.local import LocalGenerator, StoppedText
+from rag.generate.local import DTYPES, LocalGenerator, StoppedText
 from rag.ingest.chunk import WholeChunker
 from rag.measure import Clock, Row, cores
 from rag.models import hub
