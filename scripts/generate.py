@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from annotated_types import DocInfo
 from launch import launch
 from settings import IndexFolder, Part, Shared, build
 
@@ -33,7 +34,9 @@ class Settings(Shared):
     index: IndexFolder
     k: Count
     rerank_depth: Count
-    question: Question | None
+    question: Annotated[
+        Question | None, DocInfo("a question that is not empty; leave it out for an interactive session")
+    ]
     output: Literal["text", "json"]
     embedder: Part
     analyzer: Part

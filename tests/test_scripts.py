@@ -182,7 +182,7 @@ def test_as_it_is_typed(home, index):
             "context.min_score=nan",
             "context.min_score=nan will not do: it must be a number, auto or null.",
         ),
-        ("generate", "question=", "it must be a question that is not empty or null."),
+        ("generate", "question=", "it must be a question that is not empty; leave it out"),
         ("generate", "prompt=null", "prompt=null will not do: it must be one of cited, closed_book"),
         ("generate", "embedder._target_=nowhere", "nothing that can be built"),
         ("ingest", "corpus.path=", 'corpus.path="" will not do: it must be text that is not empty.'),

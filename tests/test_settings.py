@@ -259,7 +259,7 @@ class Loose:
         (
             "generate",
             "question=",
-            'question="" will not do: it must be a question that is not empty or null.',
+            'question="" will not do: it must be a question that is not empty; leave it out',
         ),
         ("generate", "output=xml", "output=xml will not do: it must be text or json."),
         ("generate", "index.path=null", "index.path=null will not do: it must be text that is not empty."),
