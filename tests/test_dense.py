@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag.index import dense, growing
+from rag.index import dense, growing, rescore
 from rag.index.dense import DenseIndex, check_vectors
 from rag.measure import compiled_temp_bytes
 from rag.types import UserError
@@ -232,16 +232,20 @@ def test_a_memory_map_is_not_copied(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("queries", [8, 64, 256])
 def test_the_compiled_program(dtype, queries):
-    """Chooses in float32 and without sorting scores, and never holds N x Q of them (nor copies the vectors)."""
+    """Chooses in float32 and without sorting scores, and never holds N x Q of them (nor copies the vectors).
+
+    It does hold those of the few queries whose result is in doubt, twice: as they are multiplied and as rows.
+    """
     n, dim = 40000, 64
     arguments = jnp.zeros((n, dim), dtype), jnp.zeros((queries, dim), dtype)
     text = dense.search.lower(*arguments, 10).compile().as_text()
     operands = topk_operands(text)
-    assert len(operands) >= 3
+    assert len(operands) >= 2
     assert all(operand.startswith("f32[") for operand in operands)
     assert max(sorted_lengths(text)) <= 16
-    if queries > dense._FEW and dtype == "float32":
-        assert compiled_temp_bytes(lambda v, q: dense.search(v, q, 10), *arguments) < n * queries * 4 / 4
+    if queries > rescore.FEW and dtype == "float32":
+        temporary = compiled_temp_bytes(lambda v, q: dense.search(v, q, 10), *arguments)
+        assert temporary < 4 * n * (2 * rescore.FEW + queries / 8)
 
 
 def test_bad_queries_are_told():

@@ -25,6 +25,7 @@ from tests.test_conf import CHOICES, PRIMARY
 ZERO = {
     "seed": "a seed like any other",
     "certificate.answers": "no questions are answered",
+    "certificate.answer_budgets": "no lengths of answers are tried",
     "chunker.overlap": "no overlap",
     "chunker.window": "each sentence alone",
     "analyzer.cjk": "runs of Han and kana are words",

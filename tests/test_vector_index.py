@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag.index import audit, binary, dense, growing, prefix, quantized
+from rag.index import audit, binary, cost, dense, growing, prefix, quantized
 from rag.index.audit import Audit, VectorIndex, wilson
 from rag.index.binary import Binary, BinaryIndex
 from rag.index.dense import DenseIndex, Exact
@@ -42,6 +42,12 @@ def _exact(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     return queries.astype(np.float64) @ vectors.astype(np.float64).T
 
 
+@pytest.fixture
+def scanning(monkeypatch):
+    """Small indexes scan, though for them it is not expected to pay."""
+    monkeypatch.setattr(cost, "pays", lambda *args: True)
+
+
 # --- every index --------------------------------------------------------------------------------------------
 
 
@@ -59,7 +65,7 @@ def test_every_index_is_built_from_its_options(options):
 
 @on_cpu
 @pytest.mark.parametrize("options", OPTIONS)
-def test_scores_are_those_of_the_exact_index(options):
+def test_scores_are_those_of_the_exact_index(options, scanning):
     """Whatever finds a row, its cosine is the one number that DenseIndex gives it, in every batch."""
     vectors, queries = _units(5000), _units(40, seed=1)
     scores, ids = DenseIndex(vectors).search(queries, 50)
@@ -101,7 +107,7 @@ def test_an_empty_index_grows(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_growing_compiles_nothing_and_finds_what_was_added(options):
+def test_growing_compiles_nothing_and_finds_what_was_added(options, scanning):
     vectors = _units(9000)
     index = options.build(vectors[:4000])
     index.add(vectors[4000:4016])  # doubles the room
@@ -150,9 +156,11 @@ def test_bad_options_are_told(make, setting):
 
 @pytest.mark.parametrize("k", [1, 10, 40])
 @pytest.mark.parametrize("count", [1, 2, 7, 16, 30])
-def test_the_int8_scan_is_exact_and_says_so(count, k):
+def test_the_int8_scan_is_exact_and_says_so(count, k, scanning):
     vectors, queries = _units(12000), _units(count, seed=1)
-    scores, ids, proven = Int8Index(vectors, Int8Scan(64)).search_with_proof(queries, k)
+    index = Int8Index(vectors, Int8Scan(64))
+    assert index.path(count, k) == ("scan" if count <= quantized.most_queries(48) else "exact")
+    scores, ids, proven = index.search_with_proof(queries, k)
     expected = DenseIndex(vectors).search(queries, k)
     np.testing.assert_array_equal(ids, expected[1])
     np.testing.assert_array_equal(scores, expected[0])
@@ -168,16 +176,15 @@ def test_the_bound_holds(scale, by_native):
         pytest.skip("no AMX, or no C++ compiler")
     vectors, queries = _units(4096, 64) * np.float32(scale), _units(3, 64, seed=5) * np.float32(7)
     vectors[5] = 0
-    lengths, slack = quantized._slack(queries, quantized._longest(vectors))
-    arrays = (jnp.asarray(part) for part in (*quantized._coded(vectors), queries, lengths))
-    bounds = np.asarray(quantized._bounds(*arrays, by_native))
+    codes, queries, (lengths, slack) = Int8Index(vectors)._written(queries)
+    bounds = np.asarray(quantized._bounds(*codes, jnp.asarray(queries), jnp.asarray(lengths), by_native))
     best = _exact(queries, vectors).reshape(3, -1, 16).max(axis=2)
     assert np.all(best <= bounds + slack[:, None])
     typical = np.median(bounds - best) / (scale * 7)
     assert 0 < typical < 0.02  # a bound that proves something is close, too
 
 
-def test_what_cannot_be_proven_is_searched_exactly():
+def test_what_cannot_be_proven_is_searched_exactly(scanning):
     """A thousand copies of a row, scattered: no scan tells them apart, and the lowest rows must win."""
     vectors, queries = _units(8000), _units(4, seed=2)
     copies = np.arange(3, 8000, 7)
@@ -188,7 +195,7 @@ def test_what_cannot_be_proven_is_searched_exactly():
     np.testing.assert_array_equal(ids, DenseIndex(vectors).search(queries, 10)[1])
 
 
-def test_rows_past_the_last_whole_tile_are_scanned_too():
+def test_rows_past_the_last_whole_tile_are_scanned_too(scanning):
     vectors, queries = _units(4101, 64), _units(5, 64, seed=2)
     queries[0] = vectors[-1]
     _, ids, proven = Int8Index(vectors).search_with_proof(queries, 10)
@@ -196,14 +203,14 @@ def test_rows_past_the_last_whole_tile_are_scanned_too():
     np.testing.assert_array_equal(ids, DenseIndex(vectors).search(queries, 10)[1])
 
 
-def test_batches_that_the_scan_is_slow_for_are_not_scanned():
+def test_batches_that_the_scan_is_slow_for_are_not_scanned(scanning):
     vectors, queries = _units(8000), _units(40, seed=2)
     _, ids, proven = Int8Index(vectors).search_with_proof(queries, 10)
     assert not proven.any()
     np.testing.assert_array_equal(ids, DenseIndex(vectors).search(queries, 10)[1])
 
 
-def test_longer_vectors_may_be_added_to_the_int8_index():
+def test_longer_vectors_may_be_added_to_the_int8_index(scanning):
     """The slack follows the longest row."""
     vectors, queries = _units(6000), _units(5, seed=3)
     index = Int8Index(vectors[:4000])
@@ -240,12 +247,13 @@ def test_words_hold_the_signs(dim):
 
 
 @pytest.mark.parametrize("recall", [0.8, 0.99])
-def test_the_recall_that_was_asked_for(recall):
+def test_the_recall_that_was_asked_for(recall, scanning):
     """On queries that the calibration has not seen, counted here and by the audit."""
     vectors, queries = _units(20000), _units(200, seed=6)
     index = BinaryIndex(vectors, Binary(recall=recall, sample=64))
     expected = top_k_oracle(_exact(queries, vectors), 10)[1]
-    found = np.concatenate([index.search(queries[i : i + 10], 10)[1] for i in range(0, 200, 10)])
+    assert index.path(1, 10) == "scan"
+    found = np.concatenate([index.search(query[None], 10)[1] for query in queries])
     counted = np.mean(
         [len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), expected.tolist(), strict=True)]
     )
@@ -267,7 +275,7 @@ def test_more_recall_takes_more_candidates_and_so_do_more_results():
     assert index.candidates(5) <= index.candidates(50)
 
 
-def test_an_index_that_doubles_is_calibrated_again(monkeypatch):
+def test_an_index_that_doubles_is_calibrated_again(monkeypatch, scanning):
     index = BinaryIndex(_units(2000), Binary(sample=16))
     sizes = []
     calibrate = BinaryIndex._calibrate

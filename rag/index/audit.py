@@ -2,14 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from rag.index.dense import DenseIndex
 
-_BATCH = 16  # queries asked at once: an index may answer large batches exactly
 _Z = 1.6448536269514722  # one-sided 95%
 
 
@@ -28,6 +27,10 @@ class VectorIndex(Protocol):
         self, queries: Float[np.ndarray, "Q E"], k: int
     ) -> tuple[Float32[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
         """min(k, len) rows of each query: cosines, best first, and row numbers; lower ones win ties."""
+        ...
+
+    def path(self, queries: int, k: int) -> Literal["scan", "exact"]:
+        """How a batch of so many queries is searched: by codes first, or exactly at once."""
         ...
 
     def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
@@ -59,12 +62,14 @@ class Audit:
 
 
 def audit(index: VectorIndex, exact: DenseIndex, queries: Float[np.ndarray, "Q E"], k: int) -> Audit:
-    """Compare the index's results with exact search. A row scored as high as the exact k-th counts as found."""
+    """Compare the index's results with exact search. A row scored as high as the exact k-th counts as found.
+
+    The index is asked one query at a time: larger batches it may search exactly.
+    """
     if not len(queries):
         raise ValueError("an audit needs queries")
     best, _ = exact.search(queries, k)
-    batches = [queries[start : start + _BATCH] for start in range(0, len(queries), _BATCH)]
-    found = np.concatenate([index.search(batch, k)[0] for batch in batches])
+    found = np.concatenate([index.search(query[None], k)[0] for query in queries])
     recall = float(np.mean(found >= best[:, -1:]))
     return Audit(recall, wilson(recall, len(queries)), len(queries), best.shape[1])
 

@@ -8,12 +8,14 @@ difference, <q, b> |y|^2 / |y|_1 estimates <q, y> without bias; the factor is ke
 rounded to P bits a dimension, so that <q, b> is P counts of the bits in which two words differ.
 
 The rows of highest estimate are scored exactly. How many that takes for the recall that was asked for is found
-by comparing with exact search, on queries mixed of the index's own rows; `audit` says what other queries get.
+by comparing with exact search, on queries mixed of the index's own rows; `audit` says what other queries get. Where
+scoring so many is not expected to be faster than exact search, the search is exact: that is counted and not timed, so
+that the same index gives the same results on every run.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +23,18 @@ import numpy as np
 from annotated_types import Gt, Lt
 from jaxtyping import Array, Float, Float32, Int, UInt32
 
-from rag.index import rescore
+from rag.index import cost, rescore
 from rag.index.audit import Audit, audit
 from rag.index.dense import DenseIndex
 from rag.index.growing import Growing, bucket
+from rag.index.sample import Calibrated, mixed
 from rag.measure import Work
 from rag.values import Count, Seed, check_fields
 
 _PLANES = 4
-_MANY = 32  # queries from which exact search is as fast for each
+# What a query costs, in rows of exact search for one (rag.index.cost): the estimate of a row, and of its place among
+# the best, which does not shrink with the dimensions; and a candidate's exact score.
+_ESTIMATE_COST, _PLACE_COST, _CANDIDATE_COST = 1 / 12, 8, 20
 _BLOCK = 1 << 14  # rows that are coded at once
 _WORD = 32
 
@@ -70,9 +75,8 @@ class BinaryIndex:
         bits, factors = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
         self._bits, self._factors = Growing(jnp.asarray(bits), axis=1), Growing(jnp.asarray(factors))
         self.work = Work()
-        self._calibrated: dict[int, tuple[int, int]] = {}  # k -> the length then, and the candidates found
-        if self._scans(self.options.k):
-            self.candidates(self.options.k)
+        self._candidates = Calibrated[int]()
+        self.path(1, self.options.k)
 
     def __len__(self) -> int:
         return len(self.exact)
@@ -87,15 +91,14 @@ class BinaryIndex:
     ) -> tuple[Float32[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
         """min(k, len) rows of each query, nearly all of them the best: exact cosines, best first, row numbers.
 
-        UserError as DenseIndex.search. Batches of more than 31 queries are searched exactly.
+        UserError as DenseIndex.search. Where `path` says so they are the best, as that finds them.
         """
         rescore.check_queries(queries, self.exact.dim, k)
-        approximate = 0 < len(queries) < _MANY and self._scans(k)
-        candidates = self.candidates(k) if approximate else len(self)
-        if 4 * candidates >= len(self):
+        if self.path(len(queries), k) == "exact":
             found = self.exact.search(queries, k)
             self.work = self.exact.work
             return found
+        candidates = self.candidates(k)
         padded = rescore.padded(queries, bucket(len(queries), 1))
         scores, ids = _search(
             self.exact.rows,
@@ -111,37 +114,38 @@ class BinaryIndex:
         self.work += rescore.work(self.exact.dim, candidates, len(queries))
         return np.array(scores[: len(queries)]), np.array(ids[: len(queries)])
 
-    def _scans(self, k: int) -> bool:
-        """Whether k is a small part of the rows: otherwise they are all scored."""
-        return 8 * k < len(self)
+    def path(self, queries: int, k: int) -> Literal["scan", "exact"]:
+        """Whether the codes are scanned for a batch of so many queries, or it is searched exactly, because scanning
+        is not expected to be faster: a count of what both would do, the same on every run."""
+        if not queries or k >= len(self) or not self._pays(k, queries):
+            return "exact"  # however few candidates would do
+        return "scan" if self._pays(self.candidates(k), queries) else "exact"
+
+    def _pays(self, candidates: int, queries: int) -> bool:
+        rows, dim = len(self), self.exact.dim
+        each = rows * (_ESTIMATE_COST + _PLACE_COST / dim) + _CANDIDATE_COST * candidates
+        return cost.pays(bucket(queries, 1) * each, rows, queries)
 
     def candidates(self, k: int) -> int:
         """Rows scored exactly for k results: found when first asked for, and again when the index has doubled."""
-        size, found = self._calibrated.get(k, (0, 0))
-        if len(self) >= 2 * size:
-            found = self._calibrate(k)
-            self._calibrated[k] = len(self), found
-        return found
+        return self._candidates.of(k, len(self), self._calibrate) if k < len(self) else len(self)
 
     def _calibrate(self, k: int) -> int:
         """The power of two of candidates that hold `recall` of the k nearest rows of sampled queries.
 
-        Rows would be too easy: questions are less like them than they are like each other. A sampled query is
-        two parts of a row, itself not counted, and one of another; and half of the misses are left as a margin.
+        The row that a query was made of is not counted; and half of the misses are left as a margin.
         """
-        sample = np.random.default_rng(self.options.seed).permutation(len(self))[: self.options.sample]
-        rows = np.asarray(self.exact.rows[jnp.asarray(sample)])
-        queries = 2 * rows + np.roll(rows, 1, axis=0)
+        queries = mixed(self.exact, self.options.sample, self.options.seed)
         _, best = self.exact.search(queries, k + 1)
         live, ranks = np.int32(len(self)), []
         for query, ids in zip(queries, best, strict=True):
             coded = (self._bits.values, self._factors.values)
             ranks.append(np.asarray(_ranks(coded, query, self._rotation, ids[1:], live)))
         wanted = np.quantile(np.concatenate(ranks), (1 + self.options.recall) / 2, method="higher")
-        return bucket(max(int(wanted) + 1, k))
+        return min(bucket(max(int(wanted) + 1, k)), len(self))
 
     def audit(self, queries: Float[np.ndarray, "Q E"], k: int) -> Audit:
-        """The recall that these queries get, a few at a time, against exact search."""
+        """The recall that these queries get, one at a time, against exact search."""
         return audit(self, self.exact, queries, k)
 
     def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
@@ -198,7 +202,8 @@ def _estimates(
 def _search(vectors, coded, queries, rotation, live, *, k: int, candidates: int):
     def one(query: Float32[Array, "1 E"]) -> tuple[Float32[Array, "1 k"], Int[Array, "1 k"]]:
         estimates = _estimates(*coded, query[0], rotation)[None]
-        return rescore.best_of_estimates(vectors, query, estimates, live, k=k, candidates=candidates)
+        *found, _ = rescore.best_of_estimates(vectors, query, estimates, live, k=k, candidates=candidates)
+        return tuple(found)
 
     return rescore.in_blocks(one, 1, queries)
 

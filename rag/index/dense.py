@@ -7,16 +7,18 @@ Reading the vectors is nearly all of the work for a few queries: all scores of a
 rows taken from them. For many queries multiplying is, and writing N x Q scores would cost as much again: the
 rows are taken in blocks whose scores stay in the processor's cache, only the maxima of small groups of rows
 are kept, and the rows of the best groups are scored once more. From a few dozen queries on, a processor with
-bfloat16 products finds the maxima several times faster in those, from blocks converted as they are read; what
-the rounding can have changed is bounded, and queries whose result that leaves in doubt are searched again in
-float32. Either way the vectors are read in place (a memory map is not copied), the temporary memory is a
-small part of theirs, and the results are the same: the k best in float32, ties to the lower row.
+bfloat16 products finds the maxima several times faster in those, from blocks converted as they are read.
+
+Each way rounds differently, and near duplicates are closer than that. What rounding can have changed is bounded, and
+queries whose result that leaves in doubt are searched again: from bfloat16 in float32, and from there by scoring all
+rows as the results are scored. Either way the vectors are read in place (a memory map is not copied), the temporary
+memory is a small part of theirs, and the results are the same: the k best in float32, ties to the lower row.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,57 +32,81 @@ from rag.types import UserError
 
 _BATCH = 1024  # queries of one call to XLA, unless their maxima would take more than
 _MAXIMA_BYTES = 256 << 20
-_FEW = 8  # queries for which all scores are kept at once
 _MANY = 32  # queries from which bfloat16 pays for converting the vectors, and for proving
 _ROWS = 4096  # rows of a block: with 256 queries their scores are 4 MiB
 _BLOCKS = 64  # blocks that one program takes: it grows with them
 _GROUP = 8  # rows of a group: fewer leave more maxima to choose from, more leave more rows to score again
-_SPARE = 2  # candidates beyond k, for those that another rounding would have let in
 _CHECKED_ROWS = 1 << 14
 _BY_ROWS = (((1,), (1,)), ((), ()))
 
 
 @partial(jax.jit, static_argnames="k")
 def search(
-    vectors: Float[Array, "N E"], queries: Float[Array, "Q E"], k: int, live: Int[Array, ""] | None = None
+    vectors: Float[Array, "N E"],
+    queries: Float[Array, "Q E"],
+    k: int,
+    live: Int[Array, ""] | None = None,
+    longest: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
     """For each query the min(k, N) rows of highest inner product: scores, best first, and int32 row numbers.
 
     Exact in float32; the lower row wins a tie. Only the first `live` rows count (None: all), whatever stands
     in the others; where live < k the last k - live results have score -inf and a meaningless row number.
+    `longest` is the length of the longest live row, or more; None finds it.
     """
     n = len(vectors)
     k = min(k, n)
     live = jnp.asarray(n if live is None else live)
+    slack = _rounding(vectors, queries, live, longest)
     if _by_groups(n, len(queries), k):
-        return _search_groups(vectors, queries, _maxima(vectors, queries), k, live)
-
-    def block(queries):
-        every = jax.vmap(partial(rescore.scores, vectors))(queries)
-        few = min(k + _SPARE, n)
-        return rescore.best_of_estimates(vectors, queries, every, live, k=k, candidates=few)
-
-    return rescore.in_blocks(block, _FEW, queries)
+        return _search_groups(vectors, queries, _maxima(vectors, queries), slack, k, live)
+    if len(queries) > 1 or k + _spare(k) >= n:
+        return rescore.all_scored(vectors, queries, live, k=k)
+    estimates = rescore.scores(vectors, queries[0])[None]
+    options = {"k": k, "candidates": k + _spare(k)}
+    *found, last = rescore.best_of_estimates(vectors, queries, estimates, live, **options)
+    proven = (found[0][:, -1] > last + slack) | ~queries.any(axis=1)
+    return rescore.where_proven(proven, tuple(found), vectors, queries, live)
 
 
 def _by_groups(n: int, queries: int, k: int) -> bool:
     """Whether group maxima pay: not for few queries, nor if the best groups are a good part of all rows."""
-    return queries > _FEW and n >= max(256 * k, _ROWS)
+    return queries > rescore.FEW and n >= max(256 * k, _ROWS)
+
+
+def _spare(k: int) -> int:
+    """Candidates beyond k, for those that another rounding would have let in: more are rarely in doubt."""
+    return 4 + k // 8
+
+
+def _rounding(
+    vectors: Float[Array, "N E"],
+    queries: Float[Array, "Q E"],
+    live: Int[Array, ""],
+    longest: Float[Array, ""] | None,
+) -> Float32[Array, "Q"]:
+    """What two float32 products of each query and any live row can differ by."""
+    if longest is None:
+        squares = jnp.square(vectors.astype(jnp.float32)).sum(axis=1)
+        longest = jnp.sqrt(jnp.where(jnp.arange(len(vectors)) < live, squares, 0.0).max(initial=0.0))
+    largest = jnp.abs(queries).astype(jnp.float32).max(axis=1, keepdims=True)
+    parts = queries / jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)  # whose squares do not underflow
+    return rescore.rounding(vectors.shape[1]) * longest * largest[:, 0] * jnp.linalg.norm(parts, axis=1)
 
 
 def _search_groups(
     vectors: Float[Array, "N E"],
     queries: Float[Array, "Q E"],
     maxima: Float[Array, "Q G"],
+    slack: Float32[Array, "Q"],
     k: int,
     live: Int[Array, ""],
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
     """Each query by way of the highest scores in the groups of rows."""
-    nothing = jnp.zeros(len(queries))
-    best, ids, _ = rescore.best_of_groups(
-        vectors, queries, maxima, nothing, live, k=k, group=_GROUP, groups=k + _SPARE
-    )
-    return best, ids
+    options = {"k": k, "group": _GROUP, "groups": k + _spare(k)}
+    *found, proven = rescore.best_of_groups(vectors, queries, maxima, slack, live, **options)
+    every_tie = ~queries.any(axis=1)  # then the lowest groups were taken, and rightly
+    return rescore.where_proven(proven | every_tie, tuple(found), vectors, queries, live)
 
 
 def _maxima(vectors: Float[Array, "N E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q G"]:
@@ -122,8 +148,10 @@ def _search_pieces(
     maxima: Sequence[Float[Array, "Q _"]],
     k: int,
     live: Int[Array, ""],
+    longest: Float[Array, ""],
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
-    return _search_groups(vectors, queries, jnp.concatenate(maxima, axis=1), k, live)
+    slack = _rounding(vectors, queries, live, longest)
+    return _search_groups(vectors, queries, jnp.concatenate(maxima, axis=1), slack, k, live)
 
 
 @partial(jax.jit, static_argnames="k")
@@ -172,6 +200,7 @@ class DenseIndex:
     def __init__(self, vectors: Float32[np.ndarray, "N E"]):
         self._rows = Growing(jax.device_put(vectors, may_alias=True))
         self.work = Work()
+        self._longest = rescore.longest(vectors)
 
     def __len__(self) -> int:
         return self._rows.live
@@ -205,6 +234,18 @@ class DenseIndex:
         batches = [queries[start : start + size] for start in range(0, len(queries), size)]
         return rescore.stacked([self._search(batch, k) for batch in batches])
 
+    def path(self, queries: int, k: int) -> Literal["exact"]:
+        """How a batch of so many queries is searched: always exactly."""
+        return "exact"
+
+    def product_dtype(self, queries: int, k: int) -> Literal["float32", "bfloat16"]:
+        """The dtype in which so many queries of one batch (1,024 at most) are multiplied by all vectors.
+
+        The scores that are returned are float32 products either way.
+        """
+        many = queries >= _MANY and bool(self._blocks) and _by_groups(len(self), queries, k)
+        return "bfloat16" if many and any("bf16" in flag for flag in cpu_flags()) else "float32"
+
     @property
     def _batch(self) -> int:
         """The power of two of queries whose maxima take no more than _MAXIMA_BYTES."""
@@ -213,9 +254,7 @@ class DenseIndex:
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Exact, by bfloat16 where that pays and then again in float32 what it could not prove."""
-        if not (len(queries) >= _MANY and self._blocks and _by_groups(len(self), len(queries), k)):
-            return self._search_in_full(queries, k)
-        if not any("bf16" in flag for flag in cpu_flags()):
+        if self.product_dtype(len(queries), k) == "float32":
             return self._search_in_full(queries, k)
         scores, ids, proven = self._prove(queries, k)
         if not proven.all():
@@ -224,11 +263,11 @@ class DenseIndex:
 
     def _search_in_full(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         padded, live = rescore.padded(queries, bucket(len(queries), 1)), np.int32(len(self))
-        grouped = _by_groups(len(self), len(padded), k)
+        longest, grouped = np.float32(self._longest), _by_groups(len(self), len(padded), k)
         if self._blocks and grouped:
-            found = _search_pieces(self.rows, padded, self._maxima(padded, half=False), k, live)
+            found = _search_pieces(self.rows, padded, self._maxima(padded, half=False), k, live, longest)
         else:
-            found = search(self.rows, padded, k, live)
+            found = search(self.rows, padded, k, live, longest)
         scan = 2 * self.nbytes // 4 * len(queries)
         passes = 1 if grouped else -(-len(queries) // _FEW)
         self.work += Work(passes * self.nbytes, self.nbytes, float32=scan)
@@ -258,7 +297,7 @@ class DenseIndex:
     def _rounded(self) -> Rounded:
         """Found when first needed, because all vectors are read for it."""
         worst = np.max([np.asarray(_rounded(piece)) for piece in self._pieces], axis=0)
-        return Rounded(*(1.001 * worst).tolist())  # these sums were rounded, too
+        return Rounded(*worst.tolist())
 
     @property
     def _pieces(self) -> list[list[Array]]:
@@ -279,6 +318,7 @@ class DenseIndex:
         """Append rows. Full room doubles; otherwise this neither copies nor compiles anything anew."""
         self._blocks = []  # they cannot share memory that is about to be written to
         self._rows.append(vectors)
+        self._longest = max(self._longest, rescore.longest(vectors))
 
 
 @dataclass(frozen=True)

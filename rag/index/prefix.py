@@ -9,6 +9,7 @@ whole vectors. With an embedder that was not trained so the recall is poor: `aud
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,24 +74,27 @@ class PrefixIndex:
         UserError as DenseIndex.search. Batches of more than 31 queries are searched exactly.
         """
         rescore.check_queries(queries, self.exact.dim, k)
-        candidates = max(k, self.options.candidates)
-        if not 0 < len(queries) < _MANY or candidates >= len(self):
+        if self.path(len(queries), k) == "exact":
             found = self.exact.search(queries, k)
             self.work = self.exact.work
             return found
         padded = rescore.padded(queries, bucket(len(queries), 1))
-        rows, prefixes = self.exact.rows, self._prefixes.values
-        found = _search(
-            rows, prefixes, padded, self._cut(padded), np.int32(len(self)), k=k, candidates=candidates
-        )
+        rows, prefixes, live = self.exact.rows, self._prefixes.values, np.int32(len(self))
+        candidates = max(k, self.options.candidates)
+        found = _search(rows, prefixes, padded, self._cut(padded), live, k=k, candidates=candidates)
         scan = self.nbytes - self.exact.nbytes
         self.work = Work(scan, scan, float32=2 * scan // 4 * len(queries))
         self.work += rescore.work(self.exact.dim, candidates, len(queries))
         scores, ids = (np.array(part[: len(queries)]) for part in found)
         return scores, ids
 
+    def path(self, queries: int, k: int) -> Literal["scan", "exact"]:
+        """Whether the prefixes are scanned for a batch of so many queries, or it is searched exactly."""
+        few = 0 < queries < _MANY and max(k, self.options.candidates) < len(self)
+        return "scan" if few else "exact"
+
     def audit(self, queries: Float[np.ndarray, "Q E"], k: int) -> Audit:
-        """The recall that these queries get, a few at a time, against exact search."""
+        """The recall that these queries get, one at a time, against exact search."""
         return audit(self, self.exact, queries, k)
 
     def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
@@ -117,4 +121,5 @@ def _search(
     candidates: int,
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
     estimates = jax.vmap(partial(rescore.scores, prefixes))(cut)
-    return rescore.best_of_estimates(vectors, queries, estimates, live, k=k, candidates=candidates)
+    *found, _ = rescore.best_of_estimates(vectors, queries, estimates, live, k=k, candidates=candidates)
+    return tuple(found)

@@ -7,19 +7,24 @@ written in 8 bits as q' (two digits, rag.ops.linear) and x', Cauchy and Schwarz 
 q.x <= q'.x' + |q| |x - x'| + |q - q'| |x'|: a bound on the exact score that takes a quarter of the reading. The
 rows of highest bound are scored exactly; where the k-th of them beats the highest bound left out, nothing can have
 been missed. The other queries are searched again, exactly: what is returned is always what DenseIndex returns.
+
+So only speed depends on what is scanned. How often a proof succeeds, and from how many rows, is found on queries
+mixed of the index's own vectors; batches for which a scan is not expected to pay are searched exactly at once.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Int8
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int8
 
-from rag.index import rescore
+from rag.index import cost, rescore
 from rag.index.dense import DenseIndex
 from rag.index.growing import Growing, bucket
+from rag.index.sample import Calibrated, mixed
 from rag.measure import Work
 from rag.ops import native
 from rag.ops.linear import by_digits, quantize
@@ -27,13 +32,18 @@ from rag.values import Count, check_fields
 
 _GROUP = 16  # rows of a group
 _BLOCK = 1 << 14  # rows that are converted at once
-# Largest of an entry in two digits, as a part of the row's largest entry.
-_DIGITS_ERROR = 1.001 / (127 * 254 * 2)
+# The most that two digits leave out of an entry, as a part of the row's largest.
+_DIGITS_ERROR = 1 / (127 * 254 * 2)
+_SAMPLE = 32  # queries on which it is found how much is proven
+_TIMES = (1, 2, 4, 8)  # the candidates that are asked for, as multiples of the option's
+# What scoring a group's rows exactly costs a query, in rows of exact search for one (rag.index.cost).
+_GROUP_COST = 60
 
 
 @dataclass(frozen=True)
 class Int8Scan:
-    """Options of an Int8Index: `candidates` groups of 16 rows beyond the k best are scored exactly."""
+    """Options of an Int8Index: `candidates` groups of 16 rows beyond the k best are scored exactly, or up to 8 times
+    as many where that proves more."""
 
     candidates: Count = 32
 
@@ -45,8 +55,23 @@ class Int8Scan:
 
 
 def most_queries(dim: int) -> int:
-    """Those of one search up to which a scan is faster than the exact search; past 16 XLA's int8 product is slow."""
-    return 32 if native.has_tiles(dim) else 16
+    """Those of one search up to which a scan can be faster than the exact search, where the processor's products
+    of 8 bits, or XLA's, grow as fast as those in more."""
+    return 16 if native.has_tiles(dim) else 8
+
+
+def _scan_cost(dim: int, queries: int) -> float:
+    """What the bounds of a row cost, in rows of exact search for one query (rag.index.cost)."""
+    count = bucket(queries, 1)
+    return 0.25 + 0.035 * count if native.has_tiles(dim) else 0.6 + 0.02 * count
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """For some k: the groups that are scored exactly, and the share of queries that this proves."""
+
+    groups: int
+    share: float
 
 
 class Int8Index:
@@ -60,10 +85,11 @@ class Int8Index:
         self.exact = DenseIndex(vectors)
         parts = [_coded(vectors[start : start + _BLOCK]) for start in range(0, len(vectors), _BLOCK)]
         parts = parts or [_coded(vectors)]
-        codes, scales, errors = (np.concatenate(part) for part in zip(*parts, strict=True))
+        codes, scales, errors, lengths = (np.concatenate(part) for part in zip(*parts, strict=True))
         self._codes, self._scales, self._errors = (Growing(jnp.asarray(x)) for x in (codes, scales, errors))
-        self._length = _longest(vectors)
+        self._longest = max(rescore.longest(vectors), float(lengths.max(initial=0)))
         self.work = Work()
+        self._proofs = Calibrated[Proofs]()
 
     def __len__(self) -> int:
         return len(self.exact)
@@ -85,53 +111,85 @@ class Int8Index:
     ) -> tuple[Float32[np.ndarray, "Q k"], Int[np.ndarray, "Q k"], Bool[np.ndarray, "Q"]]:
         """What `search` returns, and which queries the scan proved; the others were searched again, exactly.
 
-        More queries than `most_queries`, and k of a good part of all rows, go to the exact search unscanned.
+        Where `path` says so all go to the exact search unscanned.
         """
         rescore.check_queries(queries, self.exact.dim, k)
-        few = 0 < len(queries) <= most_queries(self.exact.dim)
-        if not few or len(self) < 4 * _GROUP * (k + self.options.candidates):
+        if self.path(len(queries), k) == "exact":
             found = self.exact.search(queries, k)
             self.work = self.exact.work
             return *found, np.zeros(len(queries), bool)
-        scores, ids, proven = self._scan(queries, k)
+        scores, ids, proven = self._scan(queries, k, self.proofs(k).groups)
         if not proven.all():
             scores[~proven], ids[~proven] = self.exact.search(queries[~proven], k)
             self.work += self.exact.work
         return scores, ids, proven
 
-    def _scan(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        padded = rescore.padded(queries, bucket(len(queries), 1))
-        lengths, slack = _slack(padded, self._length)
-        by_native = native.has_tiles(self.exact.dim)
-        found = _search(
-            self.exact.rows,
-            (self._codes.values, self._scales.values, self._errors.values),
-            padded,
-            (lengths, slack),
-            np.int32(len(self)),
-            k=k,
-            groups=k + self.options.candidates,
-            by_native=by_native,
+    def path(self, queries: int, k: int) -> Literal["scan", "exact"]:
+        """Whether a batch of so many queries is scanned first, or searched exactly at once because a scan, and
+        searching again what it does not prove, is not expected to be faster. The results are the same."""
+        if not 0 < queries <= most_queries(self.exact.dim) or k >= len(self):
+            return "exact"
+        if not self._pays(Proofs(k + self.options.candidates, 1.0), queries):
+            return "exact"  # even if it proved everything
+        return "scan" if self._pays(self.proofs(k), queries) else "exact"
+
+    def _pays(self, proofs: Proofs, queries: int) -> bool:
+        rows = len(self)
+        again = (1 - proofs.share**queries) * cost.exact(rows, queries)
+        scan = rows * _scan_cost(self.exact.dim, queries) + _GROUP_COST * bucket(queries, 1) * proofs.groups
+        return cost.pays(scan + again, rows, queries)
+
+    def proofs(self, k: int) -> Proofs:
+        """What scans for k results prove: found when first asked for, and again when the index has doubled."""
+        return self._proofs.of(k, len(self), self._calibrate)
+
+    def _calibrate(self, k: int) -> Proofs:
+        """The number of groups that makes searching for one query cheapest, and the share that it proves."""
+        queries, step = mixed(self.exact, _SAMPLE, seed=0), most_queries(self.exact.dim)
+        least = self.exact.search(queries, k + 1)[0][:, -1]  # without the row that the query was made of
+        batches = [slice(start, start + step) for start in range(0, len(queries), step)]
+        live, by_native = np.int32(len(self)), native.has_tiles(self.exact.dim)
+        needed = np.concatenate(
+            [_needed(*self._written(queries[b]), least[b], live, by_native=by_native) for b in batches]
         )
-        dim, read = self.exact.dim, self.nbytes - self.exact.nbytes
-        scan = 2 * len(self) * dim * len(queries)
+        groups = [k + times * self.options.candidates for times in _TIMES]
+        options = [Proofs(count, float(np.mean(needed <= count))) for count in groups]
+        return min(options, key=lambda proofs: _GROUP_COST * proofs.groups + (1 - proofs.share) * len(self))
+
+    def _scan(self, queries: np.ndarray, k: int, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        padded = rescore.padded(queries, bucket(len(queries), 1))
+        dim, by_native = self.exact.dim, native.has_tiles(self.exact.dim)
+        options = {"k": k, "groups": groups, "by_native": by_native}
+        found = _search(self.exact.rows, *self._written(padded), np.int32(len(self)), **options)
+        read, scan = self.nbytes - self.exact.nbytes, 2 * len(self) * dim * len(queries)
         digits = not by_native or native.digits(len(padded), dim)  # two products
         self.work = Work(read, read, int8=2 * scan) if digits else Work(read, read, float32=scan)
-        self.work += rescore.work(dim, _GROUP * (k + self.options.candidates), len(queries))
+        self.work += rescore.work(dim, _GROUP * groups, len(queries))
         return tuple(np.array(part[: len(queries)]) for part in jax.device_get(found))
+
+    def _written(self, queries: np.ndarray) -> tuple[tuple[Array, ...], np.ndarray, tuple[np.ndarray, ...]]:
+        """The vectors in 8 bits, the queries, and how much that may leave out."""
+        codes = self._codes.values, self._scales.values, self._errors.values
+        return codes, queries, _slack(queries, self._longest)
 
     def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
         """Append rows, as DenseIndex.add does."""
         self.exact.add(vectors)
-        for part, new in zip((self._codes, self._scales, self._errors), _coded(vectors), strict=True):
+        *coded, lengths = _coded(vectors)
+        for part, new in zip((self._codes, self._scales, self._errors), coded, strict=True):
             part.append(new)
-        self._length = max(self._length, _longest(vectors))
+        self._longest = max(self._longest, rescore.longest(vectors), float(lengths.max(initial=0)))
 
 
 def _coded(
     vectors: Float32[np.ndarray, "n E"],
-) -> tuple[Int8[np.ndarray, "n E"], Float32[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
-    """8-bit values, the scale of each row, and the length of what they leave out (no less than the true one)."""
+) -> tuple[
+    Int8[np.ndarray, "n E"],
+    Float32[np.ndarray, "n"],
+    Float32[np.ndarray, "n"],
+    Float32[np.ndarray, "n"],
+]:
+    """8-bit values, the scale of each row, and the lengths of what they leave out and of what they keep."""
     padded = rescore.padded(vectors, bucket(len(vectors)))
     return tuple(np.array(part[: len(vectors)]) for part in jax.device_get(_code(padded)))
 
@@ -139,18 +197,23 @@ def _coded(
 @jax.jit
 def _code(
     vectors: Float32[Array, "n E"],
-) -> tuple[Int8[Array, "n E"], Float32[Array, "n"], Float32[Array, "n"]]:
+) -> tuple[Int8[Array, "n E"], Float32[Array, "n"], Float32[Array, "n"], Float32[Array, "n"]]:
     values, scales = quantize(vectors)
-    return values, scales, 1.001 * jnp.linalg.norm(vectors - values * scales[:, None], axis=1)
+    kept = values * scales[:, None]
+    return values, scales, jnp.linalg.norm(vectors - kept, axis=1), jnp.linalg.norm(kept, axis=1)
+
+
+def _left_out(queries: Float32[np.ndarray, "Q E"]) -> Float64[np.ndarray, "Q"]:
+    """No less than the length of what two digits leave out of each query."""
+    return np.abs(queries).max(axis=1).astype(np.float64) * _DIGITS_ERROR * queries.shape[1] ** 0.5
 
 
 def _slack(
     queries: Float32[np.ndarray, "Q E"], longest: float
 ) -> tuple[Float32[np.ndarray, "Q"], Float32[np.ndarray, "Q"]]:
     """The queries' lengths, and what their digits and rounding leave out of a product with the longest row."""
-    lengths, dim = rescore.lengths(queries), queries.shape[1]
-    left_out = np.abs(queries).max(axis=1) * _DIGITS_ERROR * dim**0.5
-    slack = (left_out + lengths * rescore.rounding(dim)) * longest
+    lengths = rescore.lengths(queries)
+    slack = (_left_out(queries) + lengths * rescore.rounding(queries.shape[1])) * longest
     return lengths.astype(np.float32), slack.astype(np.float32)
 
 
@@ -159,6 +222,14 @@ def _search(vectors, codes, queries, written, live, *, k: int, groups: int, by_n
     lengths, slack = written
     bounds = _bounds(*codes, queries, lengths, by_native)
     return rescore.best_of_groups(vectors, queries, bounds, slack, live, k=k, group=_GROUP, groups=groups)
+
+
+@partial(jax.jit, static_argnames="by_native")
+def _needed(codes, queries, written, least, live, *, by_native: bool) -> Int[Array, "Q"]:
+    """How many whole groups may hold a row that scores `least`: so many must be scored to prove that none does."""
+    lengths, slack = written
+    highest = _bounds(*codes, queries, lengths, by_native) + slack[:, None]
+    return ((highest >= least[:, None]) & (jnp.arange(highest.shape[1]) < live // _GROUP)).sum(axis=1)
 
 
 def _bounds(
@@ -175,10 +246,3 @@ def _bounds(
         bounds = product + lengths[:, None] * errors
         whole = len(codes) // _GROUP * _GROUP
         return bounds[:, :whole].reshape(len(queries), -1, _GROUP).max(axis=2)
-
-
-def _longest(vectors: Float32[np.ndarray, "N E"]) -> float:
-    """No less than the length of any of the vectors, or of one of them in 8 bits."""
-    blocks = [vectors[start : start + _BLOCK] for start in range(0, len(vectors), _BLOCK)]
-    longest = max((float(np.linalg.norm(block, axis=1).max()) for block in blocks), default=0.0)
-    return longest * (1 + vectors.shape[1] ** 0.5 / 254 + 1e-3)  # half a step of each entry

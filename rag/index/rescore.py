@@ -8,8 +8,8 @@ bound are scored exactly. If the k-th best exact score is above every bound that
 can be among the k best: the result is proven, whatever the first pass was.
 
 XLA's products round differently from program to program. So the scores that are returned, and the order they
-give, always come from one small product, a query by its candidates: a result does not change with the batch,
-and equal vectors tie.
+give, always come from one kind of product, `products`, which rounds a query and a row the same wherever they stand:
+a result does not change with the batch, and equal vectors tie.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,18 +18,39 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Float64, Int
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Shaped
 
 from rag.index.growing import LEAST
 from rag.measure import Work
 from rag.ops.topk import best_members, members, two_level_top_k
 from rag.types import UserError
 
+FEW = 8  # queries for which all scores are kept at once
+_LEAST_ROWS = 16  # below that XLA rounds a row by how many there are
+_LENGTHS_AT_ONCE = 1 << 12  # rows
+_SHORTEST = 1e-18  # whose square float32 still holds
+
 
 def scores(vectors: Float[Array, "N E"], query: Float[Array, "E"]) -> Float32[Array, "N"]:
     """The inner products in full float32."""
     with jax.named_scope("scores"):
         return jnp.einsum("ne,e->n", vectors, query, precision="highest", preferred_element_type=jnp.float32)
+
+
+def products(rows: Float[Array, "N E"], queries: Float[Array, "Q E"]) -> Float32[Array, "N Q"]:
+    """All inner products in full float32, each of them the same number for the same row and query, always.
+
+    XLA rounds a row by where it stands if there is only one query, by how many rows there are if they are few, and
+    the last queries by themselves where they fill up no vector: so both are repeated until that is not so. The
+    barrier keeps XLA from making one program of the product and of what is done with it.
+    """
+    (n, dim), count = rows.shape, len(queries)
+    if n == 0:
+        return jnp.zeros((0, count), jnp.float32)
+    rows = jnp.resize(rows, (_LEAST_ROWS, dim)) if n < _LEAST_ROWS else rows
+    factors = jnp.resize(queries, (-(-count // LEAST) * LEAST, dim)) if count % LEAST else queries
+    found = jax.lax.optimization_barrier(jax.vmap(partial(scores, rows), out_axes=1)(factors))
+    return found[:n, :count]
 
 
 def rescored(
@@ -41,16 +62,13 @@ def rescored(
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
     """The k best of each query's usable candidates by exact scores; the first to stand wins a tie.
 
-    XLA is slow to multiply each query by rows of its own, and rounds a row by where it stands if there is only
-    one query, by how many there are if they are few. So all rows are multiplied by all queries, repeated until
-    they are LEAST, and each query keeps its own.
+    XLA is slow to multiply each query by rows of its own. So all rows are multiplied by all queries, and each query
+    keeps its own.
     """
     with jax.named_scope("rescore"):
         count, width = ids.shape
         rows = vectors.at[ids.ravel()].get(mode="clip")
-        factors = jnp.resize(queries, (max(count, LEAST), queries.shape[1]))
-        products = jax.vmap(partial(scores, rows), out_axes=1)(factors).reshape(count, width, len(factors))
-        own = products[jnp.arange(count), :, jnp.arange(count)]
+        own = products(rows, queries).reshape(count, width, count)[jnp.arange(count), :, jnp.arange(count)]
         return jax.vmap(partial(best_members, k=k))(own, ids, usable)
 
 
@@ -94,22 +112,57 @@ def best_of_estimates(
     *,
     k: int,
     candidates: int,
-) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
-    """The k best, by exact scores, of each query's `candidates` rows of highest estimate."""
+) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"], Float[Array, "Q"]]:
+    """The k best, by exact scores, of each query's `candidates` rows of highest estimate, the last of them given too.
+
+    No row that is left out has a higher estimate than that; it is -inf where none is.
+    """
 
     def chosen(estimates: Float[Array, "N"]):
         best, ids = two_level_top_k(estimates, live, candidates)
         order = jnp.argsort(ids)
-        return ids[order], (best > -jnp.inf)[order]
+        last = best[-1] if candidates < len(estimates) else -jnp.inf
+        return ids[order], (best > -jnp.inf)[order], jnp.asarray(last, jnp.float32)
 
     def block(queries, estimates):
-        return rescored(vectors, queries, *jax.vmap(chosen)(estimates), k)
+        ids, usable, last = jax.vmap(chosen)(estimates)
+        return *rescored(vectors, queries, ids, usable, k), last
 
     return in_blocks(block, LEAST, queries, estimates)
 
 
+def all_scored(
+    vectors: Float[Array, "N E"], queries: Float[Array, "Q E"], live: Int[Array, ""], *, k: int
+) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
+    """The k best of all rows by exact scores, whatever it takes; the lower row wins a tie."""
+
+    def block(queries):
+        every = products(vectors, queries)
+        return jax.vmap(partial(two_level_top_k, k=k), in_axes=(1, None))(every, live)
+
+    return in_blocks(block, FEW, queries)
+
+
+def where_proven(
+    proven: Bool[Array, "Q"],
+    found: tuple[Float[Array, "Q k"], Int[Array, "Q k"]],
+    vectors: Float[Array, "N E"],
+    queries: Float[Array, "Q E"],
+    live: Int[Array, ""],
+) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
+    """What was found; for queries where that is not proven, and the few beside them, `all_scored`."""
+
+    def block(doubtful, best, ids, queries):
+        def again():
+            return all_scored(vectors, queries, live, k=best.shape[1])
+
+        return jax.lax.cond(doubtful.any(), again, lambda: (best, ids))
+
+    return in_blocks(block, FEW, ~proven, *found, queries)
+
+
 def in_blocks(
-    search: Callable[..., tuple[Array, ...]], size: int, *arrays: Float[Array, "Q ..."]
+    search: Callable[..., tuple[Array, ...]], size: int, *arrays: Shaped[Array, "Q ..."]
 ) -> tuple[Array, ...]:
     """`search` of the arrays, at most `size` rows at a time."""
     count = len(arrays[0])
@@ -128,8 +181,19 @@ def work(dim: int, candidates: int, queries: int) -> Work:
 
 
 def rounding(dim: int) -> float:
-    """What float32 sums of `dim` products may be off by, relative to the vectors' lengths: two such sums."""
-    return 4 * dim * float(np.finfo(np.float32).eps)
+    """What two float32 products of the same vectors may differ by, relative to the vectors' lengths.
+
+    A sum of `dim` products in any order is off by half an epsilon for each of them at most. That is doubled, for the
+    handful of roundings beside the sums: all proofs allow for rounding by this one term.
+    """
+    return 2 * (dim + 8) * float(np.finfo(np.float32).eps)
+
+
+def longest(vectors: Float32[np.ndarray, "N E"]) -> float:
+    """The length of the longest, and not so little that a product with it could be lost to underflow."""
+    blocks = (vectors[start : start + _LENGTHS_AT_ONCE] for start in range(0, len(vectors), _LENGTHS_AT_ONCE))
+    squares = (float(np.einsum("ne,ne->n", block, block).max()) for block in blocks)
+    return max(max(squares, default=0.0) ** 0.5, _SHORTEST)
 
 
 def lengths(vectors: Float[np.ndarray, "Q E"]) -> Float64[np.ndarray, "Q"]:
@@ -144,7 +208,9 @@ def check_queries(queries: Float[np.ndarray, "Q E"], dim: int, k: int) -> None:
             f"The query vectors have {queries.shape[1]} dimensions and the index has {dim}: "
             "embed them with the embedder that built the index."
         )
-    if not np.isfinite(queries).all():
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(queries.astype(np.float32)).all()
+    if not finite:
         raise UserError("A query vector holds NaN or infinity: check the embedder and its input.")
     if k < 1:
         raise UserError(f"Cannot return {k} results: ask for k of 1 or more.")
