@@ -269,9 +269,10 @@ class DenseIndex:
         else:
             found = search(self.rows, padded, k, live, longest)
         scan = 2 * self.nbytes // 4 * len(queries)
-        passes = 1 if grouped else -(-len(queries) // _FEW)
+        passes = 1 if grouped else -(-len(queries) // rescore.FEW)
         self.work += Work(passes * self.nbytes, self.nbytes, float32=scan)
-        self.work += rescore.work(self.dim, (_GROUP if grouped else 1) * (k + _SPARE), len(queries))
+        again = _GROUP * (k + _spare(k)) if grouped else (k + _spare(k)) * (len(padded) == 1)
+        self.work += rescore.work(self.dim, again, len(queries))
         return tuple(np.array(part[: len(queries)]) for part in jax.device_get(found))
 
     def _prove(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
