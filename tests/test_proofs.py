@@ -116,15 +116,17 @@ def test_what_digits_leave_out_is_no_more_than_is_said(dim, seed, half):
     rng = np.random.default_rng(seed)
     query = rng.uniform(-1, 1, dim)
     if half:
-        query = (np.round(query * 127 * 254) + 0.5 - 2.0**-6) / (127 * 254)
+        query = (np.round(query * 127 * 254) + 0.5 - 2.0**-7) / (127 * 254)
     query[0] = 1
     queries = query[None].astype(np.float32)
     kept = np.asarray(by_digits(jnp.asarray(queries), jnp.eye(dim, dtype=jnp.int8)))
     lost = np.linalg.norm(queries.astype(np.float64) - kept)
     said = quantized._left_out(queries)[0]
-    assert lost <= said + rescore.rounding(dim) * np.linalg.norm(queries)
+    assert (
+        lost <= said * 1.005
+    )  # an entry's quotient by the step is rounded, too: rescore.rounding allows for that
     if half and dim > 3:
-        assert lost > 0.9 * said
+        assert lost > 0.95 * said
 
 
 @pytest.mark.parametrize("dim", [3, 64, 384, 1024])
@@ -169,10 +171,11 @@ def test_no_bound_is_below_a_score_and_rounding_is_allowed_for(dim, seed):
 @pytest.mark.parametrize("dim", [1, 2, 64, 1024, 8192])
 def test_rounding_covers_the_worst_order_of_summing(dim):
     """One sum from the first product to the last, of products that nearly all round the same way."""
-    for low in (0.5, 0.75, 0.9):
-        left = np.full(dim, 1, np.float32)
-        right = np.full(dim, 1 + 2.0**-10 + low * 2.0**-23, np.float32)
-        right[0] = 2.0 ** max(0, (dim - 1).bit_length())
+    start = 2.0 ** (2 * ((dim - 1).bit_length() // 2 + 1))  # no less than the rest will add
+    for part in (0.51, 0.75, 0.9):  # of the step of what is summed: each product rounds up
+        left, right = np.ones((2, dim), np.float32)
+        right[1:] += part * start * 2.0**-23
+        left[0] = right[0] = start**0.5
         total = np.add.accumulate(left * right)[-1]
         true = np.dot(left.astype(np.float64), right.astype(np.float64))
         allowed = rescore.rounding(dim) / 2 * np.linalg.norm(left) * np.linalg.norm(right)
@@ -186,19 +189,22 @@ def test_rounding_covers_the_worst_order_of_summing(dim):
 @pytest.mark.parametrize("dim", [24, 100, 385])
 @pytest.mark.parametrize("apart", [0.0, 1e-7, 1e-6])
 def test_near_duplicates_are_ordered_by_the_scores_that_are_returned(dim, apart, monkeypatch):
-    """Hundreds of rows as close as rounding, or equal, in groups of their own: each program rounds them otherwise."""
+    """Rows as close to each other as rounding, or equal, fifty about each of 12 queries, in groups of their own: each
+    program rounds them otherwise."""
     monkeypatch.setattr(cost, "pays", lambda *args: True)
     rng = np.random.default_rng([dim, 4300])
     vectors, queries, noise = (rng.standard_normal((n, dim)) for n in (4300, 40, 614))
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    near = queries[0] + 0.3 * noise[0] / np.linalg.norm(noise[0])
-    vectors[3::7] = near + apart * np.linalg.norm(near) * noise / dim**0.5
+    near = np.resize(queries[:12] + 0.3 * noise[:12] / dim**0.5, noise.shape)
+    vectors[3::7] = near + apart * noise / dim**0.5
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     queries = queries.astype(np.float32)
     expected = _reference(vectors, queries, 10)
     for index in (DenseIndex(vectors), Int8Index(vectors)):
         for count in (1, 2, 5, 8, 9, 31, 40):
             _assert_same(index.search(queries[:count], 10), [part[:count] for part in expected])
+        for q in range(1, 12):
+            _assert_same(index.search(queries[q : q + 1], 10), [part[q : q + 1] for part in expected])
 
 
 @on_cpu
@@ -243,7 +249,7 @@ def test_what_bfloat16_leaves_out_of_a_row_may_all_be_the_querys():
     query = np.ones((1, 64), np.float32)
     other = np.full(64, 0.5)
     hidden = np.full(64, 1 + 2.0**-8 - 2.0**-14)
-    decoy = np.where(np.arange(64) < 29, 1 + 2.0**-7, 1)  # 0.91 of what the hidden row has above 1
+    decoy = np.where(np.arange(64) < 31, 1 + 2.0**-7, 1)  # 0.97 of what the hidden row has above 1
     vectors = _hide(hidden, decoy, other, 8, groups=9)
     _assert_not_fooled(DenseIndex(vectors), query, _prove(DenseIndex(vectors)))
 

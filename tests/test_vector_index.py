@@ -341,3 +341,62 @@ def test_the_scan_multiplies_integers():
     text = program.lower(*codes, vectors[:4], np.ones(4, np.float32)).compile().as_text()
     assert "s8[4096,64]" in text
     assert "f32[4096,64]" not in text
+
+
+# --- what is expected to pay --------------------------------------------------------------------------------
+
+
+def test_the_cheaper_way_is_taken_and_always_the_same(monkeypatch):
+    """Counted, not timed: scans where there are many rows and few queries, and where few candidates will do."""
+    index = BinaryIndex(_units(3000), Binary(sample=8))
+    found = index.candidates(10)
+    assert [index.path(count, 10) for count in (0, 1, 40)] == ["exact"] * 3  # too small an index
+    monkeypatch.setattr(BinaryIndex, "__len__", lambda self: 200_000)
+    for candidates, counts in ((16, (1, 8, 16)), (1024, (1, 4)), (16384, ())):
+        monkeypatch.setattr(BinaryIndex, "candidates", lambda self, k, n=candidates: n)
+        paths = {count: index.path(count, 10) for count in (1, 2, 4, 8, 16, 32, 64)}
+        scanned = [count for count, path in paths.items() if path == "scan"]
+        assert set(scanned) <= {1, 2, 4, 8, 16}
+        assert scanned == sorted(paths)[: len(scanned)]  # more queries never bring the scan back
+        assert (len(scanned) > 0) == bool(counts)
+    assert found >= 10
+
+
+def test_scans_that_prove_little_are_given_up(monkeypatch):
+    """Whether it is the index's own vectors that say so, or the queries that are asked; the results stay the same."""
+    monkeypatch.setattr(quantized, "_scan_cost", lambda *args: 0.1)
+    monkeypatch.setattr(quantized, "_GROUP_COST", 0)
+    vectors, queries = _units(4000), _units(200, seed=3)
+    index = Int8Index(vectors)
+    expected = index.exact.search(queries[:4], 10)
+    assert index.path(4, 10) == "scan"
+    assert index.proofs(10).share > 0.9
+    monkeypatch.setattr(
+        Int8Index,
+        "_scan",
+        lambda self, asked, k, groups: (*self.exact.search(asked, k), np.zeros(len(asked), bool)),
+    )
+    for _ in range(20):
+        found = index.search(queries[:4], 10)
+        np.testing.assert_array_equal(found[1], expected[1])
+    assert index.path(4, 10) == "exact"
+    copies = Int8Index(np.tile(_units(1), (8000, 1)))  # no scan tells copies apart
+    assert copies.path(1, 10) == "exact"
+
+
+@on_cpu
+def test_the_exact_index_says_what_it_multiplies(monkeypatch):
+    index = DenseIndex(_units(5000))
+    assert index.path(4, 10) == "exact"
+    monkeypatch.setattr(dense, "cpu_flags", lambda: ("amx_bf16",))
+    assert [index.product_dtype(count, 10) for count in (1, 31, 32, 1024)] == ["float32"] * 2 + [
+        "bfloat16"
+    ] * 2
+    assert index.product_dtype(32, 100) == "float32"  # too few rows for groups
+    monkeypatch.setattr(dense, "cpu_flags", lambda: ("avx2",))
+    assert index.product_dtype(32, 10) == "float32"
+
+
+def test_queries_that_float32_does_not_hold_are_told():
+    with pytest.raises(UserError, match="NaN or infinity"):
+        DenseIndex(_units(20)).search(np.full((1, 48), 1e300), 3)

@@ -9,7 +9,8 @@ rows of highest bound are scored exactly; where the k-th of them beats the highe
 been missed. The other queries are searched again, exactly: what is returned is always what DenseIndex returns.
 
 So only speed depends on what is scanned. How often a proof succeeds, and from how many rows, is found on queries
-mixed of the index's own vectors; batches for which a scan is not expected to pay are searched exactly at once.
+mixed of the index's own vectors, and on those that are asked; batches for which a scan is not expected to pay are
+searched exactly at once.
 """
 
 from dataclasses import dataclass
@@ -66,12 +67,17 @@ def _scan_cost(dim: int, queries: int) -> float:
     return 0.25 + 0.035 * count if native.has_tiles(dim) else 0.6 + 0.02 * count
 
 
-@dataclass(frozen=True)
+@dataclass
 class Proofs:
-    """For some k: the groups that are scored exactly, and the share of queries that this proves."""
+    """For some k: the groups that are scored exactly, and how many queries that proved of those it was tried on."""
 
     groups: int
-    share: float
+    proven: int
+    asked: int
+
+    @property
+    def share(self) -> float:
+        return self.proven / self.asked
 
 
 class Int8Index:
@@ -118,7 +124,9 @@ class Int8Index:
             found = self.exact.search(queries, k)
             self.work = self.exact.work
             return *found, np.zeros(len(queries), bool)
-        scores, ids, proven = self._scan(queries, k, self.proofs(k).groups)
+        proofs = self.proofs(k)
+        scores, ids, proven = self._scan(queries, k, proofs.groups)
+        proofs.proven, proofs.asked = proofs.proven + int(proven.sum()), proofs.asked + len(proven)
         if not proven.all():
             scores[~proven], ids[~proven] = self.exact.search(queries[~proven], k)
             self.work += self.exact.work
@@ -129,7 +137,7 @@ class Int8Index:
         searching again what it does not prove, is not expected to be faster. The results are the same."""
         if not 0 < queries <= most_queries(self.exact.dim) or k >= len(self):
             return "exact"
-        if not self._pays(Proofs(k + self.options.candidates, 1.0), queries):
+        if not self._pays(Proofs(k + self.options.candidates, 1, 1), queries):
             return "exact"  # even if it proved everything
         return "scan" if self._pays(self.proofs(k), queries) else "exact"
 
@@ -153,7 +161,7 @@ class Int8Index:
             [_needed(*self._written(queries[b]), least[b], live, by_native=by_native) for b in batches]
         )
         groups = [k + times * self.options.candidates for times in _TIMES]
-        options = [Proofs(count, float(np.mean(needed <= count))) for count in groups]
+        options = [Proofs(count, int(np.sum(needed <= count)), len(needed)) for count in groups]
         return min(options, key=lambda proofs: _GROUP_COST * proofs.groups + (1 - proofs.share) * len(self))
 
     def _scan(self, queries: np.ndarray, k: int, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -116,10 +116,14 @@ class _Ours:
         return {name: index.work for name, index in self._ways(queries).items()}
 
     def extra(self, way: str, questions: np.ndarray, k: int) -> dict[str, float | int]:
-        """What there is to say of one way beside its speed."""
+        """What there is to say of one way beside its speed; `scanned` is 0 where it searched exactly instead."""
+        if way == "exact":
+            return {}
+        index = self.int8 if way == "int8" else self.binary
+        scanned = {"scanned": int(index.path(len(questions), k) == "scan")}
         if way == "int8":
-            return {"proven": float(self.int8.search_with_proof(questions, k)[2].mean())}
-        return {"candidates": self.binary.candidates(k)} if way == "1 bit" else {}
+            return scanned | {"proven": float(self.int8.search_with_proof(questions, k)[2].mean())}
+        return scanned | {"candidates": self.binary.candidates(k)}
 
 
 def _stored(path: Path) -> Float32[np.ndarray, "N E"]:
