@@ -51,7 +51,7 @@ def locations(runs) -> list[Path]:
             raise UserError(
                 f"Cannot read the list runs={runs}: write '...' around a path with marks."
             ) from error
-    paths = [str(runs)] if isinstance(runs, str | int | float) else [str(path) for path in runs]
+    paths = [runs] if isinstance(runs, str) else list(runs)
     if not paths or not all(paths):
         raise UserError("runs= is empty: give a folder of results, or a list of them.")
     return [Path(path).expanduser() for path in paths]
@@ -60,7 +60,7 @@ def locations(runs) -> list[Path]:
 def folder(output: str | None, paths: list[Path]) -> Path:
     """Where the report goes: as asked for, else beside the results if they are one folder, else the run's own."""
     if output is not None:
-        return Path(str(output)).expanduser()
+        return Path(output).expanduser()
     return paths[0] if len(paths) == 1 and paths[0].is_dir() else run_dir()
 
 
