@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rag import roofs
-from rag.index import dense
+from rag.index import cost, dense
 from rag.index.binary import Binary, BinaryIndex
 from rag.index.dense import DenseIndex
 from rag.index.prefix import Prefix, PrefixIndex
@@ -154,7 +154,7 @@ def vectors():
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 31, 32, 33, 200])
 def test_exact_search_counts_each_scan_in_its_type(vectors, count, bf16, monkeypatch):
-    """k is 10: 12 rows or groups of 8 are scored exactly, or 23 groups where rounding is to be proven harmless."""
+    """k is 10: 15 rows or groups of 8 are scored exactly, or 23 groups where rounding is to be proven harmless."""
     monkeypatch.setattr(dense, "cpu_flags", lambda: ("avx512_bf16",) if bf16 else ("avx2",))
     index, expected = DenseIndex(vectors), []
     for name in ("_search_in_full", "_prove"):
@@ -168,8 +168,9 @@ def test_exact_search_counts_each_scan_in_its_type(vectors, count, bf16, monkeyp
         if name == "_prove":
             return Work(size, size, bfloat16=scan) + scored(8 * 23, queries)
         if queries > 8:
-            return Work(size, size, float32=scan) + scored(8 * 12, queries)
-        return Work(size, size, float32=scan) + scored(12, queries)
+            return Work(size, size, float32=scan) + scored(8 * 15, queries)
+        few = scored(15, 1) if queries == 1 else Work()  # of several queries every score is exact
+        return Work(size, size, float32=scan) + few
 
     index.search(vectors[:count] + 0.01, 10)
     assert index.work == sum(expected, Work())
@@ -184,7 +185,7 @@ def scored(rows: int, queries: int) -> Work:
 def test_a_small_index_is_read_once_for_every_eight_queries(vectors):
     index = DenseIndex(vectors[:1000])  # too few rows for groups
     index.search(vectors[:20], 10)
-    assert index.work == Work(3 * 4000 * E, 4000 * E, float32=40_000 * E) + scored(12, 20)
+    assert index.work == Work(3 * 4000 * E, 4000 * E, float32=40_000 * E)
 
 
 def test_work_is_of_the_latest_search_and_of_all_its_batches(vectors, monkeypatch):
@@ -205,17 +206,24 @@ def test_work_is_of_the_latest_search_and_of_all_its_batches(vectors, monkeypatc
 def test_the_8_bit_scan_counts_its_codes_and_not_the_floats(vectors, count, tiles, monkeypatch):
     if tiles and not native.has_tiles(E * 2):
         pytest.skip("no AMX here")
+    monkeypatch.setattr(cost, "pays", lambda *_: True)
     rows = np.concatenate([vectors, vectors], axis=1) / np.float32(2**0.5) if tiles else vectors
     index, dim = Int8Index(rows), rows.shape[1]
     _, _, proven = index.search_with_proof(rows[:count], 10)
-    assert proven.all()
-    scan, exact = 2 * N * dim * count, dim * 16 * (10 + 32)
+    if index.path(count, 10) == "exact":  # too many for a scan without tiles
+        assert index.work == index.exact.work and not tiles
+        return
+    again = Work() if proven.all() else index.exact.work
+    scan, exact = 2 * N * dim * count, dim * 16 * index.proofs(10).groups
     digits = not tiles or count > 1  # one row is multiplied in float32 by what reads the tiles
     expected = {"int8": 2 * scan} if digits else {"float32": scan}
-    assert index.work == Work(N * (dim + 8), N * (dim + 8), **expected) + Work(
-        4 * exact * count, 4 * exact, float32=2 * exact * count
+    assert (
+        index.work
+        == Work(N * (dim + 8), N * (dim + 8), **expected)
+        + Work(4 * exact * count, 4 * exact, float32=2 * exact * count)
+        + again
     )
-    monkeypatch.setattr(index, "_scan", lambda queries, k: _unproven(index, queries, k))
+    monkeypatch.setattr(index, "_scan", lambda queries, k, groups: _unproven(index, queries, k))
     index.search(rows[:count], 10)
     assert index.work == Work(7, 7) + index.exact.work  # the exact search after it counts too
     index.search(rows[:200], 10)
@@ -231,17 +239,18 @@ def _unproven(index, queries, k):
     )
 
 
-def test_the_1_bit_scan_counts_its_codes_once_a_query(vectors):
+def test_the_1_bit_scan_counts_its_codes_once_a_query(vectors, monkeypatch):
+    monkeypatch.setattr(cost, "pays", lambda scan, rows, queries: queries < 32)
     index = BinaryIndex(vectors, Binary(k=3, recall=0.5, sample=16))
     index.search(vectors[:5], 3)
     rows = index.candidates(3)
-    assert 4 * rows < N  # else all are scored
     assert index.work == Work(5 * 8 * N, 8 * N) + scored(rows, 5)  # a word and a factor a row
     index.search(vectors[:40], 3)
     assert index.work == index.exact.work
 
 
-def test_a_scan_of_prefixes_counts_these(vectors):
+def test_a_scan_of_prefixes_counts_these(vectors, monkeypatch):
+    monkeypatch.setattr(cost, "pays", lambda scan, rows, queries: queries < 32)
     index = PrefixIndex(vectors, Prefix(dims=8, candidates=50))
     index.search(vectors[:5], 3)
     assert index.work.nbytes == 4 * (N * 8 + 50 * E * 5)
@@ -255,6 +264,7 @@ def test_a_scan_of_prefixes_counts_these(vectors):
 
 def test_the_search_benchmark_counts_what_the_indexes_did(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    monkeypatch.setattr(cost, "pays", lambda *_: True)
     rows = Search(vectors=(4096,), dim=64, queries=(1, 2), k=(10,), checked=2, repeats=1).run()
     figures = {row.case.split("k=10 ")[1]: row.ours for row in rows}
     assert list(figures) == [f"queries={q} {way}" for q in (1, 2) for way in ("exact", "int8", "1 bit")]
