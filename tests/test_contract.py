@@ -95,6 +95,7 @@ def metrics_shape(measures: dict) -> dict:
 
 
 LEDGER = {
+    "generator": (str, type(None)),
     "stages": Each({"seconds": float, "items": int, "reused": int}),
     "index_build_s": float,
     "index_bytes": int,
@@ -171,6 +172,7 @@ ONE_ANSWER = {
     },
     "cited": [int],
     "notices": [str],
+    "generator": str,
     "environment": ENVIRONMENT,
 }
 FIGURES = Each((float, int, {"median": float, "low": float, "high": float}))

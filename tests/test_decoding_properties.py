@@ -54,7 +54,7 @@ def prompts_of(draw, lengths: st.SearchStrategy[int], trunks: st.SearchStrategy[
     return list(dict.fromkeys(found))
 
 
-@tries(suite=2500, long=100_000)
+@tries(suite=2000, long=100_000)
 @given(
     prompts=prompts_of(near(8, 64, 128, 192, 256, 512, 1024) | st.integers(1, 1300), near(64, 130, 500), 24),
     new_tokens=near(1, 16, 32, 64, 128, 256) | st.integers(1, 600),
@@ -216,7 +216,7 @@ def test_every_way_writes_the_tokens_of_plain_greedy_decoding(poisoned):
     tried, ties = Counter(), Counter()
     engines = {(): engine_of(poisoned.name, (), 1), (7, 19, 31): engine_of(poisoned.name, (7, 19, 31), None)}
 
-    @tries(suite=10, long=1000)
+    @tries(suite=3, long=1000)
     @given(
         prompts=prompts_of(LENGTHS, near(64, 128), 8),
         budget=BUDGETS,
