@@ -9,15 +9,16 @@ an annotation names is what a stage is handed at run time), relative ones, those
 package on the way, and `importlib.import_module` or `__import__` of a literal name. What is imported by a computed
 name or found through sys.modules is not seen, and neither are files that code reads. A module names such files:
 
-    SOURCES = ("kernels/*.cc", "words.txt")  # files, as patterns below the module's own folder
-    ENVIRONMENT = ("RAG_NATIVE",)  # environment variables that change results
+    RAG_SOURCES = ("kernels/*.cc", "words.txt")  # files, as patterns below the module's own folder
+    RAG_ENVIRONMENT = ("RAG_NATIVE",)  # environment variables that change results
 
 Each source counts by what it does: comments, docstrings and layout do not (docstrings do where a module of the
 closure asks for __doc__). A package that was installed from an index counts by its version, and by the versions of
 what it requires; one that was installed from a folder or a repository is read like the user's own. The standard
 library counts by Python's version. A module that is not there counts as missing, so that its arrival is noticed.
 
-A module is read once a process, and again when it was loaded again: its version is that of the code that runs.
+A module is read once a process, when its version is first asked for, and again when it was loaded again. So an edit
+between the import of a module and that moment would be taken for the code that runs: don't edit while a run starts.
 """
 
 import ast
@@ -53,8 +54,8 @@ class Source(NamedTuple):
     documented: str  # ... with its docstrings
     reads_docstrings: bool
     imports: Sequence[Sequence]  # (dots, module, names) of every import
-    files: Sequence[str]  # its SOURCES ...
-    variables: Sequence[str]  # ... and its ENVIRONMENT
+    files: Sequence[str]  # its RAG_SOURCES ...
+    variables: Sequence[str]  # ... and its RAG_ENVIRONMENT
 
 
 class _Place(NamedTuple):
@@ -256,11 +257,13 @@ def _submodules(place: _Place) -> Iterator[str]:
 
 
 def _digests(module: Path, patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(name, SHA-256) of the files that a module names as its SOURCES."""
+    """(name, SHA-256) of the files that a module names as its RAG_SOURCES."""
     for pattern in patterns:
         files = sorted(path for path in module.parent.glob(pattern) if path.is_file())
         if not files:
-            raise UserError(f"{module} names {pattern!r} in SOURCES, and there is no such file: correct it.")
+            raise UserError(
+                f"{module} names {pattern!r} in RAG_SOURCES, and there is no such file: correct it."
+            )
         for file in files:
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
             yield file.relative_to(module.parent).as_posix(), digest
@@ -291,7 +294,7 @@ def parsed(data: bytes, file: str) -> Source:
                 imports.append((len(name) - len(bare), bare, ()))
             case ast.Name(id="__doc__" | "getdoc") | ast.Attribute(attr="__doc__" | "getdoc"):
                 reads_docstrings = True
-    files, variables = (_named(tree, name, file) for name in ("SOURCES", "ENVIRONMENT"))
+    files, variables = (_named(tree, name, file) for name in ("RAG_SOURCES", "RAG_ENVIRONMENT"))
     try:
         documented = _hash(ast.dump(tree))
         for node in ast.walk(tree):
@@ -357,13 +360,18 @@ _CODE = Code()
 def code_of(*things: Any) -> str:
     """A key of the code behind any values: of their classes, of functions, of all that is inside them.
 
-    Inside are the items of a list, tuple or dict, the fields of a dataclass and the arguments of a partial; of a
-    class also its bases count. Raises UserError as `Code.closure` does.
+    Inside are the items of a list, tuple or dict, the fields of a dataclass, the arguments of a partial and the
+    attributes of an object of the user's own class; of a class also its bases count. Raises UserError as
+    `Code.closure` does.
     """
-    return _CODE.version(*sorted({name for thing in things for name in _modules_of(thing)}))
+    seen: set[int] = set()
+    return _CODE.version(*sorted({name for thing in things for name in _modules_of(thing, seen)}))
 
 
-def _modules_of(thing: Any) -> Iterator[str]:
+def _modules_of(thing: Any, seen: set[int]) -> Iterator[str]:
+    if id(thing) in seen:  # objects may hold one another
+        return
+    seen.add(id(thing))
     match thing:
         case None | str() | bytes() | bool() | int() | float():
             return
@@ -372,18 +380,26 @@ def _modules_of(thing: Any) -> Iterator[str]:
             yield from (kind.__module__ for kind in thing.__mro__ if kind.__module__ != "builtins")
             return
         case list() | tuple():
-            yield from _each(thing)
+            yield from _each(thing, seen)
         case dict():
-            yield from _each(thing.values())
+            yield from _each(thing.values(), seen)
         case partial():
-            yield from _each((thing.func, *thing.args, *thing.keywords.values()))
+            yield from _each((thing.func, *thing.args, *thing.keywords.values()), seen)
             return
         case _ if is_dataclass(thing):
-            yield from _each(getattr(thing, field.name) for field in fields(thing))
+            yield from _each((getattr(thing, field.name) for field in fields(thing)), seen)
         case _ if hasattr(thing, "__code__"):  # a function, or the method of something
             yield thing.__module__
-            yield from _modules_of(type(getattr(thing, "__self__", None)))
-    yield from _modules_of(type(thing))
+            yield from _modules_of(type(getattr(thing, "__self__", None)), seen)
+        case _ if _is_users(type(thing)):
+            yield from _each(getattr(thing, "__dict__", {}).values(), seen)
+    yield from _modules_of(type(thing), seen)
+
+
+def _is_users(kind: type) -> bool:
+    """Whether a class is of a module that is read, and not of this package, whose own classes name what they hold."""
+    top = kind.__module__.partition(".")[0]
+    return top not in (_OURS, "builtins") and _CODE._outside(top) is None
 
 
 def _check_current(kind: type) -> None:
@@ -398,6 +414,6 @@ def _check_current(kind: type) -> None:
         )
 
 
-def _each(things: Iterable[Any]) -> Iterator[str]:
+def _each(things: Iterable[Any], seen: set[int]) -> Iterator[str]:
     for thing in things:
-        yield from _modules_of(thing)
+        yield from _modules_of(thing, seen)

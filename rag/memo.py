@@ -114,5 +114,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def version_of(model: Any) -> str:
-    """A key of what a model makes of its input: its fingerprint, and the code of its class."""
-    return content_key(model.fingerprint, code_of(type(model)))
+    """A key of what a model makes of its input: its fingerprint, and its code (rag.closure.code_of)."""
+    return content_key(model.fingerprint, code_of(model))

@@ -21,6 +21,7 @@ from rag.types import Answer, Message, Source, UserError
 from rag.values import Count, Question
 
 if TYPE_CHECKING:
+    from rag.generate import Generator
     from rag.pipeline import Reader
     from rag.retrieve.search import Search
 
@@ -70,9 +71,9 @@ def main(config) -> None:
     if config.question is None:
         converse(search, reader)
     elif config.output == "json":
-        print(as_json(ask(config.question, search, reader, echo=False), reader.generator.description))
+        print(as_json(ask(config.question, search, reader, echo=False), reader.generator))
     else:
-        show(ask(config.question, search, reader), reader.generator.description)
+        show(ask(config.question, search, reader), reader.generator)
 
 
 def ask(
@@ -93,8 +94,10 @@ def ask(
     raise RuntimeError("the pipeline ended without an Answer")
 
 
-def show(answer: Answer, generator: str) -> None:
+def show(answer: Answer, generator: Generator) -> None:
     """Print what follows the streamed text: notices, sources, times, and which generator wrote it."""
+    from rag.generate import described
+
     print("\n")
     for notice in answer.notices:
         print(notice)
@@ -109,7 +112,7 @@ def show(answer: Answer, generator: str) -> None:
     if t.prepare_s:
         parts.append(f"and {t.prepare_s:.2f} s to make or load programs, counted in none of these")
     if not answer.abstained:
-        parts.append(generator)
+        parts.append(described(generator))
     print("; ".join(parts))
 
 
@@ -123,11 +126,12 @@ def show_sources(sources: Sequence[Source]) -> None:
         print(f"[{source.n}] {source.path}:{source.start}-{source.end}  score {source.score:.3f}")
 
 
-def as_json(answer: Answer, generator: str) -> str:
+def as_json(answer: Answer, generator: Generator) -> str:
     """The one object of output=json."""
+    from rag.generate import described
     from rag.measure import environment
 
-    return json.dumps(asdict(answer) | {"generator": generator, "environment": environment()})
+    return json.dumps(asdict(answer) | {"generator": described(generator), "environment": environment()})
 
 
 def converse(search: Search, reader: Reader) -> None:
@@ -160,7 +164,7 @@ def _turn(question: str, search: Search, reader: Reader, history: list[Message])
     except UserError as error:
         print(error)
         return None
-    show(answer, reader.generator.description)
+    show(answer, reader.generator)
     history += [Message("user", question), Message("assistant", answer.answer)]
     return answer
 

@@ -7,6 +7,7 @@ import pytest
 from rag.generate import batching
 from rag.generate.batching import Group, Prompts, Rows, families, plan, rows_for, serve, slots
 from rag.generate.engine import Engine
+from rag.generate.likelihood import log_probs_behind
 from rag.models.checkpoint import quantized
 from rag.ops import linear
 from rag.ops.sampling import Sampling
@@ -236,5 +237,7 @@ def test_a_cache_that_is_too_small_is_refused_and_never_waited_for(engine):
     with pytest.raises(RuntimeError, match="2 prompts were to join 0 busy rows"):  # 512 slots leave one row
         serve([Group((0, 1), 512)], read, Rows(engine, Sampling(), 600, 3), lambda *_: True)
     state = engine.prefill([requests[2][0]], 4)
+    with pytest.raises(RuntimeError, match="do not fit a cache of"):  # its last slot is for padding
+        log_probs_behind(engine.packed, state.cache, requests[2][0], [2], list(range(126)))
     with pytest.raises(RuntimeError, match="do not fit a cache of"):
         engine.begin(state.cache, jax.numpy.zeros((1, 32)), requests[2][0], 500)

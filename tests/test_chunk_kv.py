@@ -14,7 +14,7 @@ from rag.generate.chunk_kv import ChunkOptions, ChunkReader, parts_of
 from rag.generate.engine import Decoding, Engine, padded_rows
 from rag.generate.likelihood import log_probs
 from rag.generate.local import LocalGenerator
-from rag.models import llama_checkpoint
+from rag.models import llama, llama_checkpoint
 from rag.models.checkpoint import pack
 from rag.models.llama import KVCache, Llama, forward
 from rag.ops.sampling import Sampling
@@ -310,3 +310,21 @@ def test_every_kind_of_reuse_writes_an_answer(generator, tmp_path):
 def test_kinds_that_are_not_there(generator, options, message):
     with pytest.raises(UserError, match=message):
         generator(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"kv_reuse": "chunk"}, {"kv_reuse": "chunk", "kv_dtype": "int8"}, {"kv_reuse": "blend"}]
+)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_nobody_reads_slots_that_hold_no_token(generator, options, dtype, monkeypatch):
+    chat = asked(*PASSAGES)
+
+    def answer() -> str:
+        jax.clear_caches()
+        made = generator(dtype=dtype, **options)
+        return "".join(piece for piece in made.stream(chat, max_new_tokens=12) if isinstance(piece, str))
+
+    clean = answer()
+    monkeypatch.setattr(llama, "UNUSED", 1e4)
+    assert answer() == clean
+    jax.clear_caches()

@@ -155,7 +155,7 @@ def test_a_module_that_arrives_is_noticed(tree):
 
 
 def test_files_and_variables_that_a_module_names_count(tree, monkeypatch):
-    named = "SOURCES = ('kernels/*.cc', 'words.txt')\nENVIRONMENT: tuple = ('MY_SWITCH',)\n"
+    named = "RAG_SOURCES = ('kernels/*.cc', 'words.txt')\nRAG_ENVIRONMENT: tuple = ('MY_SWITCH',)\n"
     files = {
         "mine.py": "import other\n",
         "other.py": named,
@@ -188,11 +188,14 @@ def test_a_compiled_module_is_its_bytes(tree):
     [
         ({"mine.py": "def f(:\n"}, r"mine\.py cannot be read as Python \(.*line 1.*correct it"),
         ({"mine.py": "import other\n", "other.py": "\0"}, r"other\.py cannot be read as Python"),
-        ({"mine.py": "SOURCES = [name for name in 'ab']\n"}, r"mine\.py makes SOURCES of something else"),
-        ({"mine.py": "ENVIRONMENT = 'HOME'\n"}, r"mine\.py makes ENVIRONMENT of something else"),
         (
-            {"mine.py": "SOURCES = ('gone.txt',)\n"},
-            r"names 'gone\.txt' in SOURCES, and there is no such file",
+            {"mine.py": "RAG_SOURCES = [name for name in 'ab']\n"},
+            r"mine\.py makes RAG_SOURCES of something else",
+        ),
+        ({"mine.py": "RAG_ENVIRONMENT = 'HOME'\n"}, r"mine\.py makes RAG_ENVIRONMENT of something else"),
+        (
+            {"mine.py": "RAG_SOURCES = ('gone.txt',)\n"},
+            r"names 'gone\.txt' in RAG_SOURCES, and there is no such file",
         ),
     ],
 )

@@ -442,7 +442,7 @@ def test_the_script_prints_tables_and_writes_the_certificate(decoder, folder, mo
     assert set(record["answers"][0]["movements"]) == {"F1", "contains"}
     assert record["skipped"] == [
         "tokens_per_batch is left out: the embedder has no such setting.",
-        "answer_budgets is left out: no two of the prompts are prefilled together.",
+        "answer_budgets is left out: no two prompts are prefilled together and need caches of two sizes.",
     ]
     assert record["environment"]["device"]
     assert record["variations"]["search_batches"] == [1, 7, "all"]

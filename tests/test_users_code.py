@@ -13,6 +13,7 @@ from rag.evaluate.datasets import Dataset
 from rag.evaluate.job import Evaluation, Job
 from rag.evaluate.stats import Statistics
 from rag.ingest.chunk import WholeChunker
+from rag.memo import version_of
 from rag.prompt import PromptTemplate
 from rag.retrieve.search import Lexical, Reranked
 from rag.types import Document, UserError
@@ -193,3 +194,24 @@ def test_a_stage_whose_code_is_broken_or_in_no_file_is_told(mine, monkeypatch, t
     monkeypatch.setattr(modules["my_reranker"].Longest, "__module__", "__main__")
     with pytest.raises(UserError, match="in no file, as in a notebook"):
         _ = job(modules).key
+
+
+def test_what_an_object_of_a_users_class_holds_counts(tmp_path, monkeypatch):
+    """An embedder around another one: a plain class, whose attributes are objects of another module."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_outer.py").write_text(
+        "class Outer:\n    fingerprint = 'x'\n    def __init__(self, parts):\n        self.held = parts, self\n"
+    )
+    inner = tmp_path / "my_inner.py"
+
+    def version(text: str) -> str:
+        inner.write_text(text)
+        importlib.invalidate_caches()
+        for name in ("my_inner", "my_outer"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        outer, made = importlib.import_module("my_outer"), importlib.import_module("my_inner")
+        return version_of(outer.Outer({"first": [made.Inner()]}))
+
+    before = version("class Inner:\n    sign = 1\n")
+    assert version("class Inner:\n    sign = -1  \n") != before
+    assert version("class Inner:  # the same\n    sign = 1\n") == before

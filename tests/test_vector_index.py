@@ -13,7 +13,7 @@ from rag.index.audit import Audit, VectorIndex, wilson
 from rag.index.binary import Binary, BinaryIndex
 from rag.index.dense import DenseIndex, Exact
 from rag.index.prefix import Prefix, PrefixIndex
-from rag.index.quantized import Int8Index, Int8Scan
+from rag.index.quantized import Int8Index, Int8Scan, Proofs
 from rag.ops import native
 from rag.types import UserError
 from tests.reference import top_k_oracle
@@ -400,3 +400,31 @@ def test_the_exact_index_says_what_it_multiplies(monkeypatch):
 def test_queries_that_float32_does_not_hold_are_told():
     with pytest.raises(UserError, match="NaN or infinity"):
         DenseIndex(_units(20)).search(np.full((1, 48), 1e300), 3)
+
+
+def test_what_was_asked_before_rows_were_added_changes_nothing():
+    """Calibrated on one kind of rows, then many of another kind: as an index that was never asked before."""
+    near = _units(1) + 0.02 * _units(3000, seed=1)
+    near, far = (near / np.linalg.norm(near, axis=1, keepdims=True)).astype(np.float32), _units(2500, seed=2)
+    asked, new = (BinaryIndex(near, Binary(sample=64)) for _ in range(2))
+    asked.candidates(20)
+    for index in (asked, new):
+        index.add(far)
+    assert asked.candidates(20) == new.candidates(20)
+    assert asked.path(1, 20) == new.path(1, 20)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_few_dimensions_are_not_scanned_in_8_bits(tiles, monkeypatch):
+    """What a row costs beside its products does not shrink with them: at 16 dimensions a scan was slower (LOG.md)."""
+    monkeypatch.setattr("rag.index.quantized.native.has_tiles", lambda dim: tiles)
+
+    class Large(Int8Index):
+        def __len__(self):
+            return 200_000
+
+        def proofs(self, k):
+            return Proofs(groups=20, proven=32, asked=32)
+
+    ways = [Large(_units(64, dim=dim)).path(1, 10) for dim in (8, 16, 384)]
+    assert ways == ["exact", "exact", "scan"]

@@ -318,7 +318,9 @@ class _Reference:
             for n in sizes
         ]
         if varied.answer_budgets and not sizes:
-            skipped.append("answer_budgets is left out: no two of the prompts are prefilled together.")
+            skipped.append(
+                "answer_budgets is left out: no two prompts are prefilled together and need caches of two sizes."
+            )
         if subject.generator_of_dtype is None:
             return trials, [*skipped, "answer_dtypes is left out: the generator has no such setting."]
         for dtype in varied.answer_dtypes:

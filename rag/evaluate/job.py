@@ -28,7 +28,7 @@ from rag.evaluate.selection import Tuned
 from rag.evaluate.spans import DEFAULT_SPAN_MEASURES, DocumentTokens, is_span_measure, span_measures
 from rag.evaluate.stats import Statistics
 from rag.evaluate.tuning import BM25Grid, Tuning, tune_bm25, tune_fusion
-from rag.generate import Generator
+from rag.generate import Generator, described
 from rag.index.weighting import BM25Weights
 from rag.ingest.chunk import Chunker
 from rag.measure import forget_peak_memory
@@ -106,7 +106,7 @@ class Job:
 
     @property
     def _described(self) -> str | None:
-        return self.generator().description if self._generates else None
+        return described(self.generator()) if self._generates else None
 
     @cached_property
     def key(self) -> str:

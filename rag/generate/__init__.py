@@ -16,6 +16,11 @@ class LogLikelihood:
     tokens: int  # of the text; total / tokens is the mean of its tokens' log-probabilities
 
 
+def described(generator: "Generator") -> str:
+    """What a person calls a generator: its description, or the name of its class where it has none."""
+    return getattr(generator, "description", type(generator).__name__)
+
+
 @runtime_checkable
 class Generator(Protocol):
     """What the stages ask of a language model."""

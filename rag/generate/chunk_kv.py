@@ -31,6 +31,7 @@ from rag.closure import code_of
 from rag.generate.blend import LAYERS, blend
 from rag.generate.engine import DecodeState, Engine, batches, bucket, fresh_bucket, padded_rows
 from rag.generate.likelihood import log_probs_behind, next_log_probs_behind
+from rag.models import llama
 from rag.models.checkpoint import Packed
 from rag.models.llama import KVCache, Llama, LlamaConfig, cache_dtype, forward, rotary_of
 from rag.models.tokenizer import Tokenizer
@@ -296,8 +297,8 @@ class ChunkReader:
         """Copied side by side into one array, so that one program serves all lengths."""
         c, int8 = self._engine.model.config, self._options.dtype == "int8"
         shape = (c.num_hidden_layers, 2, c.num_key_value_heads, capacity, c.head_dim)
-        values = np.zeros(shape, np.int8 if int8 else np.float16)
-        scales = np.zeros((*shape[:-1], 1), np.float32) if int8 else None
+        values = np.ones(shape, np.int8) if int8 else np.full(shape, llama.UNUSED, np.float16)
+        scales = np.full((*shape[:-1], 1), llama.UNUSED, np.float32) if int8 else None
         for start, end, kv in kept:
             part = kv[:, :, :, : end - start]
             values[:, :, :, start:end] = part["values"] if int8 else part

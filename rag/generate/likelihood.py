@@ -124,8 +124,9 @@ def _states_behind(
     """States of the prompt's fresh tokens, and of those that follow it."""
     tokens = [*(prompt[at] for at in fresh), *continuation]
     positions = [*fresh, *range(len(prompt), len(prompt) + len(continuation))]
-    check_room([len(prompt)], len(continuation), cache.capacity)
     padding = fresh_bucket(len(tokens)) - len(tokens)
+    # Padding goes to the last slot, so no token may be there.
+    check_room([len(prompt)], len(continuation) + (padding > 0), cache.capacity)
     behind = range(positions[-1] + 1, positions[-1] + 1 + padding)
     return hidden_behind(
         packed,

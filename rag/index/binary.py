@@ -149,8 +149,12 @@ class BinaryIndex:
         return audit(self, self.exact, queries, k)
 
     def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
-        """Append rows, as DenseIndex.add does; the mean that codes are relative to stays."""
+        """Append rows, as DenseIndex.add does; the mean that codes are relative to stays.
+
+        What was calibrated is forgotten: it decides which rows are found, so it must not depend on earlier searches.
+        """
         self.exact.add(vectors)
+        self._candidates = Calibrated[int]()
         bits, factors = self._coded(vectors)
         self._bits.append(bits)
         self._factors.append(factors)

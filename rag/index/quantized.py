@@ -64,7 +64,9 @@ def most_queries(dim: int) -> int:
 def _scan_cost(dim: int, queries: int) -> float:
     """What the bounds of a row cost, in rows of exact search for one query (rag.index.cost)."""
     count = bucket(queries, 1)
-    return 0.25 + 0.035 * count if native.has_tiles(dim) else 0.6 + 0.02 * count
+    if native.has_tiles(dim):
+        return 0.25 + 0.035 * count + 24 / dim
+    return 0.6 + 0.02 * count + 12 / dim
 
 
 @dataclass

@@ -302,6 +302,8 @@ def keep(kind: str, sources: Sequence[Path], convert: Callable[[Path], None]) ->
 
 def contents(sources: Sequence[Path]) -> list[tuple[str, str]]:
     """(name, SHA-256) of a checkpoint's files: a file that is renamed is read as another, or no longer."""
+    if len(sources) == 1:  # a GGUF file, whatever it is called
+        return [("", cache.file_sha256(sources[0]))]
     folder = sources[0].parent
     return [(os.path.relpath(path, folder), cache.file_sha256(path)) for path in sources]
 

@@ -219,7 +219,8 @@ def _through_native(
     layers: list[Layer], c: LlamaConfig, x, positions, rotary, cache: KVCache | None
 ) -> tuple[Array, KVCache]:
     if cache is None:
-        empty = jnp.zeros((len(x), c.num_key_value_heads, x.shape[1], c.head_dim), native.CACHE_DTYPE)
+        shape = (len(x), c.num_key_value_heads, x.shape[1], c.head_dim)
+        empty = jnp.full(shape, UNUSED, native.CACHE_DTYPE)
         cache = KVCache((empty,) * len(layers), (empty,) * len(layers))
     weights = []
     for layer in layers:

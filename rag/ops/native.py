@@ -36,8 +36,8 @@ from rag.types import UserError
 _ENTRY = Path(__file__).with_name("cpp") / "calls.cc"
 _WANTED = os.environ.get("RAG_NATIVE") != "0"
 # What kept results depend on beside Python code, read by rag.closure.
-SOURCES = ("cpp/*.h", "cpp/*.cc")
-ENVIRONMENT = ("RAG_NATIVE",)
+RAG_SOURCES = ("cpp/*.h", "cpp/*.cc")
+RAG_ENVIRONMENT = ("RAG_NATIVE",)
 _TARGETS = {"rag_attention": "RagAttention", "rag_decoder": "RagDecoder", "rag_linear": "RagLinear"}
 # Not -ffast-math: a library linked with it makes the whole process flush small numbers to zero.
 _FLAGS = (
@@ -105,7 +105,7 @@ def _library() -> Path | None:
     key = cache.content_key(
         [
             file.read_text(encoding="utf-8")
-            for pattern in SOURCES
+            for pattern in RAG_SOURCES
             for file in sorted(Path(__file__).parent.glob(pattern))
         ],
         _version(compiler),

@@ -58,7 +58,7 @@ class Generate:
         room = max(*sizes, 2048) + max(self.new_tokens, self.grounded_tokens) + 1
         peers = llama_cpp_peers(hub.local_path(self.weights), room)
         measured = {size: self._seconds(ours, peers, size) for size in sizes}
-        work = {dtype: work_of(generator.engine.model, dtype) for dtype, generator in ours.items()}
+        work = {dtype: work_of(generator.engine.model, generator.dtype) for dtype, generator in ours.items()}
         found = []
         for dtype in self.dtypes:
             found += [
