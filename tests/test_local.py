@@ -6,6 +6,8 @@ import time
 
 import jax
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from rag.generate import batching
 from rag.generate.chunk_kv import ChunkReader
@@ -15,6 +17,7 @@ from rag.measure import Clock
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage, UserError
 from tests.tiny import write_checkpoint
+from tests.trials import tries
 
 CHATS = [[Message("user", "What is a seal?")], [Message("system", "Be brief."), Message("user", "Why?")]]
 
@@ -80,6 +83,38 @@ def test_each_chat_has_its_own_seed_and_their_order_changes_nothing(generator):
     backwards = generator.generate(MANY[::-1], seeds=seeds[::-1], **options)
     assert backwards == texts[::-1]
     assert generator.generate(MANY[:1], **options) == generator.generate(MANY[:1], seeds=[0], **options)
+
+
+def test_texts_in_one_call_are_those_of_each_chat_streamed_alone(tmp_path_factory):
+    """Of lengths that straddle buckets and caches, with stop texts, whatever is reused or looked up on the way."""
+    folder = tmp_path_factory.mktemp("straddling")
+    write_checkpoint(folder)
+    lengths = st.builds(
+        lambda size, by: size + by, st.sampled_from([30, 60, 124, 188, 316]), st.integers(-26, 4)
+    )
+
+    @tries(suite=4, long=400)
+    @given(
+        sizes=st.lists(lengths, min_size=1, max_size=6),
+        budget=st.sampled_from([1, 7, 33, 100]),
+        room=st.sampled_from([1, 300, 1100, 4096]),
+        options=st.sampled_from([{}, {"kv_reuse": "prefix"}, {"drafting": True}]),
+        cut=st.integers(0, 20),
+    )
+    @example(sizes=[120, 150, 60], budget=100, room=4096, options={"kv_reuse": "prefix"}, cut=9)
+    def check(sizes, budget, room, options, cut):
+        chats = [[Message("user", ("why is the sea " * 30)[i : i + size])] for i, size in enumerate(sizes)]
+        plain = LocalGenerator(str(folder), "float32", tokens_per_batch=room)
+        alone = LocalGenerator(str(folder), "float32", **options)
+        whole = [written(alone, chat, max_new_tokens=budget)[0] for chat in chats]
+        stops = tuple({text[cut : cut + 2] for text in whole[:2]} - {""})
+        for stop in ((), stops):
+            ended = [min([text.find(s) for s in stop if s in text], default=len(text)) for text in whole]
+            expected = [text[:end] for text, end in zip(whole, ended, strict=True)]
+            assert plain.generate(chats, max_new_tokens=budget, stop=stop) == expected
+            assert [written(alone, c, max_new_tokens=budget, stop=stop)[0] for c in chats] == expected
+
+    check()
 
 
 def test_the_fingerprint_is_of_the_contents(tmp_path):
