@@ -8,6 +8,7 @@ number is a number too. scripts/settings.py checks configurations by the same de
 import functools
 import inspect
 import json
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -83,8 +84,40 @@ def checked(function: F) -> F:
 
 @functools.cache
 def parameters_of(target: Callable) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a class or function, by name, with their annotations evaluated."""
-    return inspect.signature(target, eval_str=True).parameters
+    """The parameters of a class or function, by name, with their annotations evaluated.
+
+    An annotation that cannot be evaluated, such as a name that is imported for type checkers alone, counts as none.
+    What is written in C may not tell its parameters: it takes any.
+    """
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:
+        return {"others": inspect.Parameter("others", inspect.Parameter.VAR_KEYWORD)}
+    names = _names_around(target)
+    return {
+        name: parameter.replace(annotation=_evaluated(parameter.annotation, names))
+        for name, parameter in parameters.items()
+    }
+
+
+def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, names)
+    except Exception:  # of any kind: it is a user's expression
+        return inspect.Parameter.empty
+
+
+def _names_around(target: Callable) -> dict[str, Any]:
+    """The names that the annotations of a class or function see."""
+    functions = [target.__init__, target.__new__] if isinstance(target, type) else [target]
+    for function in map(inspect.unwrap, functions):
+        while isinstance(function, functools.partial):
+            function = inspect.unwrap(function.func)
+        if hasattr(function, "__globals__"):
+            return function.__globals__
+    return vars(sys.modules[target.__module__])
 
 
 def fitted(name: str, value: object, hint: object) -> object:
@@ -109,13 +142,27 @@ def refusal(name: str, value: object, asked: str, takes_text: bool = False) -> s
 def _validator(hint: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter
 
-    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
+    return TypeAdapter(_of_lists(hint), config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _of_lists(hint: Any) -> Any:
+    """The same plain type, but its tuples may be given as lists: YAML has no tuples."""
+    from pydantic import Strict
+
+    origin, members = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return Annotated[_of_lists(members[0]), *members[1:]]
+    if origin is tuple:
+        return Annotated[tuple[*map(_of_lists, members)], Strict(False)]
+    if origin in (Union, types.UnionType):
+        return Union[*map(_of_lists, members)]
+    return origin[*map(_of_lists, members)] if origin in (list, Sequence, Mapping) else hint
 
 
 def is_plain(hint: Any) -> bool:
     """Whether a type is of plain values through and through: numbers, text, choices, and lists and mappings of them."""
     if get_origin(hint) in (Annotated, list, tuple, Sequence, Mapping, Union, types.UnionType):
-        return all(map(is_plain, _members(hint)))
+        return bool(_members(hint)) and all(map(is_plain, _members(hint)))
     return get_origin(hint) is Literal or hint in (int, float, bool, str, Path, None, types.NoneType)
 
 
@@ -153,7 +200,10 @@ def wanted(name: str, hint: Any) -> str:
     if get_origin(hint) is Literal:
         return _either(map(spelled, get_args(hint)))
     if get_origin(hint) in (list, tuple, Sequence):
-        [kind] = dict.fromkeys(_members(hint))
+        if get_origin(hint) is tuple and ... not in get_args(hint):
+            each = [wanted(name, kind) for kind in _members(hint)]
+            return f"a list of {len(each)}: {', '.join(each)}"
+        [kind] = _members(hint)
         each = wanted(f"{name}.0", kind)
         return (
             f"a list{' that is not empty' * filled}, as in {name}={_example(kind)}, of which each is {each}"

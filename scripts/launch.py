@@ -204,13 +204,19 @@ def _unescaped(text: str, mark: str = "") -> str:
 
 
 def _unescaped_parts(value: str) -> str:
-    """A list, or a sweep over lists, with the escapes in its texts resolved; texts without any stay."""
+    """A list, or a sweep over lists, with its texts as they were typed and their escapes resolved.
+
+    Words without quotes that mean something to Hydra stay: null, numbers, and ${...} in place of the whole list.
+    """
+    if re.fullmatch(r"\$\{[^{}]*\}", value):
+        return value
 
     def text(match: re.Match) -> str:
-        if "\\" not in match[0]:
-            return match[0]
         mark = match[0][0]
-        return quote(_unescaped(match[0][1:-1], mark) if mark in "\"'" else _unescaped(match[0]))
+        if mark in "\"'":
+            return quote(_unescaped(match[0][1:-1], mark))
+        literal = "\\" in match[0] or "${" in match[0] or match[0] == "???"
+        return quote(_unescaped(match[0])) if literal else match[0]
 
     return re.sub(r"""(["'])(?:\\.|(?!\1|\\).)*\1|[^\s\[\](),"']+""", text, value, flags=re.S)
 

@@ -5,17 +5,21 @@ What a setting takes is declared where it is used: those of a script by its clas
 """
 
 import difflib
+import functools
 import inspect
 import pkgutil
+import sys
+import traceback
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rag.types import UserError
-from rag.values import Filled, fitted, is_plain, parameters_of, refusal, spelled
+from rag.values import Filled, fitted, is_plain, parameters_of, refusal, spelled, wanted
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -56,6 +60,7 @@ class Setting(NamedTuple):
 def build(config, **arguments: object):
     """Make what `_target_` names, and all inside it, from plain Python values and the given `arguments`.
 
+    With `_partial_: true` it is not made: what would make it is returned, as Hydra does.
     Raises UserError naming the setting that the target does not have, or whose value is not as declared.
     """
     from hydra.errors import InstantiationException
@@ -69,7 +74,7 @@ def build(config, **arguments: object):
         if (sentence := user_error(error)) is None:
             raise
         raise UserError(sentence) from error
-    return make(**arguments)
+    return functools.partial(make, **arguments) if config.get("_partial_") else make(**arguments)
 
 
 def user_error(error: BaseException | None) -> str | None:
@@ -96,8 +101,58 @@ def check_setting(setting: Setting) -> None:
     name, value, hint = setting
     if is_plain(hint):
         fitted(name, value, hint)
-    elif hint is not inspect.Parameter.empty and not (value is None and _optional(hint)):
+    elif not _takes(hint, value):
         raise UserError(refusal(name, value, _asked(name, hint)))
+
+
+def _takes(hint: Any, value: object) -> bool:
+    """Whether a value, of plain values and parts, may be what a type means.
+
+    Only a class or protocol of others than Python itself asks for a part; what we cannot judge takes anything.
+    """
+    if is_plain(hint):
+        try:
+            fitted("", value, hint)
+        except UserError:
+            return False
+        return True
+    kind, members = _bare(hint), typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Annotated:
+        return _takes(members[0], value)
+    if kind in (typing.Union, types.UnionType):
+        return any(_takes(member, value) for member in members)
+    if kind in (typing.Any, object, inspect.Parameter.empty) or not isinstance(kind, type):
+        return True
+    if isinstance(value, Mapping) and "_target_" in value:  # makes anything
+        return True
+    if issubclass(kind, Mapping) or typing.is_typeddict(kind):
+        each = members[1] if len(members) == 2 else typing.Any
+        return isinstance(value, Mapping) and all(_takes(each, item) for item in value.values())
+    if _is_list(kind) and isinstance(value, list):
+        if kind is tuple and members and ... not in members:
+            return len(value) == len(members) and all(map(_takes, members, value))
+        return all(_takes(members[0] if members else typing.Any, item) for item in value)
+    if issubclass(kind, Enum) or (_of_python(kind) and not _is_list(kind) and kind is not Callable):
+        return value is not None
+    try:
+        return isinstance(value, kind)
+    except TypeError:  # a protocol
+        return False
+
+
+def _bare(hint: Any) -> Any:
+    """A type without what it is made of: list for list[str]."""
+    return typing.get_origin(hint) or hint
+
+
+def _of_python(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in sys.stdlib_module_names
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether a type of Python's is one of several values, which a configuration gives as a list."""
+    several = isinstance(kind, type) and issubclass(kind, Iterable) and not issubclass(kind, Mapping)
+    return several and _of_python(kind) and not issubclass(kind, str | bytes | bytearray)
 
 
 def check_presence(config, schema: Any) -> None:
@@ -119,6 +174,7 @@ def settings_of(config, schema: Any = Part, given: Collection[str] = ()) -> Iter
     for key in config:
         if key not in entries and not str(key).startswith("_"):
             raise UserError(_unknown(config._get_full_key(key), config.get("_target_"), entries))
+    inside += ((part, Part) for part in _parts_in(config.get("_args_")))
     for key, (hint, required) in entries.items():
         if OmegaConf.is_missing(config, key):  # so far
             continue
@@ -128,10 +184,23 @@ def settings_of(config, schema: Any = Part, given: Collection[str] = ()) -> Iter
         if isinstance(value, DictConfig) and _entries(value, hint) is not None:
             inside.append((value, hint))
         else:
+            inside += ((part, Part) for part in _parts_in(value))
             plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             yield Setting(config._get_full_key(key), plain, hint)
     for part, hint in inside:
         yield from settings_of(part, hint)
+
+
+def _parts_in(value: object) -> Iterator:
+    """The parts in a list or mapping, and in those inside it."""
+    from omegaconf import DictConfig, ListConfig
+
+    items = list(value.values()) if isinstance(value, DictConfig) else value
+    for item in items if isinstance(items, list | ListConfig) else ():
+        if isinstance(item, DictConfig) and "_target_" in item:
+            yield item
+        else:
+            yield from _parts_in(item)
 
 
 class _Entry(NamedTuple):
@@ -150,21 +219,50 @@ def _entries(config, hint: Any) -> dict[str, _Entry] | None:
                 return {name: _Entry(entry.hint, False) for name, entry in known.items()}
         if is_dataclass(kind):
             return _arguments(parameters_of(kind), config)
-        if typing.get_origin(kind) is Mapping and not is_plain(kind):
+        if typing.get_origin(kind) in (Mapping, dict) and typing.get_args(kind) and not is_plain(kind):
             return {key: _Entry(typing.get_args(kind)[1], True) for key in config}
     return None
 
 
 def _arguments(parameters: Mapping[str, inspect.Parameter], config) -> dict[str, _Entry]:
-    """The arguments that parameters allow; with **others whatever the configuration has besides."""
+    """The arguments that parameters allow; with **others whatever the configuration has besides.
+
+    Those that `_args_` gives are no settings, and with `_partial_` none is required.
+    """
     entries = {}
+    ordered = [
+        name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    given = ordered[: len(_hydras(config, "_args_", list[typing.Any], ()))]
+    partial = _hydras(config, "_partial_", bool, False)
     for name, parameter in parameters.items():
+        if name in given:
+            continue
         if parameter.kind is parameter.VAR_KEYWORD:
             others = [key for key in config if key not in parameters and not str(key).startswith("_")]
             entries |= {key: _Entry(parameter.annotation, False) for key in others}
         elif parameter.kind is not parameter.VAR_POSITIONAL:
-            entries[name] = _Entry(parameter.annotation, parameter.default is parameter.empty)
+            required = parameter.default is parameter.empty and not partial
+            entries[name] = _Entry(_with_default(parameter), required)
     return entries
+
+
+def _hydras(config, key: str, hint: Any, default: Any) -> Any:
+    """The value of one of Hydra's own keys in a part, as checked as any other."""
+    from omegaconf import OmegaConf
+
+    if (value := config.get(key)) is None:
+        return default
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    check_setting(Setting(config._get_full_key(key), plain, hint))
+    return value
+
+
+def _with_default(parameter: inspect.Parameter) -> Any:
+    """The type of a parameter, and null where it is the default."""
+    hint = parameter.annotation
+    known = is_plain(hint) or isinstance(_bare(hint), type)
+    return typing.Optional[hint] if known and parameter.default is None else hint  # noqa: UP045
 
 
 def _target(config) -> Callable:
@@ -172,12 +270,24 @@ def _target(config) -> Callable:
     try:
         found = pkgutil.resolve_name(path)
         parameters_of(found)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+    except Exception as error:  # of any kind, from a module's own lines
         raise UserError(
-            f"{name}={spelled(path)} is nothing that can be built ({reason}): name a class or function."
+            f"{name}={spelled(path)} is nothing that can be built ({_reason(error)}): name a class or function."
         ) from error
     return found
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in an import, and on which line of which module where it was one of its own."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"]
+    match error:
+        case SyntaxError(filename=str(file), lineno=line):
+            told = f"{type(error).__name__} in {file}, line {line}: {error.msg}"
+        case _ if frames:
+            told = f"{type(error).__name__} in {frames[-1].filename}, line {frames[-1].lineno}: {error}"
+        case _:
+            told = str(error)
+    return " ".join(told.split()).rstrip(".:")
 
 
 def _optional(hint: Any) -> bool:
@@ -189,12 +299,32 @@ def _asked(name: str, hint: Any) -> str:
     group = name.rpartition(".")[2]
     choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
     nothing = " or null" if _optional(hint) else ""
+    kinds = dict.fromkeys(_noun(name, kind) for kind in _alternatives(hint))
     if choices and group == name:
         return f"one of {', '.join(choices)}{nothing}"
     if is_dataclass(hint):
         return f"settings: {', '.join(f'{name}.{key}' for key in parameters_of(hint))}"
     place = f", as in conf/{group}" if choices else ""
-    return f"settings{place if typing.get_origin(hint) is Mapping else f' with a _target_{place}'}{nothing}"
+    return f"{' or '.join(kinds)}{place}{nothing}"
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """The types of a union without null, or the one type."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    return [hint]
+
+
+def _noun(name: str, hint: Any) -> str:
+    if is_plain(hint):
+        return wanted(name, hint)
+    if typing.get_origin(hint) is typing.Annotated:
+        return _noun(name, typing.get_args(hint)[0])
+    kind, members = _bare(hint), typing.get_args(hint)
+    if _is_list(kind):
+        return f"a list of which each is {_asked(name, members[0])}" if len(members) == 1 else "a list"
+    mapping = typing.is_typeddict(kind) or (isinstance(kind, type) and issubclass(kind, Mapping))
+    return "settings" if mapping else "settings with a _target_"
 
 
 def _unknown(name: str, target: str | None, entries: Collection[str]) -> str:

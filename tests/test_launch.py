@@ -196,12 +196,38 @@ def test_escapes_in_templates_mean_what_they_mean_in_yaml(key):
     assert value("'null'") == "'null'"
 
 
-@given(st.lists(TEXT.filter(lambda text: "${" not in text and text != "???")))
+@given(st.lists(TEXT))
 def test_every_list_of_texts_can_be_typed(texts):
     """As YAML writes it: a backslash and the quotation mark behind a backslash, a line break as one."""
     escaped = [text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for text in texts]
     [override] = quote_overrides(["answer.stop=[" + ",".join(f'"{text}"' for text in escaped) + "]"])
-    assert OverridesParser.create().parse_override(override).value() == texts
+    assert resolved(override) == texts
+
+
+def resolved(override: str) -> object:
+    """What becomes of a list in a configuration that has a k to lead to."""
+    value = OverridesParser.create().parse_override(override).value()
+    config = OmegaConf.create({"k": 3, "stop": ["x"], "answer": {"stop": value}})
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)["answer"]["stop"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ('["${k}"]', ["${k}"]),
+        (r'["${k}\n"]', ["${k}\n"]),
+        ("['${k}',b]", ["${k}", "b"]),
+        ("[${k}]", ["${k}"]),
+        (r"[${k}\n]", ["${k}\n"]),
+        (r'["\\${k}"]', ["\\${k}"]),
+        ('["???"]', ["???"]),
+        ("[???]", ["???"]),
+        ("${stop}", ["x"]),  # in place of a list
+        ("[3,null,true]", [3, None, True]),  # are refused later
+    ],
+)
+def test_texts_in_a_list_lead_nowhere_with_a_backslash_or_without(typed, meant):
+    assert resolved(quote_overrides([f"answer.stop={typed}"])[0]) == meant
 
 
 def test_a_sweep_over_lists_of_texts_keeps_its_commas():
