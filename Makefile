@@ -14,7 +14,7 @@ endif
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-export QUESTION ?= Why was Halden Island closed to everybody in 2023?
+export QUESTION ?= What caused the decline of the wandering albatrosses of Fenwick Bay?
 
 demo: .venv/.installed
 	$(PY) scripts/ingest.py corpus.path=data/sample/documents index.path=.demo/index
