@@ -244,15 +244,20 @@ def test_what_other_code_converted_is_not_found_and_what_is_equal_takes_no_room(
     assert sorted(path.name for path in second.iterdir()) == ["other.npy", "same.npy"]
 
 
-def test_a_file_that_is_renamed_is_another_checkpoint(tmp_path, monkeypatch):
+def test_a_file_of_a_folder_that_is_renamed_is_another_checkpoint(tmp_path, monkeypatch):
+    """In a folder a name says what a file is; a file that is all of a checkpoint may be called anything."""
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "a.json").write_text("{}")
-    before = checkpoint.contents([tmp_path / "a.json"])
-    (tmp_path / "a.json").rename(tmp_path / "b.json")
-    assert before != checkpoint.contents([tmp_path / "b.json"])
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "a.json").write_text("{}")
-    assert before == checkpoint.contents([tmp_path / "elsewhere" / "a.json"])
+    for folder, name in (("one", "a.json"), ("two", "b.json"), ("three", "a.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("{}")
+        (tmp_path / folder / "model").write_text("weights")
+    one, two, three = (
+        checkpoint.contents(sorted((tmp_path / folder).iterdir())) for folder in ("one", "two", "three")
+    )
+    assert one != two and one == three
+    alone = (checkpoint.contents([tmp_path / path]) for path in ("one/a.json", "two/b.json", "one/model"))
+    first, renamed, other = alone
+    assert first == renamed != other
 
 
 def test_a_cache_that_cannot_be_written_is_told_unless_all_is_there(tmp_path, monkeypatch):
