@@ -33,7 +33,7 @@ Counts = Annotated[Sequence[Count], MinLen(1)]
 # Sampling's, which several stages take.
 Temperature = Annotated[float, Ge(0), Le(100)]
 TopP = Annotated[float, Gt(0), Le(1)]
-Penalty = Annotated[float, Gt(0), Le(100)]
+Penalty = Annotated[float, Gt(0), Le(1e6)]
 
 
 def is_question(text: str) -> bool:

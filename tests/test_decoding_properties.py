@@ -216,7 +216,7 @@ def test_every_way_writes_the_tokens_of_plain_greedy_decoding(poisoned):
     tried, ties = Counter(), Counter()
     engines = {(): engine_of(poisoned.name, (), 1), (7, 19, 31): engine_of(poisoned.name, (7, 19, 31), None)}
 
-    @tries(suite=3, long=1000)
+    @tries(suite=1, long=1000)
     @given(
         prompts=prompts_of(LENGTHS, near(64, 128), 8),
         budget=BUDGETS,

@@ -282,6 +282,7 @@ ANSWERS = Variations(
     answers=5,
     answer_batches=(1, 4),
     answer_budgets=0,
+    answer_dtypes=("float32", "bfloat16"),
     passages=2,
 )
 

@@ -93,7 +93,7 @@ def test_texts_in_one_call_are_those_of_each_chat_streamed_alone(tmp_path_factor
         lambda size, by: size + by, st.sampled_from([30, 60, 124, 188, 316]), st.integers(-26, 4)
     )
 
-    @tries(suite=4, long=400)
+    @tries(suite=2, long=400)
     @given(
         sizes=st.lists(lengths, min_size=1, max_size=6),
         budget=st.sampled_from([1, 7, 33, 100]),

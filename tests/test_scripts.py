@@ -310,12 +310,12 @@ def test_the_main_job_with_the_real_weights(embedder_weights, generator_weights,
 
     sample = CONF.parent / "data" / "sample" / "documents"
     compose_and_run(ingest, f"corpus.path={sample}", f"index.path={tmp_path / 'index'}")
-    question = "question=Why was Halden Island closed to everybody in 2023?"
+    question = "question=What caused the decline of the wandering albatrosses of Fenwick Bay?"
     limits = ("output=json", "answer.max_new_tokens=24")
     answer = json.loads(compose_and_run(generate, f"index.path={tmp_path / 'index'}", question, *limits))
     assert not answer["abstained"]
     assert "king-penguins-of-halden.html" in [source["path"] for source in answer["sources"]]
-    assert "island" in answer["answer"].lower()
+    assert "longline fishing" in answer["answer"].lower()
     assert 0 < answer["timings"]["new_tokens"] <= 24
     far = json.loads(
         compose_and_run(generate, f"index.path={tmp_path / 'index'}", "question=zebra tax law", *limits)

@@ -402,18 +402,6 @@ def test_queries_that_float32_does_not_hold_are_told():
         DenseIndex(_units(20)).search(np.full((1, 48), 1e300), 3)
 
 
-def test_what_was_asked_before_rows_were_added_changes_nothing():
-    """Calibrated on one kind of rows, then many of another kind: as an index that was never asked before."""
-    near = _units(1) + 0.02 * _units(3000, seed=1)
-    near, far = (near / np.linalg.norm(near, axis=1, keepdims=True)).astype(np.float32), _units(2500, seed=2)
-    asked, new = (BinaryIndex(near, Binary(sample=64)) for _ in range(2))
-    asked.candidates(20)
-    for index in (asked, new):
-        index.add(far)
-    assert asked.candidates(20) == new.candidates(20)
-    assert asked.path(1, 20) == new.path(1, 20)
-
-
 @pytest.mark.parametrize("tiles", [False, True])
 def test_few_dimensions_are_not_scanned_in_8_bits(tiles, monkeypatch):
     """What a row costs beside its products does not shrink with them: at 16 dimensions a scan was slower (LOG.md)."""

@@ -17,7 +17,8 @@ class LogLikelihood:
 
 
 def described(generator: "Generator") -> str:
-    """What a person calls a generator: its description, or the name of its class where it has none."""
+    """What a person calls a generator: its `description` (the model and the type of its weights) if it has one, or the
+    name of its class."""
     return getattr(generator, "description", type(generator).__name__)
 
 
@@ -28,10 +29,6 @@ class Generator(Protocol):
     @property
     def fingerprint(self) -> str:
         """64 hex digits; two generators that share it write the same answers. Reads no weights."""
-
-    @property
-    def description(self) -> str:
-        """What a person calls it: the model, and the type of its weights where that was chosen here."""
 
     @property
     def context_length(self) -> int:

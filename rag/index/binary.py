@@ -151,10 +151,10 @@ class BinaryIndex:
     def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
         """Append rows, as DenseIndex.add does; the mean that codes are relative to stays.
 
-        What was calibrated is forgotten: it decides which rows are found, so it must not depend on earlier searches.
+        So does what was calibrated for a k that was asked before, until the index has doubled: for results that do not
+        depend on earlier searches, build the index of all rows.
         """
         self.exact.add(vectors)
-        self._candidates = Calibrated[int]()
         bits, factors = self._coded(vectors)
         self._bits.append(bits)
         self._factors.append(factors)

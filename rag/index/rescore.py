@@ -40,17 +40,20 @@ def scores(vectors: Float[Array, "N E"], query: Float[Array, "E"]) -> Float32[Ar
 def products(rows: Float[Array, "N E"], queries: Float[Array, "Q E"]) -> Float32[Array, "N Q"]:
     """All inner products in full float32, each of them the same number for the same row and query, always.
 
-    XLA rounds a row by where it stands if there is only one query, by how many rows there are if they are few, and
-    the last queries by themselves where they fill up no vector: so both are repeated until that is not so. The
-    barrier keeps XLA from making one program of the product and of what is done with it.
+    XLA rounds a product by the shapes of its factors: by how many queries there are, and by how many rows if they are
+    few. So queries are multiplied in blocks of one size, filled up by repeating them, and so are few rows. The barrier
+    keeps XLA from making one program of the product and of what is done with it.
     """
     (n, dim), count = rows.shape, len(queries)
     if n == 0:
         return jnp.zeros((0, count), jnp.float32)
     rows = jnp.resize(rows, (_LEAST_ROWS, dim)) if n < _LEAST_ROWS else rows
-    factors = jnp.resize(queries, (-(-count // LEAST) * LEAST, dim)) if count % LEAST else queries
-    found = jax.lax.optimization_barrier(jax.vmap(partial(scores, rows), out_axes=1)(factors))
-    return found[:n, :count]
+    factors = jnp.resize(queries, (-(-count // FEW) * FEW, dim)) if count % FEW else queries
+    of_block = jax.vmap(partial(scores, rows), out_axes=1)
+    blocks = [
+        jax.lax.optimization_barrier(of_block(factors[at : at + FEW])) for at in range(0, len(factors), FEW)
+    ]
+    return jnp.concatenate(blocks, axis=1)[:n, :count]
 
 
 def rescored(
