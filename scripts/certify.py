@@ -7,38 +7,25 @@ Everything is computed anew, with one setting changed at a time; no kept result 
 """
 
 import functools
-import inspect
 import json
 import sys
 from dataclasses import dataclass
 
 from launch import launch
-from settings import Part, Shared, build
+from settings import Part, build, target_of
+from stages import System, method_of
 from this_run import run_dir
 
-from rag.values import Count
+from rag.values import parameters_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Shared):
+class Settings(System):
     """conf/certify.yaml."""
 
-    rerank_depth: Count
     dataset: Part
-    embedder: Part
     chunker: Part
-    analyzer: Part
-    fusion: Part
-    vector_index: Part
-    retriever: Part
-    transform: Part | None = None
-    reranker: Part | None = None
-    context: Part
-    prompt: Part
-    generator: Part
-    sampling: Part
     certificate: Part
-    answer: Part
 
 
 def main(config) -> None:
@@ -57,8 +44,6 @@ def main(config) -> None:
 
 def subject_of(config):
     """The system that a config describes, with the makers of its parts."""
-    from stages import method_of
-
     from rag.evaluate.invariance import Subject
     from rag.pipeline import Reader
 
@@ -84,9 +69,7 @@ def subject_of(config):
 
 def takes(part, setting: str) -> bool:
     """Whether the target of a part of the config has a setting."""
-    from hydra.utils import get_object
-
-    return setting in inspect.signature(get_object(part._target_)).parameters
+    return setting in parameters_of(target_of(part))
 
 
 def write(certificate) -> None:

@@ -10,37 +10,23 @@ import shutil
 from dataclasses import dataclass
 
 from launch import launch
-from settings import Part, Shared, build
+from settings import Part, build
+from stages import System, method_of
 from this_run import label, overrides, run_dir
-
-from rag.values import Count
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Shared):
+class Settings(System):
     """conf/eval.yaml."""
 
     plan: bool
-    rerank_depth: Count
     dataset: Part
-    embedder: Part
     chunker: Part
-    analyzer: Part
-    fusion: Part
-    vector_index: Part
-    retriever: Part
-    transform: Part | None = None
-    reranker: Part | None = None
     tuning: Part | None = None
-    context: Part
-    prompt: Part
     closed_book: Part
-    generator: Part
-    sampling: Part
     evaluation: Part
     statistics: Part
     reading: Part
-    answer: Part
 
 
 def main(config) -> None:
@@ -64,8 +50,6 @@ def main(config) -> None:
 
 def job_of(config):
     """The evaluation that a config describes."""
-    from stages import method_of
-
     from rag.evaluate.job import Job
 
     tuning = config.get("tuning")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import DocInfo
 from launch import launch
-from settings import IndexFolder, Part, Shared, build
+from settings import IndexFolder, build
+from stages import System, method_of
 
 from rag.types import Answer, Message, Source, UserError
 from rag.values import Count, Question
@@ -29,35 +30,20 @@ COMMANDS = "/sources  what the last answer was shown, /context  its passages in 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Shared):
+class Settings(System):
     """conf/generate.yaml."""
 
     index: IndexFolder
     k: Count
-    rerank_depth: Count
     question: Annotated[
         Question | None, DocInfo("a question that is not empty; leave it out for an interactive session")
     ]
     output: Literal["text", "json"]
-    embedder: Part
-    analyzer: Part
-    fusion: Part
-    vector_index: Part
-    retriever: Part
-    transform: Part | None = None
-    reranker: Part | None = None
-    context: Part
-    prompt: Part
-    generator: Part
-    sampling: Part
-    answer: Part
 
 
 def main(config) -> None:
     if config.question is None and config.output == "json":
         raise UserError('output=json answers one question: give it as question="..."')
-    from stages import method_of
-
     from rag.index.store import Index
     from rag.pipeline import Reader
     from rag.retrieve.collection import Collection

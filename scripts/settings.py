@@ -187,7 +187,7 @@ def settings_of(config, schema: Any = Part, given: Collection[str] = ()) -> Iter
             inside += ((part, Part) for part in _parts_in(value))
             plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             yield Setting(config._get_full_key(key), plain, hint)
-    for part, hint in inside:
+    for part, hint in sorted(inside, key=lambda pair: "_target_" in pair[0]):  # a script's own come first
         yield from settings_of(part, hint)
 
 
@@ -211,7 +211,7 @@ class _Entry(NamedTuple):
 def _entries(config, hint: Any) -> dict[str, _Entry] | None:
     """What a mapping of the type `hint` may hold, by name; None where its type says nothing of that."""
     if "_target_" in config:
-        return _arguments(parameters_of(_target(config)), config)
+        return _arguments(parameters_of(target_of(config)), config)
     for kind in typing.get_args(hint) if _optional(hint) else [hint]:
         for metadata in getattr(kind, "__metadata__", ()):
             if isinstance(metadata, ArgumentsOf):
@@ -265,7 +265,8 @@ def _with_default(parameter: inspect.Parameter) -> Any:
     return typing.Optional[hint] if known and parameter.default is None else hint  # noqa: UP045
 
 
-def _target(config) -> Callable:
+def target_of(config) -> Callable:
+    """The class or function that the `_target_` of a part names. Raises UserError where it names none."""
     name, path = config._get_full_key("_target_"), config._target_
     try:
         found = pkgutil.resolve_name(path)

@@ -1,6 +1,29 @@
-"""From a configuration to a retrieval method: the retriever, with what is wrapped around it."""
+"""The settings of a system that answers questions, and its retrieval method with what is wrapped around it."""
 
-from settings import build
+from dataclasses import dataclass
+
+from settings import Part, Shared, build
+
+from rag.values import Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class System(Shared):
+    """A whole system, from a question to its answer."""
+
+    rerank_depth: Count
+    embedder: Part
+    analyzer: Part
+    fusion: Part
+    vector_index: Part
+    retriever: Part
+    transform: Part | None = None
+    reranker: Part | None = None
+    context: Part
+    prompt: Part
+    generator: Part
+    sampling: Part
+    answer: Part
 
 
 def method_of(config):

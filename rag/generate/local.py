@@ -29,7 +29,7 @@ from rag.values import Count, Date, Filled, Share, Whole, checked
 
 DTYPES = ("auto", "float32", "bfloat16", "int8")
 KVReuse = Literal["none", "prefix", "chunk", "blend"]
-_TODAY = DEFAULT_DATE.isoformat()
+_DEFAULT_DATE = DEFAULT_DATE.isoformat()
 
 
 class LocalGenerator:
@@ -50,7 +50,7 @@ class LocalGenerator:
         kv_recompute: Whole = 0,
         blend_share: Share = 0.15,
         prefix_mib: Whole = 512,
-        date: Date = _TODAY,
+        date: Date = _DEFAULT_DATE,
     ):
         """`weights` is a URI of rag.models.hub; `context_length` None takes the checkpoint's own.
 
