@@ -1,0 +1,158 @@
+"""Checksums of files (XXH3), so that a byte that changed on the disk is never computed with.
+
+An index is compared piece by piece, each before its first use, because a query may touch little of a large file. A file
+of the cache is compared as a whole when it is opened; its checksum is its own last bytes, so that it is written in one
+step with what it covers:
+
+    content | magic, 8 bytes | length of the content, 8 bytes | XXH3-128 of content, magic and length, 16 bytes
+
+numpy, a dynamic linker and a memory map read such a file as if its end were not there.
+
+XXH3 finds damage by chance, not by intent; whoever may write to a folder may also write its checksums.
+Source: Y. Collet, xxhash.com; github.com/Cyan4973/xxHash, doc/xxhash_spec.md.
+"""
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import xxhash
+from jaxtyping import UInt64
+
+PIECE = 1 << 16  # bytes of a file that have one checksum
+
+_MAGIC = b"ragseal\1"
+_TRAILER = 32  # bytes
+
+
+class Damaged(Exception):
+    """A file is not what was written. The message begins with its name and says how it differs."""
+
+
+def piece_checksums(path: Path) -> UInt64[np.ndarray, "P"]:
+    """XXH3-64 of each piece of a file, of PIECE bytes each but for the last."""
+    with mapped(path) as content:
+        return _checksums(content, range(_pieces(len(content))))
+
+
+class CheckedFile:
+    """A file in memory of which each piece is compared with its checksum before it is first used."""
+
+    def __init__(self, path: Path, size: int, checksums: UInt64[np.ndarray, "P"]):
+        """`size` in bytes and `checksums` are what the file had when it was written.
+
+        Raises Damaged when the file is missing or has another size, and ValueError for another number of checksums.
+        """
+        if len(checksums) != _pieces(size):
+            raise ValueError(f"{size} bytes have {_pieces(size)} checksums, not {len(checksums)}")
+        if not path.is_file():
+            raise Damaged(f"{path} is missing")
+        self.path, self._checksums = path, checksums
+        self.content = _map(path)
+        if len(self.content) != size:
+            raise Damaged(f"{path} has {len(self.content)} bytes instead of {size}")
+        self._compared = np.zeros(len(checksums), bool)
+
+    def check(self, start: int = 0, stop: int | None = None) -> None:
+        """Compare the pieces that hold the bytes from `start` to `stop` (the end). Raises Damaged."""
+        stop = len(self.content) if stop is None else stop
+        if start >= stop:
+            return
+        pieces = np.arange(start // PIECE, _pieces(stop))
+        self.check_pieces(pieces[~self._compared[pieces]])
+
+    def check_pieces(self, pieces: np.ndarray) -> None:
+        """Compare the pieces of these numbers. Raises Damaged."""
+        wrong = _checksums(self.content, pieces) != self._checksums[pieces]
+        if wrong.any():
+            place = int(pieces[wrong][0]) * PIECE
+            raise Damaged(f"{self.path} has changed since it was written (behind byte {place})")
+        self._compared[pieces] = True
+
+    def check_rows(self, rows: np.ndarray, start: int, nbytes: int) -> None:
+        """Compare the pieces that hold these rows, of `nbytes` each and the first at byte `start`. Raises Damaged."""
+        if nbytes == 0 or len(rows) == 0:
+            return
+        first = (start + rows * nbytes) // PIECE
+        last = (start + (rows + 1) * nbytes - 1) // PIECE
+        spans = [np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]
+        pieces = np.unique(np.concatenate(spans))
+        self.check_pieces(pieces[~self._compared[pieces]])
+
+
+def _pieces(size: int) -> int:
+    return -(-size // PIECE)
+
+
+def _checksums(content: memoryview, pieces: "range | np.ndarray") -> UInt64[np.ndarray, "P"]:
+    digests = (xxhash.xxh3_64_intdigest(content[i * PIECE : (i + 1) * PIECE]) for i in map(int, pieces))
+    return np.fromiter(digests, np.uint64, len(pieces))
+
+
+def _map(path: Path) -> memoryview:
+    """The bytes of a file, mapped into memory. The map lives as long as a view of it does."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+@contextmanager
+def mapped(path: Path) -> Iterator[memoryview]:
+    """The bytes of a file while the block runs, mapped into memory."""
+    content = _map(path)
+    try:
+        yield content
+    finally:
+        whole = content.obj
+        content.release()
+        if isinstance(whole, mmap.mmap):
+            whole.close()
+
+
+# --- files that end with their own checksum
+
+
+def seal(file: IO[bytes]) -> None:
+    """Write the checksum of a file behind its content. `file` is open for writing at its end."""
+    file.flush()
+    with mapped(Path(file.name)) as content:
+        file.write(_trailer(content))
+
+
+def check_sealed(path: Path) -> int:
+    """Read a file that `seal` ended, and compare. Returns the length of its content in bytes.
+
+    Raises FileNotFoundError where there is none, and Damaged where it is not what was written.
+    """
+    with mapped(path) as content:
+        length = len(content) - _TRAILER
+        if length < 0:
+            raise Damaged(f"{path} is cut short")
+        with content[:length] as before:
+            if bytes(content[length:]) != _trailer(before):
+                raise Damaged(f"{path} has changed since it was written")
+    return length
+
+
+def read_sealed(path: Path) -> bytes:
+    """The content of a file that `seal` ended; errors as in `check_sealed`."""
+    data = path.read_bytes()
+    length = len(data) - _TRAILER
+    if length < 0:
+        raise Damaged(f"{path} is cut short")
+    if data[length:] != _trailer(data[:length]):
+        raise Damaged(f"{path} has changed since it was written")
+    return data[:length]
+
+
+def _trailer(content: "memoryview | bytes") -> bytes:
+    head = _MAGIC + struct.pack("<Q", len(content))
+    digest = xxhash.xxh3_128(content)
+    digest.update(head)
+    return head + digest.digest()
