@@ -48,41 +48,43 @@ class CheckedFile:
 
         Raises Damaged when the file is missing or has another size, and ValueError for another number of checksums.
         """
-        if len(checksums) != _pieces(size):
-            raise ValueError(f"{size} bytes have {_pieces(size)} checksums, not {len(checksums)}")
-        if not path.is_file():
-            raise Damaged(f"{path} is missing")
+        if len(checksums) != self.pieces(size):
+            raise ValueError(f"{size} bytes have {self.pieces(size)} checksums, not {len(checksums)}")
+        self.check_size(path, size)
         self.path, self._checksums = path, checksums
         self.content = _map(path)
         if len(self.content) != size:
             raise Damaged(f"{path} has {len(self.content)} bytes instead of {size}")
         self._compared = np.zeros(len(checksums), bool)
 
+    @staticmethod
+    def pieces(size: int) -> int:
+        """How many checksums a file of so many bytes has."""
+        return _pieces(size)
+
+    @staticmethod
+    def check_size(path: Path, size: int) -> None:
+        """Raise Damaged when a file is missing or is not of so many bytes."""
+        if not path.is_file():
+            raise Damaged(f"{path} is missing")
+        if (found := path.stat().st_size) != size:
+            raise Damaged(f"{path} has {found} bytes instead of {size}")
+
     def check(self, start: int = 0, stop: int | None = None) -> None:
         """Compare the pieces that hold the bytes from `start` to `stop` (the end). Raises Damaged."""
         stop = len(self.content) if stop is None else stop
         if start >= stop:
             return
-        pieces = np.arange(start // PIECE, _pieces(stop))
-        self.check_pieces(pieces[~self._compared[pieces]])
+        first, end = start // PIECE, _pieces(stop)
+        if not self._compared[first:end].all():
+            self._compare(first + np.flatnonzero(~self._compared[first:end]))
 
-    def check_pieces(self, pieces: np.ndarray) -> None:
-        """Compare the pieces of these numbers. Raises Damaged."""
+    def _compare(self, pieces: np.ndarray) -> None:
         wrong = _checksums(self.content, pieces) != self._checksums[pieces]
         if wrong.any():
             place = int(pieces[wrong][0]) * PIECE
             raise Damaged(f"{self.path} has changed since it was written (behind byte {place})")
         self._compared[pieces] = True
-
-    def check_rows(self, rows: np.ndarray, start: int, nbytes: int) -> None:
-        """Compare the pieces that hold these rows, of `nbytes` each and the first at byte `start`. Raises Damaged."""
-        if nbytes == 0 or len(rows) == 0:
-            return
-        first = (start + rows * nbytes) // PIECE
-        last = (start + (rows + 1) * nbytes - 1) // PIECE
-        spans = [np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]
-        pieces = np.unique(np.concatenate(spans))
-        self.check_pieces(pieces[~self._compared[pieces]])
 
 
 def _pieces(size: int) -> int:

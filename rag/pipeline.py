@@ -17,6 +17,7 @@ from rag.generate import Generator
 from rag.index import store
 from rag.index.analyzer import Analyzer
 from rag.index.lexical import LexicalIndex
+from rag.index.writer import check_writable, write_index
 from rag.ingest.chunk import Chunker, chunks_of
 from rag.ingest.load import Skipped, load_folder
 from rag.measure import Clock
@@ -64,7 +65,7 @@ def ingest(
     something else; with `add` also when another embedder or chunker made the index.
     """
     begin = time.perf_counter()
-    store.check_writable(index)
+    check_writable(index)
     old = _opened(index, chunker, embedder) if add and store.exists(index) else None
     embedder = cached(embedder)
     loaded, skipped = _load(corpus, progress)
@@ -79,7 +80,9 @@ def ingest(
         vectors, fitted, computed = _vectors(kept, chunks, embedder, progress)
         lexical, postings = _postings(kept, chunks, analyzer, progress)
         base = None if not add else 0 if old is None else old.generation
-        store.write(index, documents, chunks, vectors, fitted, {"chunker": repr(chunker)}, lexical, base)
+        if old is not None:
+            old.close()
+        write_index(index, documents, chunks, vectors, fitted, {"chunker": repr(chunker)}, lexical, base)
     return IngestReport(
         documents=len(documents),
         chunks=len(chunks),
@@ -97,7 +100,8 @@ def _opened(index: Path, chunker: Chunker, embedder: Embedder) -> store.Index:
     """The index, if these two made it."""
     old = store.Index.open(index)
     old.check_embedder(embedder)
-    cut_by = old.manifest["settings"].get("chunker")
+    old.check()  # or what is damaged would be written again, under new checksums
+    cut_by = old.manifest.settings.get("chunker")
     if cut_by != repr(chunker):
         raise UserError(
             f"The documents of the index at {index} were cut by {cut_by}, not by {chunker!r}: choose that chunker, "

@@ -18,6 +18,7 @@ from rag.retrieve.collection import Collection
 from rag.retrieve.search import Dense, Lexical
 from rag.types import UserError
 from tests.tiny_folder import FILES, write_files
+from tests.tiny_store import checked_index
 
 
 class Letters:
@@ -177,7 +178,7 @@ def more(tmp_path):
 
 def found(index, embedder, method, question):
     """Chunk id and score of all hits, by id: the order of equal scores is that of ingestion."""
-    opened = Index.open(index, verify=True)
+    opened = checked_index(index)
     hits = Collection(opened, opened.restore(embedder)).search(method, [question], 100)[0]
     return sorted((hit.chunk.id, hit.chunk.text, pytest.approx(hit.score, abs=1e-6)) for hit in hits)
 
@@ -223,7 +224,7 @@ def test_what_only_follows_makes_the_same_index(corpus, more, tmp_path, monkeypa
     pipeline.ingest(
         merged(corpus, more, tmp_path), tmp_path / "whole", SentenceChunker(8), Letters(), Analyzer()
     )
-    one, other = (Index.open(tmp_path / name).manifest["segments"][0]["files"] for name in ("index", "whole"))
+    one, other = (Index.open(tmp_path / name).manifest.files for name in ("index", "whole"))
     assert {name.split("/")[0] for name in one} >= {
         "documents.arrow",
         "chunks.arrow",
@@ -247,7 +248,7 @@ def test_adding_what_is_there_writes_nothing(corpus, tmp_path):
 def test_adding_without_an_index_makes_one(corpus, tmp_path):
     report = pipeline.ingest(corpus, tmp_path / "new", SentenceChunker(8), Letters(), add=True)
     assert (report.documents, report.added, report.postings) == (3, 3, "none")
-    assert len(Index.open(tmp_path / "new", verify=True)) == 4
+    assert len(checked_index(tmp_path / "new")) == 4
 
 
 @pytest.mark.parametrize(
@@ -262,7 +263,7 @@ def test_what_does_not_fit_the_index_is_not_added(corpus, more, tmp_path, chunke
     pipeline.ingest(corpus, tmp_path / "index", SentenceChunker(8), Letters())
     with pytest.raises(UserError, match=message):
         pipeline.ingest(more, tmp_path / "index", chunker, embedder, add=True)
-    assert Index.open(tmp_path / "index", verify=True).generation == 1
+    assert checked_index(tmp_path / "index").generation == 1
 
 
 def test_adding_nothing_readable_is_told(corpus, tmp_path):
@@ -270,7 +271,7 @@ def test_adding_nothing_readable_is_told(corpus, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="the folder is empty"):
         pipeline.ingest(tmp_path / "empty", tmp_path / "index", SentenceChunker(8), Letters(), add=True)
-    assert Index.open(tmp_path / "index", verify=True).documents == 3
+    assert checked_index(tmp_path / "index").documents == 3
 
 
 class Killed(BaseException):
@@ -293,7 +294,7 @@ def test_killed_while_adding(corpus, more, tmp_path, monkeypatch):
         pipeline.ingest(more, tmp_path / "index", *stages, add=True)
     assert texts_of(tmp_path / "index") == before
     assert pipeline.ingest(more, tmp_path / "index", *stages, add=True).documents == 5
-    assert Index.open(tmp_path / "index", verify=True).generation == 2
+    assert checked_index(tmp_path / "index").generation == 2
 
 
 @pytest.mark.parametrize("existing", [True, False])

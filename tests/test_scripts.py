@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import eval as eval_script
 import generate
+import index as index_script
 import ingest
 import pytest
 from hydra import compose, initialize_config_dir
@@ -61,6 +63,21 @@ def index(home, run):
         assert "2 documents, 2 chunks" in out
         assert "skipped logo.png: unsupported type .png" in out
     return home / "index"
+
+
+def test_an_index_is_shown_and_verified(index, run):
+    out, _ = run(index_script, "index.path=index")
+    assert "2 documents, 2 chunks, " in out
+    assert "by bag_of_words" in out
+    assert "as they were written" not in out
+    out, _ = run(index_script, "index.path=index", "action=verify")
+    assert re.search(r"all \d+ files are as they were written", out)
+    file = next(index.glob("segment-*/vectors.npy"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"vectors\.npy has changed since it was written"):
+        run(index_script, "index.path=index", "action=verify")
+    file.write_bytes(whole)
 
 
 def test_a_folder_is_added_to_an_index(home, run):

@@ -1,6 +1,7 @@
 """The index on disk: what goes in comes out, and a killed writer harms nothing."""
 
 import contextlib
+import mmap
 import os
 import shutil
 import threading
@@ -9,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rag.index import store
+from rag.index import store, writer
 from rag.index.analyzer import Analyzer
 from rag.index.lexical import BM25Weights
 from rag.types import UserError
 from tests.tiny_store import (
     MANIFEST,
     Stub,
+    checked_index,
     holds,
     make_chunks,
     make_documents,
@@ -32,12 +34,12 @@ class Failing(Stub):
 @pytest.fixture(autouse=True)
 def _no_slow_record(monkeypatch):
     """The environment record asks git and the processor; one of its own is enough for these tests."""
-    monkeypatch.setattr(store, "environment", lambda: {"commit": "0" * 40})
+    monkeypatch.setattr(writer, "environment", lambda: {"commit": "0" * 40})
 
 
 def test_round_trip(tmp_path):
     documents, chunks, vectors = write_index(tmp_path / "new" / "index")
-    index = store.Index.open(tmp_path / "new" / "index", verify=True)
+    index = checked_index(tmp_path / "new" / "index")
     assert len(index) == len(chunks)
     assert index.documents == 3
     assert index.chunks([5, 0, 5, len(chunks) - 1]) == [chunks[5], chunks[0], chunks[5], chunks[-1]]
@@ -47,29 +49,29 @@ def test_round_trip(tmp_path):
     assert index.vectors.dtype == np.float32
     np.testing.assert_array_equal(index.vectors, vectors)
     manifest = index.manifest
-    assert manifest["embedder"] == {"fingerprint": "abc", "spec": {"kind": "stub", "dim": 8}}
-    assert manifest["settings"] == {"chunker": "fixed"}
-    assert (manifest["documents"], manifest["chunks"], manifest["dim"]) == (3, len(chunks), 8)
-    assert manifest["environment"]["commit"] == "0" * 40
+    assert (manifest.embedder.fingerprint, manifest.embedder.spec) == ("abc", {"kind": "stub", "dim": 8})
+    assert manifest.settings == {"chunker": "fixed"}
+    assert (manifest.documents, manifest.chunks, manifest.dim) == (3, len(chunks), 8)
+    assert manifest.environment["commit"] == "0" * 40
 
 
 def test_vectors_are_mapped_and_not_writable(tmp_path):
     write_index(tmp_path / "index")
     vectors = store.Index.open(tmp_path / "index").vectors
-    assert isinstance(vectors, np.memmap)
+    assert isinstance(vectors.base, mmap.mmap)
     assert not vectors.flags.writeable
 
 
 def test_more_rows_than_a_record_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(writer, "_BATCH_ROWS", 4)
     _, chunks, _ = write_index(tmp_path / "index", count=11)
     index = store.Index.open(tmp_path / "index")
     assert index.chunks(range(len(chunks))) == chunks
 
 
 def test_nothing_in_it(tmp_path):
-    store.write(tmp_path / "index", [], [], np.zeros((0, 8), np.float32), Stub())
-    index = store.Index.open(tmp_path / "index", verify=True)
+    writer.write_index(tmp_path / "index", [], [], np.zeros((0, 8), np.float32), Stub())
+    index = checked_index(tmp_path / "index")
     assert (len(index), index.documents, index.vectors.shape) == (0, 0, (0, 8))
 
 
@@ -86,7 +88,7 @@ def test_unknown_rows_and_documents(tmp_path):
 
 def test_what_the_embedder_learned_is_kept(tmp_path):
     write_index(tmp_path, embedder=Stub(("hello", "world")))
-    index = store.Index.open(tmp_path, verify=True)
+    index = checked_index(tmp_path)
     assert index.restore(Stub()).words == ("hello", "world")
     next(tmp_path.rglob("words.txt")).unlink()
     with pytest.raises(UserError, match=r"words.txt is missing"):
@@ -103,21 +105,24 @@ def test_another_embedder_is_refused(tmp_path, monkeypatch):
         store.Index.open(tmp_path).restore(other)
 
 
-def test_replacing_leaves_one_segment_and_open_indexes_alone(tmp_path):
+def test_replacing_leaves_open_indexes_alone(tmp_path):
     path = tmp_path / "index"
-    _, chunks, vectors = write_index(path, "a")
+    _, chunks, vectors = write_index(path, "a", embedder=Stub(("hello", "world")))
     before = store.Index.open(path)
     write_index(path, "bb")
     assert holds(path, "bb")
-    assert store.Index.open(path).manifest["generation"] == 2
-    assert len(list(path.glob("segment-*"))) == 1
+    assert store.Index.open(path).generation == 2
     assert before.chunks(range(len(before))) == chunks
     np.testing.assert_array_equal(before.vectors, vectors)
+    assert before.restore(Stub()).words == ("hello", "world")
+    before.close()
+    write_index(path, "a")
+    assert len(list(path.glob("segment-*"))) == 1
 
 
 def test_postings_are_kept_and_mapped(tmp_path):
     chunks = write_with_words(tmp_path)
-    kept = store.Index.open(tmp_path, verify=True).lexical
+    kept = checked_index(tmp_path).lexical
     assert kept.analyzer == Analyzer(stop_words=["of"])
     [(scores, rows)] = kept.search(["document"], 100, BM25Weights())
     holding = [row for row, chunk in enumerate(chunks) if "document" in chunk.text.split()]
@@ -125,17 +130,14 @@ def test_postings_are_kept_and_mapped(tmp_path):
     assert (scores > 0).all()
     assert isinstance(kept.postings.rows.base, np.memmap)
     write_index(tmp_path)
-    assert store.Index.open(tmp_path, verify=True).lexical is None
+    assert checked_index(tmp_path).lexical is None
 
 
-def test_an_index_that_is_replaced_still_answers_without_its_postings(tmp_path):
+def test_postings_of_an_index_that_was_replaced(tmp_path):
     chunks = write_with_words(tmp_path)
     before = store.Index.open(tmp_path)
-    opened = before.lexical
     write_with_words(tmp_path, "bb")
-    assert before.lexical is None
-    assert len(opened) == len(chunks)
-    assert before.chunks(range(len(before))) == chunks
+    assert len(before.lexical) == len(chunks)
 
 
 # --- a writer killed ----------------------------------------------------------------------------------------
@@ -199,7 +201,9 @@ def test_killed_at_any_step(tmp_path, existing):
 def test_an_exception_while_writing_changes_nothing(tmp_path):
     path = tmp_path / "index"
     write_index(path, "a")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(
+        UserError, match=r"Cannot write the index at .*disk full.*what was there is as it was"
+    ):
         write_index(path, "bb", embedder=Failing())
     assert holds(path, "a")
     assert len(list(path.iterdir())) == 3
@@ -236,20 +240,20 @@ def test_two_writers_take_turns(tmp_path, monkeypatch):
     assert len(most) == 6
     assert max(most) == 1
     assert holds(path, "a") or holds(path, "bb")
-    assert store.Index.open(path).manifest["generation"] == 6
+    assert store.Index.open(path).generation == 6
 
 
 def test_opening_while_it_is_replaced(tmp_path, monkeypatch):
     path = tmp_path / "index"
     write_index(path, "a")
-    check = store._check_files
+    lock = store._shared_lock
 
-    def replaced_meanwhile(*args, **kwargs):
-        monkeypatch.setattr(store, "_check_files", check)
+    def replaced_meanwhile(folder):
+        monkeypatch.setattr(store, "_shared_lock", lock)
         write_index(path, "bb")
-        return check(*args, **kwargs)
+        return lock(folder)
 
-    monkeypatch.setattr(store, "_check_files", replaced_meanwhile)
+    monkeypatch.setattr(store, "_shared_lock", replaced_meanwhile)
     index = store.Index.open(path)
-    assert index.manifest["generation"] == 2
+    assert index.generation == 2
     assert index.chunks([0]) == make_chunks(make_documents("bb"))[:1]

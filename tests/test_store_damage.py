@@ -1,15 +1,24 @@
 """What an index refuses: damaged files, folders of something else, input that cannot be stored."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rag.index import store
+from rag import pipeline
+from rag.checksums import PIECE
+from rag.index import manifest as manifests
+from rag.index import store, writer
 from rag.index.analyzer import Analyzer
-from rag.index.lexical import LexicalIndex
-from rag.types import Document, UserError
+from rag.index.lexical import BM25Weights, LexicalIndex
+from rag.ingest.chunk import FixedChunker
+from rag.types import Document, UserError, chunk_at
 from tests.tiny_store import (
     MANIFEST,
     Stub,
@@ -21,12 +30,13 @@ from tests.tiny_store import (
     write_index,
     write_with_words,
 )
+from tests.trials import tries
 
 
 @pytest.fixture(autouse=True)
 def _no_slow_record(monkeypatch):
     """The environment record asks git and the processor; one of its own is enough for these tests."""
-    monkeypatch.setattr(store, "environment", lambda: {"commit": "0" * 40})
+    monkeypatch.setattr(writer, "environment", lambda: {"commit": "0" * 40})
 
 
 def test_postings_of_other_passages(tmp_path):
@@ -34,77 +44,123 @@ def test_postings_of_other_passages(tmp_path):
     chunks = make_chunks(documents)
     lexical = LexicalIndex.build(["one"], Analyzer())
     with pytest.raises(ValueError, match="postings of as many, not 1"):
-        store.write(tmp_path / "index", documents, chunks, make_vectors(len(chunks)), Stub(), {}, lexical)
+        writer.write_index(
+            tmp_path / "index", documents, chunks, make_vectors(len(chunks)), Stub(), {}, lexical
+        )
     assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["documents.arrow", "chunks.arrow", "vectors.npy", "lexical/rows.npy", "checksums"]
+)
+def test_missing_and_shortened_files_are_named_at_once(tmp_path, name):
     write_with_words(tmp_path)
-    lexical.save(segment_of(tmp_path) / "lexical")
-    manifest = json.loads((tmp_path / MANIFEST).read_text())
-    for name, record in manifest["segments"][0]["files"].items():
-        record["bytes"] = (segment_of(tmp_path) / name).stat().st_size
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"postings are of 1 chunks"):
-        _ = store.Index.open(tmp_path).lexical
-
-
-@pytest.mark.parametrize("name", ["documents.arrow", "chunks.arrow", "vectors.npy"])
-def test_damaged_files_are_named(tmp_path, name):
-    path = tmp_path / "index"
-    write_index(path)
-    file = segment_of(path) / name
+    file = segment_of(tmp_path) / name
     whole = file.read_bytes()
-    file.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=f"{name} has"):
-        store.Index.open(path)
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    file.write_bytes(flipped)
-    with pytest.raises(UserError, match=f"{name} has"):
-        store.Index.open(path, verify=True)
-    file.write_bytes(bytes(len(whole)))  # its size is right, its head is gone
-    with pytest.raises(UserError, match="is damaged"):
-        store.Index.open(path)
+    for content in (whole[:-1], whole + b"x", b""):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"damaged, .*{name} "):
+            store.Index.open(tmp_path)
     file.unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
-        store.Index.open(path)
-
-
-def test_damaged_postings_are_named(tmp_path):
-    write_with_words(tmp_path)
-    file = segment_of(tmp_path) / "lexical" / "rows.npy"
-    whole = file.read_bytes()
-    file.write_bytes(bytes(len(whole)))
-    with pytest.raises(UserError, match=r"rows\.npy has changed"):
-        store.Index.open(tmp_path, verify=True)
-    with pytest.raises(UserError, match="no whole lexical index"):
-        _ = store.Index.open(tmp_path).lexical
-    file.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=r"rows\.npy has \d+ bytes instead"):
         store.Index.open(tmp_path)
 
 
-def test_files_that_disagree(tmp_path):
+def everything_used(path: Path) -> tuple:
+    """What can be had of an index; every byte of its files goes into it."""
+    index = store.Index.open(path)
+    [(scores, rows)] = index.lexical.search(["document"], 100, BM25Weights())
+    chunks = index.chunks(range(len(index)))
+    texts = [index.document_text(document.id) for document in index.all_documents()]
+    words = index.restore(Stub()).words
+    return chunks, texts, index.vectors.tobytes(), scores.tobytes(), rows.tobytes(), words, len(index.lexical)
+
+
+@tries(suite=150, long=5000)
+@given(data=st.data())
+def test_a_changed_byte_is_never_answered_from(undamaged, data):
+    """Whatever is flipped in whatever file: the answer of before, or a sentence that names the file."""
+    path, expected = undamaged
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
+    file = data.draw(st.sampled_from(files))
+    whole = file.read_bytes()
+    start = data.draw(st.integers(0, len(whole) - 1))
+    stop = data.draw(st.one_of(st.just(start + 1), st.integers(start + 1, len(whole))))
+    change = data.draw(st.integers(1, 255))
+    file.write_bytes(whole[:start] + bytes(b ^ change for b in whole[start:stop]) + whole[stop:])
+    try:
+        found = answer_or_error(path)
+    finally:
+        file.write_bytes(whole)
+    assert found == expected or (isinstance(found, str) and file.name in found)
+
+
+def answer_or_error(path: Path) -> tuple | str:
+    try:
+        return everything_used(path)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.fixture(scope="module")
+def undamaged(tmp_path_factory) -> tuple[Path, tuple]:
+    path = tmp_path_factory.mktemp("index") / "index"
+    documents = make_documents(count=40)
+    chunks = make_chunks(documents)
+    lexical = LexicalIndex.build([chunk.text for chunk in chunks], Analyzer())
+    vectors = make_vectors(len(chunks), dim=64)
+    writer.write_index(path, documents, chunks, vectors, Stub(("a", "b"), dim=64), {}, lexical)
+    return path, everything_used(path)
+
+
+def test_only_what_is_used_is_compared(tmp_path):
+    """One damaged text: the others can still be read, and a check of everything finds it."""
     path = tmp_path / "index"
-    write_index(path)
-    manifest = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).write_text(json.dumps({**manifest, "dim": 9}))
-    with pytest.raises(UserError, match="files differ in size"):
-        store.Index.open(path)
+    documents = [Document(f"{i}", f"{i}", f"{i} " * (PIECE // 2), "") for i in range(4)]
+    chunks = [chunk_at(document, 0, 2) for document in documents]
+    writer.write_index(path, documents, chunks, make_vectors(4), Stub())
+    file = segment_of(path) / "documents.arrow"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"2 2 2 2 ") + 3 * PIECE // 4] ^= 1
+    file.write_bytes(content)
+    index = store.Index.open(path)
+    assert index.chunks([0, 3]) == [chunks[0], chunks[3]]
+    with pytest.raises(UserError, match=r"documents\.arrow has changed since it was written \(behind byte"):
+        index.chunks([2])
+    with pytest.raises(UserError, match=r"documents\.arrow has changed"):
+        index.check()
+    assert index.chunks([0]) == [chunks[0]]
+
+
+def test_a_damaged_index_is_not_added_to(tmp_path):
+    write_index(tmp_path / "index")
+    file = segment_of(tmp_path / "index") / "vectors.npy"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"vectors\.npy has changed"):
+        pipeline._opened(tmp_path / "index", FixedChunker(7, 0), Stub())
+    write_index(tmp_path / "index", "bb")  # it can be replaced
+    assert holds(tmp_path / "index", "bb")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "Cannot read"),
-        ("\xff", "Cannot read"),
-        ("[]", "not the manifest of an index"),
+        ("{", "is not JSON"),
+        ("\xff", "is not JSON"),
+        ("[" * 200_000, "is not JSON .*nested too deep"),
+        ('{"format": 2, "format": 2}', "'format' stands twice"),
+        ('{"format": 2, "generation": NaN}', "NaN is no number"),
+        ("[]", "holds no JSON object"),
         ('{"name": "my web app"}', "not the manifest of an index"),
         ('{"format": "x"}', "not the manifest of an index"),
-        ('{"format": 2}', "is of format 2, and this version reads 1"),
-        ('{"format": 1}', "it has no 'chunks'"),
+        ('{"format": 3}', "is of format 3, and this version reads 2"),
+        ('{"format": 2}', "it has no checksum"),
     ],
 )
 def test_manifests_that_cannot_be_read(tmp_path, text, message):
-    """Neither opened nor overwritten."""
+    """Neither opened nor overwritten: nothing beside it says that it is ours."""
     path = tmp_path / "index"
     path.mkdir()
     (path / MANIFEST).write_text(text, encoding="latin-1")
@@ -113,6 +169,64 @@ def test_manifests_that_cannot_be_read(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         write_index(path)
     assert (path / MANIFEST).read_text(encoding="latin-1") == text
+
+
+def with_fields(path: Path, **fields) -> None:
+    """Change fields of the manifest at `path`, and its checksum with them; None removes a field."""
+    manifest = json.loads((path / MANIFEST).read_text()) | fields
+    manifest = {name: value for name, value in manifest.items() if value is not None and name != "checksum"}
+    (path / MANIFEST).write_text(json.dumps({**manifest, "checksum": manifests._checksum(manifest)}))
+
+
+RECORD = {"bytes": 1, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"segment": "../segment-000001-00000000"}, "segment: string should match pattern"),
+        ({"segment": None}, "it has no 'segment'"),
+        ({"chunks": "3"}, "chunks: input should be a valid integer"),
+        ({"chunks": -1}, "chunks: input should be greater than or equal to 0"),
+        ({"generation": 0}, "generation: input should be greater"),
+        ({"files": {"../../etc/passwd": RECORD}}, "files.../../etc/passwd"),
+        ({"files": {"/etc/passwd": RECORD}}, "files./etc/passwd"),
+        ({"files": {"a": {"bytes": 1}}}, "it has no 'files.a.sha256'"),
+        ({"more": 1}, "it has 'more', which is unknown"),
+        ({"dim": 9}, "does not hold 29 vectors of 9 numbers"),
+        ({"documents": 4}, "does not hold 4 documents"),
+        ({"files": {}}, "holds 3 checksums instead of 0"),
+    ],
+)
+def test_manifests_that_do_not_fit(tmp_path, fields, message):
+    write_index(tmp_path)
+    if "dim" in fields:
+        message = message.replace("29", str(len(store.Index.open(tmp_path))))
+    with_fields(tmp_path, **fields)
+    with pytest.raises(UserError, match=re.escape(message)):
+        store.Index.open(tmp_path)
+    write_index(tmp_path, "bb")  # it can be replaced
+    assert holds(tmp_path, "bb")
+
+
+def test_an_index_of_the_first_format_is_refused_with_what_makes_it_again(tmp_path):
+    """As commit eb9b4ff wrote it, the last one of that format."""
+    path = tmp_path / "index"
+    shutil.copytree(Path(__file__).parent / "goldens" / "index_format_1", path)
+    with pytest.raises(
+        UserError, match=r"of format 1, an older one than 2: make it again with scripts/ingest\.py"
+    ):
+        store.Index.open(path)
+    write_index(path)
+    assert holds(path, "a")
+    assert len(list(path.glob("segment-*"))) == 1
+
+
+def test_an_index_of_a_later_format_is_not_replaced(tmp_path):
+    write_index(tmp_path)
+    with_fields(tmp_path, format=3)
+    with pytest.raises(UserError, match="update this program"):
+        write_index(tmp_path)
 
 
 def test_no_index_there(tmp_path):
@@ -133,7 +247,7 @@ def test_folders_that_are_no_index_are_left_alone(tmp_path):
     (tmp_path / "photos" / "file").write_text("precious")
     with pytest.raises(UserError, match="is not a folder"):
         write_index(tmp_path / "photos" / "file")
-    with pytest.raises(UserError, match="Cannot make the index folder"):
+    with pytest.raises(UserError, match="Cannot write the index at"):
         write_index(tmp_path / "photos" / "file" / "index")
     assert (tmp_path / "photos" / "file").read_text() == "precious"
 
@@ -155,14 +269,14 @@ def test_chunks_that_contradict_their_document(tmp_path, wrong):
     chunks = make_chunks(documents)
     chunks[2] = replace(chunks[2], **{wrong: "something else"})
     with pytest.raises(ValueError, match="chunk '"):
-        store.write(tmp_path / "index", documents, chunks, make_vectors(len(chunks)), Stub())
+        writer.write_index(tmp_path / "index", documents, chunks, make_vectors(len(chunks)), Stub())
     assert not (tmp_path / "index").exists()
 
 
 def test_bad_input_is_told_before_anything_is_written(tmp_path):
     def write(documents, vectors):
         chunks = make_chunks(documents)
-        store.write(tmp_path / "index", documents, chunks, vectors, Stub())
+        writer.write_index(tmp_path / "index", documents, chunks, vectors, Stub())
 
     documents = make_documents()
     vectors = make_vectors(len(make_chunks(documents)))
@@ -178,7 +292,7 @@ def test_bad_input_is_told_before_anything_is_written(tmp_path):
 def test_half_a_character_is_told(tmp_path):
     documents = [Document("a", "a", "before \ud83e after")]
     with pytest.raises(UserError, match="half of a character"):
-        store.write(
+        writer.write_index(
             tmp_path / "index",
             documents,
             make_chunks(documents, 20),

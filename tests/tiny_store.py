@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rag.index import store
+from rag.index import store, writer
 from rag.index.analyzer import Analyzer
 from rag.index.lexical import LexicalIndex
 from rag.types import Chunk, Document
@@ -71,7 +71,7 @@ def write_index(
     documents = make_documents(tag, count)
     chunks = make_chunks(documents)
     vectors = make_vectors(len(chunks), seed=len(tag))
-    store.write(path, documents, chunks, vectors, embedder, {"chunker": "fixed"})
+    writer.write_index(path, documents, chunks, vectors, embedder, {"chunker": "fixed"})
     return documents, chunks, vectors
 
 
@@ -80,17 +80,24 @@ def write_with_words(path: Path, tag: str = "a") -> list[Chunk]:
     documents = make_documents(tag)
     chunks = make_chunks(documents)
     lexical = LexicalIndex.build([chunk.text for chunk in chunks], Analyzer(stop_words=["of"]))
-    store.write(path, documents, chunks, make_vectors(len(chunks), seed=len(tag)), Stub(), {}, lexical)
+    writer.write_index(path, documents, chunks, make_vectors(len(chunks), seed=len(tag)), Stub(), {}, lexical)
     return chunks
 
 
 def holds(path: Path, tag: str) -> bool:
     """Whether the index at `path`, checksums verified, is exactly what write_index(path, tag) wrote."""
     chunks = make_chunks(make_documents(tag))
-    index = store.Index.open(path, verify=True)
+    index = checked_index(path)
     return index.chunks(range(len(index))) == chunks and np.array_equal(
         index.vectors, make_vectors(len(chunks), seed=len(tag))
     )
+
+
+def checked_index(path: Path) -> store.Index:
+    """The index at `path`, every byte of it compared with its checksum."""
+    index = store.Index.open(path)
+    index.check()
+    return index
 
 
 def segment_of(path: Path) -> Path:

@@ -24,10 +24,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from rag.embed import BertEmbedder
-from rag.index import store
 from rag.index.analyzer import Analyzer
 from rag.index.dense import DenseIndex
 from rag.index.lexical import LexicalIndex
+from rag.index.writer import write_index
 from rag.ingest.chunk import WholeChunker, chunks_of
 from rag.measure import Row, Spread, alternate
 from rag.models import hub
@@ -131,7 +131,7 @@ class Growth:
             ]
             vectors = encode([chunk.text for chunk in chunks])
             lexical = LexicalIndex.build([chunk.text for chunk in chunks], Analyzer())
-            store.write(Path(folder) / "index", documents, chunks, vectors, embedder, lexical=lexical)
+            write_index(Path(folder) / "index", documents, chunks, vectors, embedder, lexical=lexical)
             return [time.perf_counter() - begin]
 
     def _random(self, texts: list[str]) -> Float32[np.ndarray, "N E"]:

@@ -1,0 +1,113 @@
+"""The manifest of an index on disk: what it holds, which folder holds it, and the checksums of that folder's files.
+
+It is JSON read by a schema, and ends with a checksum of its own fields, so that a manifest that changed on the disk is
+refused before anything is believed of it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import xxhash
+from annotated_types import Ge, Predicate
+from pydantic import StringConstraints
+
+from rag.records import Record, fitted_record, read_json
+from rag.types import UserError
+
+FORMAT = 2  # of the folder's contents; other formats are refused
+NAME = "manifest.json"
+EMBEDDER, LEXICAL = "embedder/", "lexical/"  # folders of the segment
+SEGMENT = r"segment-\d{6}-[0-9a-f]{8}"
+
+_REMEDY = "ingest the corpus again"
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a file's name in the manifest is a plain path below the segment."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
+
+
+FileName = Annotated[str, Predicate(_stays_inside)]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Number = Annotated[int, Ge(0)]
+
+
+class NewerFormat(UserError):
+    """An index was written by a later version of this program."""
+
+
+class FileRecord(Record):
+    """A file of the segment when it was written."""
+
+    bytes: Number
+    sha256: Digest
+
+
+class EmbedderRecord(Record):
+    """The embedder that made the vectors."""
+
+    fingerprint: str
+    spec: dict[str, Any]
+
+
+class Manifest(Record):
+    """The one file of an index that says which of the others count."""
+
+    format: Number
+    generation: Annotated[int, Ge(1)]  # how often an index was written to this folder
+    documents: Number
+    chunks: Number
+    dim: Number
+    embedder: EmbedderRecord
+    settings: dict[str, Any]
+    segment: Annotated[str, StringConstraints(pattern=f"^{SEGMENT}$")]
+    files: dict[FileName, FileRecord]  # of the segment, in the order of their names
+    environment: dict[str, Any]
+    checksum: str = ""
+
+
+def written(manifest: Manifest) -> str:
+    """The text of the manifest, with its checksum."""
+    fields = manifest.model_dump(exclude={"checksum"})
+    return json.dumps({**fields, "checksum": _checksum(fields)}, indent=1)
+
+
+def read(index: Path) -> Manifest:
+    """The manifest of the index in a folder.
+
+    Raises UserError where there is no index, where the manifest is damaged, and for another format than this one.
+    """
+    file = index / NAME
+    try:
+        fields = read_json(file, _REMEDY)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "holds no index" if index.is_dir() else "is a file" if index.exists() else "does not exist"
+        raise UserError(
+            f"index.path={index} {what}: make one with scripts/ingest.py corpus.path=DIR index.path=DIR."
+        ) from error
+    if "checksum" in fields and fields["checksum"] != _checksum(fields):
+        raise UserError(f"{file} has changed since it was written: {_REMEDY}.")
+    if not isinstance(fields.get("format"), int):
+        raise UserError(f"{file} is not the manifest of an index: choose another index.path.")
+    if fields["format"] > FORMAT:
+        raise NewerFormat(
+            f"The index at {index} is of format {fields['format']}, and this version reads {FORMAT}: "
+            "update this program, or ingest the corpus into another folder."
+        )
+    if fields["format"] < FORMAT:
+        raise UserError(
+            f"The index at {index} is of format {fields['format']}, an older one than {FORMAT}: make it again with "
+            f"scripts/ingest.py corpus.path=DIR index.path={index}."
+        )
+    if "checksum" not in fields:
+        raise UserError(f"{file} is damaged, it has no checksum: {_REMEDY}.")
+    return fitted_record(file, fields, Manifest, _REMEDY)
+
+
+def _checksum(fields: Mapping[str, Any]) -> str:
+    """XXH3-128 of the other fields, 32 hex digits."""
+    others = {name: value for name, value in fields.items() if name != "checksum"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(others, sort_keys=True).encode())
