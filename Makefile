@@ -21,7 +21,7 @@ demo: .venv/.installed
 	$(PY) scripts/generate.py index.path=.demo/index "question=$$QUESTION"
 
 test: .venv/.installed-dev
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses=auto --dist=loadfile $(ARGS)
 
 lint: .venv/.installed-dev
 	$(PY) -m ruff check .

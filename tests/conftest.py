@@ -15,6 +15,10 @@ from tests import trials
 
 install_import_hook("rag", "tests.typecheck.check")  # before anything imports rag
 
+from rag.cache import enable_compilation_cache  # noqa: E402 (behind the hook)
+
+enable_compilation_cache()  # most of the suite's time goes into compiling: a second run takes a quarter of it
+
 OFFLINE = "RAG_OFFLINE_TESTS"  # "1": skip the tests marked `weights`, which may need a network the first time
 
 
