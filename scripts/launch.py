@@ -127,6 +127,7 @@ def _tell(error: BaseException, sentence: str | None) -> int:
     """Print the sentence and return its exit code; without one the error is a bug, and goes on its way."""
     if sentence is None:
         raise error from error.__cause__
+    sys.stdout.flush()
     print(" ".join(sentence.split()), file=sys.stderr)
     return 2
 
