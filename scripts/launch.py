@@ -10,7 +10,6 @@ and JAX are imported late: a typo costs no JAX start.
 
 import contextlib
 import difflib
-import errno
 import functools
 import gc
 import os
@@ -101,6 +100,7 @@ def _exit_code(main: Callable, config_name: str, schema: type, config_dir: Path)
         record_failure(folder, " ".join(settings), settings, error, str(failures[-1]))
 
     try:
+        process.allow_open_files()
         process.prepare_streams()
         process.check_current_folder()
         _run_hydra(functools.wraps(main)(task), config_name, config_dir, left_out)
@@ -120,7 +120,7 @@ def _exit_code(main: Callable, config_name: str, schema: type, config_dir: Path)
 
 def _told(error: BaseException) -> str | None:
     """The sentence for what a person can put right, of our own or of the system; None for a bug."""
-    return user_error(error) or process.system_error(error)
+    return process.out_of_files(error) or user_error(error) or process.system_error(error)
 
 
 def _tell(error: BaseException, sentence: str | None) -> int:
@@ -222,7 +222,9 @@ def _unescaped_parts(value: str) -> str:
 
 def _explain(error: Exception, config_name: str, config_dir: Path) -> str | None:
     """The sentence for an error raised before main began, or None for one that is no person's doing."""
-    if isinstance(error, OSError) and error.filename and error.errno not in (errno.EMFILE, errno.ENFILE):
+    if sentence := process.out_of_files(error):
+        return sentence
+    if isinstance(error, OSError) and error.filename:
         return f"Cannot make {error.filename} ({error.strerror}): choose the run's folder with hydra.run.dir=DIR."
     if sentence := process.system_error(error):
         return sentence

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from rag.types import UserError
 
-_FILES = ("too many open files", "no file descriptors available")
+_OPEN_FILES = 65_536  # all that we ask for
 _MEMORY = (
     *("resource_exhausted", "bad_alloc", "cannot allocate memory", "out of memory"),
     *("failed to map segment", "can't start new thread"),
@@ -149,8 +149,30 @@ def _leave() -> None:
 # --- what the system refuses
 
 
+def allow_open_files() -> None:
+    """Raise the limit of open files as far as may be: each memory-mapped array counts, and a model has hundreds."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # some systems have a limit of their own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def out_of_files(error: BaseException | None) -> str | None:
+    """The sentence for an error that too many open files have caused, whatever was made of it; None for another."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    while error is not None:
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.EMFILE, errno.ENFILE) or "too many open files" in str(error).lower():
+            return f"Too many open files: this process may have {most}. Allow more with `ulimit -n`."
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def system_error(error: BaseException | None) -> str | None:
     """The sentence for an error of the system, or one that it caused; None for one that may be a bug of ours."""
+    if sentence := out_of_files(error):
+        return sentence
     while error is not None:
         if sentence := _sentence(error):
             return sentence
@@ -162,9 +184,6 @@ def _sentence(error: BaseException) -> str | None:
     code = error.errno if isinstance(error, OSError) else None
     told = str(error).lower() if isinstance(error, ImportError | RuntimeError) else ""
     where = f" {error.filename}" if code and error.filename else ""
-    if code in (errno.EMFILE, errno.ENFILE) or any(words in told for words in _FILES):
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return f"Too many open files: this process may have {most}. Raise that, as with `ulimit -n 4096`."
     if code == errno.ENOMEM or isinstance(error, MemoryError) or any(words in told for words in _MEMORY):
         reason = " ".join(str(error).split())[:200] or "no reason given"
         return f"Not enough memory ({reason}): use a smaller model or batch, or allow more (`ulimit -v`)."

@@ -3,7 +3,10 @@
 The first tests start a process that has launch but neither Hydra nor JAX; --long walks the real scripts.
 """
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +14,11 @@ import sys
 import pytest
 from launch import CONF
 from process import system_error
+
+from rag.types import UserError
+from tests import trials
+from tests.test_report import save
+from tests.tiny import write_checkpoint
 
 ROOT = CONF.parent
 CHILD = f"""
@@ -89,6 +97,11 @@ def test_what_was_printed_before_a_mistake_is_there():
     assert (done.returncode, done.stdout, done.stderr) == (2, "before\n", "no\n")
 
 
+def test_as_many_files_may_be_open_as_the_system_allows():
+    body = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    assert child(body, "ulimit -Sn 300; ulimit -Hn 400; {}").stdout == "400\n"
+
+
 # --- Ctrl-C
 
 
@@ -152,6 +165,7 @@ def test_ctrl_c_is_the_end_wherever_it_comes(body, codes, told):
             ImportError("libx.so: cannot open shared object file: Too many open files"),
             "Too many open files: ",
         ),
+        (UserError("the index is damaged (too many open files): ingest again"), "Too many open files: "),
         (OSError(28, "No space left on device", "/x"), "Cannot write /x (No space left on device)"),
         (OSError(12, "Cannot allocate memory"), "Not enough memory"),
         (ImportError("x.so: failed to map segment from shared object"), "Not enough memory"),
@@ -175,3 +189,127 @@ def test_errors_of_the_system_are_told_from_bugs(error, sentence):
     later = ZeroDivisionError()  # raised while that one was handled
     later.__context__ = error
     assert system_error(later) == found
+
+
+# --- the scripts themselves, each under each condition: some in the suite, all with --long
+
+WORDS = "embedder=bag_of_words"
+ASK = f"index.path=$H/index {WORDS} generator.weights=$H/decoder answer.max_new_tokens=8"
+SCRIPTS = {
+    "ingest": f"corpus.path=$H/documents index.path=$H/new {WORDS}",
+    "generate": f"{ASK} question='What eats krill?'",
+    "json": f"{ASK} question='What eats krill?' output=json",
+    "session": ASK,
+    "eval": f"dataset.path=$H/beir {WORDS}",
+    "report": "runs=$H/results output=$H/page",
+    "certify": f"dataset.path=$H/beir {WORDS} certificate.answers=0 certificate.vector_dtypes=[float16]",
+    "prefill": "index.path=$H/index generator.weights=$H/decoder",
+    "bench": "bench=nothing",
+}
+CONDITIONS = {  # the shell line, the exit codes that are right; a session ends with its input
+    "as usual": ("{}", {0}),
+    "stdout closed": ("{} >&-", {2}),
+    "stdout full": ("{} >/dev/full", {2}),
+    "stdin closed": ("{} <&-", {0, 2}),
+    "stderr closed": ("{} 2>&-", {0}),
+    "stderr full": ("{} 2>/dev/full", {0}),
+    "all closed": ("{} <&- >&- 2>&-", {2}),
+    "reader gone": ("{} | true; exit ${{PIPESTATUS[0]}}", {141}),
+    "20 open files": ("ulimit -n 20; {}", {0, 2}),
+    "1 GB of memory": ("ulimit -v 1000000; {}", {0, 2, 134, 139}),
+    "3 GB of memory": ("ulimit -v 3000000; {}", {0, 2, 134, 139}),
+    "ascii": ("export LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 PYTHONIOENCODING=ascii; {}", {0}),
+    "no home": ("export HOME=/proc/none; unset RAG_CACHE; {}", {2}),
+    "folder gone": ("mkdir $H/gone; cd $H/gone; rmdir $H/gone; {}", {2}),
+    "no TMPDIR": ("export TMPDIR=/none; {}", {0}),
+    "one column": ("export COLUMNS=1; {}", {0}),
+}
+
+
+def prepare(home) -> None:
+    """Documents, a dataset and results of two evaluations."""
+    for folder in ("documents", "beir/qrels", "results", "cwd"):
+        (home / folder).mkdir(parents=True)
+    texts = {"seal": "a seal eats fish", "krill": "Caf\u00e9: a whale eats krill \u6ce8"}
+    for name, text in texts.items():
+        (home / "documents" / f"{name}.txt").write_text(text)
+        save(home / "results" / name, f"r={name} \u6ce8", {"MAP": {"1": 0.5, "2": len(name) / 10}})
+    (home / "documents" / os.fsdecode(b"\xff.png")).write_text("")
+    rows = [{"_id": name, "text": text} for name, text in texts.items()]
+    for file in ("corpus", "queries"):
+        (home / "beir" / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = "".join(f"{name}\t{name}\t1\n" for name in texts)
+    (home / "beir" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+
+
+def prepare_to_ask(home) -> None:
+    """An index and a tiny decoder: what takes its time."""
+    (home / "decoder").mkdir()
+    write_checkpoint(home / "decoder")
+    assert walk(home, "ingest", "{}").returncode == 0
+    (home / "new").rename(home / "index")
+
+
+def walk(home, script: str, line: str) -> subprocess.CompletedProcess:
+    """Run a script with its settings by a shell line."""
+    file = ROOT / "scripts" / f"{'generate' if script in ('json', 'session') else script}.py"
+    command = f"{sys.executable} {file} {SCRIPTS[script]} hydra.run.dir=$H/run"
+    if script == "session" and "<&-" not in line:
+        command = f"{command} < $H/questions"
+        (home / "questions").write_text("What eats krill \u6ce8?\n/sources\n/nothing\n")
+    return subprocess.run(
+        ["bash", "-c", line.format(command)],
+        cwd=home / "cwd",
+        env=os.environ | {"H": str(home), "RAG_CACHE": str(home / "cache"), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("streams") / "home"
+    prepare(home)
+    if trials.LONG:
+        prepare_to_ask(home)
+    return home
+
+
+SOME = [("ingest", "stdout full"), ("session", "stdin closed"), ("ingest", "no home")]
+
+
+@pytest.mark.parametrize(
+    ("script", "condition"),
+    [
+        *SOME,
+        *(
+            pytest.param(script, condition, marks=pytest.mark.long)
+            for script in SCRIPTS
+            for condition in CONDITIONS
+            if (script, condition) not in SOME
+        ),
+    ],
+)
+def test_a_script_under_a_condition(home, script, condition):
+    line, codes = CONDITIONS[condition]
+    shutil.rmtree(home / "new", ignore_errors=True)
+    done = walk(home, script, line)
+    assert done.returncode in ({2} if script == "bench" else codes), done.stderr
+    assert not re.search("Traceback|Exception ignored", done.stderr), done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["ingest", "session", "eval"])
+def test_ctrl_c_at_any_time(home, script):
+    """From behind Python's own start on; what comes after the last line of output is the libraries' end."""
+    for tenth in range(2, 80):
+        shutil.rmtree(home / "new", ignore_errors=True)
+        done = walk(home, script, f"timeout --preserve-status --signal=INT {tenth / 10} {{}}")
+        told = done.stderr.replace("\r", "\n")
+        assert "Traceback" not in told and "Exception ignored" not in told, (tenth, told)
+        assert done.returncode in (0, 130)
+        if done.returncode == 0:
+            return
+    pytest.fail("it never came to an end")
