@@ -64,6 +64,8 @@ def launch(main: Callable, config_name: str, schema: type, *, config_dir: Path =
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         code = 130
+    except MemoryError:  # while another error was being told
+        process.leave(b"Not enough memory: use a smaller model or batch, or allow more (`ulimit -v`).\n", 2)
     except process.StdoutLost as lost:
         process.end_ctrl_c()
         code = process.told_lost(lost)
@@ -115,6 +117,8 @@ def _exit_code(main: Callable, config_name: str, schema: type, config_dir: Path)
             raise KeyboardInterrupt from error
         code = _tell(error, _explain(error, config_name, config_dir))
     sys.stdout.flush()
+    if process.interrupted():  # and something on the way has dropped the exception
+        raise KeyboardInterrupt
     return code
 
 

@@ -11,10 +11,11 @@ import resource
 import signal
 import sys
 import types
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from rag.types import UserError
 
+_INTERRUPTED = b"\nInterrupted.\n"
 _OPEN_FILES = 65_536  # all that we ask for
 _MEMORY = (
     *("resource_exhausted", "bad_alloc", "cannot allocate memory", "out of memory"),
@@ -128,7 +129,7 @@ def _ctrl_c(number: int, frame: types.FrameType | None) -> None:
     caller = frame
     while caller is not None:
         if caller.f_code.co_filename == "<frozen importlib._bootstrap>":
-            _leave()
+            leave(_INTERRUPTED, 130)
         caller = caller.f_back
     signal.default_int_handler(number, frame)
 
@@ -136,14 +137,15 @@ def _ctrl_c(number: int, frame: types.FrameType | None) -> None:
 def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """Leave on a KeyboardInterrupt in a callback or a finalizer, where Python would print it and go on."""
     if unraisable.exc_type is KeyboardInterrupt:
-        _leave()
+        leave(_INTERRUPTED, 130)
     sys.__unraisablehook__(unraisable)
 
 
-def _leave() -> None:
+def leave(sentence: bytes, code: int) -> NoReturn:
+    """End at once with a sentence on stderr: no clean-up of the interpreter's and the libraries' own."""
     with contextlib.suppress(OSError):
-        os.write(2, b"\nInterrupted.\n")
-    os._exit(130)
+        os.write(2, sentence)
+    os._exit(code)
 
 
 # --- what the system refuses

@@ -71,6 +71,7 @@ MANY = "for i in range(100_000): print('a line of the result', i)"
         ("print(1)", "mkdir gone; cd gone; rmdir ../gone; {}", 2, "The current folder is gone"),
         ("files = [open(os.devnull) for _ in range(30)]", "ulimit -n 20; {}", 2, "this process may have 20."),
         ("bytearray(1 << 50)", "{}", 2, "Not enough memory"),
+        ("launch._explain = lambda *_: bytearray(1 << 50)\n1 / 0", "{}", 2, "Not enough memory: use"),
         ("os.kill(os.getpid(), 15); time.sleep(9)", "{}; exit $?", 143, None),
     ],
 )
@@ -140,6 +141,7 @@ SLEEP = "time.sleep(30)"
             [130],
             ["Interrupted."],
         ),
+        (f"try: {READY}{SLEEP}\nexcept KeyboardInterrupt: pass", [130], ["Interrupted."]),
         # cleaning up hangs, and there is a second one
         (
             f"try: {READY}{SLEEP}\nfinally: os.kill(os.getpid(), 2); {SLEEP}",
