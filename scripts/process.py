@@ -165,7 +165,8 @@ def out_of_files(error: BaseException | None) -> str | None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
-        if code in (errno.EMFILE, errno.ENFILE) or "too many open files" in str(error).lower():
+        told = str(error).lower() if isinstance(error, ImportError | RuntimeError) else ""
+        if code in (errno.EMFILE, errno.ENFILE) or "too many open files" in told:
             return f"Too many open files: this process may have {most}. Allow more with `ulimit -n`."
         error = error.__cause__ or error.__context__
     return None
@@ -178,7 +179,7 @@ def system_error(error: BaseException | None) -> str | None:
     while error is not None:
         if sentence := _sentence(error):
             return sentence
-        error = error.__cause__ or error.__context__
+        error = error.__cause__  # what was only being handled when a bug showed does not excuse it
     return None
 
 

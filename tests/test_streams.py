@@ -167,7 +167,7 @@ def test_ctrl_c_is_the_end_wherever_it_comes(body, codes, told):
             ImportError("libx.so: cannot open shared object file: Too many open files"),
             "Too many open files: ",
         ),
-        (UserError("the index is damaged (too many open files): ingest again"), "Too many open files: "),
+        (UserError("There is no index at too many open files."), None),
         (OSError(28, "No space left on device", "/x"), "Cannot write /x (No space left on device)"),
         (OSError(12, "Cannot allocate memory"), "Not enough memory"),
         (ImportError("x.so: failed to map segment from shared object"), "Not enough memory"),
@@ -188,9 +188,22 @@ def test_ctrl_c_is_the_end_wherever_it_comes(body, codes, told):
 def test_errors_of_the_system_are_told_from_bugs(error, sentence):
     found = system_error(error)
     assert found is None if sentence is None else sentence in found
-    later = ZeroDivisionError()  # raised while that one was handled
-    later.__context__ = error
+    later = UserError("the index is damaged, ingest again")
+    later.__cause__ = error
     assert system_error(later) == found
+
+
+def test_a_bug_while_an_error_of_the_system_is_handled_stays_a_bug():
+    done = child("try: open('/proc/self/mem/x')\nexcept OSError: raise ZeroDivisionError")
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_too_many_open_files_come_before_what_was_made_of_them():
+    done = child("raise launch._Raised from launch.UserError('ingest again')")
+    assert (done.returncode, done.stderr) == (2, "ingest again\n")
+    cause = "error = launch.UserError('ingest again'); error.__cause__ = OSError(24, 'Too many open files')"
+    done = child(f"{cause}\nraise launch._Raised from error")
+    assert (done.returncode, done.stderr[:20]) == (2, "Too many open files:")
 
 
 # --- the scripts themselves, each under each condition: some in the suite, all with --long
