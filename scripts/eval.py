@@ -50,7 +50,13 @@ def main(config) -> None:
         kept = job.done(update)
     folder = run_dir()
     metrics, costs = kept_result(kept)
-    shutil.copytree(kept, folder, dirs_exist_ok=True)
+    try:
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+    except shutil.Error as error:  # of each file: from, to, why
+        why = error.args[0][0][2]
+        raise UserError(
+            f"Cannot copy {kept} to {folder} ({why}): choose another with hydra.run.dir=DIR."
+        ) from error
     metrics = describe(folder, metrics, config, job.dataset)
     show(metrics)
     if costs.generator:
