@@ -313,7 +313,8 @@ def test_a_script_under_a_condition(home, script, condition):
     shutil.rmtree(home / "new", ignore_errors=True)
     done = walk(home, script, line)
     assert done.returncode in ({2} if script == "bench" else codes), done.stderr
-    assert not re.search("Traceback|Exception ignored", done.stderr), done.stderr
+    if done.returncode not in DEAD:  # whose last words are not ours
+        assert not re.search("Traceback|Exception ignored", done.stderr), done.stderr
 
 
 @pytest.mark.long
