@@ -4,15 +4,24 @@ python scripts/eval.py dataset=sample retriever=bm25
 python scripts/eval.py -m dataset=sample retriever=dense,bm25,hybrid chunker=sentence chunker.size=64,128
 """
 
+from __future__ import annotations  # the types below are imported in main: a typo should not wait for JAX
+
 import functools
 import json
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch import launch
 from settings import Part, build
 from stages import System, method_of
 from this_run import label, overrides, run_dir
+
+from rag.types import UserError
+
+if TYPE_CHECKING:
+    from rag.evaluate.result_files import Ledger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +49,33 @@ def main(config) -> None:
     with progress_bars() as update:
         kept = job.done(update)
     folder = run_dir()
-    shutil.copytree(kept, folder, dirs_exist_ok=True)
-    metrics = describe(folder, config, job.dataset)
+    metrics, costs = kept_result(kept)
+    try:
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+    except shutil.Error as error:  # of each file: from, to, why
+        why = error.args[0][0][2]
+        raise UserError(
+            f"Cannot copy {kept} to {folder} ({why}): choose another with hydra.run.dir=DIR."
+        ) from error
+    metrics = describe(folder, metrics, config, job.dataset)
     show(metrics)
-    if generator := json.loads((folder / "ledger.json").read_text())["generator"]:
-        print(f"generator: {generator}")
+    if costs.generator:
+        print(f"generator: {costs.generator}")
     print(f"-> {folder}")
+
+
+def kept_result(kept: Path) -> tuple[dict, Ledger]:
+    """The metrics and the costs of a finished job, of its folder in the cache. UserError where that is damaged."""
+    from rag.evaluate.result_files import Ledger, Measured
+    from rag.records import fitted_record, read_json, read_record
+
+    remedy = f"remove {kept} and run this again"
+    try:
+        metrics = dict(read_json(kept / "metrics.json", remedy))
+        fitted_record(kept / "metrics.json", metrics, Measured, remedy)
+        return metrics, read_record(kept / "ledger.json", Ledger, remedy)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing: {remedy}.") from error
 
 
 def job_of(config):
@@ -85,13 +115,13 @@ def _built(settings: str):
     return build(OmegaConf.create(json.loads(settings)))
 
 
-def describe(folder, config, dataset) -> dict:
-    """Add to a result the names that this run gives it and how it was asked for; return its metrics."""
+def describe(folder, metrics, config, dataset) -> dict:
+    """Add to a result the names that this run gives it and how it was asked for; return its metrics with them."""
     from omegaconf import OmegaConf
 
     from rag.cache import atomic_file
 
-    metrics = json.loads((folder / "metrics.json").read_text()) | {"label": label()}
+    metrics = metrics | {"label": label()}
     metrics["dataset"] = {"name": dataset.name} | metrics["dataset"]
     metrics["warnings"] = [*dataset.problems, *metrics["warnings"]]
     texts = {
@@ -119,7 +149,7 @@ def show(metrics: dict) -> None:
     for heading in ("measure", "mean", f"{metrics['statistics']['confidence']:.0%} interval"):
         table.add_column(heading, justify="left" if heading == "measure" else "right")
     for name, mean in metrics["means"].items():
-        bounds = metrics["intervals"][name]
+        bounds = metrics["intervals"].get(name)
         between = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "-"
         shown = f"{name} (lower is better)" if lower_is_better(name) else name
         table.add_row(shown, "-" if mean is None else f"{mean:.4f}", between)

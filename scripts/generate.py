@@ -44,6 +44,8 @@ class Settings(System):
 def main(config) -> None:
     if config.question is None and config.output == "json":
         raise UserError('output=json answers one question: give it as question="..."')
+    if config.question is None and sys.stdin is None:
+        raise UserError('Stdin is closed, so nobody can ask: give question="..."')
     from rag.index.store import Index
     from rag.pipeline import Reader
     from rag.retrieve.collection import Collection
@@ -156,10 +158,15 @@ def _turn(question: str, search: Search, reader: Reader, history: list[Message])
 
 
 def _read() -> str | None:
+    """The next line without its ends, None behind the last one. Raises UserError where stdin cannot be read."""
     try:
         return input("\n> ").strip()
     except EOFError:
         return None
+    except OSError as error:
+        raise UserError(
+            f'Cannot read questions from stdin ({error.strerror}): give question="..."'
+        ) from error
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ import functools
 import gc
 import os
 import re
-import signal
 import sys
-import types
 import typing
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import process
 from settings import CONF, check, check_presence, user_error
 from this_run import groups, label, overrides, record_failure, run_dir, sweeping
 
@@ -57,10 +56,20 @@ def launch(main: Callable, config_name: str, schema: type, *, config_dir: Path =
     Exit codes: 0; 2 for what a person can put right (one sentence on stderr); 130 after Ctrl-C; 141 when the
     reader of stdout went away. Any other exception is a bug of ours: it keeps its traceback and exits with 1.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as by nohup
-        signal.signal(signal.SIGINT, _ctrl_c)
     gc.set_threshold(*_COLLECT_EVERY)
-    sys.exit(_exit_code(main, config_name, schema, config_dir))
+    process.prepare_ctrl_c()
+    try:
+        code = _exit_code(main, config_name, schema, config_dir)
+        process.end_ctrl_c()
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        code = 130
+    except MemoryError:  # while another error was being told
+        process.leave(b"Not enough memory: use a smaller model or batch, or allow more (`ulimit -v`).\n", 2)
+    except process.StdoutLost as lost:
+        process.end_ctrl_c()
+        code = process.told_lost(lost)
+    sys.exit(code)
 
 
 class _Raised(BaseException):
@@ -68,6 +77,7 @@ class _Raised(BaseException):
 
 
 def _exit_code(main: Callable, config_name: str, schema: type, config_dir: Path) -> int:
+    """Do all of it. Raises KeyboardInterrupt, StdoutLost, and what is a bug."""
     failures: list[BaseException] = []  # of a sweep's jobs: the others run all the same
 
     def task(config) -> None:
@@ -79,61 +89,51 @@ def _exit_code(main: Callable, config_name: str, schema: type, config_dir: Path)
             enable_compilation_cache()
             with _profile(config.profile):
                 main(config)
-        except BrokenPipeError as error:
-            raise _Raised from error
         except Exception as error:
+            if process.interrupted():
+                raise KeyboardInterrupt from error
             if not sweeping():
                 raise _Raised from error
             failures.append(error)
-            record_failure(run_dir(), label(), overrides(), error, user_error(error))
+            record_failure(run_dir(), label(), overrides(), error, _told(error))
 
     def left_out(settings: Sequence[str], folder: Path, error: Exception) -> None:
         failures.append(UserError(_explain(error, config_name, config_dir)))
         record_failure(folder, " ".join(settings), settings, error, str(failures[-1]))
 
     try:
+        process.allow_open_files()
+        process.prepare_streams()
+        process.check_current_folder()
         _run_hydra(functools.wraps(main)(task), config_name, config_dir, left_out)
-        sys.stdout.flush()
+        code = 0
         if failures:
             print(f"{len(failures)} of the sweep's jobs failed; each has said why above.", file=sys.stderr)
-            return 2 if all(user_error(error) for error in failures) else 1
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return _reader_gone()
+            code = 2 if all(_told(error) for error in failures) else 1
     except _Raised as raised:
-        if isinstance(raised.__cause__, BrokenPipeError):
-            return _reader_gone()
-        return _tell(raised.__cause__, user_error(raised.__cause__))
+        code = _tell(raised.__cause__, _told(raised.__cause__))
     except Exception as error:
-        return _tell(error, _explain(error, config_name, config_dir))
-    return 0
+        if process.interrupted():
+            raise KeyboardInterrupt from error
+        code = _tell(error, _explain(error, config_name, config_dir))
+    sys.stdout.flush()
+    if process.interrupted():  # and something on the way has dropped the exception
+        raise KeyboardInterrupt
+    return code
 
 
-def _ctrl_c(number: int, frame: types.FrameType | None) -> None:
-    """KeyboardInterrupt, except during an import, where extensions swallow it or crash: there, leave at once."""
-    caller = frame
-    while caller is not None:
-        if caller.f_code.co_filename == "<frozen importlib._bootstrap>":
-            os.write(2, b"\nInterrupted.\n")
-            os._exit(130)
-        caller = caller.f_back
-    signal.default_int_handler(number, frame)
+def _told(error: BaseException) -> str | None:
+    """The sentence for what a person can put right, of our own or of the system; None for a bug."""
+    return process.out_of_files(error) or user_error(error) or process.system_error(error)
 
 
 def _tell(error: BaseException, sentence: str | None) -> int:
     """Print the sentence and return its exit code; without one the error is a bug, and goes on its way."""
     if sentence is None:
         raise error from error.__cause__
+    sys.stdout.flush()
     print(" ".join(sentence.split()), file=sys.stderr)
     return 2
-
-
-def _reader_gone() -> int:
-    """Point stdout at nothing, since the interpreter flushes it once more at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141  # 128 + SIGPIPE, as a shell reports it
 
 
 def _run_hydra(task: Callable, config_name: str, config_dir: Path, left_out: Callable) -> None:
@@ -226,6 +226,12 @@ def _unescaped_parts(value: str) -> str:
 
 def _explain(error: Exception, config_name: str, config_dir: Path) -> str | None:
     """The sentence for an error raised before main began, or None for one that is no person's doing."""
+    if sentence := process.out_of_files(error):
+        return sentence
+    if isinstance(error, OSError) and error.filename:
+        return f"Cannot make {error.filename} ({error.strerror}): choose the run's folder with hydra.run.dir=DIR."
+    if sentence := process.system_error(error):
+        return sentence
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -245,8 +251,8 @@ def _explain(error: Exception, config_name: str, config_dir: Path) -> str | None
             return f"{_first_line(error)}: {_first_line(cause)}"
         case HydraException() | OmegaConfBaseException():
             return str(error)
-        case OSError(filename=str(name)):
-            return f"Cannot make {name} ({error.strerror}): choose the run's folder with hydra.run.dir=DIR."
+        case RecursionError():
+            return "A setting is nested too deep: Hydra cannot read it."
     return None
 
 

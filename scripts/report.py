@@ -47,13 +47,13 @@ def locations(runs) -> list[Path]:
     if isinstance(runs, str) and runs.startswith("[") and not Path(runs).exists():
         try:
             runs = yaml.load(runs, yaml.BaseLoader)  # whose scalars all stay text
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise UserError(
                 f"Cannot read the list runs={runs}: write '...' around a path with marks."
             ) from error
     paths = [runs] if isinstance(runs, str) else list(runs)
-    if not paths or not all(paths):
-        raise UserError("runs= is empty: give a folder of results, or a list of them.")
+    if not paths or not all(isinstance(path, str) and path for path in paths):
+        raise UserError("runs= is empty or no list of paths: give a folder of results, or a list of them.")
     return [Path(path).expanduser() for path in paths]
 
 

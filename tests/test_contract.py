@@ -24,6 +24,7 @@ from rag.evaluate import answers, metrics
 from rag.evaluate.job import ABOUT
 from rag.evaluate.spans import is_span_measure
 from rag.measure import Row, Spread
+from rag.report import results
 from rag.types import UserError
 from tests.tiny import write_checkpoint
 
@@ -271,6 +272,8 @@ def test_the_files_of_an_evaluation(home, run):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["dataset"]["path"] == str(home / "beir") and config["reading"]["k"] == 1
     assert "reading.k=1" in yaml.safe_load((folder / "overrides.yaml").read_text())
+    [read], _ = results.read([folder])  # by its own schemas
+    assert read.means == found["means"] and read.losses["measure"] == "F1" and read.settings["reading.k"] == 1
 
 
 def test_the_files_of_a_tuned_evaluation(home, run):
@@ -278,6 +281,8 @@ def test_the_files_of_a_tuned_evaluation(home, run):
     run(eval_script, "tuned", f"dataset.path={home / 'beir'}", *options)
     assert misfit(strict((home / "tuned" / "tuning.json").read_text()), TUNING) == ""
     assert misfit(strict((home / "tuned" / "metrics.json").read_text()), metrics_shape(RETRIEVAL)) == ""
+    [read], _ = results.read([home / "tuned"])
+    assert read.tuning["family"] == "bm25" and read.ledger["query_p50_s"] > 0
 
 
 def test_the_certificate(home, run):

@@ -102,6 +102,7 @@ def run(conf, tmp_path, monkeypatch, capsys):
 
     def start(*arguments, name="tiny", main=None):
         seen = []
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # launch ends with the system's own
         monkeypatch.setattr(
             sys, "argv", ["tiny.py", *arguments, "hydra/job_logging=none", "hydra/hydra_logging=none"]
         )
@@ -114,7 +115,9 @@ def run(conf, tmp_path, monkeypatch, capsys):
             )
         return exit.value.code, seen, capsys.readouterr().err
 
-    return start
+    before = signal.getsignal(signal.SIGINT)
+    yield start
+    signal.signal(signal.SIGINT, before)
 
 
 def through_hydra(text: str) -> object:

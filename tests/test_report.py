@@ -516,10 +516,10 @@ def test_less_of_a_rate_of_errors_is_better(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("metrics.json", "", r"metrics\.json is empty"),
+        ("metrics.json", "", r"metrics\.json is not JSON"),
         ("metrics.json", "{", r"metrics\.json is not JSON"),
-        ("metrics.json", "[1]", r"metrics\.json is no such result file \(it is no object\)"),
-        ("metrics.json", '{"label": "x"}', r"metrics\.json is no such result file \(it has no 'dataset'\)"),
+        ("metrics.json", "[1]", r"metrics\.json holds no JSON object"),
+        ("metrics.json", '{"label": "x"}', r"metrics\.json is not as it should be \(it has no 'dataset'\)"),
         ("per_query.jsonl", "", r"per_query\.jsonl is empty"),
         ("per_query.jsonl", "{}\n", r"per_query\.jsonl, line 1 .*no 'query'"),
         (
@@ -528,14 +528,22 @@ def test_less_of_a_rate_of_errors_is_better(tmp_path):
             r"line 2 gives query 'a' a second",
         ),
         ("per_query.jsonl", '{"query": "a", "MAP": NaN}', r"line 1 is not JSON \(NaN is no number\)"),
-        ("per_query.jsonl", '{"query": "a", "MAP": "1"}', r"line 1 has a value that is no number"),
-        ("per_query.jsonl", '{"query": "a", "MAP": true}', r"line 1 has a value that is no number"),
+        (
+            "per_query.jsonl",
+            '{"query": "a", "MAP": "1"}',
+            r"line 1 is not as it should be \(MAP: input should be a valid num",
+        ),
+        (
+            "per_query.jsonl",
+            '{"query": "a", "MAP": true}',
+            r"line 1 is not as it should be \(MAP: input should be a valid num",
+        ),
         ("per_query.jsonl", '{"query": "a"}', r"per_query\.jsonl names no measure"),
         ("config.yaml", "a: [", r"config\.yaml is not YAML"),
         ("config.yaml", "words", r"config\.yaml holds no settings"),
-        ("ledger.json", "{}", r"ledger\.json is no such result file \(it has no 'stages'\)"),
-        ("losses.json", '{"measure": 3}', r"losses\.json is no such result file"),
-        ("tuning.json", '{"family": "x"}', r"tuning\.json is no such result file"),
+        ("ledger.json", "{}", r"ledger\.json is not as it should be \(it has no 'stages'\)"),
+        ("losses.json", '{"measure": 3}', r"losses\.json is not as it should be"),
+        ("tuning.json", '{"family": "x"}', r"tuning\.json is not as it should be"),
     ],
 )
 def test_a_malformed_file_is_one_sentence_naming_it(tmp_path, name, content, sentence):

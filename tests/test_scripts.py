@@ -293,6 +293,36 @@ def test_eval_writes_what_other_programs_rely_on(beir, evaluated):
     assert "rag.embed.BagOfWords" in (folder / "config.yaml").read_text()
 
 
+def test_a_kept_result_that_is_damaged_is_one_sentence(home, beir, evaluated):
+    wanted = (f"dataset.path={beir}", *WORDS, "evaluation.probes=1")
+    before = set((home / "cache" / "results").glob("*/metrics.json"))
+    folder = evaluated(*wanted)
+    [kept] = set((home / "cache" / "results").glob("*/metrics.json")) - before
+    whole, costs = kept.read_text(), kept.with_name("ledger.json")
+    for text in (
+        "",
+        "[" * 200_000,
+        '{"means": {}, "means": {}}',
+        whole.replace('"resamples": ', '"resamples": -'),
+    ):
+        kept.write_text(text)
+        with pytest.raises(
+            UserError, match=f"metrics.json .*: remove {kept.parent} and run this again"
+        ) as told:
+            evaluated(*wanted)
+        assert len(str(told.value).splitlines()) == 1
+    kept.write_text(whole)
+    cost_text = costs.read_text()
+    costs.unlink()
+    with pytest.raises(UserError, match=f"ledger.json is missing: remove {kept.parent}"):
+        evaluated(*wanted)
+    costs.write_text(cost_text)
+    (folder / "run.trec").unlink()
+    (folder / "run.trec").symlink_to("/proc/none/run.trec")
+    with pytest.raises(UserError, match=r"Cannot copy .*: choose another with hydra\.run\.dir=DIR"):
+        evaluated(*wanted)
+
+
 def test_the_best_chunk_scores_for_its_document(beir, evaluated, tmp_path):
     words = ("chunker=fixed", "chunker.size=1", "chunker.overlap=0")
     evaluated(f"dataset.path={beir}", *WORDS, *words)

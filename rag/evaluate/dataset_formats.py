@@ -6,13 +6,12 @@ Each gives the same Dataset, checked by the same rules (rag.evaluate.datasets).
 import csv
 import importlib
 import io
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rag.evaluate.datasets import Dataset, Judgement, assemble
-from rag.evaluate.questions import Question, leave_out, locate, named, read_questions
+from rag.evaluate.questions import Question, leave_out, locate, named, read_questions, valid_json
 from rag.types import Document, UserError
 from rag.values import Count, Filled, Seed
 
@@ -52,12 +51,7 @@ def load_squad(
 
 def _paragraphs(file: Path) -> Iterator[tuple[str, str, str, list]]:
     """(id, title, context, questions) of each paragraph; the id is the article's title and a number from 0."""
-    try:
-        data = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file}, line {error.lineno} is not valid JSON ({error.msg}): correct it."
-        ) from error
+    data = valid_json(read_text(file), str(file))
     for number, article in enumerate(_member(data, "data", list, str(file)), 1):
         at = f"{file}, article {number}"
         paragraphs = _member(article, "paragraphs", list, at)
@@ -182,10 +176,7 @@ def _csv_rows(file: Path) -> Iterator[dict[str, str]]:
 
 def _references(text: str, where: str) -> list[dict]:
     keys = {"content", "start_index", "end_index"}
-    try:
-        references = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: references are not valid JSON ({error.msg}): correct them.") from error
+    references = valid_json(text, f"{where}, references")
     if not isinstance(references, list) or not all(
         isinstance(x, dict) and keys <= x.keys() for x in references
     ):

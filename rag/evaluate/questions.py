@@ -4,12 +4,13 @@ Evidence is a list of {"document", "quote"}, the quote standing in the document'
 "start", "end"}, characters of that text; with all four they must agree.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rag.ingest.clean import clean
+from rag.records import parse_json
 from rag.types import UserError
 
 _NAMED = 5  # faults spelled out in a message before "and N more"
@@ -78,7 +79,8 @@ def locate(
     """
     found: dict[Evidence, None] = {}
     for item in items:
-        span = _span(item, documents.get(item.get("document", "")))
+        name = item.get("document")
+        span = _span(item, documents.get(name) if isinstance(name, str) else None)
         if isinstance(span, str):
             faults.append(f"{span} ({where})")
         else:
@@ -88,7 +90,7 @@ def locate(
 
 def _span(item: Mapping, text: str | None) -> tuple[int, int] | str:
     """Start and end in the text, or what is wrong with them."""
-    document, quote = f'document "{item.get("document")}"', item.get("quote")
+    document, quote = f'document "{_brief(item.get("document"))}"', item.get("quote")
     start, end = item.get("start"), item.get("end")
     if text is None:
         return f"the unknown {document}"
@@ -97,7 +99,7 @@ def _span(item: Mapping, text: str | None) -> tuple[int, int] | str:
     if start is None and end is None and quote is not None:
         return _found_once(quote, text) or f'"{_short(quote)}", which does not occur once in {document}'
     if type(start) is not int or type(end) is not int or not 0 <= start < end <= len(text):
-        return f"the span {start} to {end} of the {len(text)} characters of {document}"
+        return f"the span {_brief(start)} to {_brief(end)} of the {len(text)} characters of {document}"
     if quote is not None and text[start:end] != quote:
         return f'"{_short(quote)}", which is not what stands at {start} to {end} of {document}'
     return start, end
@@ -111,6 +113,12 @@ def _found_once(quote: str, text: str) -> tuple[int, int] | None:
         if wanted and start >= 0:
             return None if text.find(wanted, start + 1) >= 0 else (start, start + len(wanted))
     return None
+
+
+def _brief(value: object) -> str:
+    """A value in a sentence; what is neither text nor a number goes by its type."""
+    plain = value is None or isinstance(value, str | int | float)
+    return _short(str(value)) if plain else f"a {type(value).__name__}"
 
 
 def _short(text: str) -> str:
@@ -133,10 +141,7 @@ def json_rows(file: Path) -> Iterator[tuple[int, dict]]:
     """(line from 1, row) of a JSON lines file whose rows have a unique, non-empty "_id" and a "text"."""
     seen: dict[str, int] = {}
     for line, content in lines_of(file):
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {line} is not valid JSON ({error.msg}): correct it.") from error
+        row = valid_json(content, f"{file}, line {line}")
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("_id", "text")):
             raise UserError(f'{file}, line {line} has no strings "_id" and "text": correct it.')
         if not row["_id"].strip():
@@ -144,6 +149,14 @@ def json_rows(file: Path) -> Iterator[tuple[int, dict]]:
         if (first := seen.setdefault(row["_id"], line)) != line:
             raise UserError(f'{file}, line {line} repeats the id "{row["_id"]}" of line {first}: remove one.')
         yield line, row
+
+
+def valid_json(text: str, where: str) -> Any:
+    """The value of a JSON text. UserError, with the place, when it is none."""
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON ({str(error)[:200]}): correct it.") from error
 
 
 def lines_of(file: Path) -> Iterator[tuple[int, str]]:

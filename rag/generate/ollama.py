@@ -5,22 +5,67 @@ a line, pieces of text first; the last line says "done" and carries the counts, 
 GET /api/tags ("List local models") names each model's content by a digest.
 """
 
+import contextlib
 import http.client
 import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le
 
 from rag.cache import content_key
 from rag.generate import LogLikelihood
 from rag.ops.sampling import Sampling
+from rag.records import OpenRecord, parse_json
 from rag.types import Message, Usage, UserError
 from rag.values import Count, Filled, check_fields
+
+_LONGEST = 1 << 24  # bytes of one line of an answer; what is cut there is no JSON
+_SHOWN = 500  # characters of an error that the server reports
+_Amount = Annotated[int, Ge(0), Le(2**63 - 1)]
+
+S = TypeVar("S", bound=OpenRecord)
+
+
+class _Message(OpenRecord):
+    content: str | None = None
+
+
+class _Said(OpenRecord):
+    """A line of the answer to /api/chat; the last one is done, and has the counts."""
+
+    message: _Message = _Message()
+    done: bool = False
+    prompt_eval_count: _Amount = 0  # a server leaves out what it still had in its cache
+    eval_count: _Amount = 0
+    prompt_eval_duration: _Amount = 0  # ns, as the others
+    eval_duration: _Amount = 0
+    load_duration: _Amount = 0
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.prompt_eval_count,
+            new_tokens=self.eval_count,
+            prefill_s=self.prompt_eval_duration / 1e9,
+            decode_s=self.eval_duration / 1e9,
+            prepare_s=self.load_duration / 1e9,
+        )
+
+
+class _Model(OpenRecord):
+    name: str
+    digest: str
+
+
+class _Listed(OpenRecord):
+    """The answer to /api/tags."""
+
+    models: list[_Model]
+
 
 # Never through a proxy: the server is local, and a proxy could not reach it.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -96,11 +141,11 @@ class OllamaGenerator:
             options["stop"] = list(stop)
         turns = [{"role": message.role, "content": message.content} for message in messages]
         body = {"model": self.model, "messages": turns, "stream": True, "options": options}
-        for line in self._lines("/api/chat", body):
-            if text := line.get("message", {}).get("content"):
-                yield text
-            if line.get("done"):
-                yield _usage(line)
+        for line in self._lines("/api/chat", _Said, body):
+            if line.message.content:
+                yield line.message.content
+            if line.done:
+                yield line.usage()
                 return
         raise UserError(f"The answer of Ollama at {self.url} broke off before its end; try again.")
 
@@ -139,27 +184,22 @@ class OllamaGenerator:
 
     def _digest(self) -> str:
         """What the server names the model's content by; a name without a tag means its tag `latest`."""
-        [listed] = self._lines("/api/tags")
+        listed = next(self._lines("/api/tags", _Listed), _Listed(models=[]))
         wanted = self.model if ":" in self.model.rpartition("/")[2] else f"{self.model}:latest"
-        try:
-            digests = {model["name"]: model["digest"] for model in listed["models"]}
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"What answers at {self.url} does not speak Ollama's protocol: {str(listed)[:80]}"
-            ) from error
+        digests = {model.name: model.digest for model in listed.models}
         if wanted not in digests:
             raise UserError(self._absent())
         return digests[wanted]
 
-    def _lines(self, path: str, body: dict | None = None) -> Iterator[dict]:
+    def _lines(self, path: str, schema: type[S], body: dict | None = None) -> Iterator[S]:
         """The objects of the server's answer, each as soon as its line is complete."""
         headers = {"Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", data, headers)
         try:
             with _direct.open(request, timeout=self.timeout_s) as response:
-                for line in response:
-                    yield self._object(line)
+                while line := response.readline(_LONGEST):
+                    yield self._record(line, schema)
         except urllib.error.HTTPError as error:
             self._refused(error)
         except TimeoutError as error:
@@ -176,26 +216,23 @@ class OllamaGenerator:
                 f"The answer of Ollama at {self.url} broke off ({error!r}); try again."
             ) from error
 
-    def _object(self, line: bytes) -> dict:
+    def _record(self, line: bytes, schema: type[S]) -> S:
         try:
-            value = json.loads(line)
-        except ValueError as error:
+            value = parse_json(line)
+            if failed := _reported(value):
+                raise UserError(f"Ollama at {self.url} reports: {failed}")
+            return schema.model_validate(value)
+        except ValueError as error:  # pydantic's among them
             raise UserError(
                 f"What answers at {self.url} does not speak Ollama's protocol: {line[:80]!r}"
             ) from error
-        if not isinstance(value, dict):
-            raise UserError(f"What answers at {self.url} does not speak Ollama's protocol: {line[:80]!r}")
-        if "error" in value:
-            raise UserError(f"Ollama at {self.url} reports: {value['error']}")
-        return value
 
     def _refused(self, error: urllib.error.HTTPError) -> NoReturn:
         """Tell what a status other than 200 means."""
-        with error:
-            body = error.read().decode(errors="replace")
-        try:
-            reason = json.loads(body)["error"]
-        except (ValueError, KeyError, TypeError):
+        reason = None
+        with error, contextlib.suppress(ValueError, OSError, http.client.HTTPException):
+            reason = _reported(parse_json(error.read(_LONGEST)))
+        if reason is None:
             raise UserError(
                 f"{self.url} answers with HTTP status {error.code}: is it an Ollama server?"
             ) from error
@@ -213,12 +250,7 @@ class OllamaGenerator:
         return f"Ollama at {self.url} was silent for {self.timeout_s:g} s: set generator.timeout_s higher."
 
 
-def _usage(last: dict) -> Usage:
-    """The counts of the last line; a server leaves out those of a prompt that it still had in its cache."""
-    return Usage(
-        prompt_tokens=last.get("prompt_eval_count", 0),
-        new_tokens=last.get("eval_count", 0),
-        prefill_s=last.get("prompt_eval_duration", 0) / 1e9,
-        decode_s=last.get("eval_duration", 0) / 1e9,
-        prepare_s=last.get("load_duration", 0) / 1e9,
-    )
+def _reported(value: object) -> str | None:
+    """The error that a server's object reports, if it is one that does."""
+    error = value.get("error") if isinstance(value, dict) else None
+    return " ".join(error.split())[:_SHOWN] if isinstance(error, str) else None

@@ -43,7 +43,9 @@ def page(
 def write(folder: Path, blocks: Sequence[Block]) -> list[Path]:
     """report.md with its pictures, and report.html, each whole or not at all. UserError if it cannot be."""
     files = {block.name: block.png for block in blocks if isinstance(block, Picture)}
-    files |= {"report.md": markdown(blocks).encode(), "report.html": html(TITLE, blocks).encode()}
+    texts = {"report.md": markdown(blocks), "report.html": html(TITLE, blocks)}
+    for name, text in texts.items():
+        files[name] = text.encode(errors="backslashreplace")  # a label may hold a path that is not UTF-8
     for name, content in files.items():
         try:
             with atomic_file(folder / name) as file:

@@ -5,16 +5,14 @@ tuning.json and ledger.json when the evaluation had something to say there. What
 named in one sentence: a report over half-read results would be worse than none.
 """
 
-import json
 import os
 import re
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import yaml
-
+from rag.evaluate import result_files as files
+from rag.records import Record, fitted_record, parse_yaml, parsed_json, read_record
 from rag.types import UserError
 
 PerQuery = Mapping[str, Mapping[str, float | None]]  # measure -> query id -> value; None: not defined there
@@ -105,84 +103,6 @@ def _told_apart(run: Run, alike: Sequence[Run]) -> Run:
     return replace(run, label=f"{run.label} ({run.folder.relative_to(shared)})")
 
 
-# --- what the files must look like: a type, a [list of one shape], a {name: shape}, Each(name's shape), (one, or other)
-
-
-@dataclass(frozen=True)
-class Each:
-    """A mapping of any names to one shape."""
-
-    shape: object
-
-
-_NUMBER = float | int
-_OPTIONAL = float | int | None
-_METRICS = {
-    "label": str,
-    "dataset": {"name": str, "fingerprint": str, "queries": int, "limit": int | None, "seed": int | None},
-    "means": Each(_OPTIONAL),
-    "intervals": Each(([_OPTIONAL], types.NoneType)),
-    "statistics": {"confidence": float, "resamples": int, "seed": int},
-    "warnings": [str],
-}
-_FAILURE = {"label": str, "error": str}
-_LOSSES = {
-    "measure": str,
-    "n": int,
-    "ceiling": _NUMBER,
-    "scores": Each(_NUMBER),
-    "losses": Each(_NUMBER),
-    "intervals": Each([_NUMBER]),
-}
-_TUNING = {
-    "family": str,
-    "measure": str,
-    "folds": [{"parameters": Each(object), "train": _NUMBER, "test": _NUMBER, "queries": int}],
-    "nested": _NUMBER,
-    "naive": _NUMBER,
-    "naive_parameters": Each(object),
-    "optimism": _NUMBER,
-}
-_LEDGER = {
-    "stages": Each({"seconds": _NUMBER, "items": _NUMBER, "reused": _NUMBER}),
-    "environment": Each(object),
-}
-
-
-def _misfit(value: object, shape: object, name: str) -> str:
-    """What `value` lacks of `shape`, in words; "" when it fits."""
-    match shape:
-        case Each(inner):
-            if not isinstance(value, Mapping):
-                return f"{name} is no object"
-            return next(
-                (m for key, item in value.items() if (m := _misfit(item, inner, f"{name}.{key}"))), ""
-            )
-        case dict():
-            if not isinstance(value, Mapping):
-                return f"{name} is no object"
-            if missing := [key for key in shape if key not in value]:
-                return f"{name} has no {missing[0]!r}"
-            return next((m for key, s in shape.items() if (m := _misfit(value[key], s, f"{name}.{key}"))), "")
-        case tuple():
-            problems = [_misfit(value, alternative, name) for alternative in shape]
-            return "" if "" in problems else problems[0]
-        case [inner]:
-            if not isinstance(value, list):
-                return f"{name} is no list"
-            return next(
-                (m for i, item in enumerate(value) if (m := _misfit(item, inner, f"{name}[{i}]"))), ""
-            )
-        case type() | types.UnionType():
-            flag = isinstance(value, bool) and shape is not object
-            return (
-                f"{name} is {json.dumps(value, default=str)[:40]}"
-                if flag or not isinstance(value, shape)
-                else ""
-            )
-    raise TypeError(f"no shape: {shape!r}")
-
-
 # --- reading
 
 
@@ -191,61 +111,33 @@ def _read(place: Path) -> Run | Failure:
         name = place.parent.name if place.name == "per_query.jsonl" else place.stem
         return Run(label=name, folder=place, per_query=_per_query(place))
     if not (place / "metrics.json").exists():
-        record = _json(place / "failure.json", _FAILURE)
-        return Failure(label=record["label"], folder=place, error=record["error"])
-    record = _json(place / "metrics.json", _METRICS)
-    dataset = record["dataset"]
+        failed = read_record(place / "failure.json", files.Failed, files.REMEDY)
+        return Failure(label=failed.label, folder=place, error=failed.error)
+    metrics = read_record(place / "metrics.json", files.Metrics, files.REMEDY)
+    dataset = metrics.dataset
     return Run(
-        label=record["label"],
+        label=metrics.label,
         folder=place,
-        key=str(record.get("key", "")),
-        dataset=dataset["name"],
-        fingerprint=dataset["fingerprint"],
-        queries=dataset["queries"],
-        limit=dataset["limit"],
-        seed=dataset["seed"],
-        means={name: _float(mean) for name, mean in record["means"].items()},
-        intervals={name: [*map(float, pair)] for name, pair in record["intervals"].items() if _is_pair(pair)},
-        statistics=record["statistics"],
-        warnings=tuple(record["warnings"]),
+        key=metrics.key,
+        dataset=dataset.name,
+        fingerprint=dataset.fingerprint,
+        queries=dataset.queries,
+        limit=dataset.limit,
+        seed=dataset.seed,
+        means=metrics.means,
+        intervals={name: pair for name, pair in metrics.intervals.items() if pair},
+        statistics=metrics.statistics.model_dump(),
+        warnings=tuple(metrics.warnings),
         per_query=_per_query(place / "per_query.jsonl"),
-        losses=_if_there(place / "losses.json", _LOSSES),
-        tuning=_if_there(place / "tuning.json", _TUNING),
-        ledger=_if_there(place / "ledger.json", _LEDGER),
+        losses=_if_there(place / "losses.json", files.Losses),
+        tuning=_if_there(place / "tuning.json", files.TuningRecord),
+        ledger=_if_there(place / "ledger.json", files.Ledger),
         settings=_settings(place / "config.yaml"),
     )
 
 
-def _float(value: float | int | None) -> float | None:
-    return None if value is None else float(value)
-
-
-def _is_pair(interval: Sequence[float | int | None] | None) -> bool:
-    return interval is not None and len(interval) == 2 and None not in interval
-
-
-def _if_there(path: Path, shape: object) -> dict | None:
-    return _json(path, shape) if path.exists() else None
-
-
-def _json(path: Path, shape: object) -> dict:
-    """A JSON object of that shape. Raises UserError for anything else."""
-    try:
-        record = _strict(_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): run that evaluation again.") from error
-    if problem := _misfit(record, shape, "it"):
-        raise UserError(f"{path} is no such result file ({problem}): run that evaluation again.")
-    return record
-
-
-def _strict(text: str) -> object:
-    """Parse JSON as its standard has it: no NaN, no Infinity. Raises ValueError."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number")
-
-    return json.loads(text, parse_constant=refuse)
+def _if_there(path: Path, schema: type[Record]) -> dict | None:
+    return read_record(path, schema, files.REMEDY).model_dump() if path.exists() else None
 
 
 def _text(path: Path) -> str:
@@ -253,11 +145,11 @@ def _text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"Cannot read {path} ({error.strerror}): run that evaluation again.") from error
+        raise UserError(f"Cannot read {path} ({error.strerror}): {files.REMEDY}.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: run that evaluation again.") from error
+        raise UserError(f"{path} is not UTF-8 text: {files.REMEDY}.") from error
     if not text.strip():
-        raise UserError(f"{path} is empty: run that evaluation again, or leave it out.")
+        raise UserError(f"{path} is empty: {files.REMEDY}, or leave it out.")
     return text
 
 
@@ -268,20 +160,13 @@ def _per_query(path: Path) -> dict[str, dict[str, float | None]]:
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = _strict(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error}).") from error
-        if problem := _misfit(row, {"query": str}, "it"):
-            raise UserError(f"{path}, line {number} is no query with its measures ({problem}).")
-        query = row.pop("query")
-        if query in seen:
-            raise UserError(f"{path}, line {number} gives query {query!r} a second time.")
-        seen.add(query)
-        if problem := _misfit(row, Each(_OPTIONAL), "it"):
-            raise UserError(f"{path}, line {number} has a value that is no number ({problem}).")
-        for measure, value in row.items():
-            columns.setdefault(measure, {})[query] = _float(value)
+        where, remedy = f"{path}, line {number}", "give a query and its measures"
+        row = fitted_record(where, parsed_json(where, line, remedy), files.QueryValues, remedy)
+        if row.query in seen:
+            raise UserError(f"{where} gives query {row.query!r} a second time.")
+        seen.add(row.query)
+        for measure, value in row.model_extra.items():
+            columns.setdefault(measure, {})[row.query] = value
     if not columns:
         raise UserError(f"{path} names no measure: give a file of per-query values.")
     return columns
@@ -295,11 +180,11 @@ def _settings(path: Path) -> dict[str, object]:
     if not path.exists():
         return {}
     try:
-        tree = yaml.safe_load(_text(path))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: run that evaluation again.") from error
+        tree = parse_yaml(_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not YAML ({str(error)[:200]}): {files.REMEDY}.") from error
     if not isinstance(tree, Mapping):
-        raise UserError(f"{path} holds no settings: run that evaluation again.")
+        raise UserError(f"{path} holds no settings: {files.REMEDY}.")
     return dict(_leaves(tree, ""))
 
 

@@ -5,7 +5,6 @@ repeat themselves and the prompt, and introduce what they write: it is parsed wi
 nothing is left the question stands for itself.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import ClassVar
 from rag import prompt
 from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate
+from rag.records import parse_json
 from rag.retrieve.collection import Collection
 from rag.types import Context, Message, UserError
 from rag.values import Count, Filled, Penalty, Seed, Temperature, TopP, check_fields
@@ -213,8 +213,8 @@ def _json_list(raw: str) -> list[str] | None:
     if not raw.startswith("["):
         return None
     try:
-        values = json.loads(raw)
-    except ValueError:  # no JSON, or cut off
+        values = parse_json(raw)
+    except ValueError:  # no JSON, cut off, or nested too deep
         return None
     return values if all(isinstance(value, str) for value in values) else None
 

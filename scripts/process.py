@@ -1,0 +1,199 @@
+"""What a process is given and may run out of: streams, signals, memory, open files, disk space, a current folder.
+
+scripts/launch.py uses it for every script: what goes wrong here is one sentence, or the usual exit code of a signal.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import resource
+import signal
+import sys
+import types
+from typing import NoReturn, TextIO
+
+from rag.types import UserError
+
+_INTERRUPTED = b"\nInterrupted.\n"
+_OPEN_FILES = 65_536  # all that we ask for
+_MEMORY = (
+    *("resource_exhausted", "bad_alloc", "cannot allocate memory", "out of memory"),
+    *("failed to map segment", "can't start new thread"),
+)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+
+
+# --- streams
+
+
+class StdoutLost(BaseException):
+    """Stdout takes no more. It is no Exception, so that nothing between a print and launch takes it for its own."""
+
+
+class _Stdout(io.FileIO):
+    """Stdout's descriptor. Raises StdoutLost where it cannot be written to."""
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise StdoutLost from error
+
+
+class _Stderr(io.FileIO):
+    """Stderr's descriptor. What cannot be written to it is dropped: nobody is left to be told."""
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def prepare_streams() -> None:
+    """Make stdout, stderr and stdin safe to use whatever they are. Raises UserError where stdout is closed.
+
+    What an encoding cannot spell is written as an escape and read as U+FFFD. A closed descriptor becomes /dev/null: the
+    next file that is opened would take its number, and other people's messages. `sys.stdin` stays None where it is
+    closed. Streams that somebody has put in the place of the process's own are left alone.
+    """
+    closed = sys.__stdout__ is None
+    for descriptor in range(3):
+        with contextlib.suppress(OSError):
+            os.fstat(descriptor)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _stream(_Stderr(2, "w", closefd=False), sys.__stderr__)
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _stream(_Stdout(1, "w", closefd=False), sys.__stdout__)
+    if sys.stdin is not None and sys.stdin is sys.__stdin__:
+        sys.stdin.reconfigure(errors="replace")
+    if closed:
+        raise UserError("Stdout is closed, so the result has nowhere to go: give a file, or /dev/null.")
+
+
+def _stream(raw: io.FileIO, before: TextIO | None) -> TextIO:
+    """A text stream like the one before, or line by line in UTF-8 where there was none."""
+    if before is None:
+        return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
+    options = {"line_buffering": before.line_buffering, "write_through": before.write_through}
+    return io.TextIOWrapper(io.BufferedWriter(raw), before.encoding, "backslashreplace", **options)
+
+
+def told_lost(lost: StdoutLost) -> int:
+    """Say on stderr that stdout is lost, and return the exit code. A reader that has left needs no sentence."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at the end
+    if isinstance(lost.__cause__, BrokenPipeError):
+        return 141  # 128 + SIGPIPE, as a shell reports it
+    reason = lost.__cause__.strerror
+    print(f"Cannot write to stdout ({reason}): at least a part of the output is lost.", file=sys.stderr)
+    return 2
+
+
+def check_current_folder() -> None:
+    """Raise UserError where the current folder was deleted, or cannot be entered."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"The current folder is gone ({error.strerror}): change to one that is there."
+        ) from error
+
+
+# --- Ctrl-C
+
+
+def prepare_ctrl_c() -> None:
+    """Make the first Ctrl-C a KeyboardInterrupt and the second one the end; ignored, as by nohup, it stays so."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _ctrl_c)
+        sys.unraisablehook = _unraisable
+
+
+def end_ctrl_c() -> None:
+    """Let Ctrl-C end the process at once: all is done but the interpreter's and the libraries' own end."""
+    if signal.getsignal(signal.SIGINT) is _ctrl_c:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def interrupted() -> bool:
+    """Whether there was a Ctrl-C: an error that follows comes of it, since libraries make their own of it."""
+    return signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def _ctrl_c(number: int, frame: types.FrameType | None) -> None:
+    """KeyboardInterrupt, except during an import, where extensions swallow it or crash: there, leave at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    caller = frame
+    while caller is not None:
+        if caller.f_code.co_filename == "<frozen importlib._bootstrap>":
+            leave(_INTERRUPTED, 130)
+        caller = caller.f_back
+    signal.default_int_handler(number, frame)
+
+
+def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Leave on a KeyboardInterrupt in a callback or a finalizer, where Python would print it and go on."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        leave(_INTERRUPTED, 130)
+    sys.__unraisablehook__(unraisable)
+
+
+def leave(sentence: bytes, code: int) -> NoReturn:
+    """End at once with a sentence on stderr: no clean-up of the interpreter's and the libraries' own."""
+    with contextlib.suppress(OSError):
+        os.write(2, sentence)
+    os._exit(code)
+
+
+# --- what the system refuses
+
+
+def allow_open_files() -> None:
+    """Raise the limit of open files as far as may be: each memory-mapped array counts, and a model has hundreds."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # some systems have a limit of their own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def out_of_files(error: BaseException | None) -> str | None:
+    """The sentence for an error that too many open files have caused, whatever was made of it; None for another."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    while error is not None:
+        code = error.errno if isinstance(error, OSError) else None
+        told = str(error).lower() if isinstance(error, ImportError | RuntimeError) else ""
+        if code in (errno.EMFILE, errno.ENFILE) or "too many open files" in told:
+            return f"Too many open files: this process may have {most}. Allow more with `ulimit -n`."
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def system_error(error: BaseException | None) -> str | None:
+    """The sentence for an error of the system, or one that it caused; None for one that may be a bug of ours."""
+    if sentence := out_of_files(error):
+        return sentence
+    while error is not None:
+        if sentence := _sentence(error):
+            return sentence
+        error = error.__cause__  # what was only being handled when a bug showed does not excuse it
+    return None
+
+
+def _sentence(error: BaseException) -> str | None:
+    code = error.errno if isinstance(error, OSError) else None
+    told = str(error).lower() if isinstance(error, ImportError | RuntimeError) else ""
+    where = f" {error.filename}" if code and error.filename else ""
+    if code == errno.ENOMEM or isinstance(error, MemoryError) or any(words in told for words in _MEMORY):
+        reason = " ".join(str(error).split())[:200] or "no reason given"
+        return f"Not enough memory ({reason}): use a smaller model or batch, or allow more (`ulimit -v`)."
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return f"Cannot write{where} ({error.strerror}): make room, or choose another place."
+    if code in _REFUSED:
+        return f"Cannot use{where or ' a file'} ({error.strerror}): correct that, or choose another place."
+    if "determine home directory" in told:
+        return "There is no home folder for `~`: set HOME, or write the path in full."
+    return None
