@@ -15,7 +15,7 @@ from rag.types import UserError
 
 R = TypeVar("R", bound="Record")
 
-_SHOWN = 200  # characters of the parser's reason
+_SHOWN = 200  # characters of another program's reason
 
 
 class Record(BaseModel):
@@ -64,10 +64,16 @@ def read_json(path: Path, remedy: str) -> Mapping[str, Any]:
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}): {remedy}.") from error
     except ValueError as error:  # UnicodeDecodeError among them
-        raise UserError(f"{path} is not JSON ({str(error)[:_SHOWN]}): {remedy}.") from error
+        raise UserError(f"{path} is not JSON ({reason(error)}): {remedy}.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: {remedy}.")
     return value
+
+
+def reason(error: BaseException) -> str:
+    """What another program says of its failure, to stand in a sentence: one line of printable characters, cut short."""
+    words = " ".join("".join(c if c.isprintable() else " " for c in str(error)[: 4 * _SHOWN]).split())
+    return words[:_SHOWN].rstrip(" .") or type(error).__name__
 
 
 def misfit(error: ValidationError) -> str:
