@@ -24,15 +24,13 @@ from rag.models.configuration import (
     Layers,
     Positions,
     Rows,
-    Scaling,
     Theta,
     Width,
-    check_decoder,
     configured,
     head_size,
-    rope_factors,
 )  # fmt: skip
 from rag.models.llama import Llama, LlamaConfig, abstract
+from rag.models.llama_configuration import Scaling, check_decoder, rope_factors
 from rag.models.tokenizer import DEFAULT_DATE, Tokenizer
 from rag.types import UserError
 

@@ -29,6 +29,7 @@ from rag.types import Message, UserError
 TOKENIZER_FILE = "tokenizer.json"
 SPEC_FILE = "tokenizer_spec.json"
 _MOST_JSON = 1 << 26  # bytes of the files beside a tokenizer
+_HALF = "\\ud"  # how JSON's escapes of the halves of characters begin
 DEFAULT_DATE = day(2026, 1, 1)  # that chat templates are told: the same prompts every day
 
 # Tokens that end a turn or a text in the checkpoints of the Llama family, whatever their metadata says.
@@ -379,7 +380,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_JSON:
             raise ValueError(f"it has more than {_MOST_JSON:,} bytes")
-        value = parse_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = parse_json(text)
+        if _HALF in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half a character is no text
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); fetch the file again") from error
     except ValueError as error:  # UnicodeDecodeError among them
