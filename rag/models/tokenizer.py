@@ -29,6 +29,7 @@ from rag.types import Message, UserError
 TOKENIZER_FILE = "tokenizer.json"
 SPEC_FILE = "tokenizer_spec.json"
 _MOST_JSON = 1 << 26  # bytes of the files beside a tokenizer
+_UNLIKELY = "a \U000f0000 \U0001f916\n"  # a text of which most vocabularies lack a part
 _HALF = "\\ud"  # how JSON's escapes of the halves of characters begin
 DEFAULT_DATE = day(2026, 1, 1)  # that chat templates are told: the same prompts every day
 
@@ -368,7 +369,9 @@ def read_core(folder: Path) -> tokenizers.Tokenizer:
             f"{folder} holds no {TOKENIZER_FILE}; add the checkpoint's, or convert its tokenizer to one"
         )
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        core = tokenizers.Tokenizer.from_file(str(path))
+        core.encode(_UNLIKELY)  # some files fail at the first unknown word alone
+        return core
     except Exception as error:  # the library raises bare Exception for a malformed file
         raise UserError(f"cannot read {path} ({reason(error)}); fetch the file again") from error
 
