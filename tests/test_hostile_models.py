@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rag.models import bert_checkpoint, checkpoint, llama_checkpoint
+from rag.models import bert_checkpoint, checkpoint, llama_checkpoint, tokenizer_gguf
 from rag.models.tokenizer import Tokenizer
 from rag.types import UserError
 from tests import tiny, tiny_encoder
@@ -169,6 +169,39 @@ def test_a_tokenizer_that_fails_at_unknown_words_is_told(tmp_path):
     values["model"]["unk_token"] = "[NONE]"
     (folder / "tokenizer.json").write_text(json.dumps(values))
     assert "Missing [UNK] token" in told(bert_checkpoint.load, folder)
+
+
+REAL_PATTERNS = [
+    tokenizer_gguf._WORDS % r"\p{N}{1,3}", *tokenizer_gguf._DEEPSEEK, r" ?[^(\s|[.,!?\u2026\u3002])]+",
+    "[0-9][0-9][0-9]",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{M}]*[\p{Ll}\p{Lm}\p{M}]+(?i:'s|'t|'re)?|\p{N}{1,3}|[^\s\p{L}]+[\r\n/]*|\s+",
+    r"'(?i:[sdmt]|ll|ve|re)|\s+(?!\S)", " {2,}", r"\(+|\)+", "[()]+",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", REAL_PATTERNS)
+def test_patterns_of_real_tokenizers_are_used(tmp_path, pattern):
+    folder = tiny_encoder.write_checkpoint(tmp_path / "m")
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    change_json(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split]})
+    assert Tokenizer.from_folder(folder).encode("seal (on) ice")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(a|aa)*$", "(?:[)]a*){2,}b", r"(a)\1", "a" * 5000, r"(\)a+)+"]
+)
+def test_patterns_without_end_are_refused(tmp_path, pattern):
+    folder = tiny_encoder.write_checkpoint(tmp_path / "m")
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    change_json(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split]})
+    assert "may take without end" in told(Tokenizer.from_folder, folder)
+
+
+def test_texts_that_grow_without_end_are_refused(tmp_path):
+    folder = tiny_encoder.write_checkpoint(tmp_path / "m")
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 20}] * 3
+    change_json(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
+    assert "makes texts 8,000 times as long" in told(Tokenizer.from_folder, folder)
 
 
 def test_an_emoji_in_escapes_is_text(tmp_path):

@@ -1,7 +1,10 @@
 """Tokenizers out of Hugging Face checkpoint folders: tokenizer.json and the small JSON files beside it."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -9,6 +12,9 @@ from rag.models.configuration import Configuration, configured
 from rag.models.tokenizer import END_TEXTS, TokenizerSpec, read_core, read_json, unique_ids
 from rag.records import reason
 from rag.types import UserError
+
+_LONGEST_PATTERN = 4000  # characters
+_MOST_GROWTH = 1000
 
 
 class _Named(Configuration):
@@ -31,6 +37,7 @@ class _Generation(Configuration):
 def build(folder: Path) -> tuple[Tokenizer, TokenizerSpec]:
     """The tokenizer of a checkpoint folder. Raises UserError for a missing or damaged file."""
     core = read_core(folder)
+    _check_steps(core, folder)
     config = read_json(folder / "tokenizer_config.json")
     named = str(folder / "tokenizer_config.json")
     declared = read_json(folder / "special_tokens_map.json") | config
@@ -70,6 +77,39 @@ def _chat_template(folder: Path, stated: str | list[_Named] | None) -> str | Non
     if isinstance(stated, list):
         return {entry.name: entry.template for entry in stated}.get("default")
     return stated
+
+
+def _check_steps(core: Tokenizer, folder: Path) -> None:
+    """Look at how texts are rewritten and split. Raises UserError for what could take or write without end."""
+    growth = 1
+    for part in (core.normalizer, core.pre_tokenizer):
+        for step in _steps(json.loads(part.__getstate__())) if part is not None else ():
+            pattern = step["pattern"].get("Regex") if isinstance(step.get("pattern"), dict) else None
+            if pattern is not None and (len(pattern) > _LONGEST_PATTERN or _repeats_a_group(pattern)):
+                raise UserError(
+                    f"the tokenizer in {folder} splits by the pattern {pattern!r:.80}, which may take without end; "
+                    "take another checkpoint"
+                )
+            growth *= max(1, len(step.get("content") or ""), len(step.get("prepend") or ""))
+    if growth > _MOST_GROWTH:
+        raise UserError(
+            f"the tokenizer in {folder} makes texts {growth:,} times as long; take another checkpoint"
+        )
+
+
+def _steps(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A normalizer or pre-tokenizer, and those that it is a sequence of."""
+    yield part
+    for name in ("normalizers", "pretokenizers"):
+        for step in part.get(name) or ():
+            yield from _steps(step)
+
+
+def _repeats_a_group(pattern: str) -> bool:
+    """Whether a regular expression repeats a group without a limit, as (a+)+ does, or refers back to one."""
+    plain = re.sub(r"\\[^1-9k]", "x", pattern)  # escaped characters
+    plain = re.sub(r"\[\^?\]?[^\[\]]*(\[[^\[\]]*\][^\[\]]*)*\]", "x", plain)  # classes, and classes in them
+    return bool(re.search(r"\)(?:[*+]|\{\d*,\d*\})|\\[1-9k]", plain))
 
 
 def _decoder_traits(core: Tokenizer) -> dict[str, object]:
