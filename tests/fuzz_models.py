@@ -1,9 +1,9 @@
 """Damaged and hostile models, made of tiny real ones: does each load, or say in one sentence why not?
 
-    python -m tests.fuzz_models SEED CASES      prints one JSON line a case: kind, outcome, seconds, sentence
+    python -m tests.fuzz_models SEED CASES [numbers]    prints one JSON line a case: kind, outcome, seconds, sentence
 
 A case changes a few places of one file (bytes, or values of JSON, GGUF metadata or a template), and then goes the way
-of a user's model: configuration, tensors, tokenizer, a conversation. It has DEADLINE seconds and MEMORY bytes.
+of a user's model: configuration, tensors, tokenizer, a conversation, and with `numbers` logits or vectors. It has DEADLINE seconds and MEMORY bytes.
 """
 
 import io
@@ -221,8 +221,8 @@ def decoder_gguf() -> tuple[dict[str, object], dict[str, np.ndarray]]:
 class Models:
     """Tiny models in a folder, and what reading them after a change gives."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, numbers: bool):
+        self.folder, self.numbers = folder, numbers
         (folder / "decoder").mkdir()
         tiny.write_checkpoint(folder / "decoder")
         (folder / "decoder" / "generation_config.json").write_text('{"eos_token_id": [257]}')
@@ -352,6 +352,8 @@ class Models:
         weights = [np.load(file) for file in self.out.glob("*.npy")]
         assert all(np.isfinite(array).all() for array in weights)
         self.used(Tokenizer.load(self.out))
+        if not self.numbers:
+            return None
         with jax.disable_jit():  # what is jitted would be compiled for each case
             return self.logits() if name == "decoder" else self.vectors(path)
 
@@ -399,10 +401,10 @@ def stop(*_) -> None:
     raise Slow
 
 
-def main(seed: int, cases: int) -> None:
+def main(seed: int, cases: int, numbers: bool) -> None:
     signal.signal(signal.SIGALRM, stop)
     with tempfile.TemporaryDirectory() as folder:
-        models = Models(Path(folder))
+        models = Models(Path(folder), numbers)
         models.check()
         kinds = models.kinds()
         limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + MEMORY
@@ -423,4 +425,4 @@ def main(seed: int, cases: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["numbers"])

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 
-def run(seed: int, cases: int, tmp_path: Path) -> Counter[str]:
+def run(seed: int, cases: int, tmp_path: Path, *options: str) -> Counter[str]:
     """How many cases had which outcome. In a process of its own: whatever it does, the tests go on."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz_models", str(seed), str(cases)], capture_output=True, text=True,
+        [sys.executable, "-m", "tests.fuzz_models", str(seed), str(cases), *options], capture_output=True, text=True,
         cwd=Path(__file__).parents[1], env={"RAG_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}, timeout=60 + cases,
     )  # fmt: skip
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -31,4 +31,4 @@ def test_mutated_models_load_or_are_refused(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_thousands_of_mutated_models(tmp_path, seed):
-    run(seed, 1080, tmp_path)
+    run(seed, 1080, tmp_path, "numbers")
