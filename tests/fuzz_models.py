@@ -3,7 +3,8 @@
     python -m tests.fuzz_models SEED CASES [numbers]    prints one JSON line a case: kind, outcome, seconds, sentence
 
 A case changes a few places of one file (bytes, or values of JSON, GGUF metadata or a template), and then goes the way
-of a user's model: configuration, tensors, tokenizer, a conversation, and with `numbers` logits or vectors. It has DEADLINE seconds and MEMORY bytes.
+of a user's model: configuration, tensors, tokenizer, a conversation, and with `numbers` logits or vectors.
+It has DEADLINE seconds and MEMORY bytes.
 """
 
 import io
