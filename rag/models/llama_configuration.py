@@ -18,11 +18,13 @@ def check_decoder(config: LlamaConfig, source: str) -> LlamaConfig:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         raise UserError(
-            f"{source} divides {heads} heads among {groups} key and value heads; its configuration is damaged"
+            f"{source} divides {heads} heads among {groups} key and value heads; its configuration is "
+            "damaged, fetch it again"
         )
     if config.head_dim % 2:
         raise UserError(
-            f"{source} has heads of {config.head_dim} dimensions, which cannot be rotated in pairs"
+            f"{source} has heads of {config.head_dim} dimensions, which cannot be rotated in pairs; take "
+            "another checkpoint"
         )
     if config.rope_factors is None:
         return config
@@ -30,11 +32,11 @@ def check_decoder(config: LlamaConfig, source: str) -> LlamaConfig:
     if len(config.rope_factors) != config.head_dim // 2:
         raise UserError(
             f"{source} has {len(config.rope_factors)} rotary factors for heads of {config.head_dim} dimensions; the "
-            "checkpoint is damaged"
+            "checkpoint is damaged, fetch it again"
         )
     if not all(low <= factor <= high for factor in config.rope_factors):  # NaN is not
         raise UserError(
-            f"{source} has rotary factors that are not from {low} to {high}; the checkpoint is damaged"
+            f"{source} has rotary factors that are not from {low} to {high}; the checkpoint is damaged, fetch it again"
         )
     return config
 
@@ -73,7 +75,7 @@ def rope_factors(
             values = configured(_Llama3, scaling, place)
             if values.low_freq_factor >= values.high_freq_factor:
                 raise UserError(
-                    f"{place} has low_freq_factor above high_freq_factor; its configuration is damaged"
+                    f"{place} has low_freq_factor above high_freq_factor; its configuration is damaged, fetch it again"
                 )
             with np.errstate(all="ignore"):
                 return llama3_factors(head_dim, theta, values.model_dump())

@@ -38,6 +38,7 @@ _PRODUCTS = (
 )
 _WIDEST = 10_000  # characters to which printf-style formatting may pad a value
 _MOST_INDENT = 16
+_MOST_DIGITS = 100  # behind the point, of a number that is rounded
 
 _STR_METHODS = frozenset(
     "capitalize casefold center count endswith find index isalnum isalpha isascii isdecimal isdigit "
@@ -267,6 +268,11 @@ class Environment(ImmutableSandboxedEnvironment):
                     if isinstance(arg, str | int)
                 ]
                 self.pay((1 + len(str(value).splitlines())) * max([4, *widths]) // _CHARACTERS)
+            case "round":
+                require(
+                    all(isinstance(arg, str) or arg <= _MOST_DIGITS for arg in args),
+                    "it rounds to many digits",
+                )
             case "sum":
                 require(
                     all(arg is None or isinstance(arg, str | int | float) for arg in args), "it adds lists up"
