@@ -17,7 +17,7 @@ from rag.types import UserError
 
 R = TypeVar("R", bound="Record")
 
-_SHOWN = 200  # characters of the parser's reason
+_SHOWN = 200  # characters of another program's reason
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of one half of a character, which may stand alone
 
 
@@ -109,10 +109,16 @@ def parsed_json(name: object, text: str | bytes, remedy: str) -> Mapping[str, An
     try:
         value = parse_json(text)
     except ValueError as error:  # UnicodeDecodeError among them
-        raise UserError(f"{name} is not JSON ({str(error)[:_SHOWN]}): {remedy}.") from error
+        raise UserError(f"{name} is not JSON ({reason(error)}): {remedy}.") from error
     if not isinstance(value, dict):
         raise UserError(f"{name} holds no JSON object: {remedy}.")
     return value
+
+
+def reason(error: BaseException) -> str:
+    """What another program says of its failure, to stand in a sentence: one line of printable characters, cut short."""
+    words = " ".join("".join(c if c.isprintable() else " " for c in str(error)[: 4 * _SHOWN]).split())
+    return words[:_SHOWN].rstrip(" .") or type(error).__name__
 
 
 def misfit(error: ValidationError) -> str:

@@ -67,7 +67,7 @@ def test_template_offers_what_templates_expect(source, want):
         ("{{ messages[5].content }}", "has no"),
         ("{% for %}", "broken"),
         ("{{ 1 / 0 }}", "division"),
-        ("{% for n in range(10 ** 9) %}{% endfor %}", "[Rr]ange"),
+        ("{% for n in range(10 ** 9) %}{% endfor %}", "number above"),
     ],
 )
 def test_template_failures_are_user_errors(source, message):

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 from functools import partial
-from types import SimpleNamespace
 
 import gguf
 import jax
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 from rag import cache
 from rag.models import checkpoint
 from rag.models.checkpoint import Rule
+from rag.models.gguf_file import Tensor
 from rag.types import UserError
 
 
@@ -134,7 +134,8 @@ def test_gguf_round_trip(tmp_path):
 
 
 def test_to_ask_whether_a_gguf_has_a_tensor_does_not_read_it(monkeypatch):
-    tensors = checkpoint.GgufTensors(SimpleNamespace(tensors=[SimpleNamespace(name="here")]))
+    tensor = Tensor("here", gguf.GGMLQuantizationType.F32, (1,), np.zeros(4, np.uint8))
+    tensors = checkpoint.GgufTensors({"here": tensor}, "a file")
     monkeypatch.setattr(gguf, "dequantize", lambda *_: pytest.fail("it was dequantised"))
     assert "here" in tensors
     assert "there" not in tensors
@@ -200,10 +201,6 @@ def test_a_configuration_that_is_missing_or_incomplete_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"a": ')
     with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
         checkpoint.read_config(tmp_path)
-    values = checkpoint.Values({"a": 1}, "here")
-    assert (values["a"], values.get("b")) == (1, None)
-    with pytest.raises(UserError, match="here lacks the setting 'b'"):
-        values["b"]
 
 
 def test_the_same_bytes_are_converted_once(tmp_path, monkeypatch):

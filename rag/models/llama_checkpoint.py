@@ -13,12 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from rag.models import checkpoint
 from rag.models.checkpoint import Rule
+from rag.models.configuration import (
+    Configuration,
+    Epsilon,
+    Heads,
+    Layers,
+    Positions,
+    Rows,
+    Theta,
+    Width,
+    configured,
+    head_size,
+)  # fmt: skip
 from rag.models.llama import Llama, LlamaConfig, abstract
+from rag.models.llama_configuration import Scaling, check_decoder, rope_factors
 from rag.models.tokenizer import DEFAULT_DATE, Tokenizer
-from rag.ops.rope import llama3_factors
 from rag.types import UserError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # model_type in config.json, general.architecture in GGUF
@@ -60,6 +73,11 @@ def _abstract(folder: Path, *, int8: bool = False) -> Llama:
     values = json.loads((folder / "config.json").read_text())
     factors = values.pop("rope_factors")
     config = LlamaConfig(**values, rope_factors=tuple(factors) if factors else None)
+    return _shapes(config, int8=int8)
+
+
+def _shapes(config: LlamaConfig, *, int8: bool = False) -> Llama:
+    """The shapes of a model, of which one layer is traced."""
     model = abstract(replace(config, num_hidden_layers=1), int8=int8)
     model.config, model.layers = config, checkpoint.copies(model.layers[0], config.num_hidden_layers)
     return model
@@ -84,10 +102,11 @@ def source_files(path: Path) -> list[Path]:
 def _convert_gguf(path: Path, folder: Path) -> None:
     metadata, tensors = checkpoint.read_gguf(path)
     config = config_from_gguf(metadata, tensors)
+    checkpoint.check_layers(tensors, "blk.{i}.", config.num_hidden_layers, str(path))
+    tokenizer = Tokenizer.from_gguf(metadata)
+    checkpoint.check_vocabulary(tokenizer, config.vocab_size, str(path))
     table = gguf_table(config, metadata["general.architecture"])
-    _write(
-        checkpoint.fill(abstract(config), tensors, table, str(path)), Tokenizer.from_gguf(metadata), folder
-    )
+    _write(checkpoint.fill(_shapes(config), tensors, table, str(path)), tokenizer, folder)
 
 
 def _convert_huggingface(path: Path, folder: Path) -> None:
@@ -95,8 +114,11 @@ def _convert_huggingface(path: Path, folder: Path) -> None:
     tensors = {
         name: np.asarray(array, np.float32) for name, array in checkpoint.read_safetensors(path).items()
     }
-    model = checkpoint.fill(abstract(config), tensors, huggingface_table(config), str(path))
-    _write(model, Tokenizer.from_folder(path), folder)
+    checkpoint.check_layers(tensors, "model.layers.{i}.", config.num_hidden_layers, str(path))
+    tokenizer = Tokenizer.from_folder(path)
+    checkpoint.check_vocabulary(tokenizer, config.vocab_size, str(path))
+    model = checkpoint.fill(_shapes(config), tensors, huggingface_table(config), str(path))
+    _write(model, tokenizer, folder)
 
 
 def _write(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
@@ -141,110 +163,137 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
+class _HuggingFace(Configuration):
+    """What a config.json says."""
+
+    vocab_size: Rows
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Layers
+    num_attention_heads: Heads
+    num_key_value_heads: Heads | None = None
+    head_dim: Heads | None = None
+    max_position_embeddings: Positions
+    rms_norm_eps: Epsilon
+    rope_theta: Theta | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool | None = False
+    hidden_act: str = "silu"
+    use_sliding_window: bool | None = None
+
+
 def config_from_huggingface(values: Mapping[str, Any], source: str) -> LlamaConfig:
     """The architecture that a config.json describes; UserError for a family that is not this one."""
-    values = checkpoint.Values(values, source)
     kind = values.get("model_type")
     _check_architecture(kind, source)
-    if (activation := values.get("hidden_act", "silu")) != "silu":
+    stated = configured(_HuggingFace, values, source)
+    if stated.hidden_act != "silu":
         raise UserError(
-            f"{source} has the activation {activation!r}; only silu is known, take another checkpoint"
+            f"{source} has the activation {stated.hidden_act!r:.80}; only silu is known, take another checkpoint"
         )
-    if values.get("use_sliding_window"):
+    if stated.use_sliding_window:
         raise UserError(f"{source} attends in a sliding window, which is not known; take another checkpoint")
-    heads, width = values["num_attention_heads"], values["hidden_size"]
-    head_dim = values.get("head_dim") or width // heads
+    heads = stated.num_attention_heads
+    head_dim = head_size(stated.head_dim, stated.hidden_size, heads, source)
     # transformers 5 moved theta into the scaling record
-    scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    theta = values.get("rope_theta") or scaling.get("rope_theta", 10000.0)
-    return LlamaConfig(
-        vocab_size=values["vocab_size"],
-        hidden_size=width,
-        intermediate_size=values["intermediate_size"],
-        num_hidden_layers=values["num_hidden_layers"],
+    scaling = stated.rope_scaling or stated.rope_parameters or {}
+    theta = stated.rope_theta or configured(Scaling, scaling, source).rope_theta or 10000.0
+    config = LlamaConfig(
+        vocab_size=stated.vocab_size,
+        hidden_size=stated.hidden_size,
+        intermediate_size=stated.intermediate_size,
+        num_hidden_layers=stated.num_hidden_layers,
         num_attention_heads=heads,
-        num_key_value_heads=values.get("num_key_value_heads") or heads,
+        num_key_value_heads=stated.num_key_value_heads or heads,
         head_dim=head_dim,
-        max_position_embeddings=values["max_position_embeddings"],
-        rms_norm_eps=values["rms_norm_eps"],
+        max_position_embeddings=stated.max_position_embeddings,
+        rms_norm_eps=stated.rms_norm_eps,
         rope_theta=theta,
-        rope_factors=_rope_factors(scaling, head_dim, theta, source),
-        tie_word_embeddings=values.get("tie_word_embeddings", False),
-        qkv_bias=kind == "qwen2" or values.get("attention_bias", False),
+        rope_factors=rope_factors(scaling, head_dim, theta, source),
+        tie_word_embeddings=stated.tie_word_embeddings,
+        qkv_bias=kind == "qwen2" or bool(stated.attention_bias),
         qk_norm=kind == "qwen3",
     )
+    return check_decoder(config, source)
 
 
-def _rope_factors(
-    scaling: Mapping[str, Any], head_dim: int, theta: float, source: str
-) -> tuple[float, ...] | None:
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    scaling = checkpoint.Values(scaling, f"{source}, in its rope_scaling,")
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return (float(scaling["factor"]),) * (head_dim // 2)
-    if kind == "llama3":
-        return llama3_factors(head_dim, theta, scaling)
-    raise UserError(
-        f"{source} scales its rotary positions by {kind!r}; only linear and llama3 scaling can be loaded"
-    )
+class _Gguf(Configuration):
+    """What a GGUF file's metadata say, by their keys without the architecture."""
+
+    tokens: list[Any] = Field(alias="tokenizer.ggml.tokens", min_length=1, max_length=1 << 24)
+    width: Width = Field(alias="embedding_length")
+    ffn: Width = Field(alias="feed_forward_length")
+    layers: Layers = Field(alias="block_count")
+    heads: Heads = Field(alias="attention.head_count")
+    kv_heads: Heads | None = Field(None, alias="attention.head_count_kv")
+    head_dim: Heads | None = Field(None, alias="attention.key_length")
+    positions: Positions = Field(alias="context_length")
+    epsilon: Epsilon = Field(alias="attention.layer_norm_rms_epsilon")
+    theta: Theta = Field(10000.0, alias="rope.freq_base")
+    rotated: Heads | None = Field(None, alias="rope.dimension_count")
+    scaling: str = Field(
+        "linear", alias="rope.scaling.type"
+    )  # llama.cpp's default, of files that say a factor alone
+    factor: float | None = Field(None, alias="rope.scaling.factor")
+    old_factor: float | None = Field(None, alias="rope.scale_linear")
 
 
 def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> LlamaConfig:
     """The architecture that a GGUF file's metadata describes; UserError for a family that is not this one."""
-    kind, source = metadata.get("general.architecture"), metadata.get("general.name", "the GGUF file")
+    kind, source = metadata.get("general.architecture"), checkpoint.gguf_name(metadata)
     _check_architecture(kind, source)
-    values = checkpoint.Values(
-        {key.removeprefix(f"{kind}."): value for key, value in metadata.items()}, source
+    stated = configured(
+        _Gguf, {key.removeprefix(f"{kind}."): value for key, value in metadata.items()}, source
     )
-    heads, width = values["attention.head_count"], values["embedding_length"]
-    head_dim = values.get("attention.key_length", width // heads)
-    return LlamaConfig(
-        vocab_size=len(values["tokenizer.ggml.tokens"]),
-        hidden_size=width,
-        intermediate_size=values["feed_forward_length"],
-        num_hidden_layers=values["block_count"],
-        num_attention_heads=heads,
-        num_key_value_heads=values.get("attention.head_count_kv", heads),
+    head_dim = head_size(stated.head_dim, stated.width, stated.heads, source)
+    config = LlamaConfig(
+        vocab_size=len(stated.tokens),
+        hidden_size=stated.width,
+        intermediate_size=stated.ffn,
+        num_hidden_layers=stated.layers,
+        num_attention_heads=stated.heads,
+        num_key_value_heads=stated.kv_heads or stated.heads,
         head_dim=head_dim,
-        max_position_embeddings=values["context_length"],
-        rms_norm_eps=values["attention.layer_norm_rms_epsilon"],
-        rope_theta=values.get("rope.freq_base", 10000.0),
-        rope_factors=_gguf_rope_factors(values, tensors.get("rope_freqs.weight"), head_dim, source),
+        max_position_embeddings=stated.positions,
+        rms_norm_eps=stated.epsilon,
+        rope_theta=stated.theta,
+        rope_factors=_gguf_rope_factors(stated, tensors.get("rope_freqs.weight"), head_dim, source),
         tie_word_embeddings="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
     )
+    return check_decoder(config, source)
 
 
 def _gguf_rope_factors(
-    values: Mapping[str, Any], tensor: np.ndarray | None, head_dim: int, source: str
+    stated: _Gguf, tensor: np.ndarray | None, head_dim: int, source: str
 ) -> tuple[float, ...] | None:
     """Llama 3's factors, which are a tensor, times the linear factor, as llama.cpp applies them."""
-    if (turned := values.get("rope.dimension_count", head_dim)) != head_dim:
+    if (rotated := stated.rotated or head_dim) != head_dim:
         raise UserError(
-            f"{source} rotates {turned} of its heads' {head_dim} dimensions; only whole heads are known, "
+            f"{source} rotates {rotated} of its heads' {head_dim} dimensions; only whole heads are known, "
             "take another checkpoint"
         )
-    kind = values.get("rope.scaling.type", "linear")  # llama.cpp's default, of files that say a factor alone
+    kind = stated.scaling
     if kind not in ("none", "linear"):
         raise UserError(
-            f"{source} scales its rotary positions by {kind!r}; only linear scaling and rope_freqs can be "
+            f"{source} scales its rotary positions by {kind!r:.80}; only linear scaling and rope_freqs can be "
             "loaded, take another checkpoint"
         )
-    factor = values.get("rope.scaling.factor", values.get("rope.scale_linear", 0.0))
-    if kind == "none" or factor == 0.0:  # 0 is how llama.cpp says: not scaled
+    factor = stated.old_factor if stated.factor is None else stated.factor
+    if kind == "none" or not factor:  # 0 is how llama.cpp says: not scaled
         factor = 1.0
     if tensor is None and factor == 1.0:
         return None
-    each = np.ones(head_dim // 2) if tensor is None else np.asarray(tensor, np.float64)
+    each = np.ones(head_dim // 2) if tensor is None else np.asarray(tensor, np.float64).reshape(-1)
     return tuple((each * factor).tolist())
 
 
-def _check_architecture(kind: str | None, source: str) -> None:
+def _check_architecture(kind: object, source: str) -> None:
     if kind not in ARCHITECTURES:
         raise UserError(
-            f"{source} is of architecture {kind!r}, which the generator does not know; "
+            f"{source} is of architecture {kind!r:.80}, which the generator does not know; "
             f"take a checkpoint of {', '.join(ARCHITECTURES)}"
         )

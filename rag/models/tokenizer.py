@@ -17,16 +17,20 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date as day
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int
 
+from rag.records import parse_json, reason
 from rag.types import Message, UserError
 
 TOKENIZER_FILE = "tokenizer.json"
 SPEC_FILE = "tokenizer_spec.json"
+_MOST_JSON = 1 << 26  # bytes of the files beside a tokenizer
+_UNLIKELY = "a \U000f0000 \U0001f916\n"  # a text of which most vocabularies lack a part
+_HALF = "\\ud"  # how JSON's escapes of the halves of characters begin
 DEFAULT_DATE = day(2026, 1, 1)  # that chat templates are told: the same prompts every day
 
 # Tokens that end a turn or a text in the checkpoints of the Llama family, whatever their metadata says.
@@ -101,6 +105,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; a model's embedding may have more rows."""
         return self._core.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id of a token, added ones included; -1 if there is none."""
+        return max(self._core.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
     def bos_id(self) -> int | None:
@@ -353,25 +362,35 @@ def _unused_characters(messages: Sequence[Message], count: int) -> list[str]:
 
 
 def read_core(folder: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a folder's tokenizer.json. Raises UserError for a file that is missing or damaged."""
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise UserError(
             f"{folder} holds no {TOKENIZER_FILE}; add the checkpoint's, or convert its tokenizer to one"
         )
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        core = tokenizers.Tokenizer.from_file(str(path))
+        core.encode(_UNLIKELY)  # some files fail at the first unknown word alone
+        return core
     except Exception as error:  # the library raises bare Exception for a malformed file
-        raise UserError(f"cannot read {path} ({error}); fetch the file again") from error
+        raise UserError(f"cannot read {path} ({reason(error)}); fetch the file again") from error
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object, or {} for a file that is not there."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} for a file that is not there. Raises UserError for anything else."""
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); fetch the file again") from error
+        if path.stat().st_size > _MOST_JSON:
+            raise ValueError(f"it has more than {_MOST_JSON:,} bytes")
+        text = path.read_text(encoding="utf-8")
+        value = parse_json(text)
+        if _HALF in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half a character is no text
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); fetch the file again") from error
+    except ValueError as error:  # UnicodeDecodeError among them
+        raise UserError(f"{path} is not valid JSON ({reason(error)}); fetch the file again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; fetch the file again")
     return value

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from pydantic import Field
 from tokenizers import (
     AddedToken,
     Regex,
@@ -22,11 +23,16 @@ from tokenizers import (
     processors,
 )
 
+from rag.models.configuration import Configuration, configured
 from rag.models.tokenizer import END_TEXTS, TokenizerSpec, unique_ids
+from rag.records import reason
 from rag.types import UserError
 
 KEY = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
+
+_LONGEST = 1024  # characters of a token: every way to cut it in two is tried
+_MOST_CHARACTERS = 1 << 23  # of all tokens
 
 PRE_TOKENIZERS = (
     "gpt-2", "smollm", "starcoder", "llama-bpe", "llama-v3", "llama3", "qwen2", "deepseek-r1-qwen",
@@ -52,11 +58,36 @@ _DEEPSEEK = (
 )
 
 
+class _Metadata(Configuration):
+    """The metadata that a tokenizer is built from."""
+
+    tokens: list[str] = Field(alias=f"{KEY}tokens")
+    token_type: list[int] | None = Field(None, alias=f"{KEY}token_type")
+    scores: list[float] | None = Field(None, alias=f"{KEY}scores")
+    merges: list[str] | None = Field(None, alias=f"{KEY}merges")
+    pre: str | None = Field(None, alias=f"{KEY}pre")
+    template: str | None = Field(None, alias="tokenizer.chat_template")
+    bos: int | None = Field(None, alias=f"{KEY}bos_token_id")
+    eos: int | None = Field(None, alias=f"{KEY}eos_token_id")
+    eot: int | None = Field(None, alias=f"{KEY}eot_token_id")
+    eom: int | None = Field(None, alias=f"{KEY}eom_token_id")
+    unknown: int | None = Field(None, alias=f"{KEY}unknown_token_id")
+    padding: int | None = Field(None, alias=f"{KEY}padding_token_id")
+    cls: int | None = Field(None, alias=f"{KEY}cls_token_id")
+    seperator: int | None = Field(None, alias=f"{KEY}seperator_token_id")  # as llama.cpp spells it
+    separator: int | None = Field(None, alias=f"{KEY}separator_token_id")
+    add_bos: bool | None = Field(None, alias=f"{KEY}add_bos_token")
+    add_eos: bool | None = Field(None, alias=f"{KEY}add_eos_token")
+    add_space_prefix: bool | None = Field(None, alias=f"{KEY}add_space_prefix")
+    lowercase: bool | None = Field(None, alias=f"{KEY}normalizer.lowercase")
+    strip_accents: bool | None = Field(None, alias=f"{KEY}normalizer.strip_accents")
+
+
 @dataclass(frozen=True)
 class _Vocabulary:
     """The token table of a GGUF, checked."""
 
-    metadata: Mapping[str, object]
+    metadata: Mapping[str, object]  # of the values that `_Metadata` declares
     tokens: list[str]
     types: list[int]
 
@@ -66,8 +97,15 @@ class _Vocabulary:
             raise UserError(
                 "the GGUF holds no vocabulary (tokenizer.ggml.tokens); take a file with its tokenizer"
             )
+        configured(_Metadata, metadata, "the GGUF's tokenizer")
         tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(metadata[f"{KEY}tokens"])]
-        types = [int(kind) for kind in metadata.get(f"{KEY}token_type", [NORMAL] * len(tokens))]
+        types = metadata.get(f"{KEY}token_type") or [NORMAL] * len(tokens)
+        longest, size = max(map(len, tokens)), sum(map(len, tokens))
+        if longest > _LONGEST or size > _MOST_CHARACTERS:
+            raise UserError(
+                f"the GGUF's vocabulary has a token of {longest:,} characters, and {size:,} in all; at most "
+                f"{_LONGEST:,} and {_MOST_CHARACTERS:,} are read, take another file"
+            )
         if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
             raise UserError(
                 f"the GGUF's vocabulary is damaged ({len(tokens)} tokens, {len(set(tokens))} different ones, "
@@ -96,20 +134,20 @@ def build(metadata: Mapping[str, object]) -> tuple[Tokenizer, TokenizerSpec]:
     """The tokenizer that GGUF metadata describe. Raises UserError for what is missing or not supported."""
     model = metadata.get(f"{KEY}model")
     makers = {"gpt2": _byte_level, "llama": _sentencepiece, "bert": _wordpiece}
-    if model not in makers:
+    if not isinstance(model, str) or model not in makers:
         raise UserError(
-            f"the GGUF's tokenizer.ggml.model is {model!r}; take a file with one of {', '.join(makers)}"
+            f"the GGUF's tokenizer.ggml.model is {model!r:.80}; take a file with one of {', '.join(makers)}"
         )
     vocabulary = _Vocabulary.read(metadata)
     try:
         core, spec = makers[model](vocabulary)
+        _add_special_tokens(core, vocabulary)
     except UserError:
         raise
     except Exception as error:  # the library raises bare Exception, as when a merge gives no token
         raise UserError(
-            f"the GGUF's tokenizer is damaged ({error}); convert or fetch the file again"
+            f"the GGUF's tokenizer is damaged ({reason(error)}); convert or fetch the file again"
         ) from error
-    _add_special_tokens(core, vocabulary)
     return core, spec
 
 
@@ -157,7 +195,7 @@ def _pre_tokenizer(name: object) -> pre_tokenizers.PreTokenizer:
             steps = [*map(_split, _DEEPSEEK), digits, to_bytes]
         case _:
             raise UserError(
-                f"the GGUF's pre-tokenizer (tokenizer.ggml.pre) is {name!r}; "
+                f"the GGUF's pre-tokenizer (tokenizer.ggml.pre) is {name!r:.80}; "
                 f"take a file with one of {', '.join(PRE_TOKENIZERS)}"
             )
     return pre_tokenizers.Sequence(steps)
