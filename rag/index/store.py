@@ -348,6 +348,14 @@ class Index:
         """The documents in their order."""
         return [Document(**row) for row in self._documents.to_pylist()]
 
+    def document_ids(self) -> list[str]:
+        """The documents' ids in their order."""
+        return self._documents["id"].to_pylist()
+
+    def spans(self) -> Int[np.ndarray, "N 3"]:
+        """Of each chunk the number of its document, its first character and its end, exclusive: int64."""
+        return np.stack([self._spans[name].to_numpy() for name in ("document", "start", "end")], axis=1)
+
     def _span(self, row: int) -> dict[str, int]:
         if not 0 <= row < len(self):
             raise IndexError(f"chunk {row} of {len(self)}")
