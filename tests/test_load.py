@@ -532,14 +532,14 @@ def test_deep_lists_are_not_most_of_the_text():
         "<!--" * 250_000,
         "<a " + "x=1 " * 250_000,
         "<b " + " ".join(f"x{i}=1" for i in range(100_000)),
-        "<table><tr>" + "<td>" * 20_000,
+        "<table><tr>" + "<td>" * 5_000,
         "<ol" * 2_000_001,
         "<a b='" + "c" * 1_000_000,
         "<p>" + "<!-- open" + "x" * 1_000_000,
         "<script>" * 20_000,
-        "</p>" * 20_000,
+        "</p>" * 5_000,
         "<table>" * 20_000,
-        "<a>" * 20_000,
+        "<a>" * 5_000,
         "<![CDATA[" * 100_000,
         "&#x41;" * 20_000,
         "<?xml " * 20_000,
@@ -564,11 +564,11 @@ def test_odd_pages_end(page):
 )
 def test_large_pages_are_linear(unit):
     try:
-        text, _ = html_text(unit * 20_000)
+        text, _ = html_text(unit * 8_000)
     except HtmlError:
         assert unit in ("<li>", "<td>x", "<ul>", "<b>"), "only what nests may be too deep"
     else:
-        assert len(text) <= 80_000
+        assert len(text) <= 32_000
 
 
 @given(st.text(st.sampled_from("<>/ap'\"=!-& \n\t;#x0bliuotrdh1é🤖\u05d0"), max_size=80))
