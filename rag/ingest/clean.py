@@ -24,6 +24,7 @@ _TABLE |= dict.fromkeys((*range(0xD800, 0xE000), *NONCHARACTERS), "\N{REPLACEMEN
 # Unicode annex 15 (Stream-Safe Text Format) takes 30 for more than any language writes. None is above plane 1.
 _COMBINING = "".join(chr(code) for code in range(0x300, 0x20000) if unicodedata.combining(chr(code)))
 _LONG_RUN = re.compile(f"([{_COMBINING}]{{30}})[{_COMBINING}]+")
+_TWO = re.compile(f"[{_COMBINING}]{{2}}")
 
 
 def clean(text: str) -> str:
@@ -37,7 +38,11 @@ def clean(text: str) -> str:
     """
     text = _NEWLINES.sub("\n", text).translate(_TABLE)
     if not text.isascii():
-        text = unicodedata.normalize("NFC", _LONG_RUN.sub(r"\1", text))
-        text = _LONG_RUN.sub(r"\1", text)  # a few characters become two marks
+        text = _limited(unicodedata.normalize("NFC", _limited(text)))  # twice: a few marks become two
     text = "\n".join(line.rstrip() for line in text.split("\n"))
     return _BLANK_RUN.sub("\n\n", text).strip("\n")
+
+
+def _limited(text: str) -> str:
+    """The text with at most 30 combining marks in a row. Of 31 in a row two are neighbours in every 15th character."""
+    return _LONG_RUN.sub(r"\1", text) if _TWO.search(text[::15]) else text
