@@ -19,12 +19,24 @@ from rag.index.analyzer import Analyzer
 from rag.index.lexical import LexicalIndex
 from rag.index.writer import check_writable, write_index
 from rag.ingest.chunk import Chunker, chunks_of
-from rag.ingest.load import Skipped, load_folder
+from rag.ingest.load import LoadOptions, Skipped, load_folder
 from rag.measure import Clock
 from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate, render, render_passage
 from rag.retrieve.search import Search
-from rag.types import Answer, Chunk, Context, Document, Hit, Message, Source, Timings, Usage, UserError
+from rag.types import (
+    Answer,
+    Chunk,
+    Context,
+    Document,
+    Hit,
+    Message,
+    Source,
+    Timings,
+    Usage,
+    UserError,
+    chunk_at,
+)
 from rag.values import Count, Filled, Seed, check_fields
 
 Progress = Callable[[str, int, int], None]  # stage, done, of how many
@@ -54,6 +66,7 @@ def ingest(
     progress: Progress = lambda *_: None,
     *,
     add: bool = False,
+    load: LoadOptions = LoadOptions(),
 ) -> IngestReport:
     """Load, chunk and embed a folder of files and write its index, replacing one that is there in one step.
 
@@ -68,7 +81,7 @@ def ingest(
     check_writable(index)
     old = _opened(index, chunker, embedder) if add and store.exists(index) else None
     embedder = cached(embedder)
-    loaded, skipped = _load(corpus, progress)
+    loaded, skipped = _load(corpus, load, progress)
     kept = _Kept() if old is None else _Kept.of(old, loaded)
     known = {document.id for document in kept.documents}
     new = [document for document in loaded if document.id not in known]
@@ -128,16 +141,20 @@ class _Kept:
     def of(old: store.Index, coming: Sequence[Document]) -> "_Kept":
         """All documents but those that come with the same id and are not the same."""
         latest, before = {document.id: document for document in coming}, old.all_documents()
-        documents = [document for document in before if latest.get(document.id, document) == document]
-        ids, chunks = {document.id for document in documents}, old.chunks(range(len(old)))
-        rows = [row for row, chunk in enumerate(chunks) if chunk.document_id in ids]
+        stays = np.array([latest.get(document.id, document) == document for document in before], bool)
+        documents = [document for document, same in zip(before, stays, strict=True) if same]
+        spans = old.spans()
+        rows = np.flatnonzero(stays[spans[:, 0]])
+        chunks = [chunk_at(before[place], start, end) for place, start, end in spans[rows].tolist()]
         replaced = len(before) - len(documents)
-        return _Kept(documents, [chunks[row] for row in rows], old.vectors[rows], old.lexical, replaced)
+        return _Kept(documents, chunks, old.vectors[rows], old.lexical, replaced)
 
 
-def _load(corpus: Path, progress: Progress) -> tuple[list[Document], tuple[Skipped, ...]]:
+def _load(
+    corpus: Path, options: LoadOptions, progress: Progress
+) -> tuple[list[Document], tuple[Skipped, ...]]:
     documents, skipped = [], []
-    for item in load_folder(corpus):
+    for item in load_folder(corpus, options=options):
         (documents if isinstance(item, Document) else skipped).append(item)
         progress("load", len(documents) + len(skipped), 0)
     count = len(documents) + len(skipped)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from launch import launch
 from settings import IndexFolder, Part, Shared, build
 
-from rag.values import Filled
+from rag.values import Count, Filled
 
 if TYPE_CHECKING:
     from rag.pipeline import IngestReport
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Corpus:
+    """The files that are read, as rag.ingest.load.LoadOptions says."""
+
     path: Filled
+    follow_links: bool
+    max_file_mb: Count
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,14 @@ def main(config) -> None:
     from terminal import progress_bars
 
     from rag import pipeline
+    from rag.ingest.load import LoadOptions
 
     corpus, index = Path(config.corpus.path).expanduser(), Path(config.index.path).expanduser()
     stages = [build(config[name]) for name in ("chunker", "embedder")]
     stages.append(build(config.analyzer) if config.get("analyzer") else None)
+    load = LoadOptions(config.corpus.follow_links, config.corpus.max_file_mb)
     with progress_bars() as update:
-        report = pipeline.ingest(corpus, index, *stages, update, add=config.index.add)
+        report = pipeline.ingest(corpus, index, *stages, update, add=config.index.add, load=load)
     print(
         f"{report.documents} documents, {report.chunks} chunks ({report.embedded} embedded anew), "
         f"{report.tokens} tokens in {report.seconds:.1f} s -> {index}"

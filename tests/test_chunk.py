@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from rag.ingest import chunk as chunk_module
 from rag.ingest.chunk import (
     FixedChunker,
     RecursiveChunker,
@@ -288,3 +289,31 @@ def test_a_chunker_keeps_a_tokenizer_without_tokens_whole():
 
     for make in (SentenceChunker, RecursiveChunker, MarkdownChunker):
         assert make(4, 0).split("no token here", none) == [(0, 13)]
+
+
+# --- long texts, divided block by block -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokeniser", TOKENISERS)
+@given(text=TEXTS, block=st.integers(1, 60))
+@example(text="東京は首都。" * 10 + "x" * 50, block=7)
+def test_a_text_longer_than_a_block_is_divided_as_others_are(tokeniser, text, block):
+    document = Document("d", "d", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunk_module, "_BLOCK", block)
+        made = chunks_of(document, SentenceChunker(6, 2), tokeniser)
+        whole = chunks_of(document, WholeChunker(), tokeniser)
+    assert all(c.text == text[c.start : c.end] and 0 < len(c.text) <= block for c in made)
+    assert all(a.start < b.start and a.end < b.end for a, b in pairwise(made))
+    inside = {place for c in made for place in range(c.start, c.end)}
+    assert all(place in inside for place, sign in enumerate(text) if not sign.isspace())
+    assert whole == chunks_of(document, WholeChunker(), tokeniser)
+    if len(text) <= block:
+        assert made == chunks_of(document, SentenceChunker(6, 2), tokeniser)
+
+
+def test_a_block_ends_where_a_paragraph_a_line_or_a_word_does(monkeypatch):
+    monkeypatch.setattr(chunk_module, "_BLOCK", 20)
+    texts = ["one two three\n\nfour five six", "one two three\nfour five six", "one two threefour five six"]
+    ends = [chunks_of(Document("d", "d", text), FixedChunker(50), words)[0].text for text in texts]
+    assert ends == ["one two three", "one two three", "one two threefour"]

@@ -13,6 +13,7 @@ from rag.index.analyzer import Analyzer
 from rag.index.lexical import LexicalIndex
 from rag.index.store import Index
 from rag.ingest.chunk import SentenceChunker
+from rag.ingest.load import LoadOptions
 from rag.ingest.semantic import SemanticChunker
 from rag.retrieve.collection import Collection
 from rag.retrieve.search import Dense, Lexical
@@ -64,6 +65,18 @@ def corpus(tmp_path):
 def texts_of(index):
     opened = Index.open(index)
     return [chunk.text for chunk in opened.chunks(range(len(opened)))]
+
+
+def test_links_and_large_files_are_read_as_asked(corpus, tmp_path):
+    (tmp_path / "outside.txt").write_text("An auk dives.")
+    (corpus / "link.txt").symlink_to(tmp_path / "outside.txt")
+    (corpus / "large.txt").write_text("A large text. " * 100_000)
+    stages = corpus, tmp_path / "index", SentenceChunker(8), BagOfWords()
+    report = pipeline.ingest(*stages, load=LoadOptions(max_file_mb=1))
+    assert [skipped.path for skipped in report.skipped] == ["image.png", "large.txt", "link.txt"]
+    report = pipeline.ingest(*stages, load=LoadOptions(follow_links=True, max_file_mb=1))
+    assert [skipped.path for skipped in report.skipped] == ["image.png", "large.txt"]
+    assert Index.open(tmp_path / "index").document_text("link.txt") == "An auk dives."
 
 
 def test_ingest_reports_what_it_read_and_what_it_skipped(corpus, tmp_path):

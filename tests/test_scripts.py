@@ -206,6 +206,8 @@ def test_as_it_is_typed(home, index):
         ("ingest", "index.path=", 'index.path="" will not do'),
         ("ingest", "chunker.size=1.5", "chunker.size=1.5 will not do"),
         ("ingest", "index.add=yes", "index.add=yes will not do: it must be true or false."),
+        ("ingest", "corpus.follow_links=1", "corpus.follow_links=1 will not do: it must be true or false."),
+        ("ingest", "corpus.max_file_mb=0", "corpus.max_file_mb=0 will not do"),
         ("eval", "plan=maybe", "plan=maybe will not do: it must be true or false."),
     ],
 )

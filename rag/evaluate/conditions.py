@@ -18,6 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
+import numpy as np
+from jaxtyping import Int
+
 from rag.context import cited
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.run import others
@@ -170,16 +173,31 @@ def passages(
     judged = dataset.qrels.get(query, {})
     match condition:
         case "oracle":
-            weighed = [(_relevance(chunk, query, dataset), chunk) for chunk in collection.chunks()]
+            documents = {e.document for e in dataset.evidence.get(query, ())} or _relevant(judged)
+            chunks = collection.index.chunks(collection.rows_of(documents))
+            weighed = [(_relevance(chunk, query, dataset), chunk) for chunk in chunks]
             useful = [(weight, chunk) for weight, chunk in weighed if weight > 0]
             best = sorted(useful, key=lambda pair: -pair[0])[: reading.k]
             return [Hit(chunk, 1.0 - i / len(best)) for i, (_, chunk) in enumerate(best)]
         case "random":
-            foreign = [chunk for chunk in collection.chunks() if judged.get(chunk.document_id, 0) <= 0]
+            related = collection.rows_of(_relevant(judged))
+            foreign = range(len(collection.index) - len(related))
             drawn = random.Random(f"{reading.seed} {query}").sample(foreign, min(reading.k, len(foreign)))
-            return [Hit(chunk, 1.0 - i / reading.k) for i, chunk in enumerate(drawn)]
+            chunks = collection.index.chunks(_without(related, drawn))
+            return [Hit(chunk, 1.0 - i / reading.k) for i, chunk in enumerate(chunks)]
         case _:
             return others(hits, query, dataset)[: reading.k]
+
+
+def _relevant(judged: Mapping[str, int]) -> set[str]:
+    """The documents with a grade above 0."""
+    return {document for document, grade in judged.items() if grade > 0}
+
+
+def _without(left_out: Int[np.ndarray, "n"], places: Sequence[int]) -> Int[np.ndarray, "k"]:
+    """The rows at these places among all rows but those left out, which ascend."""
+    wanted = np.array(places, np.int64)
+    return wanted + np.searchsorted(left_out - np.arange(len(left_out)), wanted, side="right")
 
 
 def _shuffled(hits: Sequence[Hit], query: str, seed: int) -> list[Hit]:

@@ -45,6 +45,16 @@ class MemoryIndex:
         """The chunks with these numbers, in this order. Raises IndexError for a number out of range."""
         return [self._chunks[row] for row in rows]
 
+    def document_ids(self) -> list[str]:
+        """The documents' ids in their order."""
+        return list(self._documents)
+
+    def spans(self) -> Int[np.ndarray, "N 3"]:
+        """Of each chunk the number of its document, its first character and its end, exclusive: int64."""
+        places = {name: place for place, name in enumerate(self._documents)}
+        spans = [(places[chunk.document_id], chunk.start, chunk.end) for chunk in self._chunks]
+        return np.array(spans, np.int64).reshape(-1, 3)
+
     def document_text(self, document_id: str) -> str:
         """The text that a document's spans point into. Raises KeyError for an unknown id."""
         return self._documents[document_id].text

@@ -171,8 +171,7 @@ class Index:
         """The extracted text that a document's spans point into. Raises KeyError for an unknown id."""
         place = self._place_of.get(document_id)
         if place is None:
-            with _undamaged(self.path):
-                self._place_of = {name: row for row, name in enumerate(self._documents.column("id"))}
+            self._place_of = {name: row for row, name in enumerate(self.document_ids())}
             place = self._place_of[document_id]
         return self._documents_at({place})[place].text
 
@@ -181,6 +180,15 @@ class Index:
         with _undamaged(self.path):
             return [Document(**row) for row in self._documents.rows()]
 
+    def document_ids(self) -> list[str]:
+        """The documents' ids in their order."""
+        with _undamaged(self.path):
+            return self._documents.column("id")
+
+    def spans(self) -> Int64[np.ndarray, "N 3"]:
+        """The number of each chunk's document, its first character and its end, exclusive."""
+        return self._spans
+
     @cached_property
     def _place_of(self) -> dict[str, int]:
         """The rows of the documents that were read so far: who asks for a text has its chunk."""
@@ -188,7 +196,6 @@ class Index:
 
     @cached_property
     def _spans(self) -> Int64[np.ndarray, "N 3"]:
-        """Each chunk's document, start and end."""
         file = self._segment["chunks.arrow"]
         with _undamaged(self.path):
             file.check()

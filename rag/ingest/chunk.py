@@ -5,7 +5,7 @@ and overlaps are in tokens of the embedder, as rag.ingest.packing counts them.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol, runtime_checkable
@@ -29,6 +29,9 @@ from rag.ingest.sentences import sentences
 from rag.types import Chunk, Document, UserError, chunk_at
 from rag.values import Count, Filled, Whole, check_fields
 
+_BLOCK = 1 << 20  # characters divided at once: their tokens and pieces take some hundred times the memory
+_BLOCK_ENDS = ("\n\n", "\n", ". ", "。", " ")  # the first that is there
+
 
 @runtime_checkable  # the run-time type check of the tests asks for it
 class Chunker(Protocol):
@@ -46,13 +49,33 @@ class Chunker(Protocol):
 def chunks_of(document: Document, chunker: Chunker, embedder: Embedder | TokenSpans) -> list[Chunk]:
     """Return the chunks of a document in reading order; none when it has no text.
 
-    Tokens are those of `embedder`; its token_spans alone will do for a chunker that embeds nothing.
+    Tokens are those of `embedder`; its token_spans alone will do for a chunker that embeds nothing. A text of more
+    than 2^20 characters is divided block by block, none longer than that, so that memory stays bounded; but where
+    the chunker is a WholeChunker.
     """
-    if isinstance(embedder, Embedder):
-        spans = chunker.split(document.text, embedder.token_spans, lambda texts: _encode(embedder, texts))
-    else:
-        spans = chunker.split(document.text, embedder)
-    return [chunk_at(document, start, end) for start, end in spans]
+    chunks: list[Chunk] = []
+    for begin, end in (
+        [(0, len(document.text))] if isinstance(chunker, WholeChunker) else _blocks(document.text)
+    ):
+        text = document.text[begin:end]
+        if isinstance(embedder, Embedder):
+            spans = chunker.split(text, embedder.token_spans, lambda texts: _encode(embedder, texts))
+        else:
+            spans = chunker.split(text, embedder)
+        chunks += [chunk_at(document, begin + start, begin + end) for start, end in spans]
+    return chunks
+
+
+def _blocks(text: str) -> Iterator[Span]:
+    """The text in stretches of at most _BLOCK characters, which end where a paragraph, a line or a word does."""
+    begin = 0
+    while len(text) - begin > _BLOCK:
+        middle, limit = begin + _BLOCK // 2, begin + _BLOCK
+        ends = (text.rfind(mark, middle, limit) + len(mark) for mark in _BLOCK_ENDS)
+        end = next((end for end in ends if end > middle), limit)
+        yield begin, end
+        begin = end
+    yield begin, len(text)
 
 
 def _encode(embedder: Embedder, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:

@@ -12,18 +12,37 @@ _TABLE: dict[int, str | None] = {
     code: None for code in (*range(0x20), *range(0x7F, 0xA0), 0xAD, 0xFEFF) if chr(code) not in "\t\n"
 }
 _TABLE |= {0xA0: " ", 0x202F: " "}  # no-break spaces
-_TABLE |= dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")  # lone surrogates: not UTF-8
+
+# No text for interchange has these: lone surrogates, which are not UTF-8, and the 66 noncharacters.
+NONCHARACTERS = (
+    *range(0xFDD0, 0xFDF0),
+    *(plane << 16 | low for plane in range(17) for low in (0xFFFE, 0xFFFF)),
+)
+_TABLE |= dict.fromkeys((*range(0xD800, 0xE000), *NONCHARACTERS), "\N{REPLACEMENT CHARACTER}")
+
+# Combining marks one after another: normalising a run takes the square of its length where their classes differ.
+# Unicode annex 15 (Stream-Safe Text Format) takes 30 for more than any language writes. None is above plane 1.
+_COMBINING = "".join(chr(code) for code in range(0x300, 0x20000) if unicodedata.combining(chr(code)))
+_LONG_RUN = re.compile(f"([{_COMBINING}]{{30}})[{_COMBINING}]+")
+_TWO = re.compile(f"[{_COMBINING}]{{2}}")
 
 
 def clean(text: str) -> str:
     """Return `text` in Unicode form NFC (Unicode annex 15), with plain newlines and spaces.
 
     Line ends become a newline, no-break spaces become spaces, control characters, soft hyphens and byte order
-    marks go, lone surrogates become U+FFFD, lines lose their trailing white space, two or more blank lines
-    become one, and blank lines at either end go. `clean(clean(text)) == clean(text)`, and the result can
-    always be encoded as UTF-8. Time and memory are linear in the length of `text`.
+    marks go, lone surrogates and noncharacters become U+FFFD, of more than 30 combining marks in a row the first
+    30 stay, lines lose their trailing white space, two or more blank lines become one, and blank lines at either
+    end go. `clean(clean(text)) == clean(text)`, and the result can always be encoded as UTF-8. Time and memory
+    are linear in the length of `text`.
     """
     text = _NEWLINES.sub("\n", text).translate(_TABLE)
-    text = unicodedata.normalize("NFC", text)
+    if not text.isascii():
+        text = _limited(unicodedata.normalize("NFC", _limited(text)))  # twice: a few marks become two
     text = "\n".join(line.rstrip() for line in text.split("\n"))
     return _BLANK_RUN.sub("\n\n", text).strip("\n")
+
+
+def _limited(text: str) -> str:
+    """The text with at most 30 combining marks in a row. Of 31 in a row two are neighbours in every 15th character."""
+    return _LONG_RUN.sub(r"\1", text) if _TWO.search(text[::15]) else text

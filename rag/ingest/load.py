@@ -11,9 +11,10 @@ from pathlib import Path
 
 import charset_normalizer
 
-from rag.ingest.clean import clean
+from rag.ingest.clean import NONCHARACTERS, clean
 from rag.ingest.html import HtmlError, html_text
 from rag.types import Document, UserError
+from rag.values import Count, check_fields
 
 READABLE = ".txt, .text, .md, .markdown, .html, .htm, .xhtml"  # what _extractor knows, for messages
 
@@ -31,9 +32,26 @@ _LEGACY_ENCODINGS = (
     "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 koi8_r "
     "cp932 euc_jp gb18030 big5 euc_kr mac_roman".split()
 )
+_SAMPLE = 1 << 16  # bytes that an encoding is guessed from: the guess takes far longer than decoding
 _DECLARED = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 _FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^(?:#{1,6}[ \t]+(\S[^\n]*)|(\S[^\n]*)\n={3,}$)", re.MULTILINE)
+
+
+_SPECIAL = ("/proc", "/sys")  # whose files are made as they are read: some wait, some never end
+_NOT_SHOWN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))  # Unicode categories: controls, directions, line ends
+_MB = 1_000_000  # bytes
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What of a folder is read."""
+
+    follow_links: bool = False  # those that lead out of the folder
+    max_file_mb: Count = 50  # larger files are skipped; 1 MB is 1,000,000 bytes
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,39 +66,47 @@ class _Unreadable(Exception):
     """Why a file gives no document."""
 
 
-def load_folder(path: str | Path, *, extensions: Sequence[str] | None = None) -> Iterator[Document | Skipped]:
+def load_folder(
+    path: str | Path, *, extensions: Sequence[str] | None = None, options: LoadOptions = LoadOptions()
+) -> Iterator[Document | Skipped]:
     """Yield a Document, or a Skipped with its reason, for each file under `path`, in order of name.
 
-    `path` is a folder or one file. Hidden files and folders are passed over; links are followed, but no
-    folder is read twice. With `extensions` (such as ["md", "html"]) all other files are passed over in
-    silence. `Document.id` and `.path` are the path relative to the folder, with `/`, so that they do not
-    depend on the machine; control characters and undecodable bytes in it are shown escaped. The text is
-    cleaned (rag.ingest.clean). Raises UserError at the call when `path` is missing or an extension is one
-    that cannot be read.
+    `path` is a folder or one file. Hidden files and folders are passed over; links within the folder are
+    followed, but no folder is read twice. With `extensions` (such as ["md", "html"]) all other files are passed
+    over in silence. `Document.id` and `.path` are the path relative to the folder, with `/`, so that they do
+    not depend on the machine; characters that do not show, undecodable bytes and backslashes in it are escaped
+    as in Python, so that no two files have the same. The text is cleaned (rag.ingest.clean). Raises UserError at
+    the call when `path` is missing or an extension is one that cannot be read.
     """
     name = os.fspath(path)
     root = Path(os.path.expanduser(name))
-    if not name or not root.exists():
+    if not name or not os.path.exists(root):
         raise UserError(f"There is no file or folder at {name!r}: give the path of the documents to read.")
     wanted = None if extensions is None else frozenset("." + e.lower().lstrip(".") for e in extensions)
     for suffix in sorted(wanted or ()):
         if _extractor(suffix) is None:
             raise UserError(f"Files of type {suffix} cannot be read: choose extensions from {READABLE}.")
-    return _load_all(root, wanted)
+    return _load_all(root, wanted, options)
 
 
-def _load_all(root: Path, wanted: frozenset[str] | None) -> Iterator[Document | Skipped]:
+def _load_all(
+    root: Path, wanted: frozenset[str] | None, options: LoadOptions
+) -> Iterator[Document | Skipped]:
     """Depth first over an explicit stack: a folder chain may be deeper than Python's recursion limit."""
+    corpus = Path(os.path.realpath(root))
     seen: set[tuple[int, int]] = set()
     pending = [root]
     while pending:
         path = pending.pop()
         try:
+            if path != root and path.is_symlink() and (reason := _astray(path, corpus, options)):
+                yield Skipped(_shown(path, root), reason)
+                continue
             status = path.stat()
             folder = (status.st_dev, status.st_ino) if stat.S_ISDIR(status.st_mode) else None
             if folder is None:
                 if wanted is None or path.suffix.lower() in wanted:
-                    yield _load_file(path, _shown(path, root), stat.S_ISREG(status.st_mode))
+                    yield _load_file(path, _shown(path, root), stat.S_ISREG(status.st_mode), options)
             elif folder in seen:
                 yield Skipped(_shown(path, root), "a link to a folder that is read under another name")
             else:
@@ -91,24 +117,40 @@ def _load_all(root: Path, wanted: frozenset[str] | None) -> Iterator[Document | 
             yield Skipped(_shown(path, root), f"cannot be read ({error.strerror or error})")
 
 
+def _astray(link: Path, corpus: Path, options: LoadOptions) -> str:
+    """Why a link is not followed; "" where it is."""
+    target = Path(os.path.realpath(link))
+    if target.is_relative_to(corpus):
+        return ""
+    if not options.follow_links:
+        return "a link that leads out of the corpus: corpus.follow_links=true follows it"
+    return "a link into a special file system" if any(map(target.is_relative_to, _SPECIAL)) else ""
+
+
 def _shown(path: Path, root: Path) -> str:
-    relative = path.name if path == root else path.relative_to(root).as_posix()
-    escaped = (
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c
-        for c in relative
+    return _escaped(path.name if path == root else path.relative_to(root).as_posix())
+
+
+def _escaped(name: str) -> str:
+    """The name with what does not show, and the backslash, escaped as in Python: other names are shown otherwise."""
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if c == "\\" or unicodedata.category(c) in _NOT_SHOWN or ord(c) in NONCHARACTERS
+        else c
+        for c in name
     )
-    return "".join(escaped)
 
 
-def _load_file(path: Path, name: str, regular: bool) -> Document | Skipped:
+def _load_file(path: Path, name: str, regular: bool, options: LoadOptions) -> Document | Skipped:
     suffix = path.suffix.lower()
     extract = _extractor(suffix)
     if not regular:
-        return Skipped(name, "not a regular file")  # opening a pipe would wait for ever
+        return Skipped(name, "not a regular file")  # opening a device may do something
     if extract is None:
-        return Skipped(name, f"unsupported type {suffix}" if suffix else "unsupported: no file extension")
+        kind = f"unsupported type {_escaped(suffix)}" if suffix else "unsupported: no file extension"
+        return Skipped(name, kind)
     try:
-        text, title = extract(path.read_bytes())
+        text, title = extract(_read(path, options.max_file_mb))
     except (_Unreadable, HtmlError) as error:
         return Skipped(name, str(error))
     text = clean(text)
@@ -116,6 +158,22 @@ def _load_file(path: Path, name: str, regular: bool) -> Document | Skipped:
         return Skipped(name, "no text in it")
     title = " ".join(clean(title).split())[:200]
     return Document(id=name, path=name, text=text, title=title or Path(name).stem)
+
+
+def _read(path: Path, max_mb: int) -> bytes:
+    """What a regular file holds when it is opened; never waits, and never reads past the size it has then.
+
+    Raises a reason to skip the file when it is too large, or no longer a regular file.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise _Unreadable("not a regular file")
+        if status.st_size > max_mb * _MB:
+            raise _Unreadable(
+                f"{status.st_size:,} bytes, more than corpus.max_file_mb={max_mb} allows: divide it, or raise that"
+            )
+        return file.read(status.st_size) or b""  # None where it would wait
 
 
 def _extractor(suffix: str) -> Callable[[bytes], tuple[str, str]] | None:
@@ -158,21 +216,41 @@ def decode(data: bytes, declared: str = "") -> str:
         if data.startswith(mark):
             return _decode_as(data[len(mark) :], encoding)
     if b"\0" in data:
-        raise _Unreadable("binary data, not text")
+        raise _Unreadable("binary data, or UTF-16 without a byte order mark: save it as UTF-8")
     for encoding in ("utf-8", declared):
         try:
             return _decode_as(data, encoding)
         except _Unreadable:
             continue
-    matches = charset_normalizer.from_bytes(data, cp_isolation=_LEGACY_ENCODINGS)
-    if not matches:
-        raise _Unreadable("binary data, or text in an encoding that cannot be told: save it as UTF-8")
+    for encoding in _guessed(data):
+        try:
+            return data.decode(encoding)
+        except UnicodeError:
+            continue
+    raise _Unreadable("binary data, or text in an encoding that cannot be told: save it as UTF-8")
+
+
+def _guessed(data: bytes) -> list[str]:
+    """The encodings that data, which is no UTF-8, may be in, the likeliest first.
+
+    Of much data a sample from the first byte that is not ASCII. It may end within a character, of four bytes at most.
+    """
+    begin = re.search(rb"[\x80-\xff]", data).start()  # not None: ASCII is UTF-8
+    begin = max(0, begin - _SAMPLE // 2) if len(data) > _SAMPLE else 0
+    sample = data[begin : begin + _SAMPLE]
+    cuts = range(4) if len(data) > _SAMPLE else (0,)
     rank = {name: position for position, name in enumerate(_LEGACY_ENCODINGS)}
-    likeliest = min(
-        matches,
-        key=lambda m: (m.chaos, -m.coherence, min(rank.get(e, len(rank)) for e in m.could_be_from_charset)),
+    matches = [
+        match
+        for cut in cuts
+        for match in charset_normalizer.from_bytes(
+            sample[: len(sample) - cut], cp_isolation=_LEGACY_ENCODINGS
+        )
+    ]
+    matches.sort(
+        key=lambda m: (m.chaos, -m.coherence, min(rank.get(e, len(rank)) for e in m.could_be_from_charset))
     )
-    return str(likeliest)
+    return [match.encoding for match in matches]
 
 
 def _decode_as(data: bytes, encoding: str) -> str:

@@ -39,6 +39,11 @@ END_TEXTS = frozenset({
     "</s>", "<eos>", "<｜end▁of▁sentence｜>",  # DeepSeek writes full-width bars
 })  # fmt: skip
 
+# Marks in a conversation that is being written, taken out again before it becomes tokens. They are halves of
+# surrogate pairs, which `_valid` leaves in no text: whatever the messages hold, no mark can be taken for theirs.
+_MASK, _END_FIXED, _BEGIN, _END = "\ud800", "\ud801", "\ud802", "\ud803"
+_CUTS = re.compile(f"([{_END_FIXED}{_BEGIN}{_END}])")
+
 Kind = Literal["byte_level", "sentencepiece", "wordpiece", "other"]
 
 
@@ -177,9 +182,8 @@ class Tokenizer:
         Only the template's special tokens are special: the same characters inside a message stay characters.
         Raises UserError when the checkpoint has no template, or its template rejects the messages.
         """
-        [mark] = _unused_characters(messages, 1)
-        masked = [replace(message, content=self._mask(message.content, mark)) for message in messages]
-        return self._chat_ids(self._rendered(masked, add_generation_prompt), mark)
+        masked = [replace(message, content=self._masked(message.content)) for message in messages]
+        return self._chat_ids(self._rendered(masked, add_generation_prompt))
 
     def chat_pieces(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
@@ -190,47 +194,46 @@ class Tokenizer:
         stops being so. The ids of a passage are the same in every conversation, and special tokens arise nowhere
         but from the template. Raises UserError as `chat` does.
         """
-        mask, *cuts = _unused_characters(messages, 4)
-        end_fixed, begin, end = cuts
         marked, open_ended = [], False
         for message in messages:
             spans = [(start, stop) for start, stop in message.reusable if start < stop]
-            places = [(stop, end) for _, stop in spans] + [(start, begin) for start, _ in spans]
+            places = [(stop, _END) for _, stop in spans] + [(start, _BEGIN) for start, _ in spans]
             if not open_ended and message.fixed < len(message.content):
                 open_ended = True
-                places.insert(0, (message.fixed, end_fixed))
-            marked.append(replace(message, content=self._marked(message.content, places, mask)))
+                places.insert(0, (message.fixed, _END_FIXED))
+            marked.append(replace(message, content=self._marked(message.content, places)))
         pieces: list[tuple[list[int], bool]] = []
         inside = False
-        for part in re.split(f"([{''.join(cuts)}])", self._rendered(marked, add_generation_prompt)):
-            if part in cuts:
-                inside = part == begin
+        for part in _CUTS.split(self._rendered(marked, add_generation_prompt)):
+            if _CUTS.fullmatch(part):
+                inside = part == _BEGIN
             elif part:
                 own = part.removeprefix(" ") if pieces and self.spec.strips_space else part  # it adds one
-                pieces.append((self._chat_ids(own, mask), inside))
+                pieces.append((self._chat_ids(own), inside))
         return pieces
 
-    def _marked(self, content: str, places: list[tuple[int, str]], mask: str) -> str:
+    def _marked(self, content: str, places: list[tuple[int, str]]) -> str:
         """The message with the marks at their places, and what lies between them masked."""
         parts, last = [], 0
         for place, mark in sorted(places, key=lambda item: item[0]):  # stable: an end before a beginning
-            parts += [self._mask(content[last:place], mask), mark]
+            parts += [self._masked(content[last:place]), mark]
             last = place
-        return "".join([*parts, self._mask(content[last:], mask)])
+        return "".join([*parts, self._masked(content[last:])])
 
     def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         if self.spec.chat_template is None:
             raise UserError("the checkpoint has no chat template; choose an instruction-tuned one")
         return self._template(messages, add_generation_prompt)
 
-    def _chat_ids(self, text: str, mark: str) -> list[int]:
-        """Ids of a part of a rendered conversation, where `mark` stands inside what is no special token."""
-        if mark not in text:
+    def _chat_ids(self, text: str) -> list[int]:
+        """Ids of a part of a rendered conversation, where a mask stands before what is no special token."""
+        if _MASK not in text:
             return self.encode(text, special=False, parse_special=True)
         ids: list[int] = []
-        for fragment in self._special_pattern.split(text):
-            known = self._special_ids.get(fragment)
-            ids += [known] if known is not None else self.encode(fragment.replace(mark, ""), special=False)
+        fragments = re.split(f"(?<!{_MASK})({self._special_texts})", text)
+        for place, fragment in enumerate(fragments):  # every second one is a special token
+            plain = fragment.replace(_MASK, "")
+            ids += [self._special_ids[fragment]] if place % 2 else self.encode(plain, special=False)
         return ids
 
     def _encodings(self, texts: list[str], parse_special: bool = False) -> list[tokenizers.Encoding]:
@@ -258,14 +261,13 @@ class Tokenizer:
         return {token.content: index for index, token in self._added.items() if token.special}
 
     @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        """Matches a special token, the longest first, in one group, so that `split` keeps the tokens."""
-        texts = sorted(self._special_ids, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, texts))})" if texts else "(?!)()")
+    def _special_texts(self) -> str:
+        """A regular expression of the special tokens' texts, the longest first."""
+        return "|".join(map(re.escape, sorted(self._special_ids, key=len, reverse=True))) or "(?!)"
 
-    def _mask(self, content: str, mark: str) -> str:
-        """The message with a mark inside each special token's text, so that it is no special token."""
-        return self._special_pattern.sub(lambda found: found[0][:1] + mark + found[0][1:], content)
+    def _masked(self, content: str) -> str:
+        """The message with a mask wherever a special token's text begins, so that it is no special token."""
+        return re.sub(f"(?={self._special_texts})", _MASK, _valid(content))
 
     @cached_property
     def _template(self):
@@ -350,15 +352,6 @@ _BYTES_OF = {"byte_level": _byte_level_bytes, "sentencepiece": _sentencepiece_by
 def _valid(text: str) -> str:
     """The text with lone surrogates, which are no Unicode text, as U+FFFD; as many characters as before."""
     return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
-def _unused_characters(messages: Sequence[Message], count: int) -> list[str]:
-    """Unicode noncharacters (reserved for such internal use) that no message holds."""
-    used = set().union(*(message.content for message in messages))
-    free = [chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in used]
-    if len(free) < count:
-        raise UserError("the messages hold every noncharacter from U+FDD0 to U+FDEF; remove some of them")
-    return free[:count]
 
 
 def read_core(folder: Path) -> tokenizers.Tokenizer:

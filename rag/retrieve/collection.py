@@ -4,13 +4,14 @@ A method is a frozen dataclass of options, so that its fields are its meaning: i
 and written in YAML. All that is large or loaded lives here instead, and is shared by the methods that use it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
 from rag.cache import content_key
 from rag.closure import code_of
@@ -81,6 +82,7 @@ class Collection:
         self.index, self.embedder, self._generator, self.memo = index, embedder, generator, memo
         self._dense: dict[VectorSearch, VectorIndex] = {}
         self._lexical: dict[Analyzer, LexicalIndex] = {}
+        self._row_of: dict[str, int] = {}  # of the chunks that were handed out
         self.build_s = 0.0  # seconds spent on making vectors and postings ready to be searched
 
     def fresh(self) -> "Collection":
@@ -130,16 +132,43 @@ class Collection:
         return self.index.chunks(range(len(self.index)))
 
     def row(self, chunk: Chunk) -> int:
-        """The number of one of the index's chunks."""
-        return self._row_of[chunk.id]
+        """The number of one of the index's chunks. Raises KeyError for another chunk."""
+        row = self._row_of.get(chunk.id)
+        if row is not None:
+            return row
+        rows = self.rows_of([chunk.document_id])
+        same = (self._spans[rows, 1:] == (chunk.start, chunk.end)).all(axis=1)
+        if not same.any():
+            raise KeyError(chunk.id)
+        return int(rows[same.argmax()])
+
+    def rows_of(self, document_ids: Iterable[str]) -> Int[np.ndarray, "n"]:
+        """The numbers of these documents' chunks, ascending; none for an id that the index does not have."""
+        places = [self._places[name] for name in set(document_ids) if name in self._places]
+        order, documents = self._by_document
+        begins, ends = (np.searchsorted(documents, places, side) for side in ("left", "right"))
+        runs = [order[begin:end] for begin, end in zip(begins, ends, strict=True)]
+        return np.sort(np.concatenate([*runs, np.empty(0, np.int64)]))
 
     @cached_property
-    def _row_of(self) -> dict[str, int]:
-        return {chunk.id: row for row, chunk in enumerate(self.chunks())}
+    def _spans(self) -> Int[np.ndarray, "N 3"]:
+        return self.index.spans()
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.index.document_ids())}
+
+    @cached_property
+    def _by_document(self) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
+        """The chunks' numbers in the order of their documents' numbers, and these."""
+        order = np.argsort(self._spans[:, 0], kind="stable")
+        return order, self._spans[order, 0]
 
     def hits(self, rows: Sequence[int] | np.ndarray, scores: Sequence[float] | np.ndarray) -> list[Hit]:
         """Rows and their scores as hits."""
         chunks = self.index.chunks(rows)
+        for row, chunk in zip(rows, chunks, strict=True):
+            self._row_of.setdefault(chunk.id, int(row))
         return [Hit(chunk, float(score)) for chunk, score in zip(chunks, scores, strict=True)]
 
     def search(self, method: Retriever, questions: Sequence[str], k: int) -> list[list[Hit]]:
