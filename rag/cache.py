@@ -1,8 +1,11 @@
 """Content keys, locks and atomic files: the one cache that every stage shares.
 
-Three rules keep it honest. A key is made of contents, never of names, so a stale result cannot be found. A
+Four rules keep it honest. A key is made of contents, never of names, so a stale result cannot be found. A
 file or folder appears whole or not at all, so a killed process leaves nothing that looks finished. Writers of
-one entry take its lock, so two processes never do the same work into the same place.
+one entry take its lock, so two processes never do the same work into the same place. What is read is trusted, native
+code among it, so the folder is the user's own and nobody else may write to it.
+
+Entries are read and made through rag.cached, which compares their checksums; rag.eviction keeps their size in bounds.
 """
 
 import contextlib
@@ -10,12 +13,13 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
-import json
 import math
 import os
 import platform
 import shutil
+import stat
 import struct
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -30,14 +34,39 @@ _RACY_NS = 2_000_000_000
 
 
 def cache_root() -> Path:
-    """The cache folder, made on demand: $RAG_CACHE, or ~/.cache/rag-jax. UserError when it cannot be made."""
+    """The cache folder, made on demand: $RAG_CACHE, or ~/.cache/rag-jax. Raises UserError as `own_folder` does."""
     chosen = os.environ.get("RAG_CACHE")
-    root = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "rag-jax"
+    return own_folder(Path(os.path.expanduser(chosen)) if chosen else Path.home() / ".cache" / "rag-jax")
+
+
+def own_folder(path: Path, setting: str = "RAG_CACHE") -> Path:
+    """The folder, behind links, made for the user alone (0700) where there is none.
+
+    Raises UserError, which names the `setting` that chooses another, when it cannot be made, belongs to another user,
+    or may be written to by others.
+    """
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = path.resolve()
+        found = path.stat()
     except OSError as error:
-        raise UserError(f"Cannot make the cache folder {root} ({error.strerror}): set RAG_CACHE.") from error
-    return root
+        raise UserError(f"Cannot make the cache folder {path} ({error.strerror}): set {setting}.") from error
+    if found.st_uid != os.geteuid():
+        raise UserError(
+            f"The cache folder {path} belongs to another user, whose files are not to be trusted: set {setting} to a "
+            "folder of your own."
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UserError(
+            f"Others may write to the cache folder {path}, so what is in it is not to be trusted: run "
+            f"`chmod -R go-w {path}`, or set {setting} to another folder."
+        )
+    return path
+
+
+def notice(text: str) -> None:
+    """Tell a person on stderr, in one line, what went another way than expected."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def content_key(*parts: object) -> str:
@@ -81,32 +110,49 @@ def _tagged(value: object) -> tuple[bytes, bytes]:
     raise TypeError(f"content_key takes plain values and dataclasses, not {type(value).__name__}")
 
 
-def file_sha256(path: str | Path) -> str:
+def file_sha256(path: str | Path, *, fresh: bool = False) -> str:
     """SHA-256 of a file's bytes (64 hex digits), remembered by path, size, mtime, ctime and inode.
 
-    A large file is read once; a changed or replaced one is read again. Raises OSError when it cannot be read.
+    A large file is read once; a changed or replaced one is read again, and with `fresh` any is. Raises OSError when it
+    cannot be read.
     """
+    from rag.checksums import (
+        seal,  # here, not above: numpy, which a typo on a command line should not wait for
+    )
+
     path = Path(path).resolve()
-    stat = path.stat()
-    memory = cache_root() / "sha256" / content_key(str(path), *_stamp(stat), stat.st_ino)
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads(memory.read_text())["sha256"]
+    before = path.stat()
+    memory = cache_root() / "sha256" / f"{content_key(str(path), *_stamp(before), before.st_ino)}.sha256"
+    if not fresh and (known := _remembered_digest(memory)) is not None:
+        return known
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
-    after = path.stat()
-    changed_ns = max(stat.st_mtime_ns, stat.st_ctime_ns)
-    if _stamp(after) == _stamp(stat) and time.time_ns() - changed_ns > _RACY_NS:
+    changed_ns = max(before.st_mtime_ns, before.st_ctime_ns)
+    if _stamp(path.stat()) == _stamp(before) and time.time_ns() - changed_ns > _RACY_NS:
         # A cache that cannot be written (read-only, full) costs the next start a reading, and no more.
-        with contextlib.suppress(OSError), atomic_file(memory, "w") as file:
-            json.dump({"path": str(path), "sha256": digest.hexdigest()}, file)
+        with contextlib.suppress(OSError), atomic_file(memory) as file:
+            file.write(digest.hexdigest().encode())
+            seal(file)
     return digest.hexdigest()
 
 
-def _stamp(stat: os.stat_result) -> tuple[int, int, int]:
+def _remembered_digest(memory: Path) -> str | None:
+    from rag.checksums import Damaged, read_sealed
+
+    try:
+        return read_sealed(memory).decode()
+    except FileNotFoundError:
+        return None
+    except (Damaged, OSError) as error:
+        notice(f"{error}: the file whose digest it holds is read again.")
+        return None
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
     """What tells that a file was written to; the mtime alone can be set to what it was."""
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 @contextlib.contextmanager
@@ -169,14 +215,16 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends, or is removed if it raises.
 
-    Raises FileExistsError when something is at `path` already, at the start or by the end.
+    What is at `path` already is removed at the end with `replace`; without it FileExistsError is raised, at the start
+    or the end.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _must_not_exist(path)
+    if not replace:
+        _must_not_exist(path)
     temporary = _beside(path)
     temporary.mkdir()
     try:
@@ -185,6 +233,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             for name in files:
                 _sync(Path(folder, name))
             _sync(Path(folder))
+        if replace:
+            discard(path)
         _must_not_exist(path)  # rename would silently replace an empty folder
         try:
             os.rename(temporary, path)
@@ -196,6 +246,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder, if it is there, so that nobody finds half of it: it is renamed first."""
+    away = _beside(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, away)
+        shutil.rmtree(away) if away.is_dir() and not away.is_symlink() else away.unlink()
 
 
 def enable_compilation_cache() -> None:

@@ -32,6 +32,8 @@ class Settings(System):
 def main(config) -> None:
     from terminal import print_problem, progress_bars
 
+    from rag.cached import CHECKSUMS
+
     job = job_of(config)
     for problem in job.dataset.problems:
         print_problem(problem)
@@ -40,7 +42,7 @@ def main(config) -> None:
     with progress_bars() as update:
         kept = job.done(update)
     folder = run_dir()
-    shutil.copytree(kept, folder, dirs_exist_ok=True)
+    shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CHECKSUMS))
     metrics = describe(folder, config, job.dataset)
     show(metrics)
     if generator := json.loads((folder / "ledger.json").read_text())["generator"]:
