@@ -12,16 +12,21 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
+import glob
 import hashlib
 import math
 import os
 import platform
+import re
 import shutil
 import stat
 import struct
 import sys
 import time
 import uuid
+import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -29,6 +34,7 @@ from typing import IO
 from rag.types import UserError
 
 _READ_BYTES = 1 << 20
+_ZSTD = b"\x28\xb5\x2f\xfd"  # JAX's entries begin with it where zstandard is installed
 # A file changed this recently could change again under the same mtime on a coarse clock: don't remember it.
 _RACY_NS = 2_000_000_000
 
@@ -269,6 +275,43 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _remove_damaged_programs(Path(jax.config.jax_compilation_cache_dir))
+
+
+@functools.cache
+def _remove_damaged_programs(folder: Path) -> None:
+    """Remove a program that JAX warns it cannot read, and tell of it in one line instead of a warning at every start.
+
+    JAX never runs such a program (its entries are compressed by zlib, which compares a checksum) and compiles it anew,
+    but it writes an entry only where there is none.
+    """
+    show = warnings.showwarning
+
+    def remove(message, category, filename, lineno, file=None, line=None) -> None:
+        name = re.search("reading persistent compilation cache entry for '([^']+)'", str(message))
+        damaged = (
+            [path for path in folder.glob(f"{glob.escape(name[1])}-*") if not _unpacks(path)] if name else []
+        )
+        if not damaged:
+            return show(message, category, filename, lineno, file, line)
+        for path in damaged:
+            with contextlib.suppress(OSError):  # a cache that cannot be written
+                path.unlink()
+            notice(f"The compiled program {path} has changed since it was written: it is compiled again.")
+
+    warnings.filterwarnings("always", "Error reading persistent compilation cache entry")
+    warnings.showwarning = remove
+
+
+def _unpacks(path: Path) -> bool:
+    """Whether an entry of JAX's is whole. Raises nothing: one that is gone, or packed in another way, is left alone."""
+    try:
+        zlib.decompress(path.read_bytes())
+    except zlib.error:
+        return path.read_bytes().startswith(_ZSTD)
+    except OSError:
+        return True
+    return True
 
 
 def _processor() -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import hashlib
+import json
 import math
 import os
 import subprocess
@@ -17,6 +18,7 @@ from rag import cache
 from rag.cache import atomic_file, atomic_folder, cache_root, content_key, file_sha256, locked, writing
 from rag.checksums import seal
 from rag.types import UserError
+from tests.damage import WAYS
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
@@ -199,6 +201,21 @@ def test_file_sha256_needs_no_memory(tmp_path, monkeypatch):
         file_sha256(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_digest_is_never_believed(tmp_path, monkeypatch, way, capsys):
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    monkeypatch.setattr(cache, "_RACY_NS", 0)
+    right = file_sha256(path)
+    [memory] = (tmp_path / "cache" / "sha256").iterdir()
+    before = memory.read_bytes()
+    WAYS[way](memory)
+    assert file_sha256(path) == right
+    told = capsys.readouterr().err
+    assert (memory.name in told and told.count("\n") == 1) == (way != "gone")
+    assert memory.read_bytes() == before
+
+
 def test_a_failure_to_write_is_a_users_error(tmp_path):
     with pytest.raises(UserError, match=r"folder .*cache \(Read-only file system\).*RAG_CACHE"), writing():
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -351,3 +368,33 @@ print(sum(hits))
     assert int(runs[0].stdout) == 0
     assert int(runs[1].stdout) >= 1
     assert list((tmp_path / "cache" / "xla").glob("*/*"))
+
+
+def test_a_damaged_program_is_compiled_again_and_replaced(tmp_path):
+    """In one process, which forgets its programs between the ways of damage."""
+    program = """
+import json, pathlib, sys
+import jax, jax.numpy as jnp
+from rag.cache import enable_compilation_cache
+from tests.damage import WAYS
+enable_compilation_cache()
+def value():
+    jax.clear_caches()
+    return float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((5, 5))).sum())
+right = value()
+[entry] = pathlib.Path(sys.argv[1]).glob("xla/*/jit__lambda-*-cache")
+for way in WAYS:
+    print(way, file=sys.stderr)
+    WAYS[way](entry)
+    assert value() == right, way
+    print(json.dumps([way, entry.stat().st_size]))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "cache")],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    sizes = dict(map(json.loads, done.stdout.splitlines()))
+    assert sizes.keys() == WAYS.keys() and min(sizes.values()) > 1000  # each way the entry is whole again
+    told = [line for line in done.stderr.splitlines() if line not in WAYS]
+    assert len(told) == len(WAYS) - 1 and all("it is compiled again" in line for line in told), done.stderr
