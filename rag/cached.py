@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -43,8 +42,8 @@ def once(path: Path, make: Callable[[], None], read: Callable[[Path], T], lock: 
     in place of what is there (`write`, `write_folder`); it runs once, however many processes ask: they wait for the
     lock of `lock`, or of `path`. Raises UserError when the cache cannot be written, and what `make` raises.
     """
-    with suppress(Damaged, OSError):
-        return read(path)
+    if (known := found(path, read, quiet=True)) is not None:
+        return known
     with claimed(lock or path):
         if (known := found(path, read)) is not None:  # another process may have made it while this one waited
             return known
@@ -57,14 +56,15 @@ def once(path: Path, make: Callable[[], None], read: Callable[[Path], T], lock: 
             ) from damage
 
 
-def found(path: Path, read: Callable[[Path], T]) -> T | None:
-    """What `read(path)` gives; None where nothing is there, and, with a notice, where it is damaged."""
+def found(path: Path, read: Callable[[Path], T], *, quiet: bool = False) -> T | None:
+    """What `read(path)` gives; None where nothing is there, and, with a notice unless `quiet`, where it is damaged."""
     try:
         return read(path)
     except FileNotFoundError:
         return None
     except (Damaged, OSError) as damage:
-        notice(f"{damage}: it is made again.")
+        if not quiet:
+            notice(f"{damage}: it is made again.")
         return None
 
 

@@ -229,7 +229,7 @@ class Code:
     def _remember(self) -> None:
         """Keep what was read for the next process; without it that one reads anew."""
         if self._news:
-            self._news, latest = False, _remembered() | self._texts
+            self._news, latest = False, _remembered(quiet=True) | self._texts
             kept = {"sources": dict(list(latest.items())[-_REMEMBERED:])}
             with suppress(UserError):  # a cache that cannot be written
                 cached.write(_memory(), json.dumps(kept).encode())
@@ -351,8 +351,8 @@ def _memory() -> Path:
     return cache_root() / "code" / f"{content_key(sys.version, Path(__file__).read_bytes())}.json"
 
 
-def _remembered() -> dict[str, Source]:
-    kept = cached.found(_memory(), partial(cached.read_record, schema=_Sources))
+def _remembered(*, quiet: bool = False) -> dict[str, Source]:
+    kept = cached.found(_memory(), partial(cached.read_record, schema=_Sources), quiet=quiet)
     return {key: Source(*values) for key, values in kept.sources.items()} if kept else {}
 
 
