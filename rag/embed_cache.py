@@ -153,7 +153,7 @@ class CachedEmbedder:
         """Take in the rows of files that were not there at the last call. A damaged one counts as not there."""
         try:
             names = {name for name in os.listdir(self._folder) if name.endswith(".npy")}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         for name in sorted(names - self._files):
             try:
