@@ -54,7 +54,10 @@ def equal(one, other):
     )
 
 
-@pytest.fixture(params=KINDS)
+LONG = ("decoder", "classifier")  # the others are read in the same ways
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.long] * (kind in LONG)) for kind in KINDS])
 def model(request, tmp_path, monkeypatch):
     """(the path of a checkpoint, what makes something comparable of it)."""
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
@@ -68,14 +71,14 @@ def converted():
 
 
 def test_any_file_of_a_converted_checkpoint_may_be_damaged(model, capsys):
-    """In the suite one parameter of eight, each in another way; with --long all of them in every way."""
+    """In the suite one parameter of sixteen, each in another way; with --long all of them in every way."""
     path, load = model
     intact = load(path)
     used = [file for file in converted() if file.parent == checkpoint_folder(load, path)]
     arrays = [file for file in used if file.suffix == ".npy"]
     others = [file for file in used if file.suffix != ".npy"]
     assert len(arrays) > 10 and len(others) > 3
-    pairs = zip([*others, *arrays[::8]], cycle(WAYS), strict=False)
+    pairs = zip([*others, *arrays[::16]], cycle(WAYS), strict=False)
     capsys.readouterr()
     for file, way in product(used, WAYS) if trials.LONG else pairs:
         WAYS[way](file)

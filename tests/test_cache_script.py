@@ -5,6 +5,7 @@ import time
 
 import cache as cache_script
 import ingest
+import numpy as np
 import prefill
 import pytest
 from hydra import compose, initialize_config_dir
@@ -13,6 +14,7 @@ from settings import check
 
 from rag import eviction
 from rag.cache import cache_root, locked
+from rag.generate import chunk_kv
 from rag.types import UserError
 from tests.tiny import write_checkpoint
 
@@ -92,6 +94,13 @@ def test_what_is_cleaned_is_made_again(run, monkeypatch):
     assert Memo(cache_root() / "stages").map("s", "v", [1], lambda items: items) == [1]
 
 
+def computed(packed, tokens):
+    """What stands in for the model, whose programs take seconds to make."""
+    c = packed.module.config
+    shape = (c.num_hidden_layers, 2, c.num_key_value_heads, tokens.shape[1], c.head_dim)
+    return np.ones((len(tokens), *shape), np.float16)
+
+
 def test_prefill_tells_its_size_first_and_asks_above_a_limit(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "documents").mkdir()
     (tmp_path / "decoder").mkdir()
@@ -105,6 +114,7 @@ def test_prefill_tells_its_size_first_and_asks_above_a_limit(run, tmp_path, caps
         "chunker.size=16",
         "chunker.overlap=0",
     )
+    monkeypatch.setattr(chunk_kv, "read", computed)
     ask = ("index.path=index", "generator.weights=decoder", "generator.dtype=float32")
     with pytest.raises(UserError, match=r"GB, more than limit_gb=1e-05: add force=true .*int8"):
         run(prefill, *ask, "limit_gb=1e-5")
