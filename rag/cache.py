@@ -1,23 +1,32 @@
 """Content keys, locks and atomic files: the one cache that every stage shares.
 
-Three rules keep it honest. A key is made of contents, never of names, so a stale result cannot be found. A
+Four rules keep it honest. A key is made of contents, never of names, so a stale result cannot be found. A
 file or folder appears whole or not at all, so a killed process leaves nothing that looks finished. Writers of
-one entry take its lock, so two processes never do the same work into the same place.
+one entry take its lock, so two processes never do the same work into the same place. What is read is trusted, native
+code among it, so the folder is the user's own and nobody else may write to it.
+
+Entries are read and made through rag.cached, which compares their checksums; rag.eviction keeps their size in bounds.
 """
 
 import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
+import glob
 import hashlib
-import json
 import math
 import os
 import platform
+import re
 import shutil
+import stat
 import struct
+import sys
 import time
 import uuid
+import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -25,19 +34,45 @@ from typing import IO
 from rag.types import UserError
 
 _READ_BYTES = 1 << 20
+_ZSTD = b"\x28\xb5\x2f\xfd"  # JAX's entries begin with it where zstandard is installed
 # A file changed this recently could change again under the same mtime on a coarse clock: don't remember it.
 _RACY_NS = 2_000_000_000
 
 
 def cache_root() -> Path:
-    """The cache folder, made on demand: $RAG_CACHE, or ~/.cache/rag-jax. UserError when it cannot be made."""
+    """The cache folder, made on demand: $RAG_CACHE, or ~/.cache/rag-jax. Raises UserError as `own_folder` does."""
     chosen = os.environ.get("RAG_CACHE")
-    root = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "rag-jax"
+    return own_folder(Path(os.path.expanduser(chosen)) if chosen else Path.home() / ".cache" / "rag-jax")
+
+
+def own_folder(path: Path, setting: str = "RAG_CACHE") -> Path:
+    """The folder, behind links, made for the user alone (0700) where there is none.
+
+    Raises UserError, which names the `setting` that chooses another, when it cannot be made, belongs to another user,
+    or may be written to by others.
+    """
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = path.resolve()
+        found = path.stat()
     except OSError as error:
-        raise UserError(f"Cannot make the cache folder {root} ({error.strerror}): set RAG_CACHE.") from error
-    return root
+        raise UserError(f"Cannot make the cache folder {path} ({error.strerror}): set {setting}.") from error
+    if found.st_uid != os.geteuid():
+        raise UserError(
+            f"The cache folder {path} belongs to another user, whose files are not to be trusted: set {setting} to a "
+            "folder of your own."
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UserError(
+            f"Others may write to the cache folder {path}, so what is in it is not to be trusted: run "
+            f"`chmod -R go-w {path}`, or set {setting} to another folder."
+        )
+    return path
+
+
+def notice(text: str) -> None:
+    """Tell a person on stderr, in one line, what went another way than expected."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def content_key(*parts: object) -> str:
@@ -81,32 +116,49 @@ def _tagged(value: object) -> tuple[bytes, bytes]:
     raise TypeError(f"content_key takes plain values and dataclasses, not {type(value).__name__}")
 
 
-def file_sha256(path: str | Path) -> str:
+def file_sha256(path: str | Path, *, fresh: bool = False) -> str:
     """SHA-256 of a file's bytes (64 hex digits), remembered by path, size, mtime, ctime and inode.
 
-    A large file is read once; a changed or replaced one is read again. Raises OSError when it cannot be read.
+    A large file is read once; a changed or replaced one is read again, and with `fresh` any is. Raises OSError when it
+    cannot be read.
     """
+    from rag.checksums import (
+        seal,  # here, not above: numpy, which a typo on a command line should not wait for
+    )
+
     path = Path(path).resolve()
-    stat = path.stat()
-    memory = cache_root() / "sha256" / content_key(str(path), *_stamp(stat), stat.st_ino)
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads(memory.read_text())["sha256"]
+    before = path.stat()
+    memory = cache_root() / "sha256" / f"{content_key(str(path), *_stamp(before), before.st_ino)}.sha256"
+    if not fresh and (known := _remembered_digest(memory)) is not None:
+        return known
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
-    after = path.stat()
-    changed_ns = max(stat.st_mtime_ns, stat.st_ctime_ns)
-    if _stamp(after) == _stamp(stat) and time.time_ns() - changed_ns > _RACY_NS:
+    changed_ns = max(before.st_mtime_ns, before.st_ctime_ns)
+    if _stamp(path.stat()) == _stamp(before) and time.time_ns() - changed_ns > _RACY_NS:
         # A cache that cannot be written (read-only, full) costs the next start a reading, and no more.
-        with contextlib.suppress(OSError), atomic_file(memory, "w") as file:
-            json.dump({"path": str(path), "sha256": digest.hexdigest()}, file)
+        with contextlib.suppress(OSError), atomic_file(memory) as file:
+            file.write(digest.hexdigest().encode())
+            seal(file)
     return digest.hexdigest()
 
 
-def _stamp(stat: os.stat_result) -> tuple[int, int, int]:
+def _remembered_digest(memory: Path) -> str | None:
+    from rag.checksums import Damaged, read_sealed
+
+    try:
+        return read_sealed(memory).decode()
+    except FileNotFoundError:
+        return None
+    except (Damaged, OSError) as error:
+        notice(f"{error}: the file whose digest it holds is read again.")
+        return None
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
     """What tells that a file was written to; the mtime alone can be set to what it was."""
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 @contextlib.contextmanager
@@ -169,14 +221,16 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends, or is removed if it raises.
 
-    Raises FileExistsError when something is at `path` already, at the start or by the end.
+    What is at `path` already is removed at the end with `replace`; without it FileExistsError is raised, at the start
+    or the end.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _must_not_exist(path)
+    if not replace:
+        _must_not_exist(path)
     temporary = _beside(path)
     temporary.mkdir()
     try:
@@ -185,6 +239,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             for name in files:
                 _sync(Path(folder, name))
             _sync(Path(folder))
+        if replace:
+            discard(path)
         _must_not_exist(path)  # rename would silently replace an empty folder
         try:
             os.rename(temporary, path)
@@ -196,6 +252,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder, if it is there, so that nobody finds half of it: it is renamed first."""
+    away = _beside(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, away)
+        shutil.rmtree(away) if away.is_dir() and not away.is_symlink() else away.unlink()
 
 
 def enable_compilation_cache() -> None:
@@ -211,6 +275,43 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _remove_damaged_programs(Path(jax.config.jax_compilation_cache_dir))
+
+
+@functools.cache
+def _remove_damaged_programs(folder: Path) -> None:
+    """Remove a program that JAX warns it cannot read, and tell of it in one line instead of a warning at every start.
+
+    JAX never runs such a program (its entries are compressed by zlib, which compares a checksum) and compiles it anew,
+    but it writes an entry only where there is none.
+    """
+    show = warnings.showwarning
+
+    def remove(message, category, filename, lineno, file=None, line=None) -> None:
+        name = re.search("reading persistent compilation cache entry for '([^']+)'", str(message))
+        damaged = (
+            [path for path in folder.glob(f"{glob.escape(name[1])}-*") if not _unpacks(path)] if name else []
+        )
+        if not damaged:
+            return show(message, category, filename, lineno, file, line)
+        for path in damaged:
+            with contextlib.suppress(OSError):  # a cache that cannot be written
+                path.unlink()
+            notice(f"The compiled program {path} has changed since it was written: it is compiled again.")
+
+    warnings.filterwarnings("always", "Error reading persistent compilation cache entry")
+    warnings.showwarning = remove
+
+
+def _unpacks(path: Path) -> bool:
+    """Whether an entry of JAX's is whole. Raises nothing: one that is gone, or packed in another way, is left alone."""
+    try:
+        zlib.decompress(path.read_bytes())
+    except zlib.error:
+        return path.read_bytes().startswith(_ZSTD)
+    except OSError:
+        return True
+    return True
 
 
 def _processor() -> str:

@@ -35,8 +35,10 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rag.cache import atomic_file, cache_root, content_key
+from rag import cached
+from rag.cache import cache_root, content_key
 from rag.distributions import distributions_of, with_required
+from rag.records import Record
 from rag.types import UserError
 
 _OURS = __name__.partition(".")[0]  # read wherever it lies: its version says too little
@@ -56,6 +58,12 @@ class Source(NamedTuple):
     imports: Sequence[Sequence]  # (dots, module, names) of every import
     files: Sequence[str]  # its RAG_SOURCES ...
     variables: Sequence[str]  # ... and its RAG_ENVIRONMENT
+
+
+class _Sources(Record):
+    """What is remembered between processes: the fields of each source, by the SHA-256 of its text."""
+
+    sources: dict[str, list[Any]]
 
 
 class _Place(NamedTuple):
@@ -221,9 +229,10 @@ class Code:
     def _remember(self) -> None:
         """Keep what was read for the next process; without it that one reads anew."""
         if self._news:
-            self._news, latest = False, _remembered() | self._texts
-            with suppress(OSError), atomic_file(_memory(), "w") as file:
-                json.dump(dict(list(latest.items())[-_REMEMBERED:]), file)
+            self._news, latest = False, _remembered(quiet=True) | self._texts
+            kept = {"sources": dict(list(latest.items())[-_REMEMBERED:])}
+            with suppress(UserError):  # a cache that cannot be written
+                cached.write(_memory(), json.dumps(kept).encode())
 
 
 def _parents(name: str) -> list[str]:
@@ -342,14 +351,9 @@ def _memory() -> Path:
     return cache_root() / "code" / f"{content_key(sys.version, Path(__file__).read_bytes())}.json"
 
 
-def _remembered() -> dict[str, Source]:
-    try:
-        kept = json.loads(_memory().read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"The file {_memory()} is damaged ({error}): remove it.") from error
-    return {key: Source(*values) for key, values in kept.items()}
+def _remembered(*, quiet: bool = False) -> dict[str, Source]:
+    kept = cached.found(_memory(), partial(cached.read_record, schema=_Sources), quiet=quiet)
+    return {key: Source(*values) for key, values in kept.sources.items()} if kept else {}
 
 
 # --- from values to modules

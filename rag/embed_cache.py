@@ -10,8 +10,9 @@ Letters: N texts, E embedding dim.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+import io
+import os
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,22 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from rag.cache import atomic_file, cache_root, claimed, content_key, writing
+from rag import cached as entries
+from rag.cache import cache_root, claimed, content_key, notice, writing
+from rag.checksums import Damaged
 from rag.closure import code_of
 from rag.embed import Embedder, Progress
 from rag.measure import Clock
 from rag.memo import version_of
+from rag.records import Record
 
 _BATCH = 256  # texts of a file: what a kill can lose
+
+
+class _Plan(Record):
+    """Which of a request's texts were missing, by their place."""
+
+    missing: list[int]
 
 
 class CachedEmbedder:
@@ -36,8 +46,8 @@ class CachedEmbedder:
         self.uncached = embedder
         version = content_key(version_of(embedder), code_of(type(self)))
         self._folder = (folder or cache_root() / "vectors") / version
-        self._read: dict[bytes, np.void] = {}  # every text's row on disk, mapped into memory, by its hash
-        self._files: set[Path] = set()  # that were read
+        self._rows: dict[bytes, np.void] = {}  # every text's row on disk, mapped into memory, by its hash
+        self._files: set[str] = set()  # that were read, by name
         self.passages_s = 0.0  # that the passages' vectors took to compute, in this run or before
         self.passages = self.reused = 0  # given so far, and of them found on disk
         # What Embedder's protocol asks for, as the embedder has it.
@@ -62,7 +72,7 @@ class CachedEmbedder:
 
     def missing(self, texts: Sequence[str]) -> int:
         """How many different passages would have to be computed."""
-        return len(_hashes("passage", texts).keys() - self._rows().keys())
+        return len(self._missing(_hashes("passage", texts)))
 
     def fit(self, texts: Sequence[str]) -> "CachedEmbedder":
         return self
@@ -78,14 +88,20 @@ class CachedEmbedder:
         self, kind: str, texts: Sequence[str], encode: Callable, progress: Progress = lambda done: None
     ) -> tuple[dict[str, np.void], int]:
         """Each different text's row, and how many of them had to be computed."""
-        unique, rows = _hashes(kind, texts), self._rows()
-        known = len(unique.keys() & rows.keys())
-        if known < len(unique):
+        unique = _hashes(kind, texts)
+        missing = len(self._missing(unique))
+        if missing:
             with claimed(self._folder / "vectors"):
-                self._compute(unique, encode, lambda done: progress(known + done))
-            rows = self._rows()
+                self._compute(unique, encode, lambda done: progress(len(unique) - missing + done))
         progress(len(texts))
-        return {text: rows[key] for key, text in unique.items()}, len(unique) - known
+        return {text: self._rows[key] for key, text in unique.items()}, missing
+
+    def _missing(self, keys: Iterable[bytes]) -> list[bytes]:
+        """The texts that have no row. The folder is looked at where there are such, and not for what is known."""
+        if missing := [key for key in keys if key not in self._rows]:
+            self._read_new_files()
+            missing = [key for key in missing if key not in self._rows]
+        return missing
 
     def _stacked(self, rows: dict[str, np.void], texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
         vectors = np.empty((len(texts), self.dim), np.float32)
@@ -95,17 +111,26 @@ class CachedEmbedder:
 
     def _compute(self, unique: dict[bytes, str], encode: Callable, progress: Progress) -> None:
         """Write what is missing of `unique`, in the batches that were planned when this request first came."""
-        keys, rows = list(unique), self._rows()
-        plan = self._folder / f"{content_key(keys)}.todo"
-        if not plan.exists():
-            with writing(), atomic_file(plan, "w") as file:
-                json.dump([i for i, key in enumerate(keys) if key not in rows], file)
-        todo = json.loads(plan.read_text())
-        for start in range(0, len(todo), _BATCH):
-            batch = [keys[i] for i in todo[start : start + _BATCH]]
-            if any(key not in rows for key in batch):
-                self._write(batch, [unique[key] for key in batch], partial(encode, progress=progress))
-        plan.unlink()
+        self._read_new_files(remove_damaged=True)
+        keys = list(unique)
+        path = self._folder / f"{content_key(keys)}.todo"
+        if (plan := entries.found(path, partial(entries.read_record, schema=_Plan))) is None:
+            plan = _Plan(missing=[i for i, key in enumerate(keys) if key not in self._rows])
+            entries.write(path, plan.model_dump_json().encode())
+        self._compute_missing([keys[i] for i in plan.missing], unique, encode, progress)
+        others = [key for key in keys if key not in self._rows]  # whose files were damaged or evicted since
+        self._compute_missing(others, unique, encode, progress)
+        with writing():
+            path.unlink(missing_ok=True)
+
+    def _compute_missing(
+        self, keys: list[bytes], texts: dict[bytes, str], encode: Callable, progress: Progress
+    ) -> None:
+        """Embed and write these texts in batches, but for batches of which nothing is missing."""
+        for start in range(0, len(keys), _BATCH):
+            batch = keys[start : start + _BATCH]
+            if any(key not in self._rows for key in batch):
+                self._write(batch, [texts[key] for key in batch], partial(encode, progress=progress))
 
     def _write(self, keys: list[bytes], texts: list[str], encode: Callable) -> None:
         """Embed a planned batch whole; a vector that is there by now, and was used, stays the one that counts."""
@@ -114,21 +139,39 @@ class CachedEmbedder:
         made["vector"] = encode(texts)
         made["seconds"] = (Clock.now() - begin).working / len(texts)
         made["text"] = np.frombuffer(b"".join(keys), "V32")
-        new = [key not in self._rows() for key in keys]
-        with writing(), atomic_file(self._folder / f"{content_key(keys)}.npy") as file:
-            np.save(file, made[new])
+        new = [i for i, key in enumerate(keys) if key not in self._rows]
+        content, path = io.BytesIO(), self._folder / f"{content_key([keys[i] for i in new])}.npy"
+        np.save(content, made[new])
+        entries.write(path, content.getvalue())
+        self._read_file(path)
 
     @property
     def _row(self) -> np.dtype:
         return np.dtype([("text", "V32"), ("seconds", np.float32), ("vector", np.float32, (self.dim,))])
 
-    def _rows(self) -> dict[bytes, np.void]:
-        """All rows on disk; only files that are new since the last call are read."""
-        for path in sorted(set(self._folder.glob("*.npy")) - self._files):
-            batch = np.load(path, mmap_mode="r", allow_pickle=False)
-            self._read |= zip((key.tobytes() for key in batch["text"]), batch, strict=True)
-            self._files.add(path)
-        return self._read
+    def _read_new_files(self, *, remove_damaged: bool = False) -> None:
+        """Take in the rows of files that were not there at the last call. A damaged one counts as not there."""
+        try:
+            names = {name for name in os.listdir(self._folder) if name.endswith(".npy")}
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for name in sorted(names - self._files):
+            try:
+                self._read_file(self._folder / name)
+            except FileNotFoundError:  # evicted meanwhile
+                continue
+            except (Damaged, OSError) as damage:
+                if remove_damaged:
+                    notice(f"{damage}: its vectors are computed again.")
+                    with writing():
+                        (self._folder / name).unlink(missing_ok=True)
+
+    def _read_file(self, path: Path) -> None:
+        batch = entries.read_array(path)
+        if batch.dtype != self._row or batch.ndim != 1:
+            raise Damaged(f"{path} holds other vectors")
+        self._rows |= zip((key.tobytes() for key in batch["text"]), batch, strict=True)
+        self._files.add(path.name)
 
 
 def cached(embedder: Embedder) -> Embedder:

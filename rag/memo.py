@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rag.cache import atomic_file, claimed, content_key, writing
+from rag import cached
+from rag.cache import content_key
 from rag.closure import code_of
 from rag.measure import Clock
-from rag.types import UserError
+from rag.records import Record
 
 
 @dataclass(slots=True)
@@ -30,6 +31,14 @@ class Cost:
     compile_s: float = 0.0
     items: int = 0
     reused: int = 0  # of `items`: found on disk
+
+
+class _Batch(Record):
+    """What is kept of a batch."""
+
+    seconds: float
+    compile_s: float
+    results: list[Any]
 
 
 class Memo:
@@ -65,19 +74,19 @@ class Memo:
         path = folder / f"{content_key(list(items))}.json"
         cost = self.costs.setdefault(stage, Cost())
         cost.items += len(items)
-        if (kept := _read(path)) is None:
-            if self._dry:
-                return [None] * len(items)
-            with claimed(folder / "batch"):
-                if (kept := _read(path)) is None:  # else another process was faster
-                    kept = self._computed(items, compute)
-                    with writing(), atomic_file(path, "w") as file:
-                        json.dump(kept, file, allow_nan=False)
-                    cost.reused -= len(items)
+
+        def make() -> None:
+            cached.write(path, json.dumps(self._computed(items, compute), allow_nan=False).encode())
+            cost.reused -= len(items)
+
+        if not self._dry:
+            kept = cached.once(path, make, _read, lock=folder / "batch")
+        elif (kept := cached.found(path, _read)) is None:
+            return [None] * len(items)
         cost.reused += len(items)
-        cost.seconds += kept["seconds"]
-        cost.compile_s += kept["compile_s"]
-        return kept["results"]
+        cost.seconds += kept.seconds
+        cost.compile_s += kept.compile_s
+        return kept.results
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -97,20 +106,11 @@ class Memo:
         if len(results) != len(items):
             raise ValueError(f"a stage made {len(results)} results of {len(items)} items")
         own = Clock.now() - begin - inner
-        return {
-            "seconds": own.working,
-            "compile_s": own.compiling,
-            "results": json.loads(json.dumps(results)),
-        }
+        return {"seconds": own.working, "compile_s": own.compiling, "results": results}
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"The kept results {path} are damaged ({error}): remove that file.") from error
+def _read(path: Path) -> _Batch:
+    return cached.read_record(path, _Batch)
 
 
 def version_of(model: Any) -> str:

@@ -41,6 +41,8 @@ class Settings(System):
 def main(config) -> None:
     from terminal import print_problem, progress_bars
 
+    from rag.cached import CHECKSUMS
+
     job = job_of(config)
     for problem in job.dataset.problems:
         print_problem(problem)
@@ -51,7 +53,7 @@ def main(config) -> None:
     folder = run_dir()
     metrics, costs = kept_result(kept)
     try:
-        shutil.copytree(kept, folder, dirs_exist_ok=True)
+        shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CHECKSUMS))
     except shutil.Error as error:  # of each file: from, to, why
         why = error.args[0][0][2]
         raise UserError(

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from rag import cache
 from rag.cache import atomic_file, atomic_folder, cache_root, content_key, file_sha256, locked, writing
+from rag.checksums import seal
 from rag.types import UserError
+from tests.damage import WAYS
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
@@ -125,6 +127,25 @@ def test_cache_root_is_made_where_it_was_asked_for(tmp_path, monkeypatch):
     assert cache_root() == tmp_path / "home" / ".cache" / "rag-jax"
 
 
+def test_the_cache_is_for_the_user_alone(tmp_path, monkeypatch):
+    assert cache_root().stat().st_mode & 0o777 == 0o700
+    os.chmod(cache_root(), 0o755)  # as earlier versions made it: others may look
+    assert cache_root() == tmp_path / "cache"
+    for mode in (0o770, 0o702):
+        os.chmod(tmp_path / "cache", mode)
+        with pytest.raises(UserError, match=r"Others may write to .*cache, so .*chmod -R go-w .*/cache`"):
+            cache_root()
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    monkeypatch.setenv("RAG_CACHE", str(tmp_path / "link"))
+    with pytest.raises(UserError, match=rf"chmod -R go-w {tmp_path}/cache`"):  # where the link leads
+        cache_root()
+    os.chmod(tmp_path / "cache", 0o700)
+    assert cache_root() == tmp_path / "cache"
+    monkeypatch.setattr(cache.os, "geteuid", lambda: 12345)
+    with pytest.raises(UserError, match="belongs to another user"):
+        cache_root()
+
+
 def test_a_cache_that_cannot_be_made_is_a_users_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "file" / "cache"))
@@ -147,8 +168,11 @@ def test_file_sha256_reads_a_file_once_until_it_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_RACY_NS", 0)
     first = file_sha256(path)
     [memory] = (tmp_path / "cache" / "sha256").iterdir()
-    memory.write_text(json.dumps({"sha256": "as remembered"}))
+    with atomic_file(memory) as file:
+        file.write(b"as remembered")
+        seal(file)
     assert file_sha256(path) == "as remembered"
+    assert file_sha256(path, fresh=True) == file_sha256(path) == first
     path.write_bytes(b"two")
     os.utime(path, (1000, 1000))  # the same inode, size and mtime: as a copy that keeps times leaves it
     assert file_sha256(path) == hashlib.sha256(b"two").hexdigest() != first
@@ -164,7 +188,7 @@ def test_file_sha256_reads_a_file_once_until_it_changes(tmp_path, monkeypatch):
 def test_file_sha256_needs_no_memory(tmp_path, monkeypatch):
     path, tried = tmp_path / "weights", []
 
-    def read_only(memory, mode):
+    def read_only(memory):
         tried.append(memory)
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -175,6 +199,21 @@ def test_file_sha256_needs_no_memory(tmp_path, monkeypatch):
     assert len(tried) == 1
     with pytest.raises(FileNotFoundError):
         file_sha256(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_digest_is_never_believed(tmp_path, monkeypatch, way, capsys):
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    monkeypatch.setattr(cache, "_RACY_NS", 0)
+    right = file_sha256(path)
+    [memory] = (tmp_path / "cache" / "sha256").iterdir()
+    before = memory.read_bytes()
+    WAYS[way](memory)
+    assert file_sha256(path) == right
+    told = capsys.readouterr().err
+    assert (memory.name in told and told.count("\n") == 1) == (way != "gone")
+    assert memory.read_bytes() == before
 
 
 def test_a_failure_to_write_is_a_users_error(tmp_path):
@@ -244,6 +283,18 @@ def test_atomic_folder_never_replaces(tmp_path):
         (tmp_path / "late" / "a").write_text("theirs")
     assert (tmp_path / "late" / "a").read_text() == "theirs"
     assert sorted(os.listdir(tmp_path)) == ["index", "late"]
+
+
+def test_atomic_folder_replaces_where_it_is_asked_to(tmp_path):
+    path = tmp_path / "index"
+    for text in ("first", "second"):
+        with atomic_folder(path, replace=True) as folder:
+            (folder / text).write_text(text)
+        assert os.listdir(path) == [text]
+    with pytest.raises(ValueError, match="stop"), atomic_folder(path, replace=True):
+        raise ValueError("stop")
+    assert os.listdir(path) == ["second"]
+    assert os.listdir(tmp_path) == ["index"]
 
 
 def test_atomic_folder_leaves_nothing_behind(tmp_path):
@@ -317,3 +368,33 @@ print(sum(hits))
     assert int(runs[0].stdout) == 0
     assert int(runs[1].stdout) >= 1
     assert list((tmp_path / "cache" / "xla").glob("*/*"))
+
+
+def test_a_damaged_program_is_compiled_again_and_replaced(tmp_path):
+    """In one process, which forgets its programs between the ways of damage."""
+    program = """
+import json, pathlib, sys
+import jax, jax.numpy as jnp
+from rag.cache import enable_compilation_cache
+from tests.damage import WAYS
+enable_compilation_cache()
+def value():
+    jax.clear_caches()
+    return float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((5, 5))).sum())
+right = value()
+[entry] = pathlib.Path(sys.argv[1]).glob("xla/*/jit__lambda-*-cache")
+for way in WAYS:
+    print(way, file=sys.stderr)
+    WAYS[way](entry)
+    assert value() == right, way
+    print(json.dumps([way, entry.stat().st_size]))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "cache")],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    sizes = dict(map(json.loads, done.stdout.splitlines()))
+    assert sizes.keys() == WAYS.keys() and min(sizes.values()) > 1000  # each way the entry is whole again
+    told = [line for line in done.stderr.splitlines() if line not in WAYS]
+    assert len(told) == len(WAYS) - 1 and all("it is compiled again" in line for line in told), done.stderr

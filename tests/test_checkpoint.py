@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from rag import cache
+from rag import cache, cached
 from rag.models import checkpoint
 from rag.models.checkpoint import Rule
 from rag.models.gguf_file import Tensor
@@ -238,7 +238,7 @@ def test_what_other_code_converted_is_not_found_and_what_is_equal_takes_no_room(
     assert [(folder / "other.npy").read_text() for folder in (first, second)] == ["one", "two"]
     assert (first / "same.npy").samefile(second / "same.npy")
     assert not (first / "other.npy").samefile(second / "other.npy")
-    assert sorted(path.name for path in second.iterdir()) == ["other.npy", "same.npy"]
+    assert sorted(path.name for path in second.iterdir()) == [cached.CHECKSUMS, "other.npy", "same.npy"]
 
 
 def test_a_file_of_a_folder_that_is_renamed_is_another_checkpoint(tmp_path, monkeypatch):

@@ -124,7 +124,8 @@ def test_what_a_loader_opens_is_in_the_fingerprint(checkpoint, monkeypatch):
         module.checkpoint.contents(sorted(named))
     assert opened.files == named  # the trace sees what is read
     with monkeypatch.context() as patch:
-        patch.setattr(module.checkpoint, "contents", lambda sources: [])  # which would open all of them
+        # which would open all of them
+        patch.setattr(module.checkpoint, "contents", lambda sources, fresh=False: [("", "")] * len(sources))
         with Opened(folder) as opened:
             load(folder)
     assert {path.name for path in opened.files} >= {"config.json", "tokenizer.json", "tokenizer_config.json"}

@@ -1,5 +1,6 @@
 """Passages read once and put together: against a plain reading, and against rotations by complex numbers."""
 
+import io
 from dataclasses import replace
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rag import cached
 from rag.generate import chunk_kv
 from rag.generate.blend import blend
 from rag.generate.chunk_kv import ChunkOptions, ChunkReader, parts_of
@@ -20,6 +22,7 @@ from rag.models.llama import KVCache, Llama, forward
 from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate, render
 from rag.types import Context, Message, Source, UserError
+from tests.damage import WAYS
 from tests.tiny import CONFIG, write_checkpoint
 from tests.typecheck import unchecked
 
@@ -222,18 +225,44 @@ def test_another_model_another_beginning_and_another_dtype_are_kept_apart(loaded
     assert len(paths) == 4
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", None])
-def test_a_damaged_file_is_named(loaded, reader, damage):
+def as_another(path):
+    """Put a file there that is whole, and holds something else."""
+    content = io.BytesIO()
+    np.save(content, np.zeros((2, 2), np.float16))
+    cached.write(path, content.getvalue())
+
+
+@pytest.mark.parametrize("way", [*WAYS, "another"])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_damaged_file_is_computed_again(loaded, reader, dtype, way, capsys):
+    chat = asked(PASSAGES[0])
+    ours = reader(dtype=dtype)
+    ids, intact = ours.start(chat, 4)
+    capsys.readouterr()
+    files = sorted(ours.store.folder.glob("*.npy"))
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        (WAYS | {"another": as_another})[way](file)
+        again, state = reader(dtype=dtype).start(chat, 4)
+        assert again == ids and difference(state.cache, intact.cache, slice(0, len(ids))) == 0
+        told = capsys.readouterr().err
+        assert (file.name in told and "made again" in told) == (way != "gone") and told.count("\n") < 2
+    assert [file.read_bytes() for file in files] == before
+    WAYS["middle"](files[0])
+    assert reader(dtype=dtype).fill([chat]).computed == 1
+
+
+def test_what_is_still_to_be_read_is_counted_before(loaded, reader):
     ours = reader()
-    parts = parts_of(loaded[1], asked(PASSAGES[0]))
-    ours.fill([asked(PASSAGES[0])])
-    path = ours.store.path(parts.beginning, parts.passages[0][1])
-    if damage is None:
-        np.save(path, np.zeros((2, 2), np.float16))
-    else:
-        path.write_bytes(damage)
-    with pytest.raises(UserError, match=rf"{path.name}.*remove it"):
-        ours.start(asked(PASSAGES[0]), 4)
+    chats = [asked(PASSAGES[0]), asked(*PASSAGES[:2])]
+    unread = ours.unread(chats)
+    assert not any(file.exists() for file in unread)
+    sizes = ours.fill(chats).sizes
+    assert unread == {file: tokens for file, (tokens, _) in sizes.items()}
+    for tokens, nbytes in sizes.values():  # and a header and a checksum
+        assert 0 < nbytes - tokens * ours.store.token_bytes < 300
+    assert ours.unread(chats) == {}
+    assert reader(dtype="int8").store.token_bytes == 2 * 2 * 2 * (8 + 4)  # layers, keys and values, heads
 
 
 def test_likelihoods_behind_what_was_kept(loaded, reader):

@@ -19,6 +19,7 @@ import rag
 from rag import closure, distributions
 from rag.closure import Code, code_of, parsed
 from rag.types import UserError
+from tests.damage import WAYS
 
 ROOT = Path(rag.__file__).parent
 CONF = ROOT.parent / "conf"
@@ -431,3 +432,17 @@ def test_what_python_loads_for_a_stage_is_in_its_closure():
     for stage, loaded in found.items():
         assert len(loaded) > 1
         assert set(loaded) <= code.closure(stage)[0].keys(), stage
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_memory_of_sources_is_read_anew(tree, way, capsys):
+    folder = tree({"mine.py": "import other", "other.py": "x = 1"})
+    before = version(folder)
+    memory = closure._memory()
+    kept = memory.read_bytes()
+    WAYS[way](memory)
+    assert version(folder) == before
+    told = capsys.readouterr().err
+    assert told.count(memory.name) == told.count("\n") == (way != "gone")
+    assert memory.read_bytes() == kept
+    assert version(folder) == before and capsys.readouterr().err == ""

@@ -1,11 +1,15 @@
 """Kept vectors: the embedder's own, computed once each, resumed in the batches that were planned."""
 
+import io
+import os
+
 import numpy as np
 import pytest
 
-from rag import embed_cache
+from rag import cached, embed_cache
 from rag.embed import Embedder
 from rag.embed_cache import CachedEmbedder
+from tests.damage import WAYS
 
 
 class Lengths:
@@ -109,3 +113,81 @@ def test_another_version_of_the_embedders_code_shares_nothing(tmp_path, monkeypa
     other = Lengths()
     CachedEmbedder(other, tmp_path).encode(["aaa"])
     assert other.batches == [["aaa"]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_damaged_vectors_are_computed_again(tmp_path, way, capsys):
+    texts = ["a", "bb", "ccc"]
+    whole = CachedEmbedder(Lengths(), tmp_path).encode(texts)
+    for i in range(2):  # a file a batch
+        file = sorted(tmp_path.rglob("*.npy"))[i]
+        WAYS[way](file)
+        again = Lengths()
+        embedder = CachedEmbedder(again, tmp_path)
+        assert 0 < embedder.missing(texts) < 3
+        np.testing.assert_array_equal(embedder.encode(texts), whole)
+        assert len(again.batches) == 1
+        told = capsys.readouterr().err
+        assert (file.name in told and told.count("\n") == 1) == (way != "gone")
+        np.testing.assert_array_equal(CachedEmbedder(Lengths(fail_after=0), tmp_path).encode(texts), whole)
+        assert capsys.readouterr().err == ""
+    assert not list(tmp_path.rglob("*.todo"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_plan_is_made_again(tmp_path, way, capsys):
+    texts = ["a", "bb", "ccc", "dddd", "eeeee"]
+    with pytest.raises(KeyboardInterrupt):
+        CachedEmbedder(Lengths(fail_after=1), tmp_path).encode(texts)
+    [plan] = tmp_path.rglob("*.todo")
+    WAYS[way](plan)
+    vectors = CachedEmbedder(Lengths(), tmp_path).encode(texts)
+    assert vectors[:, 0].tolist() == [1, 2, 3, 4, 5]
+    assert (plan.name in capsys.readouterr().err) == (way != "gone")
+    assert not list(tmp_path.rglob("*.todo"))
+
+
+def test_what_a_resumed_plan_took_for_granted_may_be_damaged(tmp_path, capsys):
+    CachedEmbedder(Lengths(), tmp_path).encode(["a"])
+    [known] = tmp_path.rglob("*.npy")
+    texts = ["a", "bb", "ccc", "dddd"]
+    with pytest.raises(KeyboardInterrupt):
+        CachedEmbedder(Lengths(fail_after=1), tmp_path).encode(texts)  # its plan leaves "a" out
+    WAYS["middle"](known)
+    rest = Lengths()
+    assert CachedEmbedder(rest, tmp_path).encode(texts)[:, 0].tolist() == [1, 2, 3, 4]
+    assert rest.batches == [["dddd"], ["a"]]
+    assert known.name in capsys.readouterr().err
+
+
+def test_vectors_of_another_shape_are_not_taken(tmp_path, capsys):
+    CachedEmbedder(Lengths(), tmp_path).encode(["a"])
+    [file] = tmp_path.rglob("*.npy")
+    content = io.BytesIO()
+    np.save(content, np.zeros((3, 2), np.float32))
+    cached.write(file, content.getvalue())
+    assert CachedEmbedder(Lengths(), tmp_path).encode(["a"]).tolist() == [[1, 1]]
+    assert "holds other vectors: its vectors are computed again" in capsys.readouterr().err
+
+
+def test_what_is_known_is_not_looked_for_on_the_disk(tmp_path, monkeypatch):
+    texts = [str(i) for i in range(50)]
+    embedder = CachedEmbedder(Lengths(), tmp_path)
+    looks = []
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: looks.append(path) or listdir(path))
+    embedder.encode(texts)
+    assert len(looks) <= 2  # for 25 files: before the lock and behind it
+    looks.clear()
+    embedder.encode(texts[::-1])
+    embedder.missing(texts)
+    assert looks == []
+    monkeypatch.setattr(embed_cache.entries, "read_array", lambda path: pytest.fail("read again"))
+    assert embedder.encode(texts)[:, 0].tolist() == [len(text) for text in texts]
+
+
+def test_a_read_only_folder_that_holds_everything_will_do(tmp_path, monkeypatch):
+    texts = ["a", "bb", "ccc"]
+    whole = CachedEmbedder(Lengths(), tmp_path).encode(texts)
+    monkeypatch.setattr(embed_cache, "claimed", lambda path: pytest.fail("a lock is a file in the cache"))
+    np.testing.assert_array_equal(CachedEmbedder(Lengths(), tmp_path).encode(texts), whole)

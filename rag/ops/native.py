@@ -16,8 +16,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache as once
 from importlib import metadata
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float16, Float32, Int, Int8, Int32
 
-from rag import cache
+from rag import cache, cached
 from rag.measure import cores, cpu_flags
 from rag.types import UserError
 
@@ -82,18 +82,16 @@ def _loaded() -> ctypes.CDLL | None:
     if not _WANTED or jax.default_backend() != "cpu" or "avx2" not in cpu_flags():
         return None
     try:
-        library = _library()
-        loaded = None if library is None else ctypes.CDLL(str(library))
-    except (
-        OSError,
-        UserError,
-    ):  # a cache that cannot be written, a library that cannot be loaded: XLA does it
+        if (library := _library()) is None:
+            return None
+        loaded = ctypes.CDLL(str(library))
+        loaded.RagHasTiles.restype = ctypes.c_bool
+        functions = {target: getattr(loaded, symbol) for target, symbol in _TARGETS.items()}
+    except (OSError, AttributeError, UserError) as error:  # not loaded, no such symbol, not written
+        cache.notice(f"The native library cannot be used, so XLA does its work: {error}")
         return None
-    if loaded is None:
-        return None
-    loaded.RagHasTiles.restype = ctypes.c_bool
-    for target, symbol in _TARGETS.items():
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
+    for target, function in functions.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
     return loaded
 
 
@@ -112,14 +110,20 @@ def _library() -> Path | None:
         _FLAGS,
         list(cpu_flags()),
         metadata.version("jaxlib"),
+        "sealed",
     )
-    path = cache.cache_root() / "native" / f"{key}.so"
+    path = cache.own_folder(cache.cache_root() / "native") / f"{key}.so"
     log = path.with_suffix(".log")
-    if not (path.exists() or _is_fresh(log)):
-        with cache.writing(), cache.locked(path):
-            if not (path.exists() or _is_fresh(log)):
-                _build(compiler, path, log)
-    return path if path.exists() else None
+    if not path.exists() and _is_fresh(log):
+        return None
+
+    def make() -> None:
+        if not _is_fresh(log):
+            _build(compiler, path, log)
+
+    with suppress(FileNotFoundError):
+        return cached.once(path, make, cached.checked)
+    return None
 
 
 def _version(compiler: str) -> str:
@@ -138,10 +142,14 @@ def _build(compiler: str, path: Path, log: Path) -> None:
         includes = f"-I{jax.ffi.include_dir()}"
         command = [compiler, *_FLAGS, includes, str(_ENTRY), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, check=False)
-        with cache.atomic_file(log if done.returncode else path) as file:
-            file.write(done.stderr if done.returncode else built.read_bytes())
-    if done.returncode:
-        warnings.warn(f"{compiler} cannot build {_ENTRY.name}, so XLA does its work: {log}", stacklevel=2)
+        if done.returncode == 0:
+            cached.write(path, built.read_bytes())
+            return
+    with cache.writing():
+        cache.discard(path)  # a damaged one
+        with cache.atomic_file(log) as file:
+            file.write(done.stderr)
+    cache.notice(f"{compiler} cannot build {_ENTRY.name}, so XLA does its work: {log}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from rag import cache
+from rag import cache, cached
 from rag.generate.local import LocalGenerator, StoppedText
 from rag.measure import cores
 from rag.models.tokenizer import TextStream
@@ -131,14 +131,13 @@ def requantised(path: Path, kind: str) -> Path:
     """The GGUF file's weights in another quantisation, "Q8_0" or "Q4_0", kept in the cache beside the file's hash."""
     import llama_cpp
 
-    folder = cache.cache_root() / "requantised" / f"{cache.file_sha256(path)[:16]}-{kind}"
-    with cache.claimed(folder):
-        if not folder.exists():
-            params = llama_cpp.llama_model_quantize_default_params()
-            params.ftype, params.allow_requantize, params.nthread = _KINDS[kind], True, cores()
-            with cache.atomic_folder(folder) as new:
-                target = new / "model.gguf"
-                failed = llama_cpp.llama_model_quantize(str(path).encode(), str(target).encode(), params)
-                if failed:
-                    raise RuntimeError(f"llama.cpp could not make {kind} of {path}: code {failed}")
+    def quantise(folder: Path) -> None:
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype, params.allow_requantize, params.nthread = _KINDS[kind], True, cores()
+        target = folder / "model.gguf"
+        if failed := llama_cpp.llama_model_quantize(str(path).encode(), str(target).encode(), params):
+            raise RuntimeError(f"llama.cpp could not make {kind} of {path}: code {failed}")
+
+    place = cache.cache_root() / "requantised" / f"{cache.file_sha256(path)[:16]}-{kind}"
+    folder = cached.once(place, lambda: cached.write_folder(place, quantise), cached.check_folder)
     return folder / "model.gguf"
