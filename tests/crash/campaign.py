@@ -1,6 +1,6 @@
 """Trials by the hundreds in a process of its own, which is watched: one that dies or hangs in a trial is a result too.
 
-    python -m tests.crash.kills 2000     or damage_index, damage_cache, power_loss, full_disk
+    python -m tests.crash.kills 2000     or damage_index, damage_cache, power_loss, syncs, full_disk
 
 A campaign prints a line of JSON for each trial: its outcome and what was done.
 """

@@ -1,12 +1,15 @@
-"""What can happen to a stored file: a bit or byte flips, a range becomes zeros, it is cut, grows, is lost or exchanged."""
+"""What can happen to a stored file: a bit or byte flips, a range becomes zeros, it is cut, grows or is lost."""
 
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-_KINDS = ("bit", "byte", "zero sector", "zero page", "cut", "longer", "lost", "exchanged")
+from rag.types import UserError
+
+_KINDS = ("bit", "byte", "zero sector", "zero page", "cut", "longer", "lost", "swapped")
 _SECTOR, _PAGE = 512, 4096  # bytes
 
 
@@ -21,19 +24,19 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def damage(draw: random.Random, files: Sequence[Path]) -> tuple[str, list[Path]]:
-    """Damage one of the files, or exchange two. Returns what was done, and to which; their content differs now."""
+    """Damage one of the files, or swap two. Returns what was done, and to which; their content differs now."""
     while True:
         path, kind = draw.choice(files), draw.choice(_KINDS)
         content = path.read_bytes()
         if kind == "lost":
             path.unlink()
             return f"{path.name} lost", [path]
-        if kind == "exchanged":
+        if kind == "swapped":
             other = draw.choice([file for file in files if file.suffix == path.suffix])
             if (theirs := other.read_bytes()) != content:
                 replace(path, theirs)
                 replace(other, content)
-                return f"{path.name} and {other.name} exchanged", [path, other]
+                return f"{path.name} and {other.name} swapped", [path, other]
             continue
         where, damaged = _damaged(draw, kind, content)
         if damaged != content:
@@ -58,6 +61,14 @@ def _damaged(draw: random.Random, kind: str, content: bytes) -> tuple[int, bytes
     return at, content[:at] + bytes([changed]) + content[at + 1 :]
 
 
+def or_error(call: Callable[[], Any]) -> Any:
+    """What the call returns, or the exception that it ends in."""
+    try:
+        return call()
+    except Exception as error:  # whichever it is, the verdict tells
+        return error
+
+
 def verdict(
     wanted: Sequence[object], found: Sequence[object], damaged: Sequence[Path], done: str
 ) -> tuple[str, str, str]:
@@ -65,8 +76,6 @@ def verdict(
 
     "same" where all are as wanted, "refused" where some are UserErrors that name a damaged file; else a fault.
     """
-    from rag.types import UserError
-
     refusals = [one for one in found if isinstance(one, UserError)]
     bugs = [one for one in found if isinstance(one, BaseException) and not isinstance(one, UserError)]
     wrong = [

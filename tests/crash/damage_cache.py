@@ -16,7 +16,7 @@ from rag.embed_cache import CachedEmbedder
 from tests import tiny_encoder
 from tests.crash import campaign, workloads
 from tests.crash.campaign import Trial
-from tests.crash.damage import damage, linked, verdict
+from tests.crash.damage import damage, linked, or_error, verdict
 from tests.crash.workloads import Hashed, chunk_reader, enter, passages_of, prompts
 
 _TEXTS = tuple(" ".join(workloads._WORDS[i : i + 1 + i % 5]) for i in range(10))
@@ -55,7 +55,6 @@ def _embed() -> list[bytes]:
 
 def _stop_embedding() -> None:
     """Leave two batches of three, and the plan of all."""
-    Stopped.__module__, Stopped.__qualname__ = Hashed.__module__, Hashed.__qualname__
     embedder = CachedEmbedder(Hashed())
     embedder.uncached = Stopped()
     try:
@@ -117,13 +116,6 @@ def _subject(folder: Path, name: str, make: Callable[[], Any], ask: Callable[[],
     return Subject(name, home, ask, ask())
 
 
-def _or_error(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except Exception as error:  # whichever it is, the verdict tells
-        return error
-
-
 def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
     made = subjects(folder)
     gc.collect()
@@ -136,7 +128,7 @@ def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
         done = f"{subject.name}: {done}"
         enter(home)
         campaign.begin(number, done)
-        yield Trial(number, *verdict([subject.wanted], [_or_error(subject.ask)], damaged, done))
+        yield Trial(number, *verdict([subject.wanted], [or_error(subject.ask)], damaged, done))
         gc.collect()  # what is mapped
         shutil.rmtree(home)
 

@@ -3,10 +3,9 @@
 import gc
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rag import cache, pipeline
 from rag.embed import BagOfWords, BertEmbedder, Embedder
@@ -19,7 +18,7 @@ from rag.retrieve.search import Dense, Hybrid, Lexical, Reranked
 from tests import tiny_encoder
 from tests.crash import campaign
 from tests.crash.campaign import Trial
-from tests.crash.damage import damage, linked, verdict
+from tests.crash.damage import damage, linked, or_error, verdict
 from tests.crash.workloads import ANALYZER, enter, write_corpus
 
 _WORDS = Lexical(analyzer=ANALYZER)
@@ -42,14 +41,14 @@ class Subject:
 
 def ask(path: Path, embedder: Embedder, methods: Sequence[Retriever]) -> list[object]:
     """Each method's answers, or the exception that it ended in."""
-    opened = _or_error(lambda: store.Index.open(path))
+    opened = or_error(lambda: store.Index.open(path))
     if isinstance(opened, Exception):
         return [opened] * len(methods)
-    restored = _or_error(lambda: opened.restore(embedder))
+    restored = or_error(lambda: opened.restore(embedder))
     if isinstance(restored, Exception):
         return [restored] * len(methods)
     collection = Collection(opened, restored)
-    return [_or_error(lambda method=method: _answers(collection, method)) for method in methods]
+    return [or_error(lambda method=method: _answers(collection, method)) for method in methods]
 
 
 def _answers(collection: Collection, method: Retriever) -> list[object]:
@@ -61,18 +60,11 @@ def _answers(collection: Collection, method: Retriever) -> list[object]:
     ]
 
 
-def _or_error(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except Exception as error:  # whichever it is, the verdict tells
-        return error
-
-
 def subjects(folder: Path) -> list[Subject]:
     """An index of a tiny encoder's vectors and one of counted words, both with postings, of several pieces each."""
     cache.enable_compilation_cache()  # the machine's own: the programs are always the same
     enter(folder)
-    corpus = write_corpus(folder / "corpus", random.Random(1), 30, 900)
+    corpus = write_corpus(folder / "corpus", random.Random(1), 45, 900)
     encoder = BertEmbedder(str(tiny_encoder.write_checkpoint(folder / "weights")))
     late = Reranked(_WORDS, MaxSim(), depth=6)
     made = []

@@ -17,15 +17,19 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from rag import pipeline
 from rag.embed import BagOfWords
+from rag.index.analyzer import Analyzer
+from rag.types import UserError
 from tests.crash import campaign
 from tests.crash.campaign import ROOT, Trial
+from tests.crash.damage import or_error
 from tests.crash.kills import Case
 from tests.crash.trap import Ended, forked, trapped
-from tests.crash.workloads import Workload, _look_at_index, enter, write_corpus
+from tests.crash.workloads import CHUNKER, Workload, enter, look_at_index, write_corpus
 
 _SCRIPTS = ROOT / "scripts"
-_STEP = 4096  # bytes that less is left at each trial
+_MOST = 96 << 10  # bytes left at the last trial, more than the index takes
 
 
 def ingest(corpus: Path, home: Path) -> tuple[int, str]:
@@ -33,8 +37,8 @@ def ingest(corpus: Path, home: Path) -> tuple[int, str]:
     enter(home)
     os.chdir(home.parent)
     sys.argv = [
-        "ingest.py", f"corpus.path={corpus}", f"index.path={home / 'index'}", "embedder=bag_of_words",
-        "chunker=fixed", "chunker.size=12", "chunker.overlap=2", f"hydra.run.dir={home.parent / 'run'}",
+        "ingest.py", f"corpus.path={corpus}", f"index.path={home / 'index'}", "embedder=bag_of_words", "chunker=fixed",
+        f"chunker.size={CHUNKER.size}", f"chunker.overlap={CHUNKER.overlap}", f"hydra.run.dir={home.parent / 'run'}",
     ]  # fmt: skip
     told = io.StringIO()
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
@@ -45,19 +49,29 @@ def ingest(corpus: Path, home: Path) -> tuple[int, str]:
     raise RuntimeError("a script ends by exiting")
 
 
+def call(corpus: Path, home: Path) -> tuple[int, str]:
+    """What `ingest` runs: (exit code, sentence) as the script would make them of a UserError."""
+    enter(home)
+    try:
+        pipeline.ingest(corpus, home / "index", CHUNKER, BagOfWords(), Analyzer(stemmer="english"))
+    except UserError as error:
+        return 2, str(error)
+    return 0, ""
+
+
 def outcome(case: Case, home: Path, ended: Ended) -> tuple[str, str]:
     """(outcome, detail) of a run of `ingest` that may have had no room."""
-    if ended.signal or ended.error is not None:
+    code, told = (None, "") if ended.result is None else ended.result
+    found = or_error(lambda: case.workload.look(home))
+    if found != (case.new if code == 0 else case.old):
+        return "lost", f"exit code {code}: {told} {ended.text}"
+    if code is None:
         return ("hang" if ended.hung else "traceback"), f"signal {ended.signal} {ended.text}"
-    code, told = ended.result
     told = "\n".join(
         line for line in told.splitlines() if line.strip() and "\u2501" not in line
     )  # no progress bars
     if "\n" in told or code not in (0, 2) or (code == 2) != bool(told):
         return "not one sentence", f"exit code {code}: {told}"
-    found = case.workload.look(home)
-    if found != (case.new if code == 0 else case.old):
-        return "lost", f"exit code {code}: {told}"
     if code == 0:
         return "new", ""
     left = sorted(path.name for path in (home / "index").iterdir() if path.name.startswith("."))
@@ -71,7 +85,7 @@ def _case(folder: Path, draw: random.Random, size: tuple[int, int]) -> tuple[Cas
         "ingest again",
         lambda home: _checked(ingest(corpora[0], home)),
         lambda home: _checked(ingest(corpora[1], home)),
-        partial(_look_at_index, BagOfWords),
+        partial(look_at_index, BagOfWords),
         True,
     )
     return Case.of(workload, folder), corpora[1]
@@ -89,42 +103,47 @@ def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
 
 
 def _refused(first: int, count: int, folder: Path) -> Iterator[Trial]:
-    """No room from the n-th call on, for every n."""
+    """No room from a call on, for every call in turn: of the script in one of ten trials, else of what it calls."""
     numbers = itertools.count()
     for seed in itertools.count():
         draw, place = random.Random(seed), folder / str(seed)
         case, corpus = _case(
             place, draw, (3, 30) if seed == 0 else (draw.randint(2, 9), draw.choice([40, 400]))
         )
-        for at in range(1, case.calls + 1):
+        points = list(range(1, case.calls + 1))
+        draw.shuffle(points)
+        for at in points:
             if (number := next(numbers)) >= count:
                 return
             if number < first:
                 continue
-            done = f"no room from call {at} of {case.calls} on"
+            run = ingest if number % 10 == 0 else call
+            done = f"{run.__name__}, no room from call {at} of {case.calls} on"
             campaign.begin(number, done)
             home = place / "home"
             shutil.copytree(case.before, home)
-            ended = trapped(partial(ingest, corpus, home), home, full_at=at)
+            ended = trapped(partial(run, corpus, home), home, full_at=at)
             if ended.result is not None:
                 ended = Ended(ended.result[0])
             result, detail = outcome(case, home, ended)
             yield Trial(number, result, done, detail)
             shutil.rmtree(home)
+        shutil.rmtree(place)
 
 
 def _small(first: int, count: int, folder: Path, small: Path) -> Iterator[Trial]:
-    """So many bytes of a small file system left, from none up."""
+    """So many bytes of a small file system left, from none up to more than the index takes."""
     case, corpus = _case(folder, random.Random(3), (8, 120))
     home = small / "home"
     for number in range(first, count):
+        room = number * _MOST // count
         shutil.copytree(case.before, home)
         free = os.statvfs(small)
-        left = free.f_bavail * free.f_bsize - number * _STEP
+        left = free.f_bavail * free.f_bsize - room
         if left < 0:
             return
         (small / "ballast").write_bytes(bytes(left))
-        done = f"{number * _STEP} bytes left"
+        done = f"{room} bytes left"
         campaign.begin(number, done)
         result, detail = outcome(case, home, forked(partial(ingest, corpus, home)))
         yield Trial(number, result, done, detail)

@@ -95,6 +95,11 @@ static int there(const char *path, struct stat *found) {
   return crash_raw(SYS_newfstatat, AT_FDCWD, (long)path, (long)found, AT_SYMLINK_NOFOLLOW, 0, 0) == 0;
 }
 
+static int is_folder(int descriptor) {
+  struct stat found;
+  return fstat(descriptor, &found) == 0 && S_ISDIR(found.st_mode);
+}
+
 static int opens(long folder, long path, long flags) {
   struct stat found;
   if (!absolute(folder, path, now.path)) return 0;
@@ -184,13 +189,14 @@ static void record(size_t written) {
 /* Does the call, unless this is where the process dies or the disk is full. Returns what the kernel would. */
 static long carry_out(long number, long *a) {
   int writing = now.kind == WRITE, needs_room = writing || now.kind == CREATE || now.kind == MKDIR;
+  int never_fails = now.kind == UNLINK || now.kind == TRUNCATE || (now.kind == FSYNC && is_folder(now.descriptor));
   long half = writing && now.bytes > 1 ? (long)now.bytes / 2 : 0;
   calls++;
   if (calls == die_at) {
     if (torn && half) crash_raw(number, a[0], a[1], half, a[3], a[4], a[5]);
     crash_raw(SYS_kill, getpid(), SIGKILL, 0, 0, 0, 0);
   }
-  if (full_at > 0 && calls >= full_at && now.kind != UNLINK && now.kind != TRUNCATE) {
+  if (full_at > 0 && calls >= full_at && !never_fails) {
     if (calls == full_at && half) a[2] = half; /* the last bytes that there is room for */
     else if (needs_room || calls == full_at) return -ENOSPC;
   }

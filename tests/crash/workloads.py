@@ -134,7 +134,7 @@ def _ingest(corpus: Path, embedder: Any, home: Path, *, add: bool = False) -> No
     pipeline.ingest(corpus, home / "index", CHUNKER, embedder(), ANALYZER, add=add)
 
 
-def _look_at_index(embedder: Any, home: Path) -> Found:
+def look_at_index(embedder: Any, home: Path) -> Found:
     """All that an index holds, and what it answers; nothing where there is none."""
     enter(home)
     if not store.exists(home / "index"):
@@ -278,7 +278,7 @@ def workloads(folder: Path, seed: int) -> list[Workload]:
     second = write_corpus(folder / "second", draw, count + 1, longest)  # the same names, other texts
     texts = [" ".join(draw.choices(_WORDS, k=draw.randint(2, 12))) for _ in range(count + 2)]
     made = jobs(draw, 2 * count, longest)
-    bag, hashed = partial(_look_at_index, BagOfWords), partial(_look_at_index, Hashed)
+    bag, hashed = partial(look_at_index, BagOfWords), partial(look_at_index, Hashed)
     return [
         Workload("ingest", lambda home: None, partial(_ingest, first, Hashed), hashed, True),
         Workload(
