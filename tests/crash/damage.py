@@ -7,10 +7,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rag import cache
+from rag.ops import native
 from rag.types import UserError
+from tests.crash import workloads
 
 _KINDS = ("bit", "byte", "zero sector", "zero page", "cut", "longer", "lost", "swapped")
 _SECTOR, _PAGE = 512, 4096  # bytes
+
+
+def warm_up() -> None:
+    """Take programs and the native library from the machine's own cache, before one of the trials' is entered."""
+    cache.enable_compilation_cache()
+    native.available()
+    workloads.warm_up()
 
 
 def linked(source: Path, target: Path) -> None:

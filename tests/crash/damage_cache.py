@@ -16,7 +16,7 @@ from rag.embed_cache import CachedEmbedder
 from tests import tiny_encoder
 from tests.crash import campaign, workloads
 from tests.crash.campaign import Trial
-from tests.crash.damage import damage, linked, or_error, verdict
+from tests.crash.damage import damage, linked, or_error, verdict, warm_up
 from tests.crash.workloads import Hashed, chunk_reader, enter, passages_of, prompts
 
 _TEXTS = tuple(" ".join(workloads._WORDS[i : i + 1 + i % 5]) for i in range(10))
@@ -74,7 +74,7 @@ def _version() -> str:
 
 
 def subjects(folder: Path) -> list[Subject]:
-    cache.enable_compilation_cache()  # the machine's own
+    warm_up()
     embed_cache._BATCH = 4
     made = workloads.jobs(random.Random(2), 6, 20)
     weights = tiny_encoder.write_checkpoint(folder / "encoder")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rag import cache, pipeline
+from rag import pipeline
 from rag.embed import BagOfWords, BertEmbedder, Embedder
 from rag.index import store
 from rag.ingest.chunk import FixedChunker
@@ -18,7 +18,7 @@ from rag.retrieve.search import Dense, Hybrid, Lexical, Reranked
 from tests import tiny_encoder
 from tests.crash import campaign
 from tests.crash.campaign import Trial
-from tests.crash.damage import damage, linked, or_error, verdict
+from tests.crash.damage import damage, linked, or_error, verdict, warm_up
 from tests.crash.workloads import ANALYZER, enter, write_corpus
 
 _WORDS = Lexical(analyzer=ANALYZER)
@@ -62,7 +62,7 @@ def _answers(collection: Collection, method: Retriever) -> list[object]:
 
 def subjects(folder: Path) -> list[Subject]:
     """An index of a tiny encoder's vectors and one of counted words, both with postings, of several pieces each."""
-    cache.enable_compilation_cache()  # the machine's own: the programs are always the same
+    warm_up()
     enter(folder)
     corpus = write_corpus(folder / "corpus", random.Random(1), 45, 900)
     encoder = BertEmbedder(str(tiny_encoder.write_checkpoint(folder / "weights")))

@@ -23,7 +23,7 @@ import numpy as np
 
 from rag import pipeline
 from rag.closure import code_of
-from rag.embed import BagOfWords
+from rag.embed import BagOfWords, BertEmbedder
 from rag.evaluate import stats
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.job import Evaluation, Job
@@ -116,6 +116,11 @@ def enter(home: Path) -> None:
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("rag.") and hasattr(module, "environment"):
             module.environment = lambda: dict(_ENVIRONMENT)
+
+
+def warm_up() -> None:
+    """Let this process remember the code behind results, from the machine's own cache if it is there."""
+    code_of(Hashed(), Cosine(), BagOfWords, BertEmbedder, Job)
 
 
 def write_corpus(folder: Path, draw: random.Random, count: int, longest: int) -> Path:
@@ -269,9 +274,7 @@ def look_at_results(made: Sequence[Job], home: Path) -> Found:
 
 def workloads(folder: Path, seed: int) -> list[Workload]:
     """Those of one draw; their corpora are written into `folder`. Seed 0 is the smallest."""
-    code_of(
-        Hashed(), Cosine(), Job
-    )  # which this process remembers, from the machine's own cache if it is there
+    warm_up()
     draw = random.Random(seed)
     count, longest = (3, 30) if seed == 0 else (draw.randint(2, 12), draw.choice([20, 60, 600]))
     first = write_corpus(folder / "first", draw, count, longest)
