@@ -6,13 +6,14 @@ A campaign prints a line of JSON for each trial: its outcome and what was done.
 """
 
 import json
+import os
 import queue
 import subprocess
 import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,8 +85,7 @@ def main(trials: Callable[[int, int, Path], Iterator[Trial]]) -> None:
     from tests.crash.trap import Unavailable
 
     count, first = (int(argument) for argument in (*sys.argv[1:], "0")[:2])
-    memory = Path("/dev/shm")  # where it is there: thousands of small folders are made and removed
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         try:
             tell(trials(first, count, Path(folder).resolve()))
         except Unavailable as error:
@@ -98,12 +98,20 @@ def run(name: str, count: int, before: Sequence[str] = (), behind: Sequence[str]
     Skips the test where the machine cannot do this. A process that ends in the midst of a trial is started again
     behind it.
     """
+    memory = Path("/dev/shm")  # where it is there: thousands of small folders are made and removed
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        return Summary(_watched(name, count, before, behind, os.environ | {"TMPDIR": folder}))
+
+
+def _watched(
+    name: str, count: int, before: Sequence[str], behind: Sequence[str], environment: Mapping[str, str]
+) -> list[Trial]:
     trials: list[Trial] = []
     first = 0
     while first < count:
         begun, code, errors = None, None, ""
         command = [*before, sys.executable, "-m", f"tests.crash.{name}", str(count), str(first), *behind]
-        for line in _lines(command):
+        for line in _lines(command, environment):
             if not isinstance(line, str):
                 code, errors = line
                 break
@@ -120,14 +128,16 @@ def run(name: str, count: int, before: Sequence[str] = (), behind: Sequence[str]
         outcome = "hang" if code is None else "crash"
         trials.append(Trial(begun.number, outcome, begun.done, f"exit code {code}: {errors[-300:]}"))
         first = begun.number + 1
-    return Summary(trials)
+    return trials
 
 
-def _lines(command: Sequence[str]) -> Iterator[str | tuple[int | None, str]]:
+def _lines(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[str | tuple[int | None, str]]:
     """A process's lines, then its exit code, None if it was silent for too long, and what it wrote to stderr."""
     lines: queue.Queue[str | None] = queue.Queue()
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
 
         def read() -> None:
             for line in process.stdout:
