@@ -1,0 +1,106 @@
+"""Damage to any file of an index, of which questions are then asked by several methods."""
+
+import gc
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rag import pipeline
+from rag.embed import BagOfWords, BertEmbedder, Embedder
+from rag.index import store
+from rag.ingest.chunk import FixedChunker
+from rag.retrieve.collection import Collection, Retriever
+from rag.retrieve.diversify import MMR
+from rag.retrieve.rerank import MaxSim
+from rag.retrieve.search import Dense, Hybrid, Lexical, Reranked
+from tests import tiny_encoder
+from tests.crash import campaign
+from tests.crash.campaign import Trial
+from tests.crash.damage import damage, linked, or_error, verdict, warm_up
+from tests.crash.workloads import ANALYZER, enter, write_corpus
+
+_WORDS = Lexical(analyzer=ANALYZER)
+_HYBRID = Hybrid({"dense": Dense(), "lexical": _WORDS}, depth=20)
+_METHODS = (Dense(), _WORDS, _HYBRID, Reranked(Dense(), MMR(), depth=10))
+_QUESTIONS = ("ab cd ef", "ha gb", "cc dd aa bb", "ef")
+_BEST = 4
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An index, how it is asked, and what it answers undamaged."""
+
+    name: str
+    path: Path
+    embedder: Embedder
+    methods: Sequence[Retriever]
+    wanted: Sequence[object]
+
+
+def ask(path: Path, embedder: Embedder, methods: Sequence[Retriever]) -> list[object]:
+    """Each method's answers, or the exception that it ended in."""
+    opened = or_error(lambda: store.Index.open(path))
+    if isinstance(opened, Exception):
+        return [opened] * len(methods)
+    restored = or_error(lambda: opened.restore(embedder))
+    if isinstance(restored, Exception):
+        return [restored] * len(methods)
+    collection = Collection(opened, restored)
+    return [or_error(lambda method=method: _answers(collection, method)) for method in methods]
+
+
+def _answers(collection: Collection, method: Retriever) -> list[object]:
+    found = collection.search(method, _QUESTIONS, _BEST)
+    return [
+        (hit.chunk, hit.score, collection.index.document_text(hit.chunk.document_id))
+        for hits in found
+        for hit in hits
+    ]
+
+
+def subjects(folder: Path) -> list[Subject]:
+    """An index of a tiny encoder's vectors and one of counted words, both with postings, of several pieces each."""
+    warm_up()
+    enter(folder)
+    corpus = write_corpus(folder / "corpus", random.Random(1), 45, 900)
+    encoder = BertEmbedder(str(tiny_encoder.write_checkpoint(folder / "weights")))
+    late = Reranked(_WORDS, MaxSim(), depth=6)
+    made = []
+    for name, embedder, methods in (
+        ("encoder", encoder, (*_METHODS, late)),
+        ("bag of words", BagOfWords(), _METHODS),
+    ):
+        path = folder / name
+        pipeline.ingest(corpus, path, FixedChunker(size=40, overlap=10), embedder, ANALYZER)
+        wanted = ask(path, embedder, methods)
+        if errors := [answer for answer in wanted if isinstance(answer, Exception)]:
+            raise errors[0]
+        made.append(Subject(name, path, embedder, methods, wanted))
+    return made
+
+
+def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
+    made = subjects(folder)
+    gc.collect()
+    gc.freeze()  # what a trial leaves is then found quickly
+    for number in range(first, count):
+        draw = random.Random(f"damage to an index {number}")
+        subject, place = made[number % len(made)], folder / f"trial {number}"
+        linked(subject.path, place)
+        files = sorted(path for path in place.rglob("*") if path.is_file() and path.suffix != ".lock")
+        done, damaged = damage(draw, files)
+        done = f"{subject.name}: {done}"
+        if damaged[0].name == "manifest.json":
+            damaged.append(place)  # without its manifest it is the folder that is named
+        campaign.begin(number, done)
+        yield Trial(
+            number, *verdict(subject.wanted, ask(place, subject.embedder, subject.methods), damaged, done)
+        )
+        gc.collect()  # what is mapped
+        shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    campaign.main(trials)

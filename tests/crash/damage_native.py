@@ -1,0 +1,64 @@
+"""Damage to the native library in the cache, which is then loaded and called in a process of its own.
+
+Its results are those of the undamaged one, or it is not used.
+"""
+
+import random
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from rag import cache
+from tests.crash import campaign
+from tests.crash.campaign import Trial
+from tests.crash.damage import damage, linked, verdict
+from tests.crash.trap import forked
+from tests.crash.workloads import enter
+
+
+def _call(home: Path) -> bytes | None:
+    """What a product by int8 weights comes to; None where there is no native library."""
+    from rag.ops import native  # which starts JAX: not in the process that forks
+
+    enter(home)
+    if not native.available():
+        return None
+    draw = np.random.default_rng(0)
+    values = draw.integers(-127, 128, (96, 64)).astype(np.int8)
+    scale, x = draw.random(96, np.float32), draw.random((5, 64), np.float32)
+    return np.asarray(native.linear(x, values, scale)).tobytes()
+
+
+def _used(home: Path) -> str | None:
+    """The file name of the library that `_call` uses."""
+    from rag.ops import native
+
+    enter(home)
+    return path.name if (path := native._library()) else None
+
+
+def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
+    home = folder / "home"
+    if (built := cache.cache_root() / "native").exists():  # the machine's own, since building takes long
+        shutil.copytree(built, home / "cache" / "native")
+    wanted, used = (forked(partial(call, home)).result for call in (_call, _used))
+    for number in range(first, count if wanted is not None else first):
+        place = folder / f"trial {number}"
+        linked(home, place)
+        done, damaged = damage(random.Random(f"native {number}"), [place / "cache" / "native" / used])
+        campaign.begin(number, done)
+        ended = forked(partial(_call, place))
+        if ended.signal:
+            yield Trial(number, "hang" if ended.hung else "crash", done, f"signal {ended.signal}")
+        elif ended.result is None and ended.error is None:
+            yield Trial(number, "refused", done, "XLA does its work")
+        else:
+            yield Trial(number, *verdict([wanted], [ended.error or ended.result], damaged, done))
+        shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    campaign.main(trials)

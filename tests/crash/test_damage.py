@@ -1,0 +1,35 @@
+"""Damaged files: an answer is the one of the undamaged files, or a sentence that names the file."""
+
+import pytest
+
+from tests import trials
+from tests.crash import campaign
+from tests.crash.campaign import Summary
+
+
+@pytest.fixture(scope="module")
+def index() -> Summary:
+    return campaign.run("damage_index", 2000 if trials.LONG else 40)
+
+
+@pytest.fixture(scope="module")
+def cache() -> Summary:
+    return campaign.run("damage_cache", 2000 if trials.LONG else 54)
+
+
+@pytest.mark.parametrize("faults", [("wrong",), campaign.LOUD, ("unnamed",)])
+def test_damage_to_an_index_is_never_answered_from(index, faults):
+    index.check(faults)
+    assert len(index.trials) == (2000 if trials.LONG else 40)
+
+
+@pytest.mark.parametrize("faults", [("wrong",), campaign.LOUD, ("unnamed",)])
+def test_damage_to_the_cache_is_never_computed_with(cache, faults):
+    cache.check(faults)
+    assert len(cache.trials) == (2000 if trials.LONG else 54)
+
+
+@pytest.mark.long
+def test_damage_to_the_native_library_is_never_run():
+    """A process a trial, and now and then a compiler: not for the suite."""
+    campaign.run("damage_native", 200).check(["wrong", *campaign.LOUD, "unnamed"])

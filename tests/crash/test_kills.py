@@ -1,0 +1,18 @@
+"""Writers that are killed: nothing is lost, nothing is mixed, and the next writer tidies up."""
+
+import pytest
+
+from tests import trials
+from tests.crash import campaign
+from tests.crash.campaign import Summary
+
+
+@pytest.fixture(scope="module")
+def killed() -> Summary:
+    return campaign.run("kills", 2000 if trials.LONG else 40)
+
+
+@pytest.mark.parametrize("faults", [("lost",), ("wrong",), campaign.LOUD, ("rubbish",), ("cache rubbish",)])
+def test_a_killed_writer_leaves_the_old_state_or_the_new(killed, faults):
+    killed.check(faults)
+    assert len(killed.trials) == (2000 if trials.LONG else 40)
