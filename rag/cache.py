@@ -140,7 +140,7 @@ def file_sha256(path: str | Path, *, fresh: bool = False) -> str:
         # A cache that cannot be written (read-only, full) costs the next start a reading, and no more.
         with contextlib.suppress(OSError), atomic_file(memory) as file:
             file.write(digest.hexdigest().encode())
-            seal(file)
+            seal(file, entry_name(memory))
     return digest.hexdigest()
 
 
@@ -148,12 +148,17 @@ def _remembered_digest(memory: Path) -> str | None:
     from rag.checksums import Damaged, read_sealed
 
     try:
-        return read_sealed(memory).decode()
+        return read_sealed(memory, entry_name(memory)).decode()
     except FileNotFoundError:
         return None
     except (Damaged, OSError) as error:
         notice(f"{error}: the file whose digest it holds is read again.")
         return None
+
+
+def entry_name(path: Path) -> str:
+    """What an entry of the cache is called, with the folder that it is in; part of its checksum."""
+    return f"{path.parent.name}/{path.name}"
 
 
 def _stamp(found: os.stat_result) -> tuple[int, int, int]:
@@ -173,6 +178,14 @@ def writing() -> Iterator[None]:
         ) from error
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, where they are not there, and flush their names to the disk."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        _sync(folder.parent)
+
+
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
     """Hold an exclusive lock on `path` + ".lock" against other processes and threads; waits for it.
@@ -181,7 +194,7 @@ def locked(path: str | Path) -> Iterator[None]:
     waiters lock two different files of the same name.
     """
     lock = Path(f"{path}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(lock.parent)
     with open(lock, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield  # closing the file releases the lock
@@ -205,7 +218,7 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     if mode not in ("w", "wb"):
         raise ValueError(f"atomic_file writes whole files, mode 'w' or 'wb', not {mode!r}")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = _beside(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
@@ -228,7 +241,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     or the end.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     if not replace:
         _must_not_exist(path)
     temporary = _beside(path)

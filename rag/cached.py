@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from rag import eviction
-from rag.cache import atomic_file, atomic_folder, claimed, notice, writing
+from rag.cache import atomic_file, atomic_folder, claimed, entry_name, notice, writing
 from rag.checksums import Damaged, check_sealed, mapped, read_sealed, seal
 from rag.records import Record, parse_json
 from rag.types import UserError
@@ -76,13 +76,17 @@ def write(path: Path, content: bytes) -> None:
     with writing():
         with atomic_file(path) as file:
             file.write(content)
-            seal(file)
+            seal(file, entry_name(path))
         eviction.written(path)
 
 
 def read_record(path: Path, schema: type[R]) -> R:
     """The record in a JSON file that `write` wrote; errors as `once` wants them."""
-    content = read_sealed(path)
+    return _record(path, entry_name(path), schema)
+
+
+def _record(path: Path, name: str, schema: type[R]) -> R:
+    content = read_sealed(path, name)
     try:
         record = schema.model_validate(parse_json(content))
     except ValueError as error:  # pydantic's ValidationError among them
@@ -111,7 +115,7 @@ def checked(path: Path) -> Path:
 
 @lru_cache(_REMEMBERED)
 def _check(path: Path, stamp: tuple[int, ...]) -> None:
-    check_sealed(path)
+    check_sealed(path, entry_name(path))
 
 
 # --- folders
@@ -125,12 +129,15 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     with writing():
         with atomic_folder(path, replace=True) as folder:
             fill(folder)
-            seal_folder(folder)
+            seal_folder(folder, entry_name(path))
         eviction.written(path)
 
 
-def seal_folder(folder: Path, without: Collection[str] = ()) -> None:
-    """Write the checksums of a folder's files, but for those that are compared in another way, into it."""
+def seal_folder(folder: Path, name: str, without: Collection[str] = ()) -> None:
+    """Write the checksums of a folder's files, but for those that are compared in another way, into it.
+
+    `name` is the `entry_name` that the folder is going to have.
+    """
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -139,7 +146,7 @@ def seal_folder(folder: Path, without: Collection[str] = ()) -> None:
     files = {name: _checksum(folder / name) for name in names if name not in without}
     with atomic_file(folder / CHECKSUMS) as file:
         file.write(json.dumps({"files": files}).encode())
-        seal(file)
+        seal(file, name)
 
 
 def check_folder(folder: Path) -> Path:
@@ -147,7 +154,7 @@ def check_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(folder)
     try:
-        files = read_record(folder / CHECKSUMS, _Checksums).files
+        files = _record(folder / CHECKSUMS, entry_name(folder), _Checksums).files
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             sums = dict(zip(files, pool.map(_checksum, [folder / name for name in files]), strict=True))
     except FileNotFoundError as error:

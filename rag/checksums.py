@@ -4,9 +4,10 @@ An index is compared piece by piece, each before its first use, because a query 
 of the cache is compared as a whole when it is opened; its checksum is its own last bytes, so that it is written in one
 step with what it covers:
 
-    content | magic, 8 bytes | length of the content, 8 bytes | XXH3-128 of content, magic and length, 16 bytes
+    content | magic, 8 bytes | length of the content, 8 bytes | XXH3-128 of content, magic, length and name, 16 bytes
 
-numpy, a dynamic linker and a memory map read such a file as if its end were not there.
+The name is that of the entry, so that a file in the place of another one is damage too. numpy, a dynamic linker and a
+memory map read such a file as if its end were not there.
 
 XXH3 finds damage by chance, not by intent; whoever may write to a folder may also write its checksums.
 Source: Y. Collet, xxhash.com; github.com/Cyan4973/xxHash, doc/xxhash_spec.md.
@@ -120,14 +121,14 @@ def mapped(path: Path) -> Iterator[memoryview]:
 # --- files that end with their own checksum
 
 
-def seal(file: IO[bytes]) -> None:
+def seal(file: IO[bytes], name: str = "") -> None:
     """Write the checksum of a file behind its content. `file` is open for writing at its end."""
     file.flush()
     with mapped(Path(file.name)) as content:
-        file.write(_trailer(content))
+        file.write(_trailer(content, name))
 
 
-def check_sealed(path: Path) -> int:
+def check_sealed(path: Path, name: str = "") -> int:
     """Read a file that `seal` ended, and compare. Returns the length of its content in bytes.
 
     Raises FileNotFoundError where there is none, and Damaged where it is not what was written.
@@ -137,24 +138,24 @@ def check_sealed(path: Path) -> int:
         if length < 0:
             raise Damaged(f"{path} is cut short")
         with content[:length] as before:
-            if bytes(content[length:]) != _trailer(before):
+            if bytes(content[length:]) != _trailer(before, name):
                 raise Damaged(f"{path} has changed since it was written")
     return length
 
 
-def read_sealed(path: Path) -> bytes:
+def read_sealed(path: Path, name: str = "") -> bytes:
     """The content of a file that `seal` ended; errors as in `check_sealed`."""
     data = path.read_bytes()
     length = len(data) - _TRAILER
     if length < 0:
         raise Damaged(f"{path} is cut short")
-    if data[length:] != _trailer(data[:length]):
+    if data[length:] != _trailer(data[:length], name):
         raise Damaged(f"{path} has changed since it was written")
     return data[:length]
 
 
-def _trailer(content: "memoryview | bytes") -> bytes:
+def _trailer(content: "memoryview | bytes", name: str) -> bytes:
     head = _MAGIC + struct.pack("<Q", len(content))
     digest = xxhash.xxh3_128(content)
-    digest.update(head)
+    digest.update(head + name.encode())
     return head + digest.digest()

@@ -17,7 +17,7 @@ from rag.generate import Generator
 from rag.index import store
 from rag.index.analyzer import Analyzer
 from rag.index.lexical import LexicalIndex
-from rag.index.writer import check_writable, write_index
+from rag.index.writer import check_writable, tidy, write_index
 from rag.ingest.chunk import Chunker, chunks_of
 from rag.ingest.load import LoadOptions, Skipped, load_folder
 from rag.measure import Clock
@@ -96,6 +96,8 @@ def ingest(
         if old is not None:
             old.close()
         write_index(index, documents, chunks, vectors, fitted, {"chunker": repr(chunker)}, lexical, base)
+    else:
+        tidy(index)
     return IngestReport(
         documents=len(documents),
         chunks=len(chunks),

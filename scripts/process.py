@@ -104,10 +104,14 @@ def check_current_folder() -> None:
 
 # --- Ctrl-C
 
+_pressed = False  # since the script began
+
 
 def prepare_ctrl_c() -> None:
     """Make the first Ctrl-C a KeyboardInterrupt and the second one the end; ignored, as by nohup, it stays so."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    global _pressed
+    _pressed = False
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):
         signal.signal(signal.SIGINT, _ctrl_c)
         sys.unraisablehook = _unraisable
 
@@ -120,11 +124,13 @@ def end_ctrl_c() -> None:
 
 def interrupted() -> bool:
     """Whether there was a Ctrl-C: an error that follows comes of it, since libraries make their own of it."""
-    return signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    return _pressed
 
 
 def _ctrl_c(number: int, frame: types.FrameType | None) -> None:
     """KeyboardInterrupt, except during an import, where extensions swallow it or crash: there, leave at once."""
+    global _pressed
+    _pressed = True
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     caller = frame
     while caller is not None:

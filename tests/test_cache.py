@@ -170,7 +170,7 @@ def test_file_sha256_reads_a_file_once_until_it_changes(tmp_path, monkeypatch):
     [memory] = (tmp_path / "cache" / "sha256").iterdir()
     with atomic_file(memory) as file:
         file.write(b"as remembered")
-        seal(file)
+        seal(file, cache.entry_name(memory))
     assert file_sha256(path) == "as remembered"
     assert file_sha256(path, fresh=True) == file_sha256(path) == first
     path.write_bytes(b"two")

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rag.cache import entry_name
 from rag.checksums import read_sealed
 from rag.memo import Memo
 from tests.damage import drawn_damage
@@ -129,7 +130,7 @@ def test_no_stored_seconds_are_negative(tmp_path, monkeypatch):
         return memo.map("inner", "v", items, compiling)
 
     memo.map("outer", "v", [1, 2, 3], outer, batch=1)
-    stored = [json.loads(read_sealed(path)) for path in tmp_path.rglob("*.json")]
+    stored = [json.loads(read_sealed(path, entry_name(path))) for path in tmp_path.rglob("*.json")]
     assert len(stored) == 6
     assert all(one["seconds"] >= 0 and one["compile_s"] >= 0 for one in stored)
     for cost in memo.costs.values():

@@ -155,8 +155,9 @@ def test_a_damaged_index_is_not_added_to(tmp_path):
         ("[]", "holds no JSON object"),
         ('{"name": "my web app"}', "not the manifest of an index"),
         ('{"format": "x"}', "not the manifest of an index"),
-        ('{"format": 3}', "is of format 3, and this version reads 2"),
-        ('{"format": 2}', "it has no checksum"),
+        ('{"format": 1, "analyzer": {}}', "not the manifest of an index"),
+        ('{"format": 3, "generation": 1}', "is of format 3, and this version reads 2"),
+        ('{"format": 2, "generation": 1}', "it has no checksum"),
     ],
 )
 def test_manifests_that_cannot_be_read(tmp_path, text, message):

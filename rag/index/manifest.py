@@ -90,7 +90,7 @@ def read(index: Path) -> Manifest:
         ) from error
     if "checksum" in fields and fields["checksum"] != _checksum(fields):
         raise UserError(f"{file} has changed since it was written: {_REMEDY}.")
-    if not isinstance(fields.get("format"), int):
+    if not isinstance(fields.get("format"), int) or "generation" not in fields:
         raise UserError(f"{file} is not the manifest of an index: choose another index.path.")
     if fields["format"] > FORMAT:
         raise NewerFormat(

@@ -62,7 +62,7 @@ def write_index(
     check_vectors(vectors)
     check_writable(path)  # before the lock, which would leave a file there
     with _writing(path):
-        path.mkdir(parents=True, exist_ok=True)
+        cache.make_folder(path)
         with cache.locked(path / manifests.NAME):
             check_writable(path)
             latest = _generation(path)
@@ -96,8 +96,7 @@ def write_index(
             )
             with cache.atomic_file(path / manifests.NAME, "w") as file:
                 file.write(manifests.written(manifest))
-            with suppress(OSError):  # the new index counts; the next writer removes what is left
-                _remove_rubbish(path, keep=name)
+            _remove_rubbish(path, keep=name)
 
 
 @contextmanager
@@ -200,17 +199,24 @@ def _is_rubbish(name: str) -> bool:
     return bool(_SEGMENT.fullmatch(name) or _TEMPORARY.fullmatch(name))
 
 
+def tidy(path: Path) -> None:
+    """Remove what killed writers left in the folder of the index at `path`, where that can be written."""
+    with suppress(OSError), cache.locked(path / manifests.NAME):
+        _remove_rubbish(path, keep=manifests.read(path).segment)
+
+
 def _remove_rubbish(path: Path, keep: str) -> None:
     """Remove what killed writers left, and the segments that the manifest no longer names and nobody reads."""
-    for entry in list(path.iterdir()):
-        if entry.name == keep or not _is_rubbish(entry.name):
-            continue
-        if not entry.is_dir():
-            entry.unlink()
-            continue
-        with _locked_folder(entry, fcntl.LOCK_EX | fcntl.LOCK_NB) as locked:
-            if locked:
-                shutil.rmtree(entry)
+    with suppress(OSError):  # the index counts as it is; the next writer removes what is left
+        for entry in list(path.iterdir()):
+            if entry.name == keep or not _is_rubbish(entry.name):
+                continue
+            if not entry.is_dir():
+                entry.unlink()
+                continue
+            with _locked_folder(entry, fcntl.LOCK_EX | fcntl.LOCK_NB) as locked:
+                if locked:
+                    shutil.rmtree(entry)
 
 
 @contextmanager

