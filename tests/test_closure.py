@@ -19,6 +19,7 @@ import rag
 from rag import closure, distributions
 from rag.closure import Code, code_of, parsed
 from rag.types import UserError
+from tests import trials
 from tests.damage import WAYS
 
 ROOT = Path(rag.__file__).parent
@@ -387,7 +388,7 @@ def test_an_edit_of_a_module_changes_the_stages_that_reach_it_and_no_other(tmp_p
     }
     assert set(edited) == graph.modules
     code.version(*edited)  # those too that no stage reaches
-    for module, path in edited.items():
+    for module, path in list(edited.items())[:: 1 if trials.LONG else 3]:
         text = path.read_text()
         path.write_text(text + "\n_edited = 1\n")
         assert changed(module) == {stage for stage in TARGETS if module in wanted[stage]}, module

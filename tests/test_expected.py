@@ -45,9 +45,10 @@ def asks_generator(command: str) -> bool:
 
 
 def marks(command: str) -> list[pytest.MarkDecorator]:
-    """What a command needs: the default weights, and for a generator's answers minutes."""
+    """What a command needs: the default weights, and for answers and late interaction a long time."""
     weights = asks_generator(command) or "embedder=bag_of_words" not in command
-    return [pytest.mark.weights] * weights + ([pytest.mark.long] if asks_generator(command) else [])
+    long = asks_generator(command) or "method=maxsim" in command
+    return [pytest.mark.weights] * weights + [pytest.mark.long] * long
 
 
 @pytest.mark.parametrize("command", [pytest.param(c, marks=marks(c)) for c in COMMANDS])

@@ -153,7 +153,7 @@ def test_an_encoders_settings_have_types_and_ranges(tmp_path, file, values, want
         ('{"a": 1, "a": 2}', "'a' stands twice"),
         ('{"a": NaN}', "NaN is no number"),
         ("[]", "holds no JSON object"),
-        ('{"a": "\\ud800"}', "surrogates not allowed"),
+        ('{"a": "\\ud800"}', "one half of a character"),
         ('{"a": %s}' % ("9" * 5000), "Exceeds the limit"),
         ("\xff", "can't decode"),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import trials
 from tests.tiny_encoder import write_checkpoint
 
 EVAL = Path(__file__).resolve().parent.parent / "scripts" / "eval.py"
@@ -63,7 +64,7 @@ def test_a_killed_sweep_resumes_to_the_same_bytes(home):
     wanted = results(sweep(home, "whole"))
     whole_s = time.monotonic() - begin
     draw = random.Random(1)
-    for _ in range(3):
+    for _ in range(10 if trials.LONG else 1):
         sweep(home, "killed", kill_after=draw.uniform(0.2, 1.0) * whole_s)
     assert results(sweep(home, "killed")) == wanted
 

@@ -132,7 +132,7 @@ NEGATED = ("float(len(text))", "-float(len(text))")
         ({"my_reranker": ("score(q", "-score(q")}, {"rerank Longest", "search Reranked"}),
         ({"my_chunker": ("CUT = 1.0", "CUT = 0.2")}, {"chunk", "rerank Longest", "search Reranked", "search Lexical"}),
     ],
-    ids=lambda value: next(iter(value)),
+    ids=["scores", "reranker", "chunker"],
 )  # fmt: skip
 def test_results_of_changed_code_are_computed_anew_and_no_others(mine, edits, recomputed):
     first = job(mine())
