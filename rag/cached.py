@@ -6,8 +6,7 @@ once a process, when it is first opened. Where nothing has to be made, nothing i
 """
 
 import json
-import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -18,13 +17,15 @@ import xxhash
 
 from rag import eviction
 from rag.cache import atomic_file, atomic_folder, claimed, entry_name, notice, writing
-from rag.checksums import Damaged, check_sealed, mapped, read_sealed, seal
+from rag.checksums import Damaged, check_sealed, read_sealed, seal
+from rag.measure import cores
 from rag.records import Record, parse_json
 from rag.types import UserError
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
+_BLOCK = 1 << 18  # bytes read at once
 CHECKSUMS = ".checksums"  # the file of a folder that holds those of the others
 _REMEMBERED = 1 << 16  # files that are known to have been compared
 
@@ -143,7 +144,7 @@ def seal_folder(folder: Path, name: str, without: Collection[str] = ()) -> None:
         for path in folder.rglob("*")
         if path.is_file() and path.name != CHECKSUMS
     )
-    files = {name: _checksum(folder / name) for name in names if name not in without}
+    files = _checksums(folder, [name for name in names if name not in without])
     with atomic_file(folder / CHECKSUMS) as file:
         file.write(json.dumps({"files": files}).encode())
         seal(file, name)
@@ -155,8 +156,7 @@ def check_folder(folder: Path) -> Path:
         raise FileNotFoundError(folder)
     try:
         files = _record(folder / CHECKSUMS, entry_name(folder), _Checksums).files
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            sums = dict(zip(files, pool.map(_checksum, [folder / name for name in files]), strict=True))
+        sums = _checksums(folder, list(files))
     except FileNotFoundError as error:
         raise Damaged(f"{error.filename} is missing") from error
     for name, wanted in files.items():
@@ -166,6 +166,18 @@ def check_folder(folder: Path) -> Path:
     return folder
 
 
+def _checksums(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """XXH3-128 of these files as hex digits, a share of the files for each core."""
+    shares = [names[i :: cores()] for i in range(cores())]
+    with ThreadPoolExecutor(cores()) as pool:
+        sums = pool.map(lambda share: {name: _checksum(folder / name) for name in share}, shares)
+        return {name: checksum for some in sums for name, checksum in some.items()}
+
+
 def _checksum(path: Path) -> str:
-    with mapped(path) as content:
-        return xxhash.xxh3_128_hexdigest(content)
+    """Read in blocks that stay in the processor's cache, which is faster than a memory map."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """One normal form for extracted text, fixed before any character span is taken."""
 
+import functools
 import re
 import unicodedata
 
@@ -20,12 +21,6 @@ NONCHARACTERS = (
 )
 _TABLE |= dict.fromkeys((*range(0xD800, 0xE000), *NONCHARACTERS), "\N{REPLACEMENT CHARACTER}")
 
-# Combining marks one after another: normalising a run takes the square of its length where their classes differ.
-# Unicode annex 15 (Stream-Safe Text Format) takes 30 for more than any language writes. None is above plane 1.
-_COMBINING = "".join(chr(code) for code in range(0x300, 0x20000) if unicodedata.combining(chr(code)))
-_LONG_RUN = re.compile(f"([{_COMBINING}]{{30}})[{_COMBINING}]+")
-_TWO = re.compile(f"[{_COMBINING}]{{2}}")
-
 
 def clean(text: str) -> str:
     """Return `text` in Unicode form NFC (Unicode annex 15), with plain newlines and spaces.
@@ -45,4 +40,16 @@ def clean(text: str) -> str:
 
 def _limited(text: str) -> str:
     """The text with at most 30 combining marks in a row. Of 31 in a row two are neighbours in every 15th character."""
-    return _LONG_RUN.sub(r"\1", text) if _TWO.search(text[::15]) else text
+    two, long_run = _runs()
+    return long_run.sub(r"\1", text) if two.search(text[::15]) else text
+
+
+@functools.cache
+def _runs() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Patterns of 2 and of more than 30 combining marks in a row.
+
+    Normalising a run takes the square of its length where the marks' classes differ. Unicode annex 15 (Stream-Safe Text
+    Format) takes 30 for more than any language writes. None is above plane 1.
+    """
+    marks = "".join(chr(code) for code in range(0x300, 0x20000) if unicodedata.combining(chr(code)))
+    return re.compile(f"[{marks}]{{2}}"), re.compile(f"([{marks}]{{30}})[{marks}]+")
