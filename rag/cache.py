@@ -70,6 +70,16 @@ def own_folder(path: Path, setting: str = "RAG_CACHE") -> Path:
     return path
 
 
+def own_file(path: Path) -> Path:
+    """The path of a file that nobody but the user may write to. Raises UserError for another."""
+    found = path.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UserError(
+            f"Others may write to {path}, so it is not to be trusted: remove it, and it is made again."
+        )
+    return path
+
+
 def notice(text: str) -> None:
     """Tell a person on stderr, in one line, what went another way than expected."""
     print(text, file=sys.stderr, flush=True)
@@ -138,6 +148,8 @@ def file_sha256(path: str | Path, *, fresh: bool = False) -> str:
     changed_ns = max(before.st_mtime_ns, before.st_ctime_ns)
     if _stamp(path.stat()) == _stamp(before) and time.time_ns() - changed_ns > _RACY_NS:
         # A cache that cannot be written (read-only, full) costs the next start a reading, and no more.
+        with contextlib.suppress(OSError):
+            make_private(memory.parent)
         with contextlib.suppress(OSError), atomic_file(memory) as file:
             file.write(digest.hexdigest().encode())
             seal(file, entry_name(memory))
@@ -167,23 +179,36 @@ def _stamp(found: os.stat_result) -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
-def writing() -> Iterator[None]:
-    """Make an OSError in the block, which writes to the cache, a UserError that says what to do about it."""
+def writing(path: Path | None = None) -> Iterator[None]:
+    """Make an OSError in the block, which writes to the cache, a UserError that says what to do about it.
+
+    `path` is what is written, where that may lie outside of the cache folder.
+    """
     try:
         yield
     except OSError as error:  # numpy's short writes have no strerror
+        root = cache_root()
+        outside = path is not None and not path.is_relative_to(root)
+        where = f"the folder {path.parent}" if outside else f"the cache folder {root}"
+        remedy = "choose another folder" if outside else "set RAG_CACHE to another folder"
         raise UserError(
-            f"cannot write to the cache folder {cache_root()} ({error.strerror or error}); make room and "
-            "permission there, or set RAG_CACHE to another folder"
+            f"cannot write to {where} ({error.strerror or error}); make room and permission there, or {remedy}"
         ) from error
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, mode: int = 0o777) -> None:
     """Make a folder, and those above it, where they are not there, and flush their names to the disk."""
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in new:
+    for folder in reversed(new):
+        folder.mkdir(mode, exist_ok=True)
         _sync(folder.parent)
+    if not path.is_dir():
+        raise FileExistsError(errno.EEXIST, "is no folder", str(path))
+
+
+def make_private(path: Path) -> None:
+    """Make a folder of the cache for the user alone: what is read there is trusted."""
+    make_folder(path, 0o700)
 
 
 @contextlib.contextmanager
@@ -204,7 +229,8 @@ def locked(path: str | Path) -> Iterator[None]:
 def claimed(path: str | Path) -> Iterator[None]:
     """`locked` for a file of the cache: UserError when the lock cannot be made; the block's errors stay its own."""
     with contextlib.ExitStack() as stack:
-        with writing():
+        with writing(Path(path)):
+            make_private(Path(path).parent)
             stack.enter_context(locked(path))
         yield
 
@@ -288,6 +314,8 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    with contextlib.suppress(OSError):  # a cache that cannot be written
+        make_private(Path(jax.config.jax_compilation_cache_dir))
     _remove_damaged_programs(Path(jax.config.jax_compilation_cache_dir))
 
 

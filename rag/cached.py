@@ -6,6 +6,7 @@ once a process, when it is first opened. Where nothing has to be made, nothing i
 """
 
 import json
+import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -16,7 +17,7 @@ import numpy as np
 import xxhash
 
 from rag import eviction
-from rag.cache import atomic_file, atomic_folder, claimed, entry_name, notice, writing
+from rag.cache import atomic_file, atomic_folder, claimed, entry_name, make_private, notice, writing
 from rag.checksums import Damaged, check_sealed, read_sealed, seal
 from rag.measure import cores
 from rag.records import Record, parse_json
@@ -74,8 +75,10 @@ def found(path: Path, read: Callable[[Path], T], *, quiet: bool = False) -> T | 
 
 def write(path: Path, content: bytes) -> None:
     """Put a file with its checksum at `path`. Raises UserError when it cannot be written."""
-    with writing():
+    with writing(path):
+        make_private(path.parent)
         with atomic_file(path) as file:
+            os.fchmod(file.fileno(), 0o600)
             file.write(content)
             seal(file, entry_name(path))
         eviction.written(path)
@@ -127,8 +130,10 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
     Raises UserError when it cannot be written, and what `fill` raises; an OSError counts as the cache's.
     """
-    with writing():
+    with writing(path):
+        make_private(path.parent)
         with atomic_folder(path, replace=True) as folder:
+            folder.chmod(0o700)
             fill(folder)
             seal_folder(folder, entry_name(path))
         eviction.written(path)

@@ -57,6 +57,18 @@ class CheckedFile:
         if len(self.content) != size:
             raise Damaged(f"{path} has {len(self.content)} bytes instead of {size}")
         self._compared = np.zeros(len(checksums), bool)
+        self._stamp = _stamp(path)
+
+    def recheck(self) -> None:
+        """Compare again what was compared before, if somebody has written to the file since. Raises Damaged."""
+        stamp = _stamp(self.path)
+        if stamp in (None, self._stamp):
+            return
+        self.check_size(self.path, len(self.content))
+        pieces = np.flatnonzero(self._compared)
+        self._compared[:] = False
+        self._compare(pieces)
+        self._stamp = stamp
 
     @staticmethod
     def pieces(size: int) -> int:
@@ -86,6 +98,15 @@ class CheckedFile:
             place = int(pieces[wrong][0]) * PIECE
             raise Damaged(f"{self.path} has changed since it was written (behind byte {place})")
         self._compared[pieces] = True
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells that a file was written to; None where there is none any more: what is mapped of it stays as it is."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _pieces(size: int) -> int:

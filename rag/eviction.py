@@ -143,7 +143,8 @@ def _below(folder: Path, names: tuple[str, ...]) -> Iterator[Path]:
 def _last_use(path: Path) -> float:
     """The last use that was recorded; of a file also the last reading that the system knows of, as for JAX's own."""
     found = path.stat()
-    return found.st_mtime if path.is_dir() else max(found.st_mtime, found.st_atime)
+    stamp = found.st_mtime if path.is_dir() else max(found.st_mtime, found.st_atime)
+    return stamp if stamp < time.time() + _IN_USE_S else 0.0  # of a clock that was wrong: the first to go
 
 
 def _size(path: Path) -> int:

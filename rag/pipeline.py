@@ -92,7 +92,7 @@ def ingest(
     if old is None or new or kept.analyzer != analyzer:
         vectors, fitted, computed = _vectors(kept, chunks, embedder, progress)
         lexical, postings = _postings(kept, chunks, analyzer, progress)
-        base = None if not add else 0 if old is None else old.generation
+        base = None if not add else "" if old is None else old.manifest.segment
         if old is not None:
             old.close()
         write_index(index, documents, chunks, vectors, fitted, {"chunker": repr(chunker)}, lexical, base)

@@ -142,7 +142,7 @@ def test_an_entry_of_another_sort_is_replaced_or_told(tmp_path):
     assert making.once() and making.path.is_dir()
     record = Making("record", tmp_path / "record")
     record.path.mkdir()
-    with pytest.raises(UserError, match="cannot write to the cache folder"):
+    with pytest.raises(UserError, match="cannot write to the folder"):
         record.once()
 
 
@@ -239,3 +239,17 @@ def test_each_file_is_compared_once_a_process(tmp_path, monkeypatch):
     read_array(tmp_path / "entry")
     monkeypatch.setattr(cached, "check_sealed", lambda path: pytest.fail("compared again"))
     assert read_array(tmp_path / "entry").tolist() == [0, 1, 2]
+
+
+def test_what_is_cached_is_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
+    before = os.umask(0)
+    try:
+        cached.write(tmp_path / "cache" / "stages" / "a" / "file", b"content")
+        write_folder(tmp_path / "cache" / "results" / "b", lambda folder: (folder / "c").write_text("c"))
+    finally:
+        os.umask(before)
+    folders = [path for path in (tmp_path / "cache").rglob("*") if path.is_dir()]
+    assert len(folders) == 4
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
+    assert (tmp_path / "cache" / "stages" / "a" / "file").stat().st_mode & 0o777 == 0o600

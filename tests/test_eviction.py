@@ -184,3 +184,12 @@ def test_a_limit_that_is_none_is_told(monkeypatch, text):
         cached.write(cache_root() / "code" / f"{KEYS[0]}.json", b"{}")
     monkeypatch.setenv("RAG_CACHE_GB", "")
     assert eviction.limit() == 20 * 10**9
+
+
+def test_an_entry_of_the_future_goes_first():
+    """Of a clock that was wrong, or a copy that keeps times."""
+    for name, days in ((f"code/{KEYS[0]}.json", 3), (f"code/{KEYS[1]}.json", -3650)):
+        put(name, days)
+    assert left() == {f"code/{KEYS[0]}.json", f"code/{KEYS[1]}.json"}
+    eviction.evict(1000, cache_root() / "nothing")
+    assert left() == {f"code/{KEYS[0]}.json"}

@@ -1,6 +1,7 @@
 """What an index refuses: damaged files, folders of something else, input that cannot be stored."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -16,8 +17,10 @@ from rag.checksums import PIECE
 from rag.index import manifest as manifests
 from rag.index import store, writer
 from rag.index.analyzer import Analyzer
+from rag.index.dense import Exact
 from rag.index.lexical import BM25Weights, LexicalIndex
 from rag.ingest.chunk import FixedChunker
+from rag.retrieve.collection import Collection
 from rag.types import Document, UserError, chunk_at
 from tests.tiny_store import (
     MANIFEST,
@@ -130,6 +133,63 @@ def test_only_what_is_used_is_compared(tmp_path):
     with pytest.raises(UserError, match=r"documents\.arrow has changed"):
         index.check()
     assert index.chunks([0]) == [chunks[0]]
+
+
+def test_the_files_of_another_index_are_not_taken_for_its_own(tmp_path):
+    """Of the same sizes and names: only their checksums tell."""
+    for name, tag in (("one", "a"), ("other", "b")):
+        write_index(tmp_path / name, tag)
+    for file in segment_of(tmp_path / "other").iterdir():
+        if file.is_file():
+            shutil.copy(file, segment_of(tmp_path / "one") / file.name)
+    with pytest.raises(UserError, match="checksums has changed"):
+        store.Index.open(tmp_path / "one")
+
+
+@pytest.mark.parametrize("change", ["zeros", "shorter"])
+def test_a_file_that_is_changed_while_the_index_is_open(tmp_path, change):
+    """In place, as rsync --inplace does: the map shows what is on the disk."""
+    chunks = write_with_words(tmp_path)
+    searched = Collection(store.Index.open(tmp_path), Stub())
+    searched.dense(Exact())
+    searched.index.chunks([0])
+    file = segment_of(tmp_path) / "vectors.npy"
+    with file.open("r+b") as opened:
+        opened.seek(200)
+        opened.write(bytes(8))
+        if change == "shorter":
+            opened.truncate(150)
+    with pytest.raises(UserError, match=r"vectors\.npy has (changed|150 bytes)"):
+        searched.dense(Exact())
+    os.utime(segment_of(tmp_path) / "documents.arrow")  # touched, and the same
+    searched.index._segment["documents.arrow"].recheck()
+    assert searched.index.chunks([0]) == chunks[:1]
+
+
+def test_an_index_that_was_made_anew_is_another_one(tmp_path):
+    """Its generation is 1 again; its segment has another name."""
+    path = tmp_path / "index"
+    write_index(path)
+    base = store.Index.open(path).manifest.segment
+    shutil.rmtree(path)
+    write_index(path, "bb")
+    documents = make_documents("ccc")
+    chunks = make_chunks(documents)
+    with pytest.raises(UserError, match="Another program changed the index"):
+        writer.write_index(path, documents, chunks, make_vectors(len(chunks)), Stub(), base=base)
+    assert holds(path, "bb")
+
+
+def test_any_byte_outside_of_the_texts_may_be_damaged(tmp_path):
+    """What says where the texts lie is read before it can be compared."""
+    write_index(tmp_path)
+    file = segment_of(tmp_path) / "documents.arrow"
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 3):
+        for change in (0x80, 0x02):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :])
+            with pytest.raises(UserError, match=r"documents\.arrow"):
+                store.Index.open(tmp_path).all_documents()
 
 
 def test_a_damaged_index_is_not_added_to(tmp_path):

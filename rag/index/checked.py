@@ -13,33 +13,39 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
-from rag.checksums import CheckedFile, Damaged, piece_checksums, read_sealed, seal
+from rag.checksums import CheckedFile, Damaged, piece_checksums
 from rag.index.manifest import FileRecord
 
 CHECKSUMS = "checksums"  # the file that holds those of all others, in the order of their names
 
 
-def write_checksums(folder: Path, names: list[str]) -> None:
-    """Write the checksums of the pieces of these files below `folder`, which are whole now."""
-    with (folder / CHECKSUMS).open("wb") as file:
-        for name in names:
-            file.write(piece_checksums(folder / name).astype("<u8").tobytes())
-        seal(file)
+def write_checksums(folder: Path, names: list[str]) -> str:
+    """Write the checksums of the pieces of these files below `folder`; return their own checksum."""
+    sums = b"".join(piece_checksums(folder / name).astype("<u8").tobytes() for name in names)
+    (folder / CHECKSUMS).write_bytes(sums)
+    return xxhash.xxh3_128_hexdigest(sums)
 
 
 class Segment:
     """The files below a folder, as the manifest records them."""
 
-    def __init__(self, folder: Path, records: Mapping[str, FileRecord]):
-        """Raises Damaged when a file is missing or has another size, or the checksums are not what was written."""
+    def __init__(self, folder: Path, records: Mapping[str, FileRecord], checksum: str):
+        """`checksum` is that of the checksums.
+
+        Raises Damaged when a file is missing or has another size, or the checksums are not what was written.
+        """
         self.folder = folder
         self._files: dict[str, CheckedFile] = {}
         self._records = records
         try:
-            sums = np.frombuffer(read_sealed(folder / CHECKSUMS), "<u8")
+            content = (folder / CHECKSUMS).read_bytes()
         except FileNotFoundError as error:
             raise Damaged(f"{folder / CHECKSUMS} is missing") from error
+        if xxhash.xxh3_128_hexdigest(content) != checksum:
+            raise Damaged(f"{folder / CHECKSUMS} has changed since it was written")
+        sums = np.frombuffer(content, "<u8")
         self._checksums: dict[str, np.ndarray] = {}
         start = 0
         for name, record in records.items():
@@ -57,6 +63,11 @@ class Segment:
             size = self._records[name].bytes
             self._files[name] = CheckedFile(self.folder / name, size, self._checksums[name])
         return self._files[name]
+
+    def recheck(self) -> None:
+        """Compare again what was compared of files that somebody has written to since. Raises Damaged."""
+        for file in self._files.values():
+            file.recheck()
 
     def check(self, folder: str = "") -> None:
         """Compare all files below a folder of the segment, by default all. Raises Damaged."""
@@ -98,9 +109,13 @@ class CheckedTable:
         try:
             with pa.ipc.open_file(buffer) as reader:
                 self._table = reader.read_all()
-        except (pa.ArrowInvalid, OSError) as error:
+            self._check_outside_columns()
+        except (
+            pa.ArrowException,
+            ValueError,
+            OSError,
+        ) as error:  # of a footer that is read before it is compared
             raise Damaged(f"{file.path} is no Arrow file ({error})") from error
-        self._check_outside_columns()
         if self._table.schema != schema:
             raise Damaged(f"{file.path} has other columns than {', '.join(schema.names)}")
 

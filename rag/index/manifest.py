@@ -65,6 +65,7 @@ class Manifest(Record):
     settings: dict[str, Any]
     segment: Annotated[str, StringConstraints(pattern=f"^{SEGMENT}$")]
     files: dict[FileName, FileRecord]  # of the segment, in the order of their names
+    checksums: str  # XXH3-128 of the file that holds the checksums of their pieces
     environment: dict[str, Any]
     checksum: str = ""
 

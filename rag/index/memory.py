@@ -29,6 +29,9 @@ class MemoryIndex:
         """How many chunks there are."""
         return len(self._chunks)
 
+    def recheck(self) -> None:
+        """Do nothing: there is no file that somebody could write to."""
+
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits of the chunks and their texts, in order."""

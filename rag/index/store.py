@@ -57,7 +57,7 @@ class Index:
         folder = path / manifest.segment
         with _undamaged(path):
             self._close = weakref.finalize(self, os.close, _shared_lock(folder))
-            self._segment = Segment(folder, manifest.files)
+            self._segment = Segment(folder, manifest.files, manifest.checksums)
             self._vectors = self._segment.array("vectors.npy")
             self._documents = CheckedTable(self._segment["documents.arrow"], DOCUMENTS)
             self._segment["chunks.arrow"]
@@ -88,6 +88,11 @@ class Index:
     def close(self) -> None:
         """Let writers remove the files. What was read so far stays valid, and nothing more may be read."""
         self._close()
+
+    def recheck(self) -> None:
+        """Compare again what was read of files that somebody has written to since. Raises UserError."""
+        with _undamaged(self.path):
+            self._segment.recheck()
 
     def check(self) -> None:
         """Read every byte of the index and compare it with its checksum. Raises UserError."""
@@ -217,6 +222,10 @@ def _undamaged(path: Path) -> Iterator[None]:
     try:
         yield
     except Damaged as error:
+        if not path.exists():
+            raise UserError(
+                f"The index at {path} was moved or removed while it was open: start again."
+            ) from error
         raise UserError(f"The index at {path} is damaged, {error}: ingest the corpus again.") from error
 
 

@@ -43,14 +43,14 @@ def write_index(
     embedder: Embedder,
     settings: Mapping[str, Any] | None = None,
     lexical: LexicalIndex | None = None,
-    base: int | None = None,
+    base: str | None = None,
 ) -> None:
     """Write an index, or replace the one at `path` in one step for whoever opens it; waits for other writers.
 
     vectors[i] is chunks[i]'s, and so is row i of `lexical`, which need not be there. `settings`, JSON-able, go
     into the manifest as they are. Raises UserError for vectors that have no cosine, text that is no Unicode,
     documents that share an id, and a folder that holds something else; ValueError for chunks that their
-    documents do not contain. Also UserError when the index is no longer of the generation `base` (0: none was
+    documents do not contain. Also UserError when the index's segment is no longer `base` ("": none was
     there), so that what another writer added since is not lost. Then nothing has changed.
     """
     places = _places(documents)
@@ -65,8 +65,8 @@ def write_index(
         cache.make_folder(path)
         with cache.locked(path / manifests.NAME):
             check_writable(path)
-            latest = _generation(path)
-            if base is not None and base != latest:
+            latest, segment = _latest(path)
+            if base is not None and base != segment:
                 raise UserError(f"Another program changed the index at {path} meanwhile: run this again.")
             name = f"segment-{latest + 1:06d}-{uuid.uuid4().hex[:8]}"
             with cache.atomic_folder(path / name) as folder:
@@ -81,7 +81,7 @@ def write_index(
                 files = {
                     file.relative_to(folder).as_posix(): _file_record(file) for file in _files_below(folder)
                 }
-                write_checksums(folder, list(files))
+                checksums = write_checksums(folder, list(files))
             manifest = Manifest(
                 format=manifests.FORMAT,
                 generation=latest + 1,
@@ -92,6 +92,7 @@ def write_index(
                 settings=dict(settings or {}),
                 segment=name,
                 files=files,
+                checksums=checksums,
                 environment=environment(),
             )
             with cache.atomic_file(path / manifests.NAME, "w") as file:
@@ -110,14 +111,14 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _generation(path: Path) -> int:
-    """That of the index at `path`; 0 where there is none, or none that can be read: it is replaced."""
+def _latest(path: Path) -> tuple[int, str]:
+    """Generation and segment of the index at `path`; of one that cannot be read, and is replaced, the last folder's."""
     try:
-        return manifests.read(path).generation
+        manifest = manifests.read(path)
+        return manifest.generation, manifest.segment
     except UserError:
-        return max(
-            (int(name.split("-")[1]) for name in os.listdir(path) if _SEGMENT.fullmatch(name)), default=0
-        )
+        last = max((name for name in os.listdir(path) if _SEGMENT.fullmatch(name)), default="segment-000000-")
+        return int(last.split("-")[1]), ""
 
 
 def check_writable(path: Path) -> None:

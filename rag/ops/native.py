@@ -122,7 +122,7 @@ def _library() -> Path | None:
             _build(compiler, path, log)
 
     with suppress(FileNotFoundError):
-        return cached.once(path, make, cached.checked)
+        return cache.own_file(cached.once(path, make, cached.checked))
     return None
 
 

@@ -104,6 +104,7 @@ class Collection:
 
     def dense(self, options: VectorSearch) -> VectorIndex:
         """The passages' vectors, ready to be searched in the way of these options."""
+        self.index.recheck()
         if options not in self._dense:
             with self._building():
                 self._dense[options] = options.build(self.index.vectors)
@@ -111,6 +112,7 @@ class Collection:
 
     def lexical(self, analyzer: Analyzer) -> LexicalIndex:
         """The passages' postings under an analyzer: those kept with the index, or built from the texts."""
+        self.index.recheck()
         if analyzer not in self._lexical:
             with self._building():
                 kept = self.index.lexical
