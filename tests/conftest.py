@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401 (the hook finds it as an attribute of the package)
@@ -28,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     trials.LONG = config.getoption("--long")
+    settings.register_profile("suite", derandomize=not trials.LONG, deadline=None)
+    settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

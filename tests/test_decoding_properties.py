@@ -195,7 +195,12 @@ LENGTHS = near(8, 64, 128, 192, 256) | st.integers(1, 330)
 BUDGETS = st.sampled_from([1, 2, 7, 33, 64])
 
 
-@pytest.fixture(scope="module", params=CASES)
+SLOW = ("bfloat16",)  # which a CPU computes slowly
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.long] * (name in SLOW)) for name in CASES]
+)
 def poisoned(request):
     """A case whose unused slots hold what would ruin every answer that read them."""
     if request.param == "int8 native" and not native.available():

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import trials
 from tests.tiny_encoder import write_checkpoint
 
 EVAL = Path(__file__).resolve().parent.parent / "scripts" / "eval.py"
@@ -59,12 +58,13 @@ def results(folder: Path) -> dict[str, bytes]:
     return {f"{job}/{name}": (folder / str(job) / name).read_bytes() for job in range(JOBS) for name in names}
 
 
+@pytest.mark.long  # tests/crash kills a sweep at its system calls, without the start of a process each
 def test_a_killed_sweep_resumes_to_the_same_bytes(home):
     begin = time.monotonic()
     wanted = results(sweep(home, "whole"))
     whole_s = time.monotonic() - begin
     draw = random.Random(1)
-    for _ in range(10 if trials.LONG else 1):
+    for _ in range(10):
         sweep(home, "killed", kill_after=draw.uniform(0.2, 1.0) * whole_s)
     assert results(sweep(home, "killed")) == wanted
 

@@ -9,24 +9,24 @@ from tests.crash.campaign import Summary
 
 @pytest.fixture(scope="module")
 def index() -> Summary:
-    return campaign.run("damage_index", 2000 if trials.LONG else 40)
+    return campaign.run("damage_index", 2000 if trials.LONG else 25)
 
 
 @pytest.fixture(scope="module")
 def cache() -> Summary:
-    return campaign.run("damage_cache", 2000 if trials.LONG else 54)
+    return campaign.run("damage_cache", 2000 if trials.LONG else 27)
 
 
 @pytest.mark.parametrize("faults", [("wrong",), campaign.LOUD, ("unnamed",)])
 def test_damage_to_an_index_is_never_answered_from(index, faults):
     index.check(faults)
-    assert len(index.trials) == (2000 if trials.LONG else 40)
+    assert len(index.trials) == (2000 if trials.LONG else 25)
 
 
 @pytest.mark.parametrize("faults", [("wrong",), campaign.LOUD, ("unnamed",)])
 def test_damage_to_the_cache_is_never_computed_with(cache, faults):
     cache.check(faults)
-    assert len(cache.trials) == (2000 if trials.LONG else 54)
+    assert len(cache.trials) == (2000 if trials.LONG else 27)
 
 
 @pytest.mark.long

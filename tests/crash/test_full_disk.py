@@ -15,7 +15,7 @@ FAULTS = [("lost",), (*campaign.LOUD, "not one sentence"), ("rubbish",)]
 @pytest.fixture(scope="module")
 def refused() -> Summary:
     """No room from a call on, for every call of the writer in turn."""
-    return campaign.run("full_disk", 1000 if trials.LONG else 40)
+    return campaign.run("full_disk", 1000 if trials.LONG else 20)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Summary:
     mounting = ["unshare", "--map-root-user", "--mount", "sh", "-c", _MOUNT, "sh", str(folder)]
     if (done := subprocess.run([*mounting, "true"], capture_output=True, text=True, check=False)).returncode:
         pytest.skip(f"this process may not mount a small file system: {done.stderr.strip()}")
-    return campaign.run("full_disk", 48 if trials.LONG else 12, mounting, [str(folder)])
+    return campaign.run("full_disk", 48 if trials.LONG else 6, mounting, [str(folder)])
 
 
 _MOUNT = 'mount -t tmpfs -o size=300k small "$1" && shift && exec "$@"'

@@ -14,7 +14,7 @@ from tests.crash.trap import Event
 
 @pytest.fixture(scope="module")
 def cut() -> Summary:
-    return campaign.run("power_loss", 2000 if trials.LONG else 100)
+    return campaign.run("power_loss", 2000 if trials.LONG else 60)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def without_syncs() -> Summary:
 @pytest.mark.parametrize("faults", [("lost",), ("wrong",), campaign.LOUD, ("rubbish",)])
 def test_a_power_cut_leaves_the_old_state_or_the_new(cut, faults):
     cut.check(faults)
-    assert len(cut.trials) == (2000 if trials.LONG else 100)
+    assert len(cut.trials) == (2000 if trials.LONG else 60)
 
 
 def test_every_sync_is_needed(without_syncs):
