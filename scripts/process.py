@@ -97,6 +97,7 @@ def check_current_folder() -> None:
     try:
         os.getcwd()
     except OSError as error:
+        os.chdir("/")  # imports look into the current folder, and fail in a way of their own
         raise UserError(
             f"The current folder is gone ({error.strerror}): change to one that is there."
         ) from error
