@@ -257,3 +257,19 @@ def test_opening_while_it_is_replaced(tmp_path, monkeypatch):
     index = store.Index.open(path)
     assert index.generation == 2
     assert index.chunks([0]) == make_chunks(make_documents("bb"))[:1]
+
+
+def test_opening_while_it_is_made_anew(tmp_path, monkeypatch):
+    """Its generation is 1 again."""
+    path = tmp_path / "index"
+    write_index(path, "a")
+    lock = store._shared_lock
+
+    def made_anew_meanwhile(folder):
+        monkeypatch.setattr(store, "_shared_lock", lock)
+        shutil.rmtree(path)
+        write_index(path, "bb")
+        return lock(folder)
+
+    monkeypatch.setattr(store, "_shared_lock", made_anew_meanwhile)
+    assert store.Index.open(path).chunks([0]) == make_chunks(make_documents("bb"))[:1]

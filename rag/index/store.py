@@ -54,13 +54,16 @@ class Index:
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path, self.manifest = path, manifest
+        self._place_of: dict[
+            str, int
+        ] = {}  # rows of the documents that were read: who asks for a text has its chunk
         folder = path / manifest.segment
         with _undamaged(path):
             self._close = weakref.finalize(self, os.close, _shared_lock(folder))
             self._segment = Segment(folder, manifest.files, manifest.checksums)
             self._vectors = self._segment.array("vectors.npy")
             self._documents = CheckedTable(self._segment["documents.arrow"], DOCUMENTS)
-            self._segment["chunks.arrow"]
+            self._chunks = self._segment["chunks.arrow"]
             expected = (manifest.chunks, manifest.dim)
             if self._vectors.dtype != np.float32 or self._vectors.shape != expected:
                 raise Damaged(
@@ -81,7 +84,7 @@ class Index:
                 return cls(path, manifest)
             except UserError:
                 latest = manifests.read(path)
-                if latest.generation == manifest.generation:
+                if latest.segment == manifest.segment:
                     raise
                 manifest = latest  # a writer replaced the index while it was being opened
 
@@ -195,19 +198,13 @@ class Index:
         return self._spans
 
     @cached_property
-    def _place_of(self) -> dict[str, int]:
-        """The rows of the documents that were read so far: who asks for a text has its chunk."""
-        return {}
-
-    @cached_property
     def _spans(self) -> Int64[np.ndarray, "N 3"]:
-        file = self._segment["chunks.arrow"]
         with _undamaged(self.path):
-            file.check()
-            with pa.ipc.open_file(pa.py_buffer(file.content)) as reader:
+            self._chunks.check()
+            with pa.ipc.open_file(pa.py_buffer(self._chunks.content)) as reader:
                 table = reader.read_all()
             if table.schema != CHUNKS or len(table) != len(self):
-                raise Damaged(f"{file.path} does not hold the spans of {len(self)} chunks")
+                raise Damaged(f"{self._chunks.path} does not hold the spans of {len(self)} chunks")
         return np.stack([column.to_numpy() for column in table.columns], axis=1)
 
     def _documents_at(self, places: set[int]) -> dict[int, Document]:

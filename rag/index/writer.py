@@ -215,18 +215,18 @@ def _remove_rubbish(path: Path, keep: str) -> None:
             if not entry.is_dir():
                 entry.unlink()
                 continue
-            with _locked_folder(entry, fcntl.LOCK_EX | fcntl.LOCK_NB) as locked:
-                if locked:
+            with _locked(entry) as nobody_reads:
+                if nobody_reads:
                     shutil.rmtree(entry)
 
 
 @contextmanager
-def _locked_folder(folder: Path, how: int) -> Iterator[bool]:
-    """Whether the lock could be had, while the block runs."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _locked(segment: Path) -> Iterator[bool]:
+    """Whether no reader has the segment open; none can open it while the block runs."""
+    descriptor = os.open(segment, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
-            fcntl.flock(descriptor, how)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
