@@ -34,6 +34,7 @@ from typing import IO
 from rag.types import UserError
 
 _READ_BYTES = 1 << 20
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _ZSTD = b"\x28\xb5\x2f\xfd"  # JAX's entries begin with it where zstandard is installed
 # A file changed this recently could change again under the same mtime on a coarse clock: don't remember it.
 _RACY_NS = 2_000_000_000
@@ -62,7 +63,7 @@ def own_folder(path: Path, setting: str = "RAG_CACHE") -> Path:
             f"The cache folder {path} belongs to another user, whose files are not to be trusted: set {setting} to a "
             "folder of your own."
         )
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if found.st_mode & _OTHERS_WRITE:
         raise UserError(
             f"Others may write to the cache folder {path}, so what is in it is not to be trusted: run "
             f"`chmod -R go-w {path}`, or set {setting} to another folder."
@@ -73,7 +74,7 @@ def own_folder(path: Path, setting: str = "RAG_CACHE") -> Path:
 def own_file(path: Path) -> Path:
     """The path of a file that nobody but the user may write to. Raises UserError for another."""
     found = path.stat()
-    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if found.st_uid != os.geteuid() or found.st_mode & _OTHERS_WRITE:
         raise UserError(
             f"Others may write to {path}, so it is not to be trusted: remove it, and it is made again."
         )
@@ -132,9 +133,7 @@ def file_sha256(path: str | Path, *, fresh: bool = False) -> str:
     A large file is read once; a changed or replaced one is read again, and with `fresh` any is. Raises OSError when it
     cannot be read.
     """
-    from rag.checksums import (
-        seal,  # here, not above: numpy, which a typo on a command line should not wait for
-    )
+    from rag.checksums import seal  # here: it needs numpy, for which a typo on a command line should not wait
 
     path = Path(path).resolve()
     before = path.stat()
@@ -150,9 +149,9 @@ def file_sha256(path: str | Path, *, fresh: bool = False) -> str:
         # A cache that cannot be written (read-only, full) costs the next start a reading, and no more.
         with contextlib.suppress(OSError):
             make_private(memory.parent)
-        with contextlib.suppress(OSError), atomic_file(memory) as file:
-            file.write(digest.hexdigest().encode())
-            seal(file, entry_name(memory))
+            with atomic_file(memory) as file:
+                file.write(digest.hexdigest().encode())
+                seal(file, entry_name(memory))
     return digest.hexdigest()
 
 
@@ -198,6 +197,8 @@ def writing(path: Path | None = None) -> Iterator[None]:
 
 def make_folder(path: Path, mode: int = 0o777) -> None:
     """Make a folder, and those above it, where they are not there, and flush their names to the disk."""
+    if path.is_dir():
+        return
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(new):
         folder.mkdir(mode, exist_ok=True)
@@ -311,11 +312,11 @@ def enable_compilation_cache() -> None:
 
     if not jax.config.jax_compilation_cache_dir:
         folder = cache_root() / "xla" / content_key(platform.machine(), _processor())[:16]
+        with contextlib.suppress(OSError):  # a cache that cannot be written
+            make_private(folder)
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    with contextlib.suppress(OSError):  # a cache that cannot be written
-        make_private(Path(jax.config.jax_compilation_cache_dir))
     _remove_damaged_programs(Path(jax.config.jax_compilation_cache_dir))
 
 

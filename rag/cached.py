@@ -18,7 +18,7 @@ import xxhash
 
 from rag import eviction
 from rag.cache import atomic_file, atomic_folder, claimed, entry_name, make_private, notice, writing
-from rag.checksums import Damaged, check_sealed, read_sealed, seal
+from rag.checksums import Damaged, check_sealed, read_sealed, seal, stamp
 from rag.measure import cores
 from rag.records import Record, parse_json
 from rag.types import UserError
@@ -112,13 +112,12 @@ def read_array(path: Path) -> np.ndarray:
 def checked(path: Path) -> Path:
     """The path of a file that `write` wrote, after it was compared; errors as `once` wants them."""
     eviction.used(path)
-    now = path.stat()
-    _check(path, (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+    _check(path, stamp(path))
     return path
 
 
 @lru_cache(_REMEMBERED)
-def _check(path: Path, stamp: tuple[int, ...]) -> None:
+def _check(path: Path, _: tuple[int, ...]) -> None:
     check_sealed(path, entry_name(path))
 
 

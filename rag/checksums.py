@@ -38,7 +38,26 @@ class Damaged(Exception):
 def piece_checksums(path: Path) -> UInt64[np.ndarray, "P"]:
     """XXH3-64 of each piece of a file, of PIECE bytes each but for the last."""
     with mapped(path) as content:
-        return _checksums(content, range(_pieces(len(content))))
+        return _checksums(content, range(pieces(len(content))))
+
+
+def pieces(size: int) -> int:
+    """How many checksums a file of so many bytes has."""
+    return -(-size // PIECE)
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raise Damaged when a file is missing or is not of so many bytes."""
+    if not path.is_file():
+        raise Damaged(f"{path} is missing")
+    if (found := path.stat().st_size) != size:
+        raise Damaged(f"{path} has {found} bytes instead of {size}")
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """What tells that a file was written to or replaced. Raises FileNotFoundError."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class CheckedFile:
@@ -49,73 +68,48 @@ class CheckedFile:
 
         Raises Damaged when the file is missing or has another size, and ValueError for another number of checksums.
         """
-        if len(checksums) != self.pieces(size):
-            raise ValueError(f"{size} bytes have {self.pieces(size)} checksums, not {len(checksums)}")
-        self.check_size(path, size)
+        if len(checksums) != pieces(size):
+            raise ValueError(f"{size} bytes have {pieces(size)} checksums, not {len(checksums)}")
+        check_size(path, size)
         self.path, self._checksums = path, checksums
         self.content = _map(path)
-        if len(self.content) != size:
-            raise Damaged(f"{path} has {len(self.content)} bytes instead of {size}")
         self._compared = np.zeros(len(checksums), bool)
-        self._stamp = _stamp(path)
+        self._stamp = stamp(path)
 
     def recheck(self) -> None:
         """Compare again what was compared before, if somebody has written to the file since. Raises Damaged."""
-        stamp = _stamp(self.path)
-        if stamp in (None, self._stamp):
+        try:
+            now = stamp(self.path)
+        except FileNotFoundError:  # what is mapped of it stays as it is
             return
-        self.check_size(self.path, len(self.content))
-        pieces = np.flatnonzero(self._compared)
+        if now == self._stamp:
+            return
+        check_size(self.path, len(self.content))
+        known = np.flatnonzero(self._compared)
         self._compared[:] = False
-        self._compare(pieces)
-        self._stamp = stamp
-
-    @staticmethod
-    def pieces(size: int) -> int:
-        """How many checksums a file of so many bytes has."""
-        return _pieces(size)
-
-    @staticmethod
-    def check_size(path: Path, size: int) -> None:
-        """Raise Damaged when a file is missing or is not of so many bytes."""
-        if not path.is_file():
-            raise Damaged(f"{path} is missing")
-        if (found := path.stat().st_size) != size:
-            raise Damaged(f"{path} has {found} bytes instead of {size}")
+        self._compare(known)
+        self._stamp = now
 
     def check(self, start: int = 0, stop: int | None = None) -> None:
         """Compare the pieces that hold the bytes from `start` to `stop` (the end). Raises Damaged."""
         stop = len(self.content) if stop is None else stop
         if start >= stop:
             return
-        first, end = start // PIECE, _pieces(stop)
+        first, end = start // PIECE, pieces(stop)
         if not self._compared[first:end].all():
             self._compare(first + np.flatnonzero(~self._compared[first:end]))
 
-    def _compare(self, pieces: np.ndarray) -> None:
-        wrong = _checksums(self.content, pieces) != self._checksums[pieces]
+    def _compare(self, numbers: np.ndarray) -> None:
+        wrong = _checksums(self.content, numbers) != self._checksums[numbers]
         if wrong.any():
-            place = int(pieces[wrong][0]) * PIECE
+            place = int(numbers[wrong][0]) * PIECE
             raise Damaged(f"{self.path} has changed since it was written (behind byte {place})")
-        self._compared[pieces] = True
+        self._compared[numbers] = True
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What tells that a file was written to; None where there is none any more: what is mapped of it stays as it is."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _pieces(size: int) -> int:
-    return -(-size // PIECE)
-
-
-def _checksums(content: memoryview, pieces: "range | np.ndarray") -> UInt64[np.ndarray, "P"]:
-    digests = (xxhash.xxh3_64_intdigest(content[i * PIECE : (i + 1) * PIECE]) for i in map(int, pieces))
-    return np.fromiter(digests, np.uint64, len(pieces))
+def _checksums(content: memoryview, numbers: range | np.ndarray) -> UInt64[np.ndarray, "P"]:
+    digests = (xxhash.xxh3_64_intdigest(content[i * PIECE : (i + 1) * PIECE]) for i in map(int, numbers))
+    return np.fromiter(digests, np.uint64, len(numbers))
 
 
 def _map(path: Path) -> memoryview:
@@ -154,28 +148,28 @@ def check_sealed(path: Path, name: str = "") -> int:
 
     Raises FileNotFoundError where there is none, and Damaged where it is not what was written.
     """
-    with mapped(path) as content:
-        length = len(content) - _TRAILER
-        if length < 0:
-            raise Damaged(f"{path} is cut short")
-        with content[:length] as before:
-            if bytes(content[length:]) != _trailer(before, name):
-                raise Damaged(f"{path} has changed since it was written")
-    return length
+    with mapped(path) as data:
+        return _length(data, path, name)
 
 
 def read_sealed(path: Path, name: str = "") -> bytes:
     """The content of a file that `seal` ended; errors as in `check_sealed`."""
     data = path.read_bytes()
+    return data[: _length(memoryview(data), path, name)]
+
+
+def _length(data: memoryview, path: Path, name: str) -> int:
+    """The length of the content, after it was compared. Raises Damaged."""
     length = len(data) - _TRAILER
     if length < 0:
         raise Damaged(f"{path} is cut short")
-    if data[length:] != _trailer(data[:length], name):
-        raise Damaged(f"{path} has changed since it was written")
-    return data[:length]
+    with data[:length] as content:
+        if bytes(data[length:]) != _trailer(content, name):
+            raise Damaged(f"{path} has changed since it was written")
+    return length
 
 
-def _trailer(content: "memoryview | bytes", name: str) -> bytes:
+def _trailer(content: memoryview, name: str) -> bytes:
     head = _MAGIC + struct.pack("<Q", len(content))
     digest = xxhash.xxh3_128(content)
     digest.update(head + name.encode())

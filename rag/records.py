@@ -7,7 +7,7 @@ What does not fit is told in one sentence: the file, the place in it, and what t
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import yaml
@@ -33,7 +33,7 @@ class Record(BaseModel):
 class OpenRecord(Record):
     """A JSON object of which some fields are known; others are kept as they are."""
 
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -133,6 +133,12 @@ def misfit(error: ValidationError) -> str:
         case "value_error":
             return f"{place}: {first['ctx']['error']}"
     return f"{place or 'it'}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+
+
+def stays_inside(name: str) -> bool:
+    """Whether the path of a file that is named in another one lies below that one's folder."""
+    place = PurePosixPath(name)
+    return not place.is_absolute() and ".." not in place.parts and "\0" not in name
 
 
 def _no_number(constant: str) -> None:

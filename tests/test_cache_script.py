@@ -8,14 +8,12 @@ import ingest
 import numpy as np
 import prefill
 import pytest
-from hydra import compose, initialize_config_dir
-from launch import CONF, quote_overrides
-from settings import check
 
 from rag import eviction
 from rag.cache import cache_root, locked
 from rag.generate import chunk_kv
 from rag.types import UserError
+from tests.run_script import run_script
 from tests.tiny import write_checkpoint
 
 KEYS = [f"{i:064x}" for i in range(4)]
@@ -27,10 +25,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
 
     def run(script, *overrides):
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose(script.__name__, quote_overrides(overrides))
-        check(config, script.Settings)
-        script.main(config)
+        run_script(script, *overrides)
         return capsys.readouterr().out
 
     return run

@@ -15,10 +15,10 @@ import ingest
 import pytest
 from hydra import compose, initialize_config_dir
 from launch import CONF, quote_overrides
-from settings import check
 
 from rag.index import manifest as manifests
 from rag.types import UserError
+from tests.run_script import run_script
 from tests.tiny import write_checkpoint
 
 FILES = {"seal.txt": "A seal eats fish on the ice.", "krill.md": "A whale eats krill.", "logo.png": "PNG"}
@@ -43,10 +43,7 @@ def run(home, monkeypatch, capsys):
     monkeypatch.setenv("RAG_CACHE", str(home / "cache"))
 
     def run(script, *overrides):
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose(script.__name__, quote_overrides(overrides))
-        check(config, script.Settings)
-        script.main(config)
+        run_script(script, *overrides)
         return capsys.readouterr()
 
     return run

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rag.ingest.clean import clean
-from rag.records import parse_json
+from rag.records import parse_json, reason
 from rag.types import UserError
 
 _NAMED = 5  # faults spelled out in a message before "and N more"
@@ -156,7 +156,7 @@ def valid_json(text: str, where: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise UserError(f"{where} is not valid JSON ({str(error)[:200]}): correct it.") from error
+        raise UserError(f"{where} is not valid JSON ({reason(error)}): correct it.") from error
 
 
 def lines_of(file: Path) -> Iterator[tuple[int, str]]:

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import xxhash
+from numpy.lib import format as numpy_format
 
-from rag.checksums import CheckedFile, Damaged, piece_checksums
+from rag.checksums import CheckedFile, Damaged, check_size, piece_checksums, pieces
 from rag.index.manifest import FileRecord
 
 CHECKSUMS = "checksums"  # the file that holds those of all others, in the order of their names
+_NPY_HEAD = 1 << 10  # bytes: more than the head of an array of few dimensions has
 
 
 def write_checksums(folder: Path, names: list[str]) -> str:
@@ -49,9 +51,9 @@ class Segment:
         self._checksums: dict[str, np.ndarray] = {}
         start = 0
         for name, record in records.items():
-            stop = start + CheckedFile.pieces(record.bytes)
+            stop = start + pieces(record.bytes)
             self._checksums[name], start = sums[start:stop], stop
-            CheckedFile.check_size(folder / name, record.bytes)
+            check_size(folder / name, record.bytes)
         if start != len(sums):
             raise Damaged(f"{folder / CHECKSUMS} holds {len(sums)} checksums instead of {start}")
 
@@ -81,21 +83,17 @@ class Segment:
         file.check(0, min(len(file.content), _NPY_HEAD))
         head = BytesIO(file.content[:_NPY_HEAD])
         try:
-            version = np.lib.format.read_magic(head)
-            reader = (
-                np.lib.format.read_array_header_1_0
+            version = numpy_format.read_magic(head)
+            read = (
+                numpy_format.read_array_header_1_0
                 if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
+                else numpy_format.read_array_header_2_0
             )
-            shape, by_columns, dtype = reader(head)
-            return np.ndarray(
-                shape, dtype, file.content, offset=head.tell(), order="F" if by_columns else "C"
-            )
+            shape, by_columns, dtype = read(head)
+            order = "F" if by_columns else "C"
+            return np.ndarray(shape, dtype, file.content, offset=head.tell(), order=order)
         except (ValueError, TypeError) as error:
             raise Damaged(f"{file.path} is no array ({error})") from error
-
-
-_NPY_HEAD = 1 << 10  # bytes: more than the head of an array of few dimensions has
 
 
 class CheckedTable:
@@ -110,11 +108,7 @@ class CheckedTable:
             with pa.ipc.open_file(buffer) as reader:
                 self._table = reader.read_all()
             self._check_outside_columns()
-        except (
-            pa.ArrowException,
-            ValueError,
-            OSError,
-        ) as error:  # of a footer that is read before it is compared
+        except (pa.ArrowException, ValueError, OSError) as error:  # the footer is read before it is compared
             raise Damaged(f"{file.path} is no Arrow file ({error})") from error
         if self._table.schema != schema:
             raise Damaged(f"{file.path} has other columns than {', '.join(schema.names)}")
@@ -136,8 +130,8 @@ class CheckedTable:
     def column(self, name: str) -> list[Any]:
         """All values of a column. Raises Damaged."""
         for chunk in self._table[name].chunks:
-            for buffer in chunk.buffers():
-                self._check_buffer(buffer)
+            for buffer in filter(None, chunk.buffers()):
+                self._file.check(*self._place(buffer))
         return self._table[name].to_pylist()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -152,12 +146,9 @@ class CheckedTable:
 
     def _check_outside_columns(self) -> None:
         """Compare what says where the columns' values lie: all but the values themselves."""
-        buffers = [
-            b for column in self._table.columns for chunk in column.chunks for b in chunk.buffers() if b
-        ]
-        places = sorted((b.address - self._base, b.address - self._base + b.size) for b in buffers)
+        chunks = [chunk for column in self._table.columns for chunk in column.chunks]
         end = 0
-        for start, stop in places:
+        for start, stop in sorted(self._place(b) for chunk in chunks for b in filter(None, chunk.buffers())):
             self._file.check(end, start)
             end = max(end, stop)
         self._file.check(end)
@@ -165,13 +156,13 @@ class CheckedTable:
     def _check_text(self, chunk: pa.Array, place: int) -> None:
         """Compare the pieces of one text of a large_string array: its offsets, then its characters."""
         _, offsets, characters = chunk.buffers()
-        at = offsets.address - self._base + 8 * (chunk.offset + place)
+        at = self._place(offsets)[0] + 8 * (chunk.offset + place)
         self._file.check(at, at + 16)
         start, stop = struct.unpack_from("<qq", self._file.content, at)
-        first = characters.address - self._base
+        first = self._place(characters)[0]
         self._file.check(first + start, first + stop)
 
-    def _check_buffer(self, buffer: pa.Buffer | None) -> None:
-        if buffer is not None:
-            start = buffer.address - self._base
-            self._file.check(start, start + buffer.size)
+    def _place(self, buffer: pa.Buffer) -> tuple[int, int]:
+        """Where a buffer begins and ends in the file."""
+        start = buffer.address - self._base
+        return start, start + buffer.size

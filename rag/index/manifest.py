@@ -13,7 +13,7 @@ import xxhash
 from annotated_types import Ge, Predicate
 from pydantic import StringConstraints
 
-from rag.records import Record, fitted_record, read_json
+from rag.records import Record, fitted_record, read_json, stays_inside
 from rag.types import UserError
 
 FORMAT = 2  # of the folder's contents; other formats are refused
@@ -24,13 +24,11 @@ SEGMENT = r"segment-\d{6}-[0-9a-f]{8}"
 _REMEDY = "ingest the corpus again"
 
 
-def _stays_inside(name: str) -> bool:
-    """Whether a file's name in the manifest is a plain path below the segment."""
-    parts = PurePosixPath(name).parts
-    return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
+def _names_a_file(name: str) -> bool:
+    return bool(PurePosixPath(name).parts) and stays_inside(name)
 
 
-FileName = Annotated[str, Predicate(_stays_inside)]
+FileName = Annotated[str, Predicate(_names_a_file)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[int, Ge(0)]
 

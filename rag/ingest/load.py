@@ -37,7 +37,6 @@ _DECLARED = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 _FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^(?:#{1,6}[ \t]+(\S[^\n]*)|(\S[^\n]*)\n={3,}$)", re.MULTILINE)
 
-
 _SPECIAL = ("/proc", "/sys")  # whose files are made as they are read: some wait, some never end
 _NOT_SHOWN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))  # Unicode categories: controls, directions, line ends
 _MB = 1_000_000  # bytes

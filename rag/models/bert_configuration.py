@@ -22,7 +22,7 @@ from rag.models.configuration import (
     head_size,
 )  # fmt: skip
 from rag.models.tokenizer import read_json
-from rag.records import misfit, parse_json, reason
+from rag.records import misfit, parse_json, reason, stays_inside
 from rag.types import UserError
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")  # model_type in config.json
@@ -103,7 +103,7 @@ def listed_modules(folder: Path) -> list[tuple[str, str]]:
         told = misfit(error) if isinstance(error, ValidationError) else reason(error)
         raise UserError(f"{path} is no list of modules ({told}); fetch the file again") from error
     for module in modules:
-        if Path(module.path).is_absolute() or ".." in Path(module.path).parts or "\0" in module.path:
+        if not stays_inside(module.path):
             raise UserError(
                 f"{path} names a folder outside of its own ({module.path!r:.80}); do not use this checkpoint"
             )

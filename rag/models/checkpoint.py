@@ -35,7 +35,7 @@ from rag.models import gguf_file
 from rag.models.tokenizer import Tokenizer, read_json
 from rag.ops import native
 from rag.ops.linear import quantize
-from rag.records import reason
+from rag.records import reason, stays_inside
 from rag.types import UserError
 
 M = TypeVar("M", bound=nnx.Module)
@@ -239,7 +239,7 @@ def _indexed_shards(index: Path) -> Sequence[Path]:
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{index} holds no weight_map from tensors to files; fetch the file again")
     for name in places.values():
-        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        if not stays_inside(name):
             raise UserError(
                 f"{index} names a file outside of its folder ({name!r:.80}); do not use this checkpoint"
             )

@@ -21,13 +21,14 @@ Heads = Annotated[int, Ge(1), Le(1 << 12)]
 Positions = Annotated[int, Ge(1), Le(1 << 31)]
 Epsilon = Annotated[float, Ge(1e-20), Le(1)]  # 0 divides a row of zeros by zero
 Theta = Annotated[float, Ge(1), Le(1e12)]
-Factor = Annotated[float, Ge(1e-3), Le(1e6)]
+FACTORS = (1e-3, 1e6)  # of rotary frequencies, least and most
+Factor = Annotated[float, Ge(FACTORS[0]), Le(FACTORS[1])]
 
 
 class Configuration(Record):
     """A part of a configuration; settings that it does not declare are of no matter."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore")
 
 
 def configured(schema: type[C], values: Mapping[str, Any], source: str) -> C:

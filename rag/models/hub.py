@@ -30,7 +30,7 @@ from pydantic import Field, ValidationError
 
 from rag import cache, cached, eviction
 from rag.checksums import Damaged
-from rag.records import OpenRecord, misfit, parse_json, reason
+from rag.records import OpenRecord, misfit, parse_json, reason, stays_inside
 from rag.types import UserError
 
 DEFAULT_EMBEDDER = (
@@ -235,7 +235,7 @@ def _members(names: Iterable[str], inner: str) -> dict[PurePosixPath, str]:
     for name in names:
         if name.startswith(f"{inner}/") and not name.endswith("/"):
             place = PurePosixPath(name[len(inner) + 1 :])
-            if place.is_absolute() or ".." in place.parts or "\\" in name or "\0" in name or not place.parts:
+            if not stays_inside(str(place)) or "\\" in name or "\0" in name or not place.parts:
                 raise UserError(
                     f"the wheel has an entry that leaves its folder ({name!r:.200}); do not use it"
                 )

@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from rag.models.configuration import Configuration, Factor, Positions, Theta, configured
+from rag.models.configuration import FACTORS, Configuration, Factor, Positions, Theta, configured
 from rag.models.llama import LlamaConfig
 from rag.ops.rope import llama3_factors
 from rag.types import UserError
-
-_FACTORS = (1e-3, 1e6)
 
 
 def check_decoder(config: LlamaConfig, source: str) -> LlamaConfig:
@@ -28,7 +26,7 @@ def check_decoder(config: LlamaConfig, source: str) -> LlamaConfig:
         )
     if config.rope_factors is None:
         return config
-    low, high = _FACTORS
+    low, high = FACTORS
     if len(config.rope_factors) != config.head_dim // 2:
         raise UserError(
             f"{source} has {len(config.rope_factors)} rotary factors for heads of {config.head_dim} dimensions; the "

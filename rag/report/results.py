@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rag.evaluate import result_files as files
-from rag.records import Record, fitted_record, parse_yaml, parsed_json, read_record
+from rag.records import Record, fitted_record, parse_yaml, parsed_json, read_record, reason
 from rag.types import UserError
 
 PerQuery = Mapping[str, Mapping[str, float | None]]  # measure -> query id -> value; None: not defined there
@@ -182,7 +182,7 @@ def _settings(path: Path) -> dict[str, object]:
     try:
         tree = parse_yaml(_text(path))
     except ValueError as error:
-        raise UserError(f"{path} is not YAML ({str(error)[:200]}): {files.REMEDY}.") from error
+        raise UserError(f"{path} is not YAML ({reason(error)}): {files.REMEDY}.") from error
     if not isinstance(tree, Mapping):
         raise UserError(f"{path} holds no settings: {files.REMEDY}.")
     return dict(_leaves(tree, ""))
