@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
-from rag.ingest.markdown import sections
-from rag.ingest.packing import Span
+from rag.ingest.chunk.markdown import sections
+from rag.ingest.chunk.tokens import Span
 from rag.ingest.sentences import sentences
+from rag.runtime.options import Count, check_fields
 from rag.types import Chunk, Context, Hit, Source
-from rag.values import Count, check_fields
 
 Order = Literal["score", "reverse", "document", "sides"]
 Expand = Literal["none", "neighbours", "section", "parent"]

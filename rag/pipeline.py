@@ -12,18 +12,20 @@ from jaxtyping import Float32
 
 from rag.context import ContextOptions, build_context, cited, trim
 from rag.embed import Embedder
-from rag.embed_cache import CachedEmbedder, cached
+from rag.embed.vector_cache import CachedEmbedder, cached
 from rag.generate import Generator
 from rag.index import store
-from rag.index.analyzer import Analyzer
-from rag.index.lexical import LexicalIndex
+from rag.index.lexical.analyzer import Analyzer
+from rag.index.lexical.postings import LexicalIndex
 from rag.index.writer import check_writable, tidy, write_index
-from rag.ingest.chunk import Chunker, chunks_of
+from rag.ingest.chunk import Chunker
+from rag.ingest.chunk.split import chunks_of
 from rag.ingest.load import LoadOptions, Skipped, load_folder
-from rag.measure import Clock
 from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate, render, render_passage
 from rag.retrieve.search import Search
+from rag.runtime.clock import Clock
+from rag.runtime.options import Count, Filled, Seed, check_fields
 from rag.types import (
     Answer,
     Chunk,
@@ -37,7 +39,6 @@ from rag.types import (
     UserError,
     chunk_at,
 )
-from rag.values import Count, Filled, Seed, check_fields
 
 Progress = Callable[[str, int, int], None]  # stage, done, of how many
 
@@ -82,7 +83,7 @@ def ingest(
     old = _opened(index, chunker, embedder) if add and store.exists(index) else None
     embedder = cached(embedder)
     loaded, skipped = _load(corpus, load, progress)
-    kept = _Kept() if old is None else _Kept.of(old, loaded)
+    kept = _CachedStages() if old is None else _CachedStages.of(old, loaded)
     known = {document.id for document in kept.documents}
     new = [document for document in loaded if document.id not in known]
     documents = [*kept.documents, *new]
@@ -126,7 +127,7 @@ def _opened(index: Path, chunker: Chunker, embedder: Embedder) -> store.Index:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _CachedStages:
     """What stays of an index that a folder is added to; nothing, where it begins anew."""
 
     documents: Sequence[Document] = ()
@@ -140,7 +141,7 @@ class _Kept:
         return None if self.lexical is None else self.lexical.analyzer
 
     @staticmethod
-    def of(old: store.Index, coming: Sequence[Document]) -> "_Kept":
+    def of(old: store.Index, coming: Sequence[Document]) -> "_CachedStages":
         """All documents but those that come with the same id and are not the same."""
         latest, before = {document.id: document for document in coming}, old.all_documents()
         stays = np.array([latest.get(document.id, document) == document for document in before], bool)
@@ -149,7 +150,7 @@ class _Kept:
         rows = np.flatnonzero(stays[spans[:, 0]])
         chunks = [chunk_at(before[place], start, end) for place, start, end in spans[rows].tolist()]
         replaced = len(before) - len(documents)
-        return _Kept(documents, chunks, old.vectors[rows], old.lexical, replaced)
+        return _CachedStages(documents, chunks, old.vectors[rows], old.lexical, replaced)
 
 
 def _load(
@@ -180,7 +181,7 @@ def _chunk(
 
 
 def _vectors(
-    kept: _Kept, chunks: Sequence[Chunk], embedder: Embedder, progress: Progress
+    kept: _CachedStages, chunks: Sequence[Chunk], embedder: Embedder, progress: Progress
 ) -> tuple[Float32[np.ndarray, "N E"], Embedder, int]:
     """The chunks' vectors, the embedder made ready for them, and how many texts had to be computed."""
     texts = [chunk.text for chunk in chunks]
@@ -195,7 +196,7 @@ def _vectors(
 
 
 def _postings(
-    kept: _Kept, chunks: Sequence[Chunk], analyzer: Analyzer | None, progress: Progress
+    kept: _CachedStages, chunks: Sequence[Chunk], analyzer: Analyzer | None, progress: Progress
 ) -> tuple[LexicalIndex | None, Literal["none", "built", "extended"]]:
     """Rows can be added to postings, but not removed."""
     if analyzer is None:
@@ -243,14 +244,14 @@ def answer(
     _ = generator.context_length  # reads the weights, which is not retrieval
     begin = Clock.now()
     hits = search(question)
-    context = relevant(hits, search.collection.index.document_text, search.relevant_from, reader)
+    context = select_context(hits, search.collection.index.document_text, search.score_threshold, reader)
     retrieval = Clock.now() - begin
     if not context.sources:
         yield template.abstain_answer
         timings = Timings(retrieval.working, 0.0, 0.0, 0, 0, retrieval.compiling)
         yield Answer(question, template.abstain_answer, True, (), timings)
         return
-    messages, shown, notices = fit(question, context, reader, history)
+    messages, shown, notices = fit_context(question, context, reader, history)
     pieces: list[str] = []
     usage = Usage(0, 0, 0.0, 0.0)
     options = reader.options
@@ -270,13 +271,13 @@ def answer(
     yield Answer(question, text, False, shown.sources, timings, marked, (*notices, *usage.notices))
 
 
-def relevant(
-    hits: Sequence[Hit], document_text: Callable[[str], str], relevant_from: float | None, reader: Reader
+def select_context(
+    hits: Sequence[Hit], document_text: Callable[[str], str], score_threshold: float | None, reader: Reader
 ) -> Context:
-    """The passages to show for these hits, none when none is relevant; `relevant_from` is min_score "auto"."""
+    """The passages to show for these hits, none when none is relevant; `score_threshold` is min_score "auto"."""
     options = reader.context
     if options.min_score == "auto":
-        options = replace(options, min_score=relevant_from)
+        options = replace(options, min_score=score_threshold)
     return build_context(
         hits, document_text, options, reader.generator.count, partial(_shown, reader.template)
     )
@@ -287,7 +288,7 @@ def _shown(template: PromptTemplate, source: Source) -> str:
     return render_passage(template, source) + template.separator
 
 
-def fit(
+def fit_context(
     question: str, context: Context, reader: Reader, history: Sequence[Message] = ()
 ) -> tuple[list[Message], Context, tuple[str, ...]]:
     """Messages that leave room for an answer, the context as shown in them, and what had to go.

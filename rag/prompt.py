@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rag.runtime.options import check_fields
 from rag.types import Context, Message, Source, UserError
-from rag.values import check_fields
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 _KNOWN = {

@@ -92,7 +92,7 @@ class Message:
 class Usage:
     """What one generation took; a generator yields it last, after the pieces of text.
 
-    The seconds are disjoint: making or loading programs (`rag.measure.compile_seconds`), and with a server loading the
+    The seconds are disjoint: making or loading programs (`rag.runtime.clock.compile_seconds`), and with a server loading the
     model, is in `prepare_s` alone. Our own engine's weights are loaded before any of them begins.
     """
 

@@ -20,10 +20,10 @@ from launch import launch
 from settings import Part, Shared, build
 from this_run import overrides, run_dir
 
-from rag.cache import atomic_file
-from rag.measure import bench_json, print_table
-from rag.roofs import best, roofs, with_shares
-from rag.values import Filled
+from rag.bench.peak_throughput import best_peak, measure_peaks, with_shares
+from rag.bench.record import bench_json, print_table
+from rag.runtime.files import atomic_file
+from rag.runtime.options import Filled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +36,18 @@ class Settings(Shared):
 
 
 def main(config) -> None:
-    from rag.report import benchmark as page
+    from rag.bench import page
 
     benchmark = build(config.bench)
     name = type(benchmark).__module__.rpartition(".")[2]
-    load_before, before = [round(load, 2) for load in os.getloadavg()], roofs()
+    load_before, before = [round(load, 2) for load in os.getloadavg()], measure_peaks()
     rows = benchmark.run()
-    machine = best(before, roofs())
+    machine = best_peak(before, measure_peaks())
     try:
         rows = with_shares(rows, machine)
     except RuntimeError:  # a bug, unless the machine was busy both times: no reason to lose what was measured
         print_table(rows, title=f"{name}, without the shares of roofs")
-        machine = best(machine, roofs())
+        machine = best_peak(machine, measure_peaks())
         rows = with_shares(rows, machine)
     print("roofs: " + ", ".join(_roof(name, rate) for name, rate in machine.items()))
     print_table(rows, title=name)

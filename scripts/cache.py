@@ -13,9 +13,9 @@ from annotated_types import Ge, Le
 from launch import launch
 from settings import Shared
 
-from rag import eviction
-from rag.cache import cache_root, discard, writing
-from rag.eviction import KINDS, Entry
+from rag.runtime import eviction
+from rag.runtime.eviction import KINDS, Entry
+from rag.runtime.files import cache_root, discard, write_errors
 
 _DAY_S = 86_400
 Days = Annotated[float, Ge(0), Le(1e5)]
@@ -40,7 +40,7 @@ def main(config) -> None:
         show(entries)
         print(f"{_size(entries)} of at most {eviction.limit() / 1e9:g} GB (RAG_CACHE_GB) in {cache_root()}")
         return
-    with writing():
+    with write_errors():
         for entry in entries:
             discard(entry.path)
     plural = "y" if len(entries) == 1 else "ies"

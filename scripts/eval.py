@@ -21,7 +21,7 @@ from this_run import label, overrides, run_dir
 from rag.types import UserError
 
 if TYPE_CHECKING:
-    from rag.evaluate.result_files import Ledger
+    from rag.evaluate.result_files import Costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,13 @@ class Settings(System):
     closed_book: Part
     evaluation: Part
     statistics: Part
-    reading: Part
+    ablation: Part
 
 
 def main(config) -> None:
     from terminal import print_problem, progress_bars
 
-    from rag.cached import CHECKSUMS
+    from rag.runtime.cache import CHECKSUMS
 
     job = job_of(config)
     for problem in job.dataset.problems:
@@ -66,26 +66,26 @@ def main(config) -> None:
     print(f"-> {folder}")
 
 
-def kept_result(kept: Path) -> tuple[dict, Ledger]:
+def kept_result(kept: Path) -> tuple[dict, Costs]:
     """The metrics and the costs of a finished job, of its folder in the cache. UserError where that is damaged."""
-    from rag.evaluate.result_files import Ledger, Measured
-    from rag.records import fitted_record, read_json, read_record
+    from rag.evaluate.result_files import Costs, Measured
+    from rag.runtime.records import fitted_record, read_json, read_record
 
     remedy = f"remove {kept} and run this again"
     try:
         metrics = dict(read_json(kept / "metrics.json", remedy))
         fitted_record(kept / "metrics.json", metrics, Measured, remedy)
-        return metrics, read_record(kept / "ledger.json", Ledger, remedy)
+        return metrics, read_record(kept / "costs.json", Costs, remedy)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: {remedy}.") from error
 
 
 def job_of(config):
     """The evaluation that a config describes."""
-    from rag.evaluate.job import Job
+    from rag.evaluate.experiment import Experiment
 
     tuning = config.get("tuning")
-    return Job(
+    return Experiment(
         dataset=_shared(config.dataset),
         chunker=build(config.chunker),
         embedder=_shared(config.embedder),
@@ -94,7 +94,7 @@ def job_of(config):
         evaluation=build(config.evaluation),
         statistics=build(config.statistics),
         tuning=build(tuning) if tuning else None,
-        reading=build(config.reading),
+        ablation=build(config.ablation),
         prompt=build(config.prompt),
         closed_book=build(config.closed_book),
         context=build(config.context),
@@ -121,7 +121,7 @@ def describe(folder, metrics, config, dataset) -> dict:
     """Add to a result the names that this run gives it and how it was asked for; return its metrics with them."""
     from omegaconf import OmegaConf
 
-    from rag.cache import atomic_file
+    from rag.runtime.files import atomic_file
 
     metrics = metrics | {"label": label()}
     metrics["dataset"] = {"name": dataset.name} | metrics["dataset"]
@@ -142,7 +142,7 @@ def show(metrics: dict) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from rag.evaluate.answers import lower_is_better
+    from rag.evaluate.metrics.answers import lower_is_better
 
     d = metrics["dataset"]
     sample = f", a sample by seed {d['seed']}" if d["limit"] else ""

@@ -18,8 +18,8 @@ from launch import launch
 from settings import IndexFolder, build
 from stages import System, method_of
 
+from rag.runtime.options import Count, Question
 from rag.types import Answer, Message, Source, UserError
-from rag.values import Count, Question
 
 if TYPE_CHECKING:
     from rag.generate import Generator
@@ -84,7 +84,7 @@ def ask(
 
 def show(answer: Answer, generator: Generator) -> None:
     """Print what follows the streamed text: notices, sources, times, and which generator wrote it."""
-    from rag.generate import described
+    from rag.generate import describe
 
     print("\n")
     for notice in answer.notices:
@@ -100,7 +100,7 @@ def show(answer: Answer, generator: Generator) -> None:
     if t.prepare_s:
         parts.append(f"and {t.prepare_s:.2f} s to make or load programs, counted in none of these")
     if not answer.abstained:
-        parts.append(described(generator))
+        parts.append(describe(generator))
     print("; ".join(parts))
 
 
@@ -116,10 +116,10 @@ def show_sources(sources: Sequence[Source]) -> None:
 
 def as_json(answer: Answer, generator: Generator) -> str:
     """The one object of output=json."""
-    from rag.generate import described
-    from rag.measure import environment
+    from rag.generate import describe
+    from rag.runtime.machine import environment
 
-    return json.dumps(asdict(answer) | {"generator": described(generator), "environment": environment()})
+    return json.dumps(asdict(answer) | {"generator": describe(generator), "environment": environment()})
 
 
 def converse(search: Search, reader: Reader) -> None:

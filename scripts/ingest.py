@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from launch import launch
 from settings import IndexFolder, Part, Shared, build
 
-from rag.values import Count, Filled
+from rag.runtime.options import Count, Filled
 
 if TYPE_CHECKING:
     from rag.pipeline import IngestReport

@@ -24,9 +24,9 @@ import process
 from settings import CONF, check, check_presence, user_error
 from this_run import groups, label, overrides, record_failure, run_dir, sweeping
 
-from rag.cache import enable_compilation_cache
+from rag.runtime.compilation_cache import enable_compilation_cache
+from rag.runtime.options import type_error
 from rag.types import UserError
-from rag.values import refusal
 
 # Settings whose value is a person's text; a leading dot means the last word of any dotted key.
 FREE_TEXT = (
@@ -41,6 +41,14 @@ TEMPLATES = (
     *(".query_prompt", ".document_prompt", ".finished", "reranker.prompt"),
 )
 TEXT_LISTS = (".stop", ".separators")
+# Settings whose names were changed, and what they are called now; a name stands for the settings below it too.
+RENAMED = {
+    "reading": "ablation",
+    "certificate": "sensitivity",
+    "generator.drafting": "generator.speculative",
+    "bench.drafting": "bench.speculative",
+    "embedder.relevant_from": "embedder.score_threshold",
+}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 # Imports and programs leave hundreds of thousands of objects that stay. With Python's own 700 between two looks for
 # cycles, and 10 looks at the youngest before one at older ones, half a second of every start went into looking.
@@ -273,7 +281,7 @@ def _wrong_choice(config_dir: Path) -> str | None:
         names = value if isinstance(value, list) else [value]
         if not override.is_sweep_override() and not all(isinstance(name, str) for name in names):
             choices = sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
-            return refusal(group, value, f"one of {', '.join(choices)}")
+            return type_error(group, value, f"one of {', '.join(choices)}")
     return None
 
 
@@ -283,6 +291,9 @@ def _first_line(error: Exception) -> str:
 
 def _unknown_key(key: str, config_name: str, config_dir: Path) -> str:
     """Name the key and the settings that look like it, of the configuration as it is without that key."""
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return f"The setting {key!r} is called {new + key[len(old) :]!r} now."
     known = sorted(_settings(key, config_name, config_dir))
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     near = near or [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]][:3]

@@ -25,7 +25,7 @@ from rag.types import Hit, Message, UserError
 if TYPE_CHECKING:
     from rag.context import ContextOptions
     from rag.generate import Generator
-    from rag.generate.chunk_kv import ChunkStore
+    from rag.generate.kv.chunk import ChunkKVStore
     from rag.index.store import Index
     from rag.prompt import PromptTemplate
 
@@ -79,7 +79,7 @@ def main(config) -> None:
     )
 
 
-def require_room(unread: Mapping[Path, int], store: ChunkStore, limit_gb: float, force: bool) -> None:
+def require_room(unread: Mapping[Path, int], store: ChunkKVStore, limit_gb: float, force: bool) -> None:
     """Print how many bytes the files of so many tokens will take. Raises UserError above the limit, without `force`."""
     tokens, nbytes = sum(unread.values()), sum(unread.values()) * store.token_bytes
     print(

@@ -11,7 +11,7 @@ from launch import launch
 from settings import Shared
 from this_run import run_dir
 
-from rag.values import Filled
+from rag.runtime.options import Filled
 
 
 @dataclass(frozen=True, kw_only=True)

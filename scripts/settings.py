@@ -18,8 +18,17 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from rag.runtime.options import (
+    ArgumentsOf,
+    Filled,
+    convert,
+    is_plain,
+    parameters_of,
+    spelled,
+    type_error,
+    wanted,
+)
 from rag.types import UserError
-from rag.values import Filled, fitted, is_plain, parameters_of, refusal, spelled, wanted
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -41,12 +50,6 @@ class IndexFolder:
     """Where an index is."""
 
     path: Filled
-
-
-class ArgumentsOf(NamedTuple):
-    """Metadata of a mapping whose entries are arguments of `target`: Annotated[Mapping[str, Any], ArgumentsOf(f)]."""
-
-    target: Callable
 
 
 class Setting(NamedTuple):
@@ -100,9 +103,9 @@ def check_setting(setting: Setting) -> None:
     """Raise UserError where the value is not as declared; a parameter that declares nothing takes anything."""
     name, value, hint = setting
     if is_plain(hint):
-        fitted(name, value, hint)
+        convert(name, value, hint)
     elif not _takes(hint, value):
-        raise UserError(refusal(name, value, _asked(name, hint)))
+        raise UserError(type_error(name, value, _asked(name, hint)))
 
 
 def _takes(hint: Any, value: object) -> bool:
@@ -112,7 +115,7 @@ def _takes(hint: Any, value: object) -> bool:
     """
     if is_plain(hint):
         try:
-            fitted("", value, hint)
+            convert("", value, hint)
         except UserError:
             return False
         return True

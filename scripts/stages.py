@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from settings import Part, Shared, build
 
-from rag.values import Count
+from rag.runtime.options import Count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from rag.cache import atomic_file
+from rag.runtime.files import atomic_file
 
 
 def run_dir() -> Path:

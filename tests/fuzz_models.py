@@ -27,9 +27,12 @@ import gguf
 import jax
 import numpy as np
 
-from rag.models import bert, bert_checkpoint, checkpoint, hub, llama_checkpoint
-from rag.models.llama import forward, logits
-from rag.models.tokenizer import Tokenizer
+from rag.models import checkpoint, hub
+from rag.models.bert import checkpoint as bert_checkpoint
+from rag.models.bert import model as bert
+from rag.models.llama import checkpoint as llama_checkpoint
+from rag.models.llama.model import forward, logits
+from rag.models.tokenizer.tokenizer import Tokenizer
 from rag.types import Message, UserError
 from tests import tiny, tiny_encoder
 from tests.hostile_templates import HOSTILE

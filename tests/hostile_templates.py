@@ -4,7 +4,7 @@ import json
 import time
 from datetime import date
 
-from rag.models.chat_template import ChatTemplate
+from rag.models.tokenizer.chat_template import ChatTemplate
 from rag.types import Message, UserError
 
 GROWING = "{% set ns = namespace(x=START) %}{% for i in range(100) %}{% set ns.x = NEXT %}{% endfor %}"

@@ -7,9 +7,9 @@ import pytest
 
 from rag import pipeline
 from rag.context import ContextOptions
-from rag.embed import BagOfWords
+from rag.embed.bag_of_words import BagOfWords
 from rag.index.store import Index
-from rag.ingest.chunk import SentenceChunker
+from rag.ingest.chunk.sentence import SentenceChunker
 from rag.pipeline import AnswerOptions, Reader
 from rag.prompt import PromptTemplate
 from rag.retrieve.collection import Collection

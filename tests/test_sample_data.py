@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rag.evaluate.datasets import load_beir
+from rag.evaluate.datasets.beir import load_beir
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 KINDS = {"fact", "number", "cause", "multi-hop", "paraphrase", "unanswerable"}

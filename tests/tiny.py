@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
-from rag.models.llama import Llama, LlamaConfig
+from rag.models.llama.model import Llama, LlamaConfig
 
 CONFIG = LlamaConfig(
     vocab_size=300,

@@ -12,8 +12,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from rag.models.bert import Bert, BertConfig
-from rag.models.bert_checkpoint import NAMES
+from rag.models.bert.checkpoint import NAMES
+from rag.models.bert.model import Bert, BertConfig
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LETTERS = (*SPECIAL, *ascii_lowercase, *(f"##{letter}" for letter in ascii_lowercase))

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from rag.index import store, writer
-from rag.index.analyzer import Analyzer
-from rag.index.lexical import LexicalIndex
+from rag.index.lexical.analyzer import Analyzer
+from rag.index.lexical.postings import LexicalIndex
 from rag.types import Chunk, Document
 
 MANIFEST = "manifest.json"
@@ -19,7 +19,7 @@ class Stub:
 
     words: tuple[str, ...] = ()
     fingerprint: str = "abc"
-    relevant_from: float | None = None
+    score_threshold: float | None = None
     dim: int = 8
 
     @property

@@ -2,7 +2,7 @@
 
 from tokenizers import pre_tokenizers
 
-from rag.models.tokenizer import Tokenizer
+from rag.models.tokenizer.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 CHATML = (

@@ -1,6 +1,6 @@
 """The schemas of an evaluation's result files: rag/evaluate/job.py writes them, eval.py and a report read them back.
 
-A field that is not declared stays; a report shows only those of ledger.json and per_query.jsonl, which have types too.
+A field that is not declared stays; a report shows only those of costs.json and per_query.jsonl, which have types too.
 """
 
 from typing import Annotated, Any
@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from annotated_types import Ge, Len
 from pydantic import AfterValidator
 
-from rag.evaluate.stats import Confidence
-from rag.records import OpenRecord
-from rag.values import Seed, Whole
+from rag.evaluate.statistics import Confidence
+from rag.runtime.options import Seed, Whole
+from rag.runtime.records import OpenRecord
 
 REMEDY = "run that evaluation again"
 
@@ -81,7 +81,7 @@ class Failed(OpenRecord):
     error: str
 
 
-class Losses(OpenRecord):
+class ErrorBreakdown(OpenRecord):
     """losses.json: what is missing to `ceiling` over `n` questions, by cause."""
 
     measure: str
@@ -119,8 +119,8 @@ class StageCost(OpenRecord):
     reused: Whole
 
 
-class Ledger(OpenRecord):
-    """ledger.json; the fields besides are figures of costs by name."""
+class Costs(OpenRecord):
+    """costs.json; the fields besides are figures of costs by name."""
 
     __pydantic_extra__: dict[str, Flat]
 

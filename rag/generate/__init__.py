@@ -16,7 +16,7 @@ class LogLikelihood:
     tokens: int  # of the text; total / tokens is the mean of its tokens' log-probabilities
 
 
-def described(generator: "Generator") -> str:
+def describe(generator: "Generator") -> str:
     """What a person calls a generator: its `description` (the model and the type of its weights) if it has one, or the
     name of its class."""
     return getattr(generator, "description", type(generator).__name__)

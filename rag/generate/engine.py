@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rag import native
 from rag.models.checkpoint import Packed, pack
-from rag.models.llama import KVCache, Llama, forward, logits
-from rag.ops import native
+from rag.models.llama.model import KVCache, Llama, forward, logits
 from rag.ops.sampling import Sampling, sample
+from rag.runtime.shapes import round_up_prompt, round_up_suffix
 from rag.types import UserError
 
 
@@ -49,7 +50,7 @@ def is_finished(
     return jnp.isin(token, jnp.asarray(end_ids, jnp.int32)) | (remaining <= 0)
 
 
-def check_room(lengths: Sequence[int], new_tokens: int, capacity: int) -> None:
+def check_capacity(lengths: Sequence[int], new_tokens: int, capacity: int) -> None:
     """Raise RuntimeError unless `capacity` slots a row hold prompts of these lengths and `new_tokens` behind each.
 
     XLA clamps a position past the capacity, so a token would overwrite the keys and values of another and the answer
@@ -78,11 +79,13 @@ def prefill(
     hidden, cache = forward(model, tokens, jnp.zeros(rows, jnp.int32))
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
     seen = tokens_seen(model, tokens, length)
-    return choose_first(model, cache.resized(capacity), last, length, budget, key, seen, sampling, end_ids)
+    return choose_first_token(
+        model, cache.resized(capacity), last, length, budget, key, seen, sampling, end_ids
+    )
 
 
 @partial(jax.jit, static_argnames=("sampling", "end_ids"), donate_argnames=("cache",))
-def resume(
+def prefill_suffix(
     packed: Packed[Llama],
     cache: KVCache,
     fresh: Int[Array, "1 T"],
@@ -103,11 +106,11 @@ def resume(
     """
     hidden, cache = forward(packed.module, fresh, positions, cache)
     about = (prompt, length, budget, key)
-    return begin(packed, cache, hidden[:, last], *about, sampling=sampling, end_ids=end_ids)
+    return start_decode(packed, cache, hidden[:, last], *about, sampling=sampling, end_ids=end_ids)
 
 
 @partial(jax.jit, static_argnames=("sampling", "end_ids"), donate_argnames=("cache",))
-def begin(
+def start_decode(
     packed: Packed[Llama],
     cache: KVCache,
     last: Float[Array, "1 M"],
@@ -121,7 +124,7 @@ def begin(
 ) -> DecodeState:
     """The state behind a prompt that was read already: `last` is its last token's state after the last norm."""
     seen = tokens_seen(packed.module, prompt, length)
-    return choose_first(packed.module, cache, last, length, budget, key, seen, sampling, end_ids)
+    return choose_first_token(packed.module, cache, last, length, budget, key, seen, sampling, end_ids)
 
 
 def tokens_seen(model: Llama, tokens: Int[Array, "B T"], length: Int[Array, "B"]) -> Bool[Array, "B V"]:
@@ -132,7 +135,7 @@ def tokens_seen(model: Llama, tokens: Int[Array, "B T"], length: Int[Array, "B"]
     return empty.at[jnp.arange(rows)[:, None], tokens].max(there)
 
 
-def choose_first(
+def choose_first_token(
     model: Llama,
     cache: KVCache,
     last: Float[Array, "B M"],
@@ -145,7 +148,7 @@ def choose_first(
 ) -> DecodeState:
     """The state with its first token chosen from the prompt's last hidden state."""
     state = DecodeState(cache, length, length, budget, jnp.zeros(len(length), bool), key, seen)
-    return _advance(state, logits(model, last), sampling, end_ids)  # .token was a placeholder
+    return _choose_next(state, logits(model, last), sampling, end_ids)  # .token was a placeholder
 
 
 @partial(jax.jit, static_argnames=("steps", "sampling", "end_ids", "loop"), donate_argnames=("state",))
@@ -165,7 +168,7 @@ def decode(
         i, state, made = carry
         hidden, cache = forward(model, state.token[:, None], state.length, state.cache)
         length = jnp.where(state.finished, state.length, state.length + 1)
-        new = _advance(
+        new = _choose_next(
             replace(state, cache=cache, length=length), logits(model, hidden[:, 0]), sampling, end_ids
         )
         return i + 1, new, made.at[i].set(jnp.where(state.finished, -1, new.token))
@@ -184,7 +187,7 @@ def decode(
     return state, made
 
 
-def _advance(
+def _choose_next(
     state: DecodeState, next_logits: Array, sampling: Sampling, end_ids: tuple[int, ...]
 ) -> DecodeState:
     """The state with its next token chosen; a finished row keeps its last one."""
@@ -201,18 +204,7 @@ def _advance(
     )
 
 
-def bucket(length: int) -> int:
-    """The padded length for `length` tokens: steps of 64 to 512, of 128 to 2,048, then of 512."""
-    step = 64 if length <= 512 else 128 if length <= 2048 else 512
-    return max(step, -(-length // step) * step)
-
-
-def fresh_bucket(count: int) -> int:
-    """The padded number of tokens read behind a cache: powers of two to 64, then as `bucket`."""
-    return max(8, 1 << (count - 1).bit_length()) if count <= 64 else bucket(count)
-
-
-def padded_rows(prompts: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B T"]:
+def pad_prompts(prompts: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B T"]:
     """The prompts, padded on the right with zeros."""
     rows = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(rows, prompts, strict=True):
@@ -220,12 +212,12 @@ def padded_rows(prompts: Sequence[Sequence[int]], width: int) -> Int[np.ndarray,
     return rows
 
 
-def row_keys(seeds: Sequence[int]) -> Key[Array, "B"]:
+def random_keys(seeds: Sequence[int]) -> Key[Array, "B"]:
     """A stream of random numbers for each row."""
     return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
 
 
-def batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[tuple[slice, int]]:
+def batch_by_length(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[tuple[slice, int]]:
     """Which of the texts run together, for lengths that stand longest first: (a slice of them, rows to run).
 
     Rows times the padded length stay within `tokens_per_batch` unless one row alone is longer. The number of rows
@@ -233,7 +225,7 @@ def batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[tuple[sli
     """
     start = 0
     while start < len(lengths):
-        most = 1 << (max(1, tokens_per_batch // bucket(lengths[start])).bit_length() - 1)
+        most = 1 << (max(1, tokens_per_batch // round_up_prompt(lengths[start])).bit_length() - 1)
         count = min(most, len(lengths) - start)
         yield slice(start, start + count), 1 << (count - 1).bit_length()
         start += count
@@ -253,7 +245,7 @@ class Engine:
 
     def capacity(self, prompt_tokens: int, max_new_tokens: int) -> int:
         """Slots of the cache for a prompt and its answer: what `prefill` makes and `resume` asks for."""
-        return bucket(bucket(prompt_tokens) + max_new_tokens)
+        return round_up_prompt(round_up_prompt(prompt_tokens) + max_new_tokens)
 
     def prefill(
         self,
@@ -270,13 +262,13 @@ class Engine:
         self.check(prompts, max_new_tokens)
         longest = max(map(len, prompts))
         capacity = self.capacity(longest, max_new_tokens)
-        check_room([longest], max_new_tokens, capacity)
+        check_capacity([longest], max_new_tokens, capacity)
         return prefill(
             self.packed,
-            padded_rows(prompts, bucket(longest)),
+            pad_prompts(prompts, round_up_prompt(longest)),
             np.array([len(prompt) for prompt in prompts], np.int32),
             np.full(len(prompts), max_new_tokens, np.int32),
-            row_keys([0] * len(prompts) if seeds is None else seeds),
+            random_keys([0] * len(prompts) if seeds is None else seeds),
             capacity=capacity,
             sampling=sampling,
             end_ids=self.end_ids,
@@ -299,8 +291,8 @@ class Engine:
         count, capacity = len(fresh), cache.capacity
         if fresh[-1] != len(prompt) - 1 or capacity != self.capacity(len(prompt), max_new_tokens):
             raise ValueError("the last token must be fresh, and the cache of Engine.capacity")
-        check_room([len(prompt)], max_new_tokens, capacity)
-        width = fresh_bucket(count)
+        check_capacity([len(prompt)], max_new_tokens, capacity)
+        width = round_up_suffix(count)
         behind = np.minimum(
             len(prompt) + np.arange(width - count), capacity - 1
         )  # overwritten before it is seen
@@ -308,7 +300,7 @@ class Engine:
         tokens = np.asarray([*(prompt[at] for at in fresh), *[0] * (width - count)], np.int32)
         read = (tokens[None], positions[None], np.int32(count - 1))
         about = self._about(prompt, capacity, max_new_tokens, seed)
-        return resume(self.packed, cache, *read, *about, sampling=sampling, end_ids=self.end_ids)
+        return prefill_suffix(self.packed, cache, *read, *about, sampling=sampling, end_ids=self.end_ids)
 
     def begin(
         self,
@@ -323,14 +315,14 @@ class Engine:
 
         Raises RuntimeError for a cache that the answer does not fit.
         """
-        check_room([len(prompt)], max_new_tokens, cache.capacity)
+        check_capacity([len(prompt)], max_new_tokens, cache.capacity)
         about = self._about(prompt, cache.capacity, max_new_tokens, seed)
-        return begin(self.packed, cache, last, *about, sampling=sampling, end_ids=self.end_ids)
+        return start_decode(self.packed, cache, last, *about, sampling=sampling, end_ids=self.end_ids)
 
     def _about(self, prompt: Sequence[int], capacity: int, max_new_tokens: int, seed: int) -> tuple:
         """What a state is told of its prompt: tokens, length, budget and key."""
         size, budget = np.array([len(prompt)], np.int32), np.array([max_new_tokens], np.int32)
-        return padded_rows([prompt], capacity), size, budget, row_keys([seed])
+        return pad_prompts([prompt], capacity), size, budget, random_keys([seed])
 
     def decode(self, state: DecodeState, sampling: Sampling) -> tuple[DecodeState, Int[Array, "steps B"]]:
         """One dispatch: `steps_per_dispatch` more tokens a row, -1 where it had finished. The state is donated."""

@@ -12,20 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from rag import cache
 from rag.generate import LogLikelihood
-from rag.generate.batching import Prompts, Rows, plan, serve
-from rag.generate.chunk_kv import ChunkOptions, ChunkReader, KVDtype
-from rag.generate.drafting import Drafting, DraftPolicy, can_draft
 from rag.generate.engine import DecodeState, Decoding, Engine
-from rag.generate.likelihood import log_probs, next_log_probs
-from rag.generate.prefix_cache import PrefixCache
-from rag.measure import Clock
-from rag.models import checkpoint, hub, llama, llama_checkpoint
-from rag.models.tokenizer import DEFAULT_DATE, TextStream, Tokenizer
+from rag.generate.kv.chunk import ChunkKVCache, ChunkKVOptions, KVDtype
+from rag.generate.kv.prefix import PrefixCache
+from rag.generate.prefill_batches import plan_batches
+from rag.generate.scheduler import BatchPrefill, Scheduler, run
+from rag.generate.scoring import log_probs, next_log_probs
+from rag.generate.speculative import DraftLengthPolicy, SpeculativeDecoding, supports_speculation
+from rag.generate.stop_text import StoppedText
+from rag.models import checkpoint, hub
+from rag.models.llama import checkpoint as llama_checkpoint
+from rag.models.llama import model as llama
+from rag.models.tokenizer.tokenizer import DEFAULT_DATE, TextStream, Tokenizer
 from rag.ops.sampling import Sampling
+from rag.runtime import cache_key
+from rag.runtime.clock import Clock
+from rag.runtime.options import Count, Date, Filled, Share, Whole, checked
 from rag.types import Message, Usage
-from rag.values import Count, Date, Filled, Share, Whole, checked
 
 DTYPES = ("auto", "float32", "bfloat16", "int8")
 KVReuse = Literal["none", "prefix", "chunk", "blend"]
@@ -43,7 +47,7 @@ class LocalGenerator:
         context_length: Count | None = None,
         steps_per_dispatch: Count | None = None,
         tokens_per_batch: Count = 4096,
-        drafting: bool = False,
+        speculative: bool = False,
         kv_reuse: KVReuse = "none",
         kv_path: Filled | None = None,
         kv_dtype: KVDtype = "float16",
@@ -60,21 +64,21 @@ class LocalGenerator:
 
         `tokens_per_batch` bounds the padded tokens, new ones included, that `generate` and the likelihoods hold
         at once; it changes their speed and memory, and results no more than float rounding does. Neither does
-        `drafting` from the text so far (rag.generate.drafting), for what `stream` writes with greedy sampling and no
+        `speculative` from the text so far (rag.generate.speculative), for what `stream` writes with greedy sampling and no
         repetition penalty; all else is decoded plainly.
 
         `kv_reuse` names what of a prompt is not read again: "none"; "prefix", what earlier prompts began with, in
-        memory up to `prefix_mib` MiB (rag.generate.prefix_cache; exact); "chunk", the messages' passages but for the
-        first `kv_recompute` tokens of each (rag.generate.chunk_kv), kept as `kv_dtype` in chunk_kv below the folder
+        memory up to `prefix_mib` MiB (rag.generate.kv.prefix; exact); "chunk", the messages' passages but for the
+        first `kv_recompute` tokens of each (rag.generate.kv.chunk), kept as `kv_dtype` in chunk_kv below the folder
         `kv_path`, None for the cache's; "blend", these but for the `blend_share` that differs most
-        (rag.generate.blend). The last two change answers, and make of `generate` a loop over `stream`.
+        (rag.generate.kv.blend). The last two change answers, and make of `generate` a loop over `stream`.
         """
         self._date = day.fromisoformat(date)
         share = blend_share if kv_reuse == "blend" else 0.0
         self._kv_reuse, self._prefix_bytes = kv_reuse, prefix_mib << 20
-        self._chunk_options = ChunkOptions(kv_path, kv_dtype, kv_recompute, share)
+        self._chunk_options = ChunkKVOptions(kv_path, kv_dtype, kv_recompute, share)
         self._tokens_per_batch = tokens_per_batch
-        self._drafts = DraftPolicy() if drafting else None
+        self._drafts = DraftLengthPolicy() if speculative else None
         self._path = hub.local_path(weights)
         self._wanted_dtype, self._limit, self._steps = dtype, context_length, steps_per_dispatch
 
@@ -106,8 +110,8 @@ class LocalGenerator:
         These are the checkpoint's files, dtype, context length, the date and how passages are kept.
         """
         if not self.reuses_passages:
-            return cache.content_key(self._model_fingerprint, self._date.isoformat())
-        return cache.content_key(
+            return cache_key.content_key(self._model_fingerprint, self._date.isoformat())
+        return cache_key.content_key(
             self._model_fingerprint,
             self._date.isoformat(),
             self._kv_reuse,
@@ -117,7 +121,7 @@ class LocalGenerator:
     @cached_property
     def _model_fingerprint(self) -> str:
         files = checkpoint.contents(llama_checkpoint.source_files(self._path))
-        return cache.content_key("llama", files, self.dtype, self._limit)
+        return cache_key.content_key("llama", files, self.dtype, self._limit)
 
     @property
     def reuses_passages(self) -> bool:
@@ -125,9 +129,9 @@ class LocalGenerator:
         return self._kv_reuse in ("chunk", "blend")
 
     @cached_property
-    def chunks(self) -> ChunkReader:
+    def chunks(self) -> ChunkKVCache:
         """What reads passages for kv_reuse=chunk and blend."""
-        return ChunkReader(*self._loaded, self._model_fingerprint, self._chunk_options)
+        return ChunkKVCache(*self._loaded, self._model_fingerprint, self._chunk_options)
 
     @cached_property
     def _prefixes(self) -> PrefixCache:
@@ -167,8 +171,8 @@ class LocalGenerator:
         engine = self.engine  # the weights are read before the clock starts
         begin, prefilled = Clock.now(), None
         prompt, state = self._start(messages, max_new_tokens, sampling, seed)
-        if self._drafts is not None and can_draft(sampling):
-            decoding = Drafting(engine, state, prompt, self._drafts)
+        if self._drafts is not None and supports_speculation(sampling):
+            decoding = SpeculativeDecoding(engine, state, prompt, self._drafts)
         else:
             decoding = Decoding(engine, state, sampling)
         decoder, text, new_tokens = TextStream(self.tokenizer), StoppedText(stop), 0
@@ -207,7 +211,7 @@ class LocalGenerator:
         """The answers to any number of conversations of any lengths, in their order.
 
         They are decoded together, as many as `tokens_per_batch` allows, and take one another's places as they end
-        (rag.generate.batching); which do depends on the conversations and not on their order. Equal ones with
+        (rag.generate.scheduler); which do depends on the conversations and not on their order. Equal ones with
         equal seeds are answered once. Raises UserError as `Engine.check` does.
         """
         if not conversations:
@@ -220,10 +224,10 @@ class LocalGenerator:
         asked = dict(zip(zip(prompts, each, strict=True), conversations, strict=True))
         requests = list(asked)
         writers = [_Writer(self.tokenizer, stop) for _ in requests]
-        rows = Rows(self.engine, sampling, self._tokens_per_batch, len(requests))
-        groups = plan(requests, max_new_tokens, self._tokens_per_batch)
-        read = Prompts(self.engine, requests, max_new_tokens, sampling)
-        serve(groups, read, rows, lambda i, tokens: writers[i].push(tokens))
+        rows = Scheduler(self.engine, sampling, self._tokens_per_batch, len(requests))
+        groups = plan_batches(requests, max_new_tokens, self._tokens_per_batch)
+        read = BatchPrefill(self.engine, requests, max_new_tokens, sampling)
+        run(groups, read, rows, lambda i, tokens: writers[i].push(tokens))
         texts = {request: writer.finish() for request, writer in zip(requests, writers, strict=True)}
         return [texts[request] for request in zip(prompts, each, strict=True)]
 
@@ -293,28 +297,3 @@ class _Writer:
 
     def finish(self) -> str:
         return self._text + self._stopped.push(self._decoder.finish()) + self._stopped.finish()
-
-
-class StoppedText:
-    """Streamed text up to the first stop string; holds back a tail that may be a stop string's beginning."""
-
-    def __init__(self, stop: Sequence[str]):
-        self._stop, self._held = [s for s in stop if s], ""
-        self.stopped = False
-
-    def push(self, new: str) -> str:
-        """The text that is now certain; empty once stopped."""
-        if self.stopped:
-            return ""
-        text = self._held + new
-        ends = [at for at in map(text.find, self._stop) if at >= 0]
-        if ends:
-            self.stopped, self._held = True, ""
-            return text[: min(ends)]
-        keep = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def finish(self) -> str:
-        """The tail that was held back for nothing."""
-        return self._held

@@ -17,12 +17,12 @@ from urllib.parse import urlsplit
 
 from annotated_types import Ge, Gt, Le
 
-from rag.cache import content_key
 from rag.generate import LogLikelihood
 from rag.ops.sampling import Sampling
-from rag.records import OpenRecord, parse_json
+from rag.runtime.cache_key import content_key
+from rag.runtime.options import Count, Filled, check_fields
+from rag.runtime.records import OpenRecord, parse_json
 from rag.types import Message, Usage, UserError
-from rag.values import Count, Filled, check_fields
 
 _LONGEST = 1 << 24  # bytes of one line of an answer; what is cut there is no JSON
 _SHOWN = 500  # characters of an error that the server reports

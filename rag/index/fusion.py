@@ -21,14 +21,14 @@ import numpy as np
 from annotated_types import Ge, Le
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, ScalarLike
 
+from rag.runtime.options import Weight, check_fields
 from rag.types import UserError
-from rag.values import Weight, check_fields
 
 Id = str | int
 Ranking = Sequence[tuple[Id, float]]  # one arm's candidates and their scores, best first
 Normalizer = Literal["min_max", "theoretical_min_max", "z_score", "dbsf"]
 RankConstant = Annotated[float, Ge(0), Le(1e6)]
-Low = Annotated[float, Ge(-1e6), Le(1e6)]  # a score
+LowerBound = Annotated[float, Ge(-1e6), Le(1e6)]  # a score
 
 _BATCH = 64  # queries of one call to XLA, always: the program, and so the rounding, is the same for any batch
 _LEAST = 32  # candidates of the smallest program; the others are its doubles
@@ -160,15 +160,15 @@ def _convexes(
     normalizer: Normalizer,
     scores: Float[Array, "Q A C"],
     found: Bool[Array, "Q A C"],
-    lows: Float[Array, "A"],
+    lower_bounds: Float[Array, "A"],
     weights: Float[Array, "A"],
 ) -> Float[Array, "Q C"]:
     arms = jax.vmap(partial(normalize, normalizer))
-    return jax.vmap(lambda s, f: convex(arms(s, f, lows), weights))(scores, found)
+    return jax.vmap(lambda s, f: convex(arms(s, f, lower_bounds), weights))(scores, found)
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ScoreTable:
     """The candidates of one query, ids ascending, and what each arm says of them."""
 
     ids: list[Id]
@@ -176,7 +176,7 @@ class Table:
     ranks: Int32[np.ndarray, "A C"]  # from 1; 0 where the arm does not name the candidate
 
 
-def tabulate(rankings: Sequence[Ranking]) -> Table:
+def score_table(rankings: Sequence[Ranking]) -> ScoreTable:
     """The rankings of one query side by side; an id that stands twice in one counts where it stands first.
 
     Raises ValueError for a score that is not finite.
@@ -196,7 +196,7 @@ def tabulate(rankings: Sequence[Ranking]) -> Table:
                 scores[arm, place[name]], ranks[arm, place[name]] = score, rank
     if not np.isfinite(scores).all():
         raise ValueError("a score to fuse is not finite in float32")
-    return Table(ids, scores, ranks)
+    return ScoreTable(ids, scores, ranks)
 
 
 @runtime_checkable
@@ -204,15 +204,15 @@ class Fusion(Protocol):
     """What makes one ranking of several."""
 
     def fuse(
-        self, rankings: Sequence[Ranking], lows: Sequence[float | int] | None = None
+        self, rankings: Sequence[Ranking], lower_bounds: Sequence[float | int] | None = None
     ) -> list[tuple[Id, float]]:
         """All candidates of one query, best first, the lower id first where scores tie."""
         ...
 
     def fuse_batch(
-        self, rankings: Sequence[Sequence[Ranking]], lows: Sequence[float | int] | None = None
+        self, rankings: Sequence[Sequence[Ranking]], lower_bounds: Sequence[float | int] | None = None
     ) -> list[list[tuple[Id, float]]]:
-        """The same for each query; `lows`: the lowest score that each arm can give, or one for all, if known."""
+        """The same for each query; `lower_bounds`: the lowest score that each arm can give, or one for all, if known."""
         ...
 
 
@@ -232,17 +232,17 @@ class ReciprocalRank:
         _check_weights(self.weights)
 
     def fuse(
-        self, rankings: Sequence[Ranking], lows: Sequence[float | int] | None = None
+        self, rankings: Sequence[Ranking], lower_bounds: Sequence[float | int] | None = None
     ) -> list[tuple[Id, float]]:
-        """All candidates of one query, best first, the lower id first where scores tie; `lows` do not matter."""
-        return self.fuse_batch([rankings], lows)[0]
+        """All candidates of one query, best first, the lower id first where scores tie; `lower_bounds` do not matter."""
+        return self.fuse_batch([rankings], lower_bounds)[0]
 
     def fuse_batch(
-        self, rankings: Sequence[Sequence[Ranking]], lows: Sequence[float | int] | None = None
+        self, rankings: Sequence[Sequence[Ranking]], lower_bounds: Sequence[float | int] | None = None
     ) -> list[list[tuple[Id, float]]]:
         """`fuse` for each query; they need not have the same number of arms unless there are weights."""
 
-        def scored(tables: list[Table], arms: int) -> Float[Array, "Q C"]:
+        def scored(tables: list[ScoreTable], arms: int) -> Float[Array, "Q C"]:
             ranks = _stacked([table.ranks for table in tables])
             return _reciprocal_ranks(ranks, ranks > 0, self.constant, _weights(self.weights, arms))
 
@@ -253,58 +253,62 @@ class ReciprocalRank:
 class Convex:
     """The weighted mean of the arms' scores, each arm brought to one scale by `normalizer`.
 
-    `weights`: one for each arm, None for equal ones; only their ratios matter. `lows`: the lowest score that
+    `weights`: one for each arm, None for equal ones; only their ratios matter. `lower_bounds`: the lowest score that
     each arm can give, or one for all, for theoretical_min_max; None takes what is known of the arms, which is
     handed to `fuse`. Raises UserError for an unknown normalizer, for weights that are negative or all zero, and when
-    fusing for weights or lows that are not as many as the arms, and lows that are missing or undercut.
+    fusing for weights or lower_bounds that are not as many as the arms, and lower_bounds that are missing or undercut.
     """
 
     normalizer: Normalizer = "min_max"
     weights: Sequence[Weight] | None = None
-    lows: Sequence[Low] | None = None
+    lower_bounds: Sequence[LowerBound] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         _check_weights(self.weights)
 
     def fuse(
-        self, rankings: Sequence[Ranking], lows: Sequence[float | int] | None = None
+        self, rankings: Sequence[Ranking], lower_bounds: Sequence[float | int] | None = None
     ) -> list[tuple[Id, float]]:
         """All candidates of one query, best first, the lower id first where scores tie."""
-        return self.fuse_batch([rankings], lows)[0]
+        return self.fuse_batch([rankings], lower_bounds)[0]
 
     def fuse_batch(
-        self, rankings: Sequence[Sequence[Ranking]], lows: Sequence[float | int] | None = None
+        self, rankings: Sequence[Sequence[Ranking]], lower_bounds: Sequence[float | int] | None = None
     ) -> list[list[tuple[Id, float]]]:
-        """`fuse` for each query; the option's own `lows` go before those given here."""
+        """`fuse` for each query; the option's own `lower_bounds` go before those given here."""
 
-        def scored(tables: list[Table], arms: int) -> Float[Array, "Q C"]:
-            low, weights = self._lows(lows, tables, arms), _weights(self.weights, arms)
+        def scored(tables: list[ScoreTable], arms: int) -> Float[Array, "Q C"]:
+            low, weights = self._lower_bounds(lower_bounds, tables, arms), _weights(self.weights, arms)
             scores, found = _stacked([t.scores for t in tables]), _stacked([t.ranks for t in tables]) > 0
             return _convexes(self.normalizer, scores, found, low, weights)
 
         return _fused(rankings, scored)
 
-    def _lows(
-        self, given: Sequence[float | int] | None, tables: Sequence[Table], arms: int
+    def _lower_bounds(
+        self, given: Sequence[float | int] | None, tables: Sequence[ScoreTable], arms: int
     ) -> Float32[np.ndarray, "A"]:
         if self.normalizer != "theoretical_min_max":
             return np.zeros(arms, np.float32)
-        lows = given if self.lows is None else self.lows
-        if lows is None:
-            raise UserError("theoretical_min_max needs each arm's lowest possible score: give fusion.lows.")
-        lows = tuple(lows) * arms if len(lows) == 1 else lows
-        if len(lows) != arms:
-            raise UserError(f"fusion.lows has {len(lows)} numbers for {arms} arms: give one for each arm.")
+        lower_bounds = given if self.lower_bounds is None else self.lower_bounds
+        if lower_bounds is None:
+            raise UserError(
+                "theoretical_min_max needs each arm's lowest possible score: give fusion.lower_bounds."
+            )
+        lower_bounds = tuple(lower_bounds) * arms if len(lower_bounds) == 1 else lower_bounds
+        if len(lower_bounds) != arms:
+            raise UserError(
+                f"fusion.lower_bounds has {len(lower_bounds)} numbers for {arms} arms: give one for each arm."
+            )
         for table in tables:
-            for arm, low in enumerate(lows):
+            for arm, low in enumerate(lower_bounds):
                 least = np.min(table.scores[arm], where=table.ranks[arm] > 0, initial=np.inf)
                 if least < low - 1e-5 * max(1.0, abs(low)):  # a cosine may round to just below -1
                     raise UserError(
                         f"Arm {arm + 1} gave the score {least:g}, below the {low:g} that it is said to give at "
-                        "least: set fusion.lows, or choose another normalizer."
+                        "least: set fusion.lower_bounds, or choose another normalizer."
                     )
-        return np.asarray(lows, np.float32)
+        return np.asarray(lower_bounds, np.float32)
 
 
 def _check_weights(weights: Sequence[float] | None) -> None:
@@ -321,10 +325,10 @@ def _weights(weights: Sequence[float | int] | None, arms: int) -> Float32[np.nda
 
 
 def _fused(
-    rankings: Sequence[Sequence[Ranking]], scored: Callable[[list[Table], int], Float[Array, "Q C"]]
+    rankings: Sequence[Sequence[Ranking]], scored: Callable[[list[ScoreTable], int], Float[Array, "Q C"]]
 ) -> list[list[tuple[Id, float]]]:
     """All queries, those of one shape together; `scored` maps up to _BATCH tables to their [_BATCH, C] scores."""
-    tables = [tabulate(arms) for arms in rankings]
+    tables = [score_table(arms) for arms in rankings]
     shapes: dict[tuple[int, int], list[int]] = {}
     for query, table in enumerate(tables):
         if len(table.scores):  # else no arm was asked

@@ -13,7 +13,7 @@ import xxhash
 from annotated_types import Ge, Predicate
 from pydantic import StringConstraints
 
-from rag.records import Record, fitted_record, read_json, stays_inside
+from rag.runtime.records import Record, fitted_record, read_json, stays_inside
 from rag.types import UserError
 
 FORMAT = 2  # of the folder's contents; other formats are refused

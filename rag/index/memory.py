@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float32, Int
 
-from rag.cache import content_key
+from rag.runtime.cache_key import content_key
 from rag.types import Chunk, Document
 
 

@@ -5,8 +5,8 @@
                                      chunks.arrow     document (a row), start, end: a chunk's text is a slice
                                      vectors.npy      [N, E] float32, row i is chunk i's, unit length
                                      embedder/        what the embedder learned from the corpus, if anything
-                                     lexical/         the chunks' postings (rag.index.lexical), if asked for
-                                     checksums        of each piece of the others (rag.index.checked)
+                                     lexical/         the chunks' postings (rag.index.lexical.postings), if asked for
+                                     checksums        of each piece of the others (rag.index.segment)
 
 A writer makes a whole new segment and flushes it to the disk, then replaces the manifest. Killed at any
 moment it leaves the index of before or of after, and rubbish that the next write removes. A reader holds a shared
@@ -27,13 +27,13 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int, Int64
 
-from rag import cache
-from rag.checksums import Damaged
 from rag.embed import Embedder
 from rag.index import manifest as manifests
-from rag.index.checked import CheckedTable, Segment
-from rag.index.lexical import LexicalIndex
+from rag.index.lexical.postings import LexicalIndex
 from rag.index.manifest import EMBEDDER, LEXICAL, Manifest
+from rag.index.segment import Segment, VerifiedTable
+from rag.runtime import cache_key
+from rag.runtime.checksums import Damaged
 from rag.types import Chunk, Document, UserError, chunk_at
 
 DOCUMENTS = pa.schema([(name, pa.large_string()) for name in ("id", "path", "title", "text")])
@@ -62,7 +62,7 @@ class Index:
             self._close = weakref.finalize(self, os.close, _shared_lock(folder))
             self._segment = Segment(folder, manifest.files, manifest.checksums)
             self._vectors = self._segment.array("vectors.npy")
-            self._documents = CheckedTable(self._segment["documents.arrow"], DOCUMENTS)
+            self._documents = VerifiedTable(self._segment["documents.arrow"], DOCUMENTS)
             self._chunks = self._segment["chunks.arrow"]
             expected = (manifest.chunks, manifest.dim)
             if self._vectors.dtype != np.float32 or self._vectors.shape != expected:
@@ -115,7 +115,7 @@ class Index:
     def fingerprint(self) -> str:
         """64 hex digits of the documents' texts and the chunks' spans."""
         files = self.manifest.files
-        return cache.content_key([files[name].sha256 for name in ("documents.arrow", "chunks.arrow")])
+        return cache_key.content_key([files[name].sha256 for name in ("documents.arrow", "chunks.arrow")])
 
     @property
     def generation(self) -> int:

@@ -15,15 +15,15 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32
 
-from rag import cache
 from rag.embed import Embedder
 from rag.index import manifest as manifests
-from rag.index.checked import write_checksums
-from rag.index.dense import check_vectors
-from rag.index.lexical import LexicalIndex
+from rag.index.dense.exact import check_vectors
+from rag.index.lexical.postings import LexicalIndex
 from rag.index.manifest import EMBEDDER, LEXICAL, SEGMENT, EmbedderRecord, FileRecord, Manifest
+from rag.index.segment import write_checksums
 from rag.index.store import CHUNKS, DOCUMENTS, exists
-from rag.measure import environment
+from rag.runtime import files as cache_files
+from rag.runtime.machine import environment
 from rag.types import Chunk, Document, UserError, chunk_at
 
 _LOCK = f"{manifests.NAME}.lock"
@@ -62,14 +62,14 @@ def write_index(
     check_vectors(vectors)
     check_writable(path)  # before the lock, which would leave a file there
     with _writing(path):
-        cache.make_folder(path)
-        with cache.locked(path / manifests.NAME):
+        cache_files.make_folder(path)
+        with cache_files.locked(path / manifests.NAME):
             check_writable(path)
             latest, segment = _latest(path)
             if base is not None and base != segment:
                 raise UserError(f"Another program changed the index at {path} meanwhile: run this again.")
             name = f"segment-{latest + 1:06d}-{uuid.uuid4().hex[:8]}"
-            with cache.atomic_folder(path / name) as folder:
+            with cache_files.atomic_folder(path / name) as folder:
                 _write_table(folder / "documents.arrow", DOCUMENTS, documents, _document_row)
                 _write_table(folder / "chunks.arrow", CHUNKS, chunks, lambda chunk: _chunk_row(chunk, places))
                 np.save(folder / "vectors.npy", vectors)
@@ -95,7 +95,7 @@ def write_index(
                 checksums=checksums,
                 environment=environment(),
             )
-            with cache.atomic_file(path / manifests.NAME, "w") as file:
+            with cache_files.atomic_file(path / manifests.NAME, "w") as file:
                 file.write(manifests.written(manifest))
             _remove_rubbish(path, keep=name)
 
@@ -202,7 +202,7 @@ def _is_rubbish(name: str) -> bool:
 
 def tidy(path: Path) -> None:
     """Remove what killed writers left in the folder of the index at `path`, where that can be written."""
-    with suppress(OSError), cache.locked(path / manifests.NAME):
+    with suppress(OSError), cache_files.locked(path / manifests.NAME):
         _remove_rubbish(path, keep=manifests.read(path).segment)
 
 

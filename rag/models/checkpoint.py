@@ -10,7 +10,7 @@ the code that converts them:
 
     converted/<sources>/<code>/   files that another code made alike are hard links to that one's
 
-A folder of which a file is missing or has changed is made again (rag.cached).
+A folder of which a file is missing or has changed is made again (rag.runtime.cache).
 """
 
 import filecmp
@@ -29,13 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rag import cache, cached
-from rag.closure import code_of
+from rag import native
 from rag.models import gguf_file
-from rag.models.tokenizer import Tokenizer, read_json
-from rag.ops import native
+from rag.models.tokenizer.tokenizer import Tokenizer, read_json
 from rag.ops.linear import quantize
-from rag.records import reason, stays_inside
+from rag.runtime import cache, cache_key, file_hash, files
+from rag.runtime.import_closure import code_version
+from rag.runtime.records import reason, stays_inside
 from rag.types import UserError
 
 M = TypeVar("M", bound=nnx.Module)
@@ -174,7 +174,7 @@ def quantized(module: M) -> M:
 
 
 def multiply_natively(module: nnx.Module) -> None:
-    """Let rag.ops.native multiply by the module's int8 weights, where that is the faster way."""
+    """Let rag.native multiply by the module's int8 weights, where that is the faster way."""
     for _, layer in nnx.iter_modules(module):
         if getattr(layer, "scale", None) is not None and hasattr(layer, "native"):
             layer.native = native.has_tiles(layer.weight.shape[1])
@@ -350,8 +350,8 @@ def keep(kind: str, sources: Sequence[Path], convert: Callable[[Path], None]) ->
     written, and where a source file has changed under its time stamp.
     """
     known = contents(sources)
-    place = cache.cache_root() / "converted" / cache.content_key(kind, known)
-    folder = place / code_of(convert)
+    place = files.cache_root() / "converted" / cache_key.content_key(kind, known)
+    folder = place / code_version(convert)
 
     def fill(unfinished: Path) -> None:
         convert(unfinished)
@@ -359,9 +359,9 @@ def keep(kind: str, sources: Sequence[Path], convert: Callable[[Path], None]) ->
 
     def make() -> None:
         _require_unchanged(sources, known)
-        cached.write_folder(folder, fill)
+        cache.write_folder(folder, fill)
 
-    return cached.once(folder, make, cached.check_folder, lock=place)
+    return cache.get_or_make(folder, make, cache.check_folder, lock=place)
 
 
 def contents(sources: Sequence[Path], *, fresh: bool = False) -> list[tuple[str, str]]:
@@ -369,7 +369,7 @@ def contents(sources: Sequence[Path], *, fresh: bool = False) -> list[tuple[str,
 
     With `fresh` no remembered digest counts.
     """
-    digests = [cache.file_sha256(path, fresh=fresh) for path in sources]
+    digests = [file_hash.file_sha256(path, fresh=fresh) for path in sources]
     if len(sources) == 1:  # a GGUF file, whatever it is called
         return [("", digests[0])]
     folder = sources[0].parent

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from annotated_types import Ge, Le
 from pydantic import ConfigDict, ValidationError
 
-from rag.records import Record, misfit
+from rag.runtime.records import Record, misfit
 from rag.types import UserError
 
 C = TypeVar("C", bound="Configuration")

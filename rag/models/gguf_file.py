@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rag.records import reason
+from rag.runtime.records import reason
 from rag.types import UserError
 
 MAGIC = b"GGUF"

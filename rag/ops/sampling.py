@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from annotated_types import Ge, Lt
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rag.values import Penalty, Temperature, TopP, Whole, check_fields
+from rag.runtime.options import Penalty, Temperature, TopP, Whole, check_fields
 
 MASKED = -1e30  # finite, so that a row of masked logits has no NaN in its softmax
 

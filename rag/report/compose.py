@@ -6,16 +6,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rag.cache import atomic_file
-from rag.evaluate.answers import lower_is_better
-from rag.evaluate.stats import Comparison
+from rag.evaluate.metrics.answers import lower_is_better
+from rag.evaluate.statistics import Comparison
 from rag.report import plots
+from rag.report.leaderboard import Leaderboard, asked, common, defined, standing, standings
+from rag.report.numbers import MISSING, difference, duration, number, p_value, setting, with_interval
 from rag.report.page import Block, Bullets, Heading, Paragraph, Picture, Table, html, markdown
 from rag.report.plots import Mark
 from rag.report.provenance import cost, costs, environment, separating
 from rag.report.results import Failure, Run
-from rag.report.standings import Standings, asked, common, defined, standing, standings
-from rag.report.wording import MISSING, difference, duration, number, p_value, setting, with_interval
+from rag.runtime.files import atomic_file
 from rag.types import UserError
 
 TITLE = "Evaluation report"
@@ -59,7 +59,7 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "dataset"
 
 
-def _summary(runs: Sequence[Run], failures: Sequence[Failure], tables: Sequence[Standings]) -> str:
+def _summary(runs: Sequence[Run], failures: Sequence[Failure], tables: Sequence[Leaderboard]) -> str:
     datasets = f"{len(tables)} dataset{'s' if len(tables) != 1 else ''}"
     failed = (
         f" {len(failures)} failed and {'is' if len(failures) == 1 else 'are'} named below."
@@ -69,7 +69,7 @@ def _summary(runs: Sequence[Run], failures: Sequence[Failure], tables: Sequence[
     return f"{len(runs)} finished evaluation{'s' if len(runs) != 1 else ''} on {datasets}.{failed}"
 
 
-def _dataset(table: Standings, slug: str) -> Iterator[Block]:
+def _dataset(table: Leaderboard, slug: str) -> Iterator[Block]:
     """All about one dataset; parts that no run has anything to say about are left out."""
     yield Heading(2, table.dataset)
     yield _leaderboard(table)
@@ -112,7 +112,7 @@ def _dataset(table: Standings, slug: str) -> Iterator[Block]:
 # --- the leaderboard and what to make of it
 
 
-def _leaderboard(table: Standings) -> Table:
+def _leaderboard(table: Leaderboard) -> Table:
     header = ["#", "system", "queries", table.measure, "difference", "p", "p (Holm)"]
     header += ["significant", "detectable", "query p50"]
     rows = [_row(table, place, run) for place, run in enumerate(table.runs, 1)]
@@ -121,7 +121,7 @@ def _leaderboard(table: Standings) -> Table:
     return Table(header, rows, frozenset({table.runs.index(table.baseline)}))
 
 
-def _row(table: Standings, place: int, run: Run) -> list[str]:
+def _row(table: Leaderboard, place: int, run: Run) -> list[str]:
     mean = with_interval(run.means.get(table.measure), run.intervals.get(table.measure))
     beside = ["", "", "", _STANDING["baseline"] if run is table.baseline else "", ""]
     if found := table.comparison(run):
@@ -136,7 +136,7 @@ def _row(table: Standings, place: int, run: Run) -> list[str]:
     return [str(place), table.name(run), _queries(table, run), mean, *beside, time]
 
 
-def _queries(table: Standings, run: Run) -> str:
+def _queries(table: Leaderboard, run: Run) -> str:
     """How many queries; of a sample, of how many and with which seed."""
     n = defined(run, table.measure)
     if run.limit is None:
@@ -145,7 +145,7 @@ def _queries(table: Standings, run: Run) -> str:
     return f"{n}{whole} (sample, seed {run.seed})"
 
 
-def _legend(table: Standings) -> str:
+def _legend(table: Leaderboard) -> str:
     options, pairs = table.options, len(table.comparisons[table.measure])
     return (
         f"{table.measure} with its {options.confidence:.0%} interval. The difference is to the baseline, "
@@ -156,7 +156,7 @@ def _legend(table: Standings) -> str:
     )
 
 
-def _marks(table: Standings) -> list[Mark]:
+def _marks(table: Leaderboard) -> list[Mark]:
     """What figures show of the runs that have the main measure, best first."""
     marks, most = [], max(asked(run) for run in table.runs)
     for run in table.runs:
@@ -169,7 +169,7 @@ def _marks(table: Standings) -> list[Mark]:
     return marks
 
 
-def _notes(table: Standings) -> list[str]:
+def _notes(table: Leaderboard) -> list[str]:
     """Sentences on what the figures cannot say."""
     notes = [*table.notes, *_partial(table)]
     said: dict[str, list[str]] = {}
@@ -193,7 +193,7 @@ def _beside_detectable(found: Comparison) -> str:
     return f"{difference(found.difference)}{least}"
 
 
-def _partial(table: Standings) -> Iterator[str]:
+def _partial(table: Leaderboard) -> Iterator[str]:
     """Runs whose comparison rests on fewer queries than they, or the baseline, were measured on."""
     alike: dict[tuple[int, float], list[str]] = {}
     for run in table.runs:
@@ -215,7 +215,7 @@ def _partial(table: Standings) -> Iterator[str]:
 # --- further tables
 
 
-def _all_measures(table: Standings) -> Iterator[Block]:
+def _all_measures(table: Leaderboard) -> Iterator[Block]:
     """Every other measure of retrieval with its interval, and its difference to the baseline."""
     measures = [name for name in table.comparisons if name != table.measure]
     if not measures:
@@ -235,14 +235,14 @@ def _all_measures(table: Standings) -> Iterator[Block]:
     )
 
 
-def _marked(found: Comparison | None, measure: str, table: Standings) -> str:
+def _marked(found: Comparison | None, measure: str, table: Leaderboard) -> str:
     if found is None:
         return ""
     mark = {"better": " ▲", "worse": " ▼"}.get(standing(found, measure, table.options), "")
     return f"{difference(found.difference)}{mark}"
 
 
-def _answers(table: Standings) -> Iterator[Block]:
+def _answers(table: Leaderboard) -> Iterator[Block]:
     """Measures of answers, one row for each system and condition."""
     names = dict.fromkeys(name for run in table.runs for name in run.means if "/" in name)
     measures = list(dict.fromkeys(name.partition("/")[2] for name in names))
@@ -260,7 +260,7 @@ def _answers(table: Standings) -> Iterator[Block]:
         yield Table(["system", "passages shown", *named], rows)
 
 
-def _losses(table: Standings, slug: str) -> Iterator[Block]:
+def _losses(table: Leaderboard, slug: str) -> Iterator[Block]:
     """Where the answers lost quality, a figure and a table for each measure that was split."""
     found = [(table.name(run), run.losses) for run in table.runs if run.losses]
     for measure in dict.fromkeys(losses["measure"] for _, losses in found):
@@ -288,7 +288,7 @@ def _losses(table: Standings, slug: str) -> Iterator[Block]:
         yield Table(["system", "queries", *header, *(f"lost: {cause}" for cause in causes)], rows)
 
 
-def _tuning(table: Standings) -> Iterator[Block]:
+def _tuning(table: Leaderboard) -> Iterator[Block]:
     """What was tuned, how well it does on queries it never saw, and what choosing on all would have claimed."""
     tuned = [(table.name(run), run.tuning) for run in table.runs if run.tuning]
     if not tuned:
@@ -322,7 +322,7 @@ def _parameters(values: Mapping[str, object]) -> str:
 # --- how it was measured
 
 
-def _method(table: Standings) -> str:
+def _method(table: Leaderboard) -> str:
     options = table.options
     return (
         f"Intervals: {options.confidence:.0%}, bootstrap over queries (BCa), {options.resamples:,} resamples, seed "

@@ -20,8 +20,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from rag.evaluate.stats import Comparison
-from rag.report.wording import duration, shortened
+from rag.evaluate.statistics import Comparison
+from rag.report.numbers import duration, shortened
 
 Standing = Literal["baseline", "better", "worse", "open"]  # open: no significant difference
 

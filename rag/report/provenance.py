@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from rag.report.leaderboard import Leaderboard
+from rag.report.numbers import LONGEST, MISSING, byte_size, duration, plain, rate, shortened
 from rag.report.page import Block, Heading, Paragraph, Table
 from rag.report.results import Run
-from rag.report.standings import Standings
-from rag.report.wording import LONGEST, MISSING, byte_size, duration, plain, rate, shortened
 
 _NOISE = {"path", "dir", "output", "runs"}  # last words of settings that say where, not what
 _MOMENTARY = {"load_average", "peak_memory_bytes"}  # of an environment: the ledger tells what matters of it
@@ -25,7 +25,7 @@ _COSTS = {
 }
 
 
-def costs(table: Standings) -> Iterator[Block]:
+def costs(table: Leaderboard) -> Iterator[Block]:
     """What each run cost, from its ledger; columns that no run can fill are left out."""
     counted = [run for run in table.runs if run.ledger]
     columns = {
@@ -58,7 +58,7 @@ def _reused(run: Run) -> str:
 # --- what each row is
 
 
-def separating(table: Standings) -> Iterator[Block]:
+def separating(table: Leaderboard) -> Iterator[Block]:
     """The settings that not all rows share: a column for each that most rows have, the rest in words."""
     settings = [_telling(run.settings) for run in table.runs]
     known = [row for row in settings if row]

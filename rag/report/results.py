@@ -1,7 +1,7 @@
 """Result folders of evaluations, read back and checked: what a report is made of.
 
 A folder holds metrics.json (or failure.json) and, beside it, per_query.jsonl; config.yaml, losses.json,
-tuning.json and ledger.json when the evaluation had something to say there. Whatever does not read as that is
+tuning.json and costs.json when the evaluation had something to say there. Whatever does not read as that is
 named in one sentence: a report over half-read results would be worse than none.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rag.evaluate import result_files as files
-from rag.records import Record, fitted_record, parse_yaml, parsed_json, read_record, reason
+from rag.runtime.records import Record, fitted_record, parse_yaml, parsed_json, read_record, reason
 from rag.types import UserError
 
 PerQuery = Mapping[str, Mapping[str, float | None]]  # measure -> query id -> value; None: not defined there
@@ -131,7 +131,7 @@ def _read(place: Path) -> Run | Failure:
         per_query=_per_query(place / "per_query.jsonl"),
         losses=_if_there(place / "losses.json", files.Losses),
         tuning=_if_there(place / "tuning.json", files.TuningRecord),
-        ledger=_if_there(place / "ledger.json", files.Ledger),
+        ledger=_if_there(place / "costs.json", files.Ledger),
         settings=_settings(place / "config.yaml"),
     )
 

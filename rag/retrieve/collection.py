@@ -8,64 +8,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from rag.cache import content_key
-from rag.closure import code_of
 from rag.embed import Embedder
-from rag.embed_cache import CachedEmbedder
+from rag.embed.vector_cache import CachedEmbedder
 from rag.generate import Generator
-from rag.index.analyzer import Analyzer
-from rag.index.audit import VectorIndex, VectorSearch
-from rag.index.lexical import LexicalIndex
+from rag.index.dense import VectorIndex, VectorSearch
+from rag.index.lexical.analyzer import Analyzer
+from rag.index.lexical.postings import LexicalIndex
 from rag.index.memory import MemoryIndex
 from rag.index.store import Index
-from rag.measure import Clock
-from rag.memo import Memo, version_of
+from rag.retrieve import Retriever
+from rag.retrieve.rerank import Reranker
+from rag.retrieve.transform import Transform
+from rag.runtime.cache_key import content_key
+from rag.runtime.clock import Clock
+from rag.runtime.import_closure import code_version
+from rag.runtime.memo import Memo, model_version
 from rag.types import Chunk, Hit
-
-
-@runtime_checkable
-class Retriever(Protocol):
-    """A frozen dataclass that finds passages for questions."""
-
-    @property
-    def uses(self) -> tuple[str, ...]:
-        """Which of "embedder" and "generator" the results depend on, beside the passages."""
-        ...
-
-    def search(self, collection: "Collection", questions: Sequence[str], k: int) -> list[list[Hit]]:
-        """At most k hits for each question, best first, ties to the passage that was ingested first."""
-        ...
-
-
-@runtime_checkable
-class Reranker(Protocol):
-    """A frozen dataclass that puts found passages into a better order."""
-
-    @property
-    def uses(self) -> tuple[str, ...]: ...
-
-    def rerank(
-        self, collection: "Collection", questions: Sequence[str], hits: Sequence[Sequence[Hit]]
-    ) -> list[list[Hit]]:
-        """The same passages with new scores, best first; passages may be left out, none is added."""
-        ...
-
-
-@runtime_checkable
-class Transform(Protocol):
-    """A frozen dataclass that writes other texts to search for in place of a question."""
-
-    @property
-    def uses(self) -> tuple[str, ...]: ...
-
-    def expand(self, collection: "Collection", questions: Sequence[str]) -> list[list[str]]:
-        """One text or more for each question, the most important first."""
-        ...
 
 
 class Collection:
@@ -226,9 +189,9 @@ class Collection:
     def meaning(self, method: Any, passages: bool = True) -> str:
         """A key of all that a method's results depend on: options, models, passages, code."""
         models = sorted({name for part in _dataclasses(method) for name in getattr(part, "uses", ())})
-        versions = {name: version_of(self._model(name)) for name in models}
+        versions = {name: model_version(self._model(name)) for name in models}
         passages_are = self.index.fingerprint if passages else None
-        return content_key(method, versions, passages_are, code_of(method, type(self)))
+        return content_key(method, versions, passages_are, code_version(method, type(self)))
 
     def _model(self, name: str) -> Any:
         """The embedder or the generator itself, whatever keeps its results."""

@@ -13,10 +13,12 @@ from rag.context import ContextOptions
 from rag.index.fusion import Fusion, ReciprocalRank
 from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate
-from rag.retrieve.collection import Collection, Retriever
-from rag.retrieve.transform import Instruction, lines, normal, without_echoes
+from rag.retrieve import Retriever
+from rag.retrieve.collection import Collection
+from rag.retrieve.transform.instruction import Instruction
+from rag.retrieve.transform.written import lines, normal, without_echoes
+from rag.runtime.options import Count, Filled
 from rag.types import Hit, Message, Source, UserError
-from rag.values import Count, Filled
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from rag.index.analyzer import Analyzer
-from rag.index.binary import Binary
-from rag.index.dense import Exact
+from rag.index.dense.binary import Binary
+from rag.index.dense.exact import Exact
+from rag.index.dense.int8 import Int8Scan
+from rag.index.dense.matryoshka import Matryoshka
 from rag.index.fusion import Fusion, ReciprocalRank
-from rag.index.lexical import BM25Weights, TfIdfWeights
-from rag.index.prefix import Prefix
-from rag.index.quantized import Int8Scan
-from rag.retrieve.collection import Collection, Reranker, Retriever, Transform
+from rag.index.lexical.analyzer import Analyzer
+from rag.index.lexical.weighting import BM25Weights, TfIdfWeights
+from rag.retrieve import Retriever
+from rag.retrieve.collection import Collection
+from rag.retrieve.rerank import Reranker
+from rag.retrieve.transform import Transform
+from rag.runtime.options import Count, check_fields
 from rag.types import Hit, UserError
-from rag.values import Count, check_fields
 
 
 @dataclass(frozen=True)
 class Dense:
     """Cosine search over the embedder's vectors: exact, or as `index` says."""
 
-    index: Exact | Int8Scan | Binary | Prefix = field(default_factory=Exact)
+    index: Exact | Int8Scan | Binary | Matryoshka = field(default_factory=Exact)
 
     uses: ClassVar[tuple[str, ...]] = ("embedder",)
     lowest: ClassVar[float] = -1.0  # that a score can be
@@ -72,10 +75,10 @@ class Hybrid:
         return tuple(dict.fromkeys(name for arm in self.arms.values() for name in arm.uses))
 
     @property
-    def lows(self) -> list[float] | None:
+    def lower_bounds(self) -> list[float] | None:
         """The lowest score that each arm can give; None where that is not known of all."""
-        lows = [getattr(arm, "lowest", None) for arm in self.arms.values()]
-        return None if None in lows else lows
+        lower_bounds = [getattr(arm, "lowest", None) for arm in self.arms.values()]
+        return None if None in lower_bounds else lower_bounds
 
     def inner(self, k: int) -> list[tuple[Retriever, int]]:
         """What is searched for the same questions, and how deep."""
@@ -83,7 +86,7 @@ class Hybrid:
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
         arms = [collection.search(arm, questions, depth) for arm, depth in self.inner(k)]
-        return _fused(collection, list(zip(*arms, strict=True)), self.fusion, self.lows, k)
+        return _fused(collection, list(zip(*arms, strict=True)), self.fusion, self.lower_bounds, k)
 
 
 @dataclass(frozen=True)
@@ -150,14 +153,14 @@ def _fused(
     collection: Collection,
     arms: Sequence[Sequence[Sequence[Hit]]],
     fusion: Fusion,
-    lows: Sequence[float] | None,
+    lower_bounds: Sequence[float] | None,
     k: int,
 ) -> list[list[Hit]]:
     """For each question the k best of its arms' hits."""
     rankings = [
         [[(collection.row(hit.chunk), hit.score) for hit in hits] for hits in question] for question in arms
     ]
-    results = fusion.fuse_batch(rankings, lows)
+    results = fusion.fuse_batch(rankings, lower_bounds)
     return [
         collection.hits([row for row, _ in found[:k]], [score for _, score in found[:k]]) for found in results
     ]
@@ -180,6 +183,6 @@ class Search:
         return hits
 
     @property
-    def relevant_from(self) -> float | None:
+    def score_threshold(self) -> float | None:
         """The score from which a hit is likely to be about the question; None where that is not known."""
-        return self.collection.embedder.relevant_from if isinstance(self.method, Dense) else None
+        return self.collection.embedder.score_threshold if isinstance(self.method, Dense) else None

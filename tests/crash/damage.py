@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rag import cache
-from rag.ops import native
+from rag import native
+from rag.runtime import compilation_cache
 from rag.types import UserError
 from tests.crash import workloads
 
@@ -18,7 +18,7 @@ _SECTOR, _PAGE = 512, 4096  # bytes
 
 def warm_up() -> None:
     """Take programs and the native library from the machine's own cache, before one of the trials' is entered."""
-    cache.enable_compilation_cache()
+    compilation_cache.enable_compilation_cache()
     native.available()
     workloads.warm_up()
 

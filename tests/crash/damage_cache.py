@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rag import cache, closure, embed_cache
-from rag.embed import BertEmbedder
-from rag.embed_cache import CachedEmbedder
+from rag.embed import vector_cache
+from rag.embed.bert import BertEmbedder
+from rag.embed.vector_cache import CachedEmbedder
+from rag.runtime import file_hash, import_closure
 from tests import tiny_encoder
 from tests.crash import campaign, workloads
 from tests.crash.campaign import Trial
@@ -70,17 +71,17 @@ def _read_passages(dtype: str) -> dict[str, bytes]:
 
 
 def _version() -> str:
-    return closure.Code().version("rag.types", "rag.values")
+    return import_closure.Code().version("rag.types", "rag.runtime.options")
 
 
 def subjects(folder: Path) -> list[Subject]:
     warm_up()
-    embed_cache._BATCH = 4
+    vector_cache._BATCH = 4
     made = workloads.jobs(random.Random(2), 6, 20)
     weights = tiny_encoder.write_checkpoint(folder / "encoder")
     for file in [*weights.iterdir()]:
         os.utime(file, (1000, 1000))
-    cache._RACY_NS = 0  # a file's digest is remembered at once
+    file_hash._RACY_NS = 0  # a file's digest is remembered at once
 
     def evaluate() -> Any:
         for job in made:
@@ -98,7 +99,7 @@ def subjects(folder: Path) -> list[Subject]:
         ("chunk_kv in float16", lambda: _read_passages("float16"), lambda: _read_passages("float16")),
         ("chunk_kv in int8", lambda: _read_passages("int8"), lambda: _read_passages("int8")),
         ("converted", encode, encode),
-        ("sha256", encode, lambda: [cache.file_sha256(file) for file in sorted(weights.iterdir())]),
+        ("sha256", encode, lambda: [file_hash.file_sha256(file) for file in sorted(weights.iterdir())]),
         ("code", _version, _version),
     ]
     return [_subject(folder, *kind) for kind in kinds]

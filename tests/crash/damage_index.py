@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rag import pipeline
-from rag.embed import BagOfWords, BertEmbedder, Embedder
+from rag.embed import Embedder
+from rag.embed.bag_of_words import BagOfWords
+from rag.embed.bert import BertEmbedder
 from rag.index import store
-from rag.ingest.chunk import FixedChunker
-from rag.retrieve.collection import Collection, Retriever
-from rag.retrieve.diversify import MMR
-from rag.retrieve.rerank import MaxSim
+from rag.ingest.chunk.fixed import FixedChunker
+from rag.retrieve import Retriever
+from rag.retrieve.collection import Collection
+from rag.retrieve.rerank.maxsim import MaxSim
+from rag.retrieve.rerank.mmr import MMR
 from rag.retrieve.search import Dense, Hybrid, Lexical, Reranked
 from tests import tiny_encoder
 from tests.crash import campaign

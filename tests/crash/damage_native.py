@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rag import cache
+from rag.runtime import files
 from tests.crash import campaign
 from tests.crash.campaign import Trial
 from tests.crash.damage import damage, linked, verdict
@@ -21,7 +21,7 @@ from tests.crash.workloads import enter
 
 def _call(home: Path) -> bytes | None:
     """What a product by int8 weights comes to; None where there is no native library."""
-    from rag.ops import native  # which starts JAX: not in the process that forks
+    from rag import native  # which starts JAX: not in the process that forks
 
     enter(home)
     if not native.available():
@@ -34,7 +34,7 @@ def _call(home: Path) -> bytes | None:
 
 def _used(home: Path) -> str | None:
     """The file name of the library that `_call` uses."""
-    from rag.ops import native
+    from rag import native
 
     enter(home)
     return path.name if (path := native._library()) else None
@@ -42,7 +42,7 @@ def _used(home: Path) -> str | None:
 
 def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
     home = folder / "home"
-    if (built := cache.cache_root() / "native").exists():  # the machine's own, since building takes long
+    if (built := files.cache_root() / "native").exists():  # the machine's own, since building takes long
         shutil.copytree(built, home / "cache" / "native")
     wanted, used = (forked(partial(call, home)).result for call in (_call, _used))
     for number in range(first, count if wanted is not None else first):

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 from rag import pipeline
-from rag.embed import BagOfWords
-from rag.index.analyzer import Analyzer
+from rag.embed.bag_of_words import BagOfWords
+from rag.index.lexical.analyzer import Analyzer
 from rag.types import UserError
 from tests.crash import campaign
 from tests.crash.campaign import ROOT, Trial

@@ -3,7 +3,7 @@
 import random
 
 from rag import pipeline
-from rag.embed import BagOfWords
+from rag.embed.bag_of_words import BagOfWords
 from rag.index.store import Index
 from rag.retrieve.collection import Collection
 from rag.retrieve.search import Dense, Hybrid, Lexical, Search

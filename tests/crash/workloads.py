@@ -22,21 +22,22 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rag import pipeline
-from rag.closure import code_of
-from rag.embed import BagOfWords, BertEmbedder
-from rag.evaluate import stats
+from rag.embed.bag_of_words import BagOfWords
+from rag.embed.bert import BertEmbedder
+from rag.evaluate import statistics
 from rag.evaluate.datasets import Dataset
-from rag.evaluate.job import Evaluation, Job
-from rag.evaluate.stats import Statistics
-from rag.generate import chunk_kv
-from rag.generate.chunk_kv import ChunkOptions, ChunkReader
+from rag.evaluate.experiment import EvaluationOptions, Experiment
+from rag.evaluate.statistics import Statistics
+from rag.generate.kv import chunk as chunk_kv
+from rag.generate.kv.chunk import ChunkKVCache, ChunkKVOptions
 from rag.index import store
-from rag.index.analyzer import Analyzer
-from rag.index.lexical import BM25Weights
-from rag.ingest.chunk import FixedChunker
-from rag.models.llama import LlamaConfig
+from rag.index.lexical.analyzer import Analyzer
+from rag.index.lexical.weighting import BM25Weights
+from rag.ingest.chunk.fixed import FixedChunker
+from rag.models.llama.model import LlamaConfig
 from rag.prompt import PromptTemplate, render
 from rag.retrieve.search import Lexical
+from rag.runtime.import_closure import code_version
 from rag.types import Context, Document, Hit, Source
 from tests.tiny_tokenizers import byte_level
 
@@ -64,7 +65,7 @@ class Workload:
 class Hashed:
     """An embedder of hashes: a text's vector depends on its batch too, as much as a rounding error would."""
 
-    dim, relevant_from = 8, None
+    dim, score_threshold = 8, None
     fingerprint, spec = "hashed", {"kind": "hashed", "dim": 8}
 
     def encode(self, texts: Sequence[str], progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
@@ -120,7 +121,7 @@ def enter(home: Path) -> None:
 
 def warm_up() -> None:
     """Let this process remember the code behind results, from the machine's own cache if it is there."""
-    code_of(Hashed(), Cosine(), BagOfWords, BertEmbedder, Job)
+    code_version(Hashed(), Cosine(), BagOfWords, BertEmbedder, Experiment)
 
 
 def write_corpus(folder: Path, draw: random.Random, count: int, longest: int) -> Path:
@@ -187,11 +188,11 @@ def _read(packed: None, tokens: np.ndarray) -> np.ndarray:
     return np.broadcast_to(places * waves / 300, shape).astype(np.float16)
 
 
-def chunk_reader(dtype: str = "float16") -> ChunkReader:
+def chunk_reader(dtype: str = "float16") -> ChunkKVCache:
     """Of a decoder that is not there: `fill` computes by `_read`."""
-    chunk_kv.read = _read
+    chunk_kv.prefill_passages = _read
     engine = SimpleNamespace(model=SimpleNamespace(config=_CONFIG), packed=None)
-    return ChunkReader(engine, byte_level(), "f" * 64, ChunkOptions(dtype=dtype))
+    return ChunkKVCache(engine, byte_level(), "f" * 64, ChunkKVOptions(dtype=dtype))
 
 
 def prompts(texts: Sequence[str]) -> list[list]:
@@ -200,11 +201,11 @@ def prompts(texts: Sequence[str]) -> list[list]:
     return [render(_TEMPLATE, "", context) for context in shown]
 
 
-def passages_of(reader: ChunkReader, texts: Sequence[str]) -> Found:
+def passages_of(reader: ChunkKVCache, texts: Sequence[str]) -> Found:
     """The passages that are in the store."""
     entries = {}
     for messages in prompts(texts):
-        parts = chunk_kv.parts_of(reader._tokenizer, messages)
+        parts = chunk_kv.split_prompt(reader._tokenizer, messages)
         entries |= dict.fromkeys(
             [((), parts.beginning), *((parts.beginning, ids) for _, ids in parts.passages)]
         )
@@ -225,9 +226,11 @@ def _look_at_passages(texts: Sequence[str], home: Path) -> Found:
 # --- sweep
 
 
-def jobs(draw: random.Random, count: int, longest: int) -> list[Job]:
+def jobs(draw: random.Random, count: int, longest: int) -> list[Experiment]:
     """Two evaluations, by words and by vectors, of one dataset."""
-    stats.intervals = lambda values, options: np.stack([values.min(0), values.max(0)], axis=1)  # without JAX
+    statistics.intervals = lambda values, options: np.stack(
+        [values.min(0), values.max(0)], axis=1
+    )  # without JAX
     texts = {f"d{i}": " ".join(draw.choices(_WORDS, k=draw.randint(3, longest))) for i in range(count)}
     dataset = Dataset(
         name="drawn",
@@ -248,13 +251,13 @@ def jobs(draw: random.Random, count: int, longest: int) -> list[Job]:
         "generator": lambda: None,
         "prompt": prompt,
         "closed_book": PromptTemplate(user="{question}"),
-        "evaluation": Evaluation(depth=4, probes=1),
+        "evaluation": EvaluationOptions(depth=4, probes=1),
         "statistics": Statistics(resamples=100),
     }
-    return [Job(**common, method=method) for method in (Lexical(analyzer=ANALYZER), Cosine())]
+    return [Experiment(**common, method=method) for method in (Lexical(analyzer=ANALYZER), Cosine())]
 
 
-def _sweep(made: Sequence[Job], home: Path) -> None:
+def _sweep(made: Sequence[Experiment], home: Path) -> None:
     enter(home)
     for job in made:
         job.done()
@@ -263,7 +266,7 @@ def _sweep(made: Sequence[Job], home: Path) -> None:
 RESULTS = ("metrics.json", "per_query.jsonl", "run.trec")  # the ledger tells seconds, which differ
 
 
-def look_at_results(made: Sequence[Job], home: Path) -> Found:
+def look_at_results(made: Sequence[Experiment], home: Path) -> Found:
     enter(home)
     done = [(i, job.kept) for i, job in enumerate(made) if job.kept.exists()]
     return {f"{i}/{name}": (folder / name).read_bytes() for i, folder in done for name in RESULTS}

@@ -14,8 +14,8 @@ import numpy as np
 
 from rag.generate.engine import Engine
 from rag.models import checkpoint
-from rag.models.llama import Llama, LlamaConfig, abstract
-from rag.models.llama_checkpoint import huggingface_table, unpermute
+from rag.models.llama.checkpoint import huggingface_table, unpermute
+from rag.models.llama.model import Llama, LlamaConfig, abstract
 
 
 def read(path: Path) -> Llama:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from make_tokenizer_goldens import read_metadata
 
-from rag.models.tokenizer import Tokenizer
+from rag.models.tokenizer.tokenizer import Tokenizer
 
 
 def check(gguf: Path) -> int:

@@ -112,7 +112,7 @@ def sentence_transformers_vectors(folder: str, texts: list[str]) -> np.ndarray:
 
 
 def measure(folder: str) -> None:
-    from rag.embed import BertEmbedder
+    from rag.embed.bert import BertEmbedder
 
     texts = varied_texts(200)
     ours, theirs = BertEmbedder(folder).encode(texts), sentence_transformers_vectors(folder, texts)

@@ -93,7 +93,7 @@ def main() -> int:
     options = parser.parse_args()
     from llama_cpp import Llama
 
-    from rag.models.tokenizer import Tokenizer
+    from rag.models.tokenizer.tokenizer import Tokenizer
 
     peer = Llama(str(options.gguf), vocab_only=True, verbose=False)
     ours = Tokenizer.from_gguf(read_metadata(options.gguf))

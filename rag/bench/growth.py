@@ -1,0 +1,196 @@
+"""How seconds grow with size: attention with its tokens, search with its vectors, ingest with its chunks.
+
+To each a power law is fitted, by least squares of the logarithms, and its exponent stands beside the algorithm's own:
+2 for attention, 1 for search and ingest. What costs the same at every size (a dispatch, a file) makes the smallest
+sizes slower than the law and the fitted exponent less.
+
+Ingest goes from documents in memory to an index on disk. What its embedding costs is proportional to the text, so its
+passages are short; "write" is the same without embedding (postings and segment, random vectors) and reaches further. A
+size that would go beyond `seconds`, as the one before it foretells, is left out and named.
+
+Letters: N vectors, E embedding dim, T tokens, H query heads, K kv heads, D head dim.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32
+
+from rag.bench import page
+from rag.bench.timing import Row, alternate
+from rag.embed.bert import BertEmbedder
+from rag.index.dense.exact import DenseIndex
+from rag.index.lexical.analyzer import Analyzer
+from rag.index.lexical.postings import LexicalIndex
+from rag.index.writer import write_index
+from rag.ingest.chunk.split import chunks_of
+from rag.ingest.chunk.whole import WholeChunker
+from rag.models import hub
+from rag.ops.attention import attention
+from rag.runtime.measurement import Spread
+from rag.runtime.options import Count, Filled, check_fields
+from rag.types import Document, UserError
+
+Measure = Callable[[int], list[float]]  # size -> seconds of each repeat
+
+_THEORY = {"attention": 2, "search": 1, "ingest": 1, "write": 1}
+_EXPONENT = "exponent"
+_BLOCK = 1 << 16  # vectors drawn at once
+
+
+@dataclass(frozen=True, slots=True)
+class PowerLaw:
+    """seconds = scale * size ** exponent; the standard error is the exponent's."""
+
+    exponent: float
+    scale: float
+    error: float
+
+
+@dataclass(frozen=True)
+class GrowthBenchmark:
+    """bench=growth: seconds at each size, and the exponent with which they grow."""
+
+    tokens: Sequence[Count] = (512, 1024, 2048, 4096, 8192, 16384)
+    vectors: Sequence[Count] = (10_000, 50_000, 200_000, 500_000, 1_000_000, 2_000_000)
+    chunks: Sequence[Count] = (1_000, 3_000, 10_000, 30_000, 100_000)
+    words: Count = 12  # of a chunk
+    dim: Count = 384
+    heads: Count = 9
+    kv_heads: Count = 3
+    head_dim: Count = 64
+    seconds: Count = 100  # of one ingest at most
+    embedder: Filled = hub.DEFAULT_EMBEDDER
+    repeats: Count = 5  # of ingest one
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def run(self) -> list[Row]:
+        found = self._rows("attention", self.tokens, self._attention)
+        found += self._rows("search", self.vectors, self._search)
+        embedder = BertEmbedder(self.embedder)
+        embedder.encode(passages(1000, self.words, seed=1))  # compiles
+        found += self._rows("ingest", self.chunks, lambda size: self._ingest(size, embedder, embedder.encode))
+        return found + self._rows(
+            "write", self.chunks, lambda size: self._ingest(size, embedder, self._random)
+        )
+
+    def picture(self, rows: Sequence[Row]) -> bytes | None:
+        """All series, each with its law; None without any."""
+        found = [one for name in _THEORY if (one := series(name, rows))]
+        return page.growth(found) if found else None
+
+    def _rows(self, name: str, sizes: Sequence[int], measure: Measure) -> list[Row]:
+        """Sizes in order, as far as time allows, then the fitted law."""
+        rows, previous = [], None
+        for size in sorted(sizes):
+            if previous and (expected := previous[1] * (size / previous[0]) ** _THEORY[name]) > self.seconds:
+                print(f"{name}: {size:,} is left out, it would take about {expected:.0f} s", file=sys.stderr)
+                continue
+            taken = measure(size)
+            previous = size, float(np.median(taken))
+            rows.append(Row(f"{name}: {size:,}", {"size": size, "ms": Spread.of([1000 * s for s in taken])}))
+        if len(rows) < 2:
+            return rows
+        law = power_law(*_points(name, rows))
+        figures = {_EXPONENT: law.exponent, "standard error": law.error, "theory": _THEORY[name]}
+        return [*rows, Row(f"{name}, fitted", figures)]
+
+    def _attention(self, tokens: int) -> list[float]:
+        draw = np.random.default_rng(0).standard_normal
+        q, k, v = (
+            jnp.asarray(draw((1, heads, tokens, self.head_dim), np.float32))
+            for heads in (self.heads, self.kv_heads, self.kv_heads)
+        )
+        causal = jax.jit(lambda q, k, v: attention(q, k, v, causal=True))
+        return self._repeated(lambda: causal(q, k, v))
+
+    def _search(self, count: int) -> list[float]:
+        index, question = DenseIndex(units(count, self.dim)), units(1, self.dim, seed=1)
+        return self._repeated(lambda: index.search(question, 10))
+
+    def _repeated(self, call: Callable[[], object]) -> list[float]:
+        timing = alternate({"": call}, repeats=self.repeats, warmup=2)[""]
+        return [timing.minimum, timing.median, timing.maximum]
+
+    def _ingest(
+        self, count: int, embedder: BertEmbedder, encode: Callable[[list[str]], np.ndarray]
+    ) -> list[float]:
+        texts = passages(count, self.words, seed=count)
+        documents = [Document(f"{i}", f"{i}.txt", text) for i, text in enumerate(texts)]
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.perf_counter()
+            chunks = [
+                chunk for document in documents for chunk in chunks_of(document, WholeChunker(), embedder)
+            ]
+            vectors = encode([chunk.text for chunk in chunks])
+            lexical = LexicalIndex.build([chunk.text for chunk in chunks], Analyzer())
+            write_index(Path(folder) / "index", documents, chunks, vectors, embedder, lexical=lexical)
+            return [time.perf_counter() - begin]
+
+    def _random(self, texts: list[str]) -> Float32[np.ndarray, "N E"]:
+        return units(len(texts), self.dim)
+
+
+def units(count: int, dim: int, seed: int = 0) -> Float32[np.ndarray, "N E"]:
+    """Random unit vectors."""
+    rng, vectors = np.random.default_rng(seed), np.empty((count, dim), np.float32)
+    for start in range(0, count, _BLOCK):
+        block = vectors[start : start + _BLOCK]
+        block[:] = rng.standard_normal(block.shape, np.float32)
+        block /= np.linalg.norm(block, axis=1, keepdims=True)
+    return vectors
+
+
+def passages(count: int, words: int, seed: int) -> list[str]:
+    """Different stretches of made-up words, as common as words of a language are (Zipf)."""
+    rng = np.random.default_rng(seed)
+    ranks = np.minimum(rng.zipf(1.3, (count, words)), 50_000)
+    return [f"{number} " + " ".join(_word(rank) for rank in row) for number, row in enumerate(ranks.tolist())]
+
+
+def _word(rank: int) -> str:
+    """A pronounceable word of its own for each number."""
+    return "".join(_syllables(rank))
+
+
+def _syllables(rank: int) -> Iterator[str]:
+    while rank:
+        rank, digit = divmod(rank, 50)
+        yield "bdfgklmnrt"[digit // 5] + "aeiou"[digit % 5]
+
+
+def power_law(sizes: Sequence[int], seconds: Sequence[float]) -> PowerLaw:
+    """Least squares of log seconds over log size. UserError for fewer than two different sizes."""
+    if len(set(sizes)) < 2:
+        raise UserError(f"a law of growth needs two sizes or more, not {sorted(set(sizes))}")
+    x, y = np.log(np.asarray(sizes, float)), np.log(np.asarray(seconds, float))
+    centred = x - x.mean()
+    exponent = float(centred @ y / (centred @ centred))
+    level = float(y.mean() - exponent * x.mean())
+    left = y - level - exponent * x
+    error = float(np.sqrt(left @ left / max(len(x) - 2, 1) / (centred @ centred)))
+    return PowerLaw(exponent, float(np.exp(level)), error)
+
+
+def _points(name: str, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
+    """Sizes and median seconds of a series."""
+    chosen = [row.ours for row in rows if row.case.startswith(f"{name}: ")]
+    return [figures["size"] for figures in chosen], [figures["ms"].median / 1000 for figures in chosen]
+
+
+def series(name: str, rows: Sequence[Row]) -> page.Series | None:
+    """What the rows hold of one series, for its picture; None with fewer than two sizes."""
+    sizes, seconds = _points(name, rows)
+    if len(sizes) < 2:
+        return None
+    law = power_law(sizes, seconds)
+    return page.Series(name, sizes, seconds, law.exponent, law.scale, _THEORY[name])

@@ -1,0 +1,86 @@
+"""Datasets in the BEIR layout: corpus.jsonl, queries.jsonl, qrels/*.tsv."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rag.evaluate.datasets import Dataset, Judgement, assemble
+from rag.evaluate.datasets.questions import json_rows, lines_of, read_questions
+from rag.ingest.load import Skipped, load_folder
+from rag.runtime.options import Count, Filled, Seed
+from rag.types import Document, UserError
+
+_HEADER = ["query-id", "corpus-id", "score"]
+
+
+def load_beir(
+    path: Filled | Path,
+    split: Filled = "test",
+    *,
+    strict: bool = True,
+    limit: Count | None = None,
+    seed: Seed = 0,
+) -> Dataset:
+    """Load and check the set in folder `path`, or `limit` of its queries.
+
+    Raises UserError for a missing or malformed file, a duplicate id, an empty query, a judgement that
+    contradicts another one or the "answerable" flag, a judgement of an unknown query or document, and evidence
+    that does not stand in its document. Some published sets have the last two: with `strict=False` these are
+    left out and listed in `problems`.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"There is no folder {path}: give one with queries.jsonl and qrels/{split}.tsv.")
+    problems: list[str] = []
+    source, corpus = _corpus(path, problems)
+    texts = {document.id: document.text for document in corpus}
+    questions = read_questions(path / "queries.jsonl", texts, strict, problems)
+    dataset = assemble(
+        name=path.resolve().name,
+        corpus=corpus,
+        questions=questions,
+        judgements=_judgements(path / "qrels" / f"{split}.tsv"),
+        source=str(path / "qrels" / f"{split}.tsv"),
+        corpus_source=str(source),
+        strict=strict,
+        problems=problems,
+    )
+    return dataset.sample(limit, seed)
+
+
+def _corpus(path: Path, problems: list[str]) -> tuple[Path, tuple[Document, ...]]:
+    source = path / "corpus.jsonl"
+    if source.exists():
+        return source, tuple(_document(source, line, row) for line, row in json_rows(source))
+    source = path / "documents"
+    if not source.is_dir():
+        raise UserError(f"The dataset {path} has neither corpus.jsonl nor documents/: add one of them.")
+    loaded = list(load_folder(source))
+    skipped = (item for item in loaded if isinstance(item, Skipped))
+    problems.extend(f"{source / item.path} is left out: {item.reason}." for item in skipped)
+    return source, tuple(item for item in loaded if isinstance(item, Document))
+
+
+def _document(file: Path, line: int, row: Mapping) -> Document:
+    title = row.get("title") or ""
+    if not isinstance(title, str):
+        raise UserError(f'{file}, line {line}: "title" must be a string: correct it.')
+    return Document(id=row["_id"], path=row["_id"], text=f"{title} {row['text']}".strip(), title=title)
+
+
+def _judgements(file: Path) -> Iterator["Judgement"]:
+    if not file.exists():
+        found = ", ".join(sorted(other.stem for other in file.parent.glob("*.tsv"))) or "none"
+        raise UserError(f"{file} is missing: add it, or choose a split that is there ({found}).")
+    lines = lines_of(file)
+    if next(lines, (1, ""))[1].split("\t") != _HEADER:
+        raise UserError(f"{file} must begin with the line {' '.join(_HEADER)}, with tabs between: add it.")
+    for line, content in lines:
+        fields = content.split("\t")
+        if len(fields) != 3 or not all(field.strip() for field in fields):
+            raise UserError(f"{file}, line {line} is not query id, tab, document id, tab, score: correct it.")
+        try:
+            yield Judgement(f"line {line}", fields[0], fields[1], int(fields[2]))
+        except ValueError as error:
+            raise UserError(
+                f'{file}, line {line}: score "{fields[2]}" is not an integer: correct it.'
+            ) from error

@@ -1,0 +1,17 @@
+"""The sample dataset of this repository (data/sample)."""
+
+from pathlib import Path
+
+from rag.evaluate.datasets import Dataset
+from rag.evaluate.datasets.beir import load_beir
+from rag.runtime.options import Count, Seed
+
+SAMPLE = Path(__file__).resolve().parents[3] / "data" / "sample"
+
+
+# --- the layout of BEIR
+
+
+def load_sample(limit: Count | None = None, seed: Seed = 0) -> Dataset:
+    """The sample set of this project (data/sample), or `limit` of its queries."""
+    return load_beir(SAMPLE, limit=limit, seed=seed)

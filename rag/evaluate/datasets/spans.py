@@ -1,0 +1,121 @@
+"""Evaluation sets in other layouts than BEIR's: SQuAD, character spans over plain files, ir_datasets.
+
+Each gives the same Dataset, checked by the same rules (rag.evaluate.datasets).
+"""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from rag.evaluate.datasets import Dataset, Judgement, assemble
+from rag.evaluate.datasets.questions import Question, leave_out, locate, read_questions, valid_json
+from rag.runtime.options import Count, Filled, Seed
+from rag.types import Document, UserError
+
+# --- character spans over plain files
+
+
+def load_spans(
+    path: Filled | Path,
+    questions: Filled = "questions_df.csv",
+    documents: Filled = "corpora",
+    *,
+    strict: bool = True,
+    limit: Count | None = None,
+    seed: Seed = 0,
+) -> Dataset:
+    """Load a folder of text files and questions whose evidence is spans of characters, or `limit` of them.
+
+    `questions` and `documents` are a file and a folder in `path` ("." for `path` itself). Questions are JSON
+    lines as in the layout of BEIR, or the CSV of Chroma's chunking evaluation (Smith and Troynikov 2024): columns
+    question, references (a JSON list of {"content", "start_index", "end_index"}) and corpus_id, the name of the
+    file without its ending; their ids are row numbers from 0. The files are UTF-8 text and are not cleaned, so
+    that positions fit; others are left out. The documents that hold evidence are relevant, grade 1. Raises
+    UserError for a malformed file and, when `strict`, for evidence that is not there.
+    """
+    path = Path(path).expanduser()
+    file, folder = path / questions, path / documents
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder} of documents: give dataset.path and dataset.documents.")
+    problems: list[str] = []
+    corpus = [_plain(name, folder, problems) for name in _files(folder) if folder / name != file]
+    corpus = [document for document in corpus if document]
+    texts = {document.id: document.text for document in corpus}
+    read = _read_chroma if file.suffix.lower() == ".csv" else read_questions
+    asked = read(file, texts, strict, problems)
+    judgements = [
+        Judgement(f'query "{question.id}"', question.id, document, 1)
+        for question in asked
+        for document in dict.fromkeys(span.document for span in question.evidence)
+    ]
+    name = path.resolve().name
+    dataset = assemble(name, corpus, asked, judgements, str(file), str(folder), strict, problems)
+    return dataset.sample(limit, seed)
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths in the folder and its folders, with /, in order; hidden ones are passed over."""
+    names = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+
+
+def _plain(name: str, folder: Path, problems: list[str]) -> Document | None:
+    try:
+        return Document(id=name, path=name, text=read_text(folder / name), title=Path(name).stem)
+    except UserError as error:
+        problems.append(f"{folder / name} is left out: {error}")
+        return None
+
+
+def _read_chroma(file: Path, documents: dict[str, str], strict: bool, problems: list[str]) -> list[Question]:
+    faults: list[str] = []
+    questions = []
+    for number, row in enumerate(_csv_rows(file)):
+        where = f"{file}, question {number}"
+        corpus_id = row["corpus_id"]
+        document = corpus_id if corpus_id in documents else f"{corpus_id}.md"
+        spans = [
+            {"document": document, "quote": x["content"], "start": x["start_index"], "end": x["end_index"]}
+            for x in _references(row["references"], where)
+        ]
+        evidence = locate(spans, documents, f"question {number}", faults)
+        questions.append(Question(str(number), row["question"], evidence=evidence))
+    leave_out(faults, f"{file} gives evidence that is not there:", strict, problems)
+    return questions
+
+
+def _csv_rows(file: Path) -> Iterator[dict[str, str]]:
+    wanted = ("question", "references", "corpus_id")
+    reader = csv.DictReader(io.StringIO(read_text(file).removeprefix("\ufeff"), newline=""), strict=True)
+    try:
+        for row in reader:
+            if not all(isinstance(row.get(column), str) for column in wanted):
+                raise UserError(
+                    f"{file}, line {reader.line_num} lacks one of {', '.join(wanted)}: correct it."
+                )
+            yield row
+    except csv.Error as error:
+        raise UserError(f"{file}, line {reader.line_num} is not valid CSV ({error}): correct it.") from error
+
+
+def _references(text: str, where: str) -> list[dict]:
+    keys = {"content", "start_index", "end_index"}
+    references = valid_json(text, f"{where}, references")
+    if not isinstance(references, list) or not all(
+        isinstance(x, dict) and keys <= x.keys() for x in references
+    ):
+        raise UserError(
+            f"{where}: references must be a list of objects with {', '.join(sorted(keys))}: correct it."
+        )
+    return references
+
+
+def read_text(file: Path) -> str:
+    """The file's text with every character as it stands, line ends too. UserError if not there or not UTF-8."""
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not valid UTF-8 ({error.reason}): convert it.") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): put it there.") from error

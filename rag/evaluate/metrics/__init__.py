@@ -1,0 +1,1 @@
+"""Metrics of retrieval, of evidence spans and of answers."""

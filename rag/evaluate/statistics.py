@@ -1,0 +1,342 @@
+"""How far a mean over queries can be trusted: intervals, paired tests, and what could be detected at all.
+
+    B resamples, Q queries, M measures, S systems
+
+The queries are a sample of those that might be asked. So a mean comes with a bootstrap interval; two systems
+are compared on the queries that both have, by a randomisation test of the mean difference (Smucker, Allan and
+Carterette 2007), corrected for the number of comparisons (Holm 1979); and beside a difference stands the
+smallest one that so many queries would have shown (Sakai 2016; Card et al. 2020).
+
+The interval is the bias-corrected and accelerated one (BCa, Efron 1987) at levels widened for small samples
+(Hesterberg 2015: a t quantile, and n - 1 in the variance). In simulations with seven skewed distributions, mostly
+of 0 and 1, nominal 95% covered 94-96% at 50 to 200 queries (97.5% for 50 scores that are all 0 or 1). BCa alone
+covered 93.6-95.4%, plain percentiles 89-95%, the studentised bootstrap 89-97% with intervals up to twice as wide.
+At 20 queries of which nearly all score the same, every method falls short (85% at worst, percentiles 79%).
+
+All resamples of all columns are one compiled call. Queries and columns are padded to powers of two, so that a
+sweep compiles few programs. A number drawn depends on the seed, the resample and the query's place alone, so
+a column's result depends neither on the columns beside it nor on the padding (up to rounding).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from annotated_types import Ge, Le
+from jax.scipy.special import ndtr, ndtri
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Key, UInt32
+from scipy import stats
+
+from rag.runtime.options import Seed, check_fields
+from rag.types import UserError
+
+FEW = 25  # queries: below this the order of systems is unstable (Buckley and Voorhees 2000; 50 are better)
+WIDE = 0.5  # of the mean: an interval wider than that says little
+
+_WORD = 32  # signs drawn at once
+_COLUMNS = 4  # the narrowest program
+_ELEMENTS = 1 << 22  # that a block of resamples holds at once: 16 MiB
+_TIE = 1e-9  # scores of one query that differ by less are a tie
+_ROUNDING = 1e-6  # relative: what float32 sums of the same numbers may differ by
+
+Confidence = Annotated[float, Ge(0.001), Le(0.999)]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How the uncertainty is measured; the same seed gives the same figures."""
+
+    # of the bootstrap and of the randomisation test; fewer are too few for an interval
+    resamples: Annotated[int, Ge(100), Le(1_000_000)] = 10_000
+    confidence: Confidence = 0.95  # of the intervals; 1 - confidence is the two-sided significance level
+    power: Confidence = 0.8  # chance of finding the smallest detectable difference
+    seed: Seed = 0
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A system beside the baseline, on the queries for which both have the measure."""
+
+    difference: float  # mean of system - baseline; positive: the system is higher
+    low: float  # bootstrap interval of the difference; NaN for a single query
+    high: float
+    p: float  # two-sided randomisation test
+    p_holm: float  # the same, corrected for the family it was compared in
+    detectable: float  # smallest difference that so many queries would show; NaN for a single query
+    n: int  # queries
+    wins: int  # queries on which the system is higher
+    ties: int
+    losses: int
+
+
+def table(
+    per_query: Mapping[str, Mapping[str, float | None]], measures: Sequence[str]
+) -> Float64[np.ndarray, "Q M"]:
+    """The scores as an array, queries in the order given; NaN where a measure is None or not there."""
+    rows = [[scores.get(measure) for measure in measures] for scores in per_query.values()]
+    return np.array(rows, np.float64).reshape(len(rows), len(measures))
+
+
+def intervals(
+    values: Float[np.ndarray, "Q M"], options: Statistics = Statistics()
+) -> Float64[np.ndarray, "M 2"]:
+    """The bootstrap interval of each column's mean: low, high. NaN: the query does not count for that column.
+
+    A column with fewer than two values has no interval: NaN. One whose values are all equal has a point.
+    """
+    counts = np.isfinite(values).sum(axis=0)
+    means = _means(values)
+    columns = _packed(values - means, np.isfinite(values))
+    normal = _widened_normal_quantile(counts, options.confidence)
+    padded = [_padded(x, columns.shape[1]) for x in (counts.astype(np.int32), normal)]
+    offsets = _bootstrap(columns, *padded, jax.random.key(options.seed), options.resamples)
+    bounds = means[:, None] + np.asarray(offsets, np.float64)[: len(means)]
+    return np.where(counts[:, None] < 2, np.nan, bounds)
+
+
+def compare(
+    baseline: Mapping[str, float | None],
+    systems: Mapping[str, Mapping[str, float | None]],
+    options: Statistics = Statistics(),
+) -> dict[str, Comparison]:
+    """Each system against the baseline on one measure; all of them are the family that Holm corrects for.
+
+    Scores are query id -> value; a query that either lacks, or has as None or NaN, is left out of that pair.
+    Raises UserError for a system without a query in common with the baseline.
+    """
+    if not systems:
+        return {}
+    pairs = [[_difference(scores.get(q), baseline[q]) for scores in systems.values()] for q in baseline]
+    differences = np.array(pairs, np.float64).reshape(len(baseline), len(systems))
+    counts = np.isfinite(differences).sum(axis=0)
+    for name, n in zip(systems, counts, strict=True):
+        if n == 0:
+            raise UserError(
+                f'"{name}" and the baseline have no query in common: compare runs of one dataset.'
+            )
+    p = randomisation(differences, options)
+    columns = {
+        "difference": _means(differences),
+        "low": (bounds := intervals(differences, options))[:, 0],
+        "high": bounds[:, 1],
+        "p": p,
+        "p_holm": holm(p),
+        "detectable": detectable(differences, options),
+        "n": counts,
+        "wins": (wins := (differences > _TIE).sum(axis=0)),
+        "ties": counts - wins - (losses := (differences < -_TIE).sum(axis=0)),
+        "losses": losses,
+    }
+    return {
+        name: Comparison(**{field: column[i].item() for field, column in columns.items()})
+        for i, name in enumerate(systems)
+    }
+
+
+def _difference(system: float | None, baseline: float | None) -> float:
+    return math.nan if system is None or baseline is None else system - baseline
+
+
+def randomisation(
+    differences: Float[np.ndarray, "Q S"], options: Statistics = Statistics()
+) -> Float64[np.ndarray, "S"]:
+    """Two-sided p of each column's mean: how often random signs give one as far from 0. NaN does not count.
+
+    Queries without a difference change nothing and are left out. Where the sign patterns of the others are no
+    more than the resamples, each is looked at once and p is exact; otherwise p is (hits + 1) / (B + 1), which
+    is never 0 (Phipson and Smyth 2010). 1 where nothing differs.
+    """
+    differing = np.isfinite(differences) & (np.abs(differences) > _TIE)
+    counts = differing.sum(axis=0)
+    exact = counts <= int(math.log2(options.resamples))
+    columns = _packed(np.where(differing, differences, 0.0), differing)
+    padded = [_padded(x, columns.shape[1]) for x in (counts.astype(np.int32), exact)]
+    key = jax.random.key(options.seed)
+    hits = np.asarray(_sign_flips(columns, *padded, key, options.resamples), np.float64)[: len(counts)]
+    return np.where(exact, hits / 2.0 ** np.where(exact, counts, 0), (hits + 1) / (options.resamples + 1))
+
+
+def holm(p: Float[np.ndarray, "S"]) -> Float64[np.ndarray, "S"]:
+    """Adjusted p-values that keep the chance of any false finding in the family below the level (Holm 1979)."""
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p), np.float64)
+    adjusted[order] = np.minimum(np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]), 1.0)
+    return adjusted
+
+
+def detectable(
+    differences: Float[np.ndarray, "Q S"], options: Statistics = Statistics()
+) -> Float64[np.ndarray, "S"]:
+    """The smallest mean difference that so many queries would show, with the power asked for, two-sided.
+
+    (t[1 - alpha/2] + t[power]) sd / sqrt(n), t of n - 1 degrees of freedom and sd that of the per-query
+    differences: the power analysis of the paired t-test (Sakai 2016), which the randomisation test matches in
+    power. NaN for fewer than two queries.
+    """
+    n = np.isfinite(differences).sum(axis=0)
+    spread = np.sqrt(np.nansum((differences - _means(differences)) ** 2, axis=0) / np.maximum(n - 1, 1))
+    quantiles = sum(
+        stats.t.ppf(q, np.maximum(n - 1, 1)) for q in ((1 + options.confidence) / 2, options.power)
+    )
+    return np.where(n < 2, np.nan, quantiles * spread / np.sqrt(np.maximum(n, 1)))
+
+
+def detectable_alone(
+    values: Float[np.ndarray, "Q M"], options: Statistics = Statistics(), correlation: float = 0.0
+) -> Float64[np.ndarray, "M"]:
+    """`detectable` when the other system is not known yet, from one system's scores.
+
+    Supposes the other's scores to spread as much and to correlate with these: the differences then have the
+    sd of the scores times sqrt(2 (1 - correlation)). 0 is the cautious choice; two rankers of one corpus
+    often have 0.5 to 0.9.
+    """
+    return detectable(values, options) * math.sqrt(2 * (1 - correlation))
+
+
+def warnings(
+    values: Float[np.ndarray, "Q M"], measures: Sequence[str], options: Statistics = Statistics()
+) -> list[str]:
+    """Sentences that a reader should see before believing the columns' means; none when all is well."""
+    counts = np.isfinite(values).sum(axis=0)
+    sentences = []
+    if few := [i for i, n in enumerate(counts) if n < FEW]:
+        sentences.append(_few_sentence(counts[few], [measures[i] for i in few]))
+    enough = [i for i, n in enumerate(counts) if n >= 2]
+    equal = [i for i in enough if np.nanmax(values[:, i]) == np.nanmin(values[:, i])]
+    sentences += [_equal_sentence(measures[i], np.nanmax(values[:, i]), int(counts[i])) for i in equal]
+    widths = np.diff(intervals(values, options), axis=1)[:, 0]
+    wide = [measures[i] for i in enough if widths[i] > WIDE * abs(_means(values)[i])]
+    if wide:
+        sentences.append(
+            f"The {options.confidence:.0%} interval of {', '.join(wide)} is wider than half the mean: "
+            "more queries are needed before small differences mean anything."
+        )
+    return sentences
+
+
+def _few_sentence(counts: Int[np.ndarray, "M"], measures: Sequence[str]) -> str:
+    n = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    return (
+        f"Only n = {n} queries stand behind {', '.join(measures)}: below {FEW} the order of systems is not "
+        "stable (Buckley and Voorhees 2000), whatever the intervals say."
+    )
+
+
+def _equal_sentence(measure: str, value: float, n: int) -> str:
+    """For 0 of n (or n of n) the bootstrap sees no spread, yet a rate up to about 3/n is compatible with it."""
+    return (
+        f"{measure} is {value:g} for each of {n} queries, so its interval is a point; by the rule of three up to "
+        f"{min(3 / n, 1):.1%} of other queries may still score otherwise."
+    )
+
+
+def _means(values: Float[np.ndarray, "Q M"]) -> Float64[np.ndarray, "M"]:
+    n = np.isfinite(values).sum(axis=0)
+    return np.where(n == 0, np.nan, np.nansum(values, axis=0, dtype=np.float64) / np.maximum(n, 1))
+
+
+def _widened_normal_quantile(n: Int[np.ndarray, "M"], confidence: float) -> Float32[np.ndarray, "M"]:
+    """Hesterberg's expanded level: the t quantile, times sqrt(n / (n - 1)), as a standard normal quantile."""
+    n = np.maximum(n, 2)
+    return (stats.t.ppf((1 + confidence) / 2, n - 1) * np.sqrt(n / (n - 1))).astype(np.float32)
+
+
+def _packed(values: Float[np.ndarray, "Q M"], counts: Bool[np.ndarray, "Q M"]) -> Float32[np.ndarray, "R C"]:
+    """Each column's values that count, moved to the front and followed by zeros, in a shape of few sizes."""
+    q, m = values.shape
+    columns = np.zeros((_power_of_two(max(q, _WORD)), _power_of_two(max(m, _COLUMNS))), np.float32)
+    for i in range(m):
+        kept = values[counts[:, i], i]
+        columns[: len(kept), i] = kept
+    return columns
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _padded(values: np.ndarray, length: int) -> np.ndarray:
+    """Padding columns hold two equal values, so that nothing divides by zero."""
+    return np.concatenate([values, np.full(length - len(values), 2, values.dtype)])
+
+
+@partial(jax.jit, static_argnames="resamples")
+def _bootstrap(
+    deviations: Float32[Array, "Q M"],
+    counts: Int32[Array, "M"],
+    normal: Float32[Array, "M"],
+    key: Key[Array, ""],
+    resamples: int,
+) -> Float32[Array, "M 2"]:
+    """BCa intervals around the mean, from deviations of which the first counts[m] of column m count."""
+
+    def resampled_mean(uniform: Float32[Array, "Q"], column: Float32[Array, "Q"], n: Int32[Array, ""]):
+        drawn = jnp.minimum((uniform * n).astype(jnp.int32), n - 1)
+        counted = jnp.where(jnp.arange(len(column)) < n, column[drawn], 0.0)
+        return counted.sum() / jnp.maximum(n, 1)
+
+    def resample(b: Int[Array, ""]) -> Float32[Array, "M"]:
+        uniform = jax.random.uniform(jax.random.fold_in(key, b), len(deviations))
+        return jax.vmap(resampled_mean, (None, 1, 0))(uniform, deviations, counts)
+
+    means = jax.lax.map(resample, jnp.arange(resamples), batch_size=_block(deviations.size, resamples))
+    return jax.vmap(_bca, (1, 1, 0))(means, deviations, normal)
+
+
+def _bca(
+    means: Float32[Array, "B"], deviations: Float32[Array, "Q"], normal: Float32[Array, ""]
+) -> Float32[Array, "2"]:
+    """Quantiles of the resampled means, shifted for their bias and for the skew of the values (Efron 1987)."""
+    rounding = _ROUNDING * jnp.abs(means).max()
+    below = ((means < -rounding).mean() + (means <= rounding).mean()) / 2  # of the observed mean, here 0
+    bias = ndtri(jnp.clip(below, 1 / (len(means) + 1), len(means) / (len(means) + 1)))
+    squares = (deviations**2).sum()
+    skew = jnp.where(squares > 0, (deviations**3).sum() / (6 * jnp.maximum(squares, 1e-30) ** 1.5), 0.0)
+    shifted = bias + jnp.array([-1.0, 1.0]) * normal
+    return jnp.quantile(means, ndtr(bias + shifted / (1 - skew * shifted)))
+
+
+@partial(jax.jit, static_argnames="resamples")
+def _sign_flips(
+    differences: Float32[Array, "Q S"],
+    counts: Int32[Array, "S"],
+    exact: Bool[Array, "S"],
+    key: Key[Array, ""],
+    resamples: int,
+) -> Int32[Array, "S"]:
+    """How many of B random sign patterns (exact columns: of all patterns) give a sum as far from 0."""
+    sums = partial(jnp.einsum, "q,qs->s", precision=jax.lax.Precision.HIGHEST)
+    rounding = _ROUNDING * jnp.abs(differences).sum(axis=0)
+    reach = jnp.abs(differences.sum(axis=0)) - rounding
+    patterns = 1 << jnp.minimum(counts, 30)
+
+    def resample(b: Int32[Array, ""]) -> Bool[Array, "S"]:
+        words = jax.random.bits(jax.random.fold_in(key, b), len(differences) // _WORD)
+        drawn = sums(_signs(words), differences)
+        counted = sums(_signs(b.astype(jnp.uint32)[None]), differences[:_WORD])  # pattern b of all patterns
+        far = jnp.abs(jnp.where(exact, counted, drawn)) >= reach
+        return far & (~exact | (b < patterns))
+
+    return jax.lax.map(
+        resample, jnp.arange(resamples), batch_size=_block(len(differences) + counts.size, resamples)
+    ).sum(axis=0)
+
+
+def _signs(words: UInt32[Array, "W"]) -> Float32[Array, "Q"]:
+    """The bits of the words, lowest first, as +1 and -1; Q = 32 W."""
+    bits = words[:, None] >> jnp.arange(_WORD, dtype=jnp.uint32) & 1
+    return 1.0 - 2.0 * bits.ravel().astype(jnp.float32)
+
+
+def _block(elements: int, resamples: int) -> int:
+    """Resamples worked on at once, each with so many elements; it divides them if it can: less to compile."""
+    most = max(1, min(resamples, _ELEMENTS // elements))
+    return max((n for n in range(most // 2 + 1, most + 1) if resamples % n == 0), default=most)

@@ -1,0 +1,1 @@
+"""Reuse of keys and values between prompts: common prefixes, precomputed passages, CacheBlend."""

@@ -1,0 +1,1 @@
+"""Lexical search: analyzer, inverted index, BM25 and TF-IDF."""

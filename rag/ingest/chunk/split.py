@@ -1,0 +1,52 @@
+"""A document to chunks with any chunker, in bounded memory."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float32
+
+from rag.embed import Embedder
+from rag.ingest.chunk import Chunker
+from rag.ingest.chunk.tokens import Span, TokenSpans
+from rag.ingest.chunk.whole import WholeChunker
+from rag.types import Chunk, Document, chunk_at
+
+_BLOCK = 1 << 20  # characters divided at once: their tokens and pieces take some hundred times the memory
+_BLOCK_ENDS = ("\n\n", "\n", ". ", "。", " ")  # the first that is there
+
+
+def chunks_of(document: Document, chunker: Chunker, embedder: Embedder | TokenSpans) -> list[Chunk]:
+    """Return the chunks of a document in reading order; none when it has no text.
+
+    Tokens are those of `embedder`; its token_spans alone will do for a chunker that embeds nothing. A text of more
+    than 2^20 characters is divided block by block, none longer than that, so that memory stays bounded; but where
+    the chunker is a WholeChunker.
+    """
+    chunks: list[Chunk] = []
+    for begin, end in (
+        [(0, len(document.text))] if isinstance(chunker, WholeChunker) else _blocks(document.text)
+    ):
+        text = document.text[begin:end]
+        if isinstance(embedder, Embedder):
+            spans = chunker.split(text, embedder.token_spans, lambda texts: _encode(embedder, texts))
+        else:
+            spans = chunker.split(text, embedder)
+        chunks += [chunk_at(document, begin + start, begin + end) for start, end in spans]
+    return chunks
+
+
+def _blocks(text: str) -> Iterator[Span]:
+    """The text in stretches of at most _BLOCK characters, which end where a paragraph, a line or a word does."""
+    begin = 0
+    while len(text) - begin > _BLOCK:
+        middle, limit = begin + _BLOCK // 2, begin + _BLOCK
+        ends = (text.rfind(mark, middle, limit) + len(mark) for mark in _BLOCK_ENDS)
+        end = next((end for end in ends if end > middle), limit)
+        yield begin, end
+        begin = end
+    yield begin, len(text)
+
+
+def _encode(embedder: Embedder, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
+    """Vectors of pieces of one document; an embedder that learns from a corpus learns from these alone."""
+    return embedder.fit(texts).encode(texts)

@@ -1,0 +1,306 @@
+"""The Llama family of decoders: Llama 2-3.x, SmolLM2, and by two switches Qwen2 (QKV bias) and Qwen3 (QK norm).
+
+RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), grouped-query attention (Ainslie et al.
+2023), SwiGLU (Shazeer 2020). The modules are typed pytrees of weights under Hugging Face's names; the maths is
+in the functions below them, in reading order, and is jitted with the model as an argument.
+
+Letters: B batch, T query tokens, S key tokens (the cache's capacity), H query heads, K kv heads, D head dim,
+M width, F ffn, V vocab.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from rag import native
+from rag.models.checkpoint import multiply_natively, quantized
+from rag.ops.attention import attention
+from rag.ops.linear import linear
+from rag.ops.rope import rotate, rotations
+
+UNUSED_SLOT = (
+    0.0  # what slots of a cache hold before a token is written there; tests show that nobody reads it
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaConfig:
+    """A checkpoint's architecture, in Hugging Face's names; read from the checkpoint, never from YAML."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_factors: tuple[float, ...] | None = None  # what the D/2 rotary frequencies are divided by
+    tie_word_embeddings: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+class Linear(nnx.Module):
+    """weight [out, in], perhaps a bias [out], and a scale [out] once the weight is int8."""
+
+    def __init__(self, size_in: int, size_out: int, rngs: nnx.Rngs, bias: bool = False):
+        self.weight = nnx.Param(size_in**-0.5 * jax.random.normal(rngs(), (size_out, size_in)))
+        self.bias = nnx.Param(jnp.zeros(size_out)) if bias else None
+        self.scale = nnx.data(None)
+        self.native = False  # whether rag.native multiplies
+
+    def __call__(self, x: Float[Array, "*batch M"]) -> Float[Array, "*batch N"]:
+        bias, scale = (p and p[...] for p in (self.bias, self.scale))
+        return linear(x, self.weight[...], bias, scale, by_native=self.native)
+
+
+class RMSNorm(nnx.Module):
+    """weight [size]."""
+
+    def __init__(self, size: int, eps: float):
+        self.weight = nnx.Param(jnp.ones(size))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch M"]) -> Float[Array, "*batch M"]:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (normed * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+    """The projections of one attention layer."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        c, q_size = config, config.num_attention_heads * config.head_dim
+        kv_size = c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, q_size, rngs, c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv_size, rngs, c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv_size, rngs, c.qkv_bias)
+        self.o_proj = Linear(q_size, c.hidden_size, rngs)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+
+
+class MLP(nnx.Module):
+    """The SwiGLU block's projections."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, rngs)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, rngs)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, rngs)
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, rngs)
+
+
+class Embedding(nnx.Module):
+    """weight [vocab, width], and a scale [vocab] once the weight is int8."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.weight = nnx.Param(jax.random.normal(rngs(), (config.vocab_size, config.hidden_size)))
+        self.scale = nnx.data(None)
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
+        rows = self.weight[...][tokens]
+        return rows if self.scale is None else rows * self.scale[...][tokens][..., None]
+
+
+class Llama(nnx.Module):
+    """The weights of a decoder."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedding(config, rngs)
+        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, rngs)
+        self.native = False  # whether tokens go through rag.native
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@dataclass(frozen=True)
+class KVCache:
+    """Keys (rotated) and values of every layer, each [B, K, S, D]; slot s of a row holds its token at position s."""
+
+    keys: tuple[Float[Array, "B K S D"], ...]
+    values: tuple[Float[Array, "B K S D"], ...]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
+
+    def resized(self, capacity: int) -> "KVCache":
+        """The first `capacity` slots of every row, unused ones behind those that there are."""
+        kept = min(capacity, self.capacity)
+        room = [(0, 0), (0, 0), (0, capacity - kept), (0, 0)]
+        return jax.tree.map(lambda a: jnp.pad(a[:, :, :kept], room, constant_values=UNUSED_SLOT), self)
+
+
+def forward(
+    model: Llama, tokens: Int[Array, "B T"], positions: Int[Array, "B *at"], cache: KVCache | None = None
+) -> tuple[Float[Array, "B T M"], KVCache]:
+    """Hidden states after the last norm, and the cache with these tokens' keys and values written to it.
+
+    `positions` are [B], of consecutive tokens from there on, or [B, T], of tokens anywhere in ascending order: each
+    is written to the slot of its position and sees the slots up to it. Without a cache positions must be zeros
+    [B], and the cache that is returned holds T tokens. Rows padded on the right are safe: attention is causal, so
+    no token sees the padding after it, and what the padding wrote lies at positions that are overwritten first.
+    """
+    with jax.named_scope("embed"):
+        x = model.embed_tokens(tokens)
+    x, cache = run_layers(model, slice(None), x, positions, cache)
+    return model.norm(x), cache
+
+
+def run_layers(
+    model: Llama,
+    some: slice,
+    x: Float[Array, "B T M"],
+    positions: Int[Array, "B *at"],
+    cache: KVCache | None = None,
+) -> tuple[Float[Array, "B T M"], KVCache]:
+    """`forward` through some of the layers: the residual stream behind them, and the cache of these layers alone."""
+    c, layers = model.config, list(model.layers)[some]
+    each = positions if positions.ndim == 2 else positions[:, None] + jnp.arange(x.shape[1])
+    rotary = rotary_of(c, each)
+    if layers and model.native and native.supports_prefill(each.size):
+        return _through_native(layers, c, x, each, rotary, cache)
+    keys, values = [], []
+    for i, layer in enumerate(layers, some.start or 0):
+        cached = None if cache is None else (cache.keys[len(keys)], cache.values[len(keys)])
+        with jax.named_scope(f"layer_{i}"):
+            x, (k, v) = _layer(layer, c, x, rotary, positions, cached)
+        keys.append(k.astype(cache_dtype(model)))
+        values.append(v.astype(cache_dtype(model)))
+    return x, KVCache(tuple(keys), tuple(values))
+
+
+def rotary_of(c: LlamaConfig, positions: Int[Array, "B T"]) -> Float[Array, "2 B T R"]:
+    """What rag.ops.rope.rotate turns the heads of tokens at these positions by."""
+    return rotations(positions, c.head_dim, c.rope_theta, c.rope_factors)
+
+
+def layer_keys_values(
+    model: Llama, i: int, x: Float[Array, "B T M"]
+) -> tuple[Float[Array, "B K T D"], Float[Array, "B K T D"]]:
+    """What layer i keeps of tokens 0 to T - 1, of which `x` is the residual stream in front of it."""
+    c, layer = model.config, model.layers[i]
+    rotary = rotary_of(c, jnp.arange(x.shape[1])[None])
+    return _keys_values(layer.self_attn, c, layer.input_layernorm(x), rotary)
+
+
+def cache_dtype(model: Llama) -> np.dtype:
+    """Of keys and values that are kept: the weights', or float16 for rag.native, which reads them from memory."""
+    return np.dtype(native.CACHE_DTYPE) if model.native else model.norm.weight[...].dtype
+
+
+def _layer(layer: Layer, c: LlamaConfig, x, rotary, positions, cached):
+    """The residual stream behind the layer, and its keys and values with these tokens' written."""
+    attended, written = _attend(layer.self_attn, c, layer.input_layernorm(x), rotary, positions, cached)
+    x = x + attended
+    return x + _mlp(layer.mlp, layer.post_attention_layernorm(x)), written
+
+
+def _through_native(
+    layers: list[Layer], c: LlamaConfig, x, positions, rotary, cache: KVCache | None
+) -> tuple[Array, KVCache]:
+    if cache is None:
+        shape = (len(x), c.num_key_value_heads, x.shape[1], c.head_dim)
+        empty = jnp.full(shape, UNUSED_SLOT, native.CACHE_DTYPE)
+        cache = KVCache((empty,) * len(layers), (empty,) * len(layers))
+    weights = []
+    for layer in layers:
+        a, m = layer.self_attn, layer.mlp
+        projections = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
+        norms = layer.input_layernorm.weight[...], layer.post_attention_layernorm.weight[...]
+        weights.append(native.DecoderLayer(norms, [(p.weight[...], p.scale[...]) for p in projections]))
+    x, keys, values = native.decoder(x, positions, rotary, weights, cache.keys, cache.values, c.rms_norm_eps)
+    return x, KVCache(keys, values)
+
+
+def use_native(model: Llama) -> None:
+    """Let rag.native read, if it reads models of this kind and can be had here."""
+    c = model.config
+    plain = model.embed_tokens.scale is not None and not c.qkv_bias and not c.qk_norm
+    model.native = plain and c.head_dim <= native.MOST_DIM and native.available()
+    multiply_natively(model)
+
+
+def logits(model: Llama, hidden: Float[Array, "B M"]) -> Float[Array, "B V"]:
+    """Next-token logits, float32, of hidden states that `forward` gave."""
+    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    scale = None if head.scale is None else head.scale[...]
+    with jax.named_scope("lm_head"):
+        by_native = model.native and native.supports_prefill(len(hidden))
+        return linear(hidden.astype(jnp.float32), head.weight[...], scale=scale, by_native=by_native)
+
+
+def _attend(layer: SelfAttention, c: LlamaConfig, x, rotary, positions, cached):
+    with jax.named_scope("attention"):
+        q = _heads(layer.q_proj(x), c.num_attention_heads)
+        q = rotate(q if layer.q_norm is None else layer.q_norm(q), rotary)
+        k, v = _keys_values(layer, c, x, rotary)
+        if cached is None:
+            out = attention(q, k, v, causal=True)
+        else:
+            k, v = _write(cached[0], k, positions), _write(cached[1], v, positions)
+            places = {"q_offset" if positions.ndim == 1 else "q_positions": positions}
+            out = attention(q, k.astype(q.dtype), v.astype(q.dtype), causal=True, **places)
+        b, _, t, _ = out.shape
+        return layer.o_proj(out.transpose(0, 2, 1, 3).reshape(b, t, -1)), (k, v)
+
+
+def _keys_values(layer: SelfAttention, c: LlamaConfig, x, rotary) -> tuple[Array, Array]:
+    k = _heads(layer.k_proj(x), c.num_key_value_heads)
+    v = _heads(layer.v_proj(x), c.num_key_value_heads)
+    return rotate(k if layer.k_norm is None else layer.k_norm(k), rotary), v
+
+
+def _heads(x: Float[Array, "B T HD"], heads: int) -> Float[Array, "B H T D"]:
+    b, t, _ = x.shape
+    return x.reshape(b, t, heads, -1).transpose(0, 2, 1, 3)
+
+
+def _write(
+    cache: Float[Array, "B K S D"], new: Float[Array, "B K T D"], positions: Int[Array, "B *at"]
+) -> Float[Array, "B K S D"]:
+    """The cache with `new` at its positions; in place where the cache was donated."""
+    new = new.astype(cache.dtype)
+    if positions.ndim == 2:
+        return jax.vmap(lambda row, n, at: row.at[:, at].set(n))(cache, new, positions)
+    if cache.shape[0] == 1:  # one slice, where the vmapped form below is a scatter
+        return jax.lax.dynamic_update_slice(cache, new, (0, 0, positions[0], 0))
+    return jax.vmap(lambda row, n, at: jax.lax.dynamic_update_slice(row, n, (0, at, 0)))(
+        cache, new, positions
+    )
+
+
+def _mlp(layer: MLP, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+    with jax.named_scope("mlp"):
+        return layer.down_proj(jax.nn.silu(layer.gate_proj(x)) * layer.up_proj(x))
+
+
+def abstract(config: LlamaConfig, *, int8: bool = False) -> Llama:
+    """The model's shapes without its weights, for `checkpoint.fill`."""
+
+    def made() -> Llama:
+        model = Llama(config, nnx.Rngs(0))
+        return quantized(model) if int8 else model
+
+    return nnx.eval_shape(made)

@@ -1,0 +1,1 @@
+"""Tokenizers and chat templates, from Hugging Face folders and from GGUF metadata."""

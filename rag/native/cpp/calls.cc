@@ -1,0 +1,137 @@
+// What jax.ffi calls. rag/native/__init__.py builds this file, and says what every argument is.
+//
+// Letters: B batch, T tokens a row of it, R rows of a product, M width, H query heads, K kv heads, D head dim,
+// S slots of keys and values, N outputs.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "decoder.h"
+#include "flash.h"
+#include "products.h"
+#include "team.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+using F32 = ffi::Buffer<ffi::F32>;
+using S8 = ffi::Buffer<ffi::S8>;
+using F16 = ffi::Buffer<ffi::F16>;
+using S32 = ffi::Buffer<ffi::S32>;
+
+namespace rag {
+namespace {
+
+Weight WeightOf(const S8& values, const F32& scale) {
+  return {values.typed_data(), scale.typed_data(), values.dimensions()[0], values.dimensions()[1]};
+}
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kLayerArguments = 18;  // two norms, seven weights with their scales, keys and values
+
+ffi::Error Decoder(ffi::ThreadPool pool, int64_t threads, float eps, F32 x, S32 at, F32 cos, F32 sin,
+                   ffi::RemainingArgs arguments, ffi::ResultBuffer<ffi::F32> y, ffi::RemainingRets caches) {
+  Team team(pool, threads);
+  const auto f32 = [&](size_t i) { return *arguments.get<F32>(i); };
+  const auto weight = [&](size_t i) { return WeightOf(*arguments.get<S8>(i), *arguments.get<F32>(i + 1)); };
+  const auto cache = [&](size_t i) { return *caches.get<F16>(i); };
+  const auto shape = cache(0)->dimensions(), in = x.dimensions();
+  const Shape z{in[0], in[1], weight(1).outputs / shape[3], shape[1], shape[2], shape[3]};
+
+  std::vector<int32_t> past(at.typed_data(), at.typed_data() + z.rows());
+  for (int32_t& slot : past) {
+    if (slot < 0 || slot >= z.slots) return ffi::Error::InvalidArgument("a token's position is outside of the cache");
+    slot++;
+  }
+  std::copy(x.typed_data(), x.typed_data() + x.element_count(), y->typed_data());
+  static Scratch scratch;  // its turn is ours
+  scratch.Resize(z, in[2], weight(10).outputs, team.size());
+  for (size_t n = 0; n < arguments.size() / kLayerArguments; n++) {
+    const size_t i = n * kLayerArguments;
+    const Layer layer{f32(i).typed_data(),      weight(i + 1),  weight(i + 3),  weight(i + 5),
+                      weight(i + 7),            f32(i + 9).typed_data(), weight(i + 10), weight(i + 12),
+                      weight(i + 14),           cache(2 * n)->typed_data(), cache(2 * n + 1)->typed_data()};
+    Run(team, layer, z, eps, past.data(), cos.typed_data(), sin.typed_data(), y->typed_data(), scratch);
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error Attention(ffi::ThreadPool pool, int64_t threads, float scale, F32 q, F32 k, F32 v, S32 from, S32 to,
+                     S32 segments, S32 slot_segments, ffi::ResultBuffer<ffi::F32> out,
+                     ffi::ResultBuffer<ffi::F32> lse) {
+  Team team(pool, threads);
+  const auto queries = q.dimensions(), shape = k.dimensions();
+  const Shape z{queries[0], queries[2], queries[1], shape[1], shape[2], shape[3]};
+  Seen seen{from.typed_data(), to.typed_data()};
+  if (segments.element_count()) seen.segments = segments.typed_data(), seen.slot_segments = slot_segments.typed_data();
+  const auto index = [&](int64_t r, int64_t h) { return (r / z.tokens * z.heads + h) * z.tokens + r % z.tokens; };
+  const auto query = [&](int64_t r, int64_t h) { return q.typed_data() + index(r, h) * z.dim; };
+  const auto done = [&](int64_t r, int64_t h, const Attended& found) {
+    found.Write(z.dim, out->typed_data() + index(r, h) * z.dim);
+    lse->typed_data()[index(r, h)] = found.total == 0 ? -kInfinity : found.top + std::log(found.total);
+  };
+  AttendInBlocks(team, z, k.typed_data(), v.typed_data(), seen, scale, query, done);
+  return ffi::Error::Success();
+}
+
+ffi::Error Linear(ffi::ThreadPool pool, int64_t threads, F32 x, S8 values, F32 scale, ffi::ResultBuffer<ffi::F32> y) {
+  Team team(pool, threads);
+  const Weight weight = WeightOf(values, scale);
+  const int64_t rows = x.dimensions()[0];
+  static Input input;  // its turn is ours
+  input.Resize(rows, weight.width, x.typed_data());
+  EachRow(team, rows, [&](int64_t r) { input.Finish(r); });
+  team.Run([&](int i) { input.Multiply(weight, i, team.size(), y->typed_data()); });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace rag
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RagDecoder, rag::Decoder,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("threads")
+                                  .Attr<float>("eps")
+                                  .Arg<F32>()       // x [B, T, M]
+                                  .Arg<S32>()       // positions [B, T]
+                                  .Arg<F32>()       // cos [B, T, D/2]
+                                  .Arg<F32>()       // sin [B, T, D/2]
+                                  .RemainingArgs()  // kLayerArguments of each layer
+                                  .Ret<F32>()       // x [B, T, M]
+                                  .RemainingRets());  // keys and values of each layer, in the arguments' memory
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RagAttention, rag::Attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("threads")
+                                  .Attr<float>("scale")
+                                  .Arg<F32>()     // q [B, H, T, D]
+                                  .Arg<F32>()     // k [B, K, S, D]
+                                  .Arg<F32>()     // v [B, K, S, D]
+                                  .Arg<S32>()     // from [B, T]
+                                  .Arg<S32>()     // to [B, T]
+                                  .Arg<S32>()     // segments [B, T], or nothing
+                                  .Arg<S32>()     // of slots [B, S], or nothing
+                                  .Ret<F32>()     // [B, H, T, D]
+                                  .Ret<F32>());   // log-sum-exp [B, H, T]
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RagLinear, rag::Linear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("threads")
+                                  .Arg<F32>()     // x [R, M]
+                                  .Arg<S8>()      // values [N, M]
+                                  .Arg<F32>()     // scale [N]
+                                  .Ret<F32>());   // [R, N]
+
+// Whether several tokens cost hardly more than one: products then go through the matrix unit.
+extern "C" bool RagHasTiles() {
+#ifdef __AMX_INT8__
+  return rag::HasTiles();
+#else
+  return false;
+#endif
+}

@@ -1,0 +1,182 @@
+"""Methods that nest, over a small collection: arms, rerankers, transforms, and what is kept of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from rag.embed.bag_of_words import BagOfWords
+from rag.index.fusion import Convex, ReciprocalRank
+from rag.index.lexical.analyzer import Analyzer
+from rag.index.lexical.weighting import BM25Weights, TfIdfWeights
+from rag.index.memory import MemoryIndex
+from rag.retrieve import Retriever
+from rag.retrieve.collection import Collection
+from rag.retrieve.rerank import Reranker
+from rag.retrieve.search import Dense, Hybrid, Lexical, Reranked, Search, Transformed
+from rag.retrieve.transform import Transform
+from rag.runtime.memo import Memo
+from rag.types import Chunk, Document, Hit, UserError
+
+TEXTS = ["a seal eats fish", "a whale eats krill", "a gull nests on the cliff", "krill drift in swarms"]
+METHODS = {
+    "dense": Dense(),
+    "bm25": Lexical(),
+    "tfidf": Lexical(TfIdfWeights()),
+    "hybrid": Hybrid({"dense": Dense(), "lexical": Lexical()}),
+}
+
+
+def collection(texts: Sequence[str] = TEXTS, memo: Memo | None = None) -> Collection:
+    documents = [Document(f"d{i}", f"d{i}", text) for i, text in enumerate(texts)]
+    chunks = [Chunk(f"{d.id}:0-{len(d.text)}", d.id, d.path, 0, len(d.text), d.text) for d in documents]
+    embedder = BagOfWords().fit(list(texts))
+    return Collection(MemoryIndex(documents, chunks, embedder.encode), embedder, memo=memo)
+
+
+def names(hits: Sequence[Hit]) -> list[str]:
+    return [hit.chunk.document_id for hit in hits]
+
+
+@dataclass(frozen=True)
+class Backwards:
+    """A reranker that turns the order round."""
+
+    uses: ClassVar[tuple[str, ...]] = ()
+
+    def rerank(self, collection, questions, hits):
+        return [
+            [Hit(hit.chunk, float(-place)) for place, hit in enumerate(reversed(found))] for found in hits
+        ]
+
+
+@dataclass(frozen=True)
+class Wordings:
+    """A transform that always writes the same texts."""
+
+    texts: tuple[str, ...]
+    uses: ClassVar[tuple[str, ...]] = ("generator",)
+
+    def expand(self, collection, questions):
+        return [list(self.texts) for _ in questions]
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_method_finds_the_passage_first(method):
+    assert isinstance(method, Retriever)
+    found = collection().search(method, ["whale krill", "gull cliff"], 3)
+    assert [names(hits)[0] for hits in found] == ["d1", "d2"]
+    for hits in found:
+        assert len(hits) <= 3
+        scores = [hit.score for hit in hits]
+        assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize(
+    "question", ["", "the a of", "🦭 ŧ \u0000", "krill " * 200_000, "what is a neutrino"]
+)
+def test_odd_questions_are_searched_like_any_other(method, question):
+    [hits] = collection().search(method, [question], 100)
+    assert len(hits) <= len(TEXTS)
+    assert all(np.isfinite(hit.score) for hit in hits)
+
+
+def test_no_questions_find_nothing():
+    assert collection().search(METHODS["hybrid"], [], 3) == []
+
+
+def test_a_hybrid_is_the_fusion_of_its_arms():
+    c, questions = collection(), ["krill eats", "fish on the cliff"]
+    arms = {"dense": Dense(), "lexical": Lexical()}
+    for fusion in (ReciprocalRank(), Convex("min_max"), Convex("theoretical_min_max"), Convex("dbsf")):
+        found = c.search(Hybrid(arms, fusion), questions, 4)
+        for question, hits in zip(questions, found, strict=True):
+            rankings = [
+                [(c.row(hit.chunk), hit.score) for hit in c.search(arm, [question], 100)[0]]
+                for arm in arms.values()
+            ]
+            wanted = fusion.fuse(rankings, [-1.0, 0.0])
+            assert [(c.row(hit.chunk), hit.score) for hit in hits] == wanted[:4]
+
+
+def test_the_arms_of_a_hybrid_stand_in_the_order_of_their_names():
+    forth = Hybrid({"a": Dense(), "b": Lexical()}, ReciprocalRank(weights=(1.0, 0.0)))
+    back = Hybrid({"b": Lexical(), "a": Dense()}, ReciprocalRank(weights=(1.0, 0.0)))
+    assert list(back.arms) == ["a", "b"]
+    assert collection().meaning(forth) == collection().meaning(back)
+    assert names(collection().search(back, ["whale eats krill"], 4)[0]) == names(
+        collection().search(Dense(), ["whale eats krill"], 4)[0]
+    )
+
+
+def test_a_reranker_orders_the_best_and_the_rest_follows():
+    assert isinstance(Backwards(), Reranker)
+    c = collection()
+    plain = names(c.search(Dense(), ["whale eats krill"], 4)[0])
+    [hits] = c.search(Reranked(Dense(), Backwards(), depth=2), ["whale eats krill"], 4)
+    assert names(hits) == [plain[1], plain[0], *plain[2:]]
+    scores = [hit.score for hit in hits]
+    assert scores == sorted(scores, reverse=True)
+    assert max(scores[2:]) < min(scores[:2])
+
+
+def test_a_transforms_texts_are_searched_and_fused():
+    assert isinstance(Wordings(("krill",)), Transform)
+    c = collection()
+    [alone] = c.search(Transformed(Lexical(), Wordings(("seal fish",))), ["ignored"], 4)
+    assert alone == c.search(Lexical(), ["seal fish"], 4)[0]
+    [both] = c.search(Transformed(Lexical(), Wordings(("seal", "cliff"))), ["ignored"], 4)
+    assert set(names(both)) == {"d0", "d2"}
+
+
+def test_what_was_searched_is_not_searched_again(tmp_path, monkeypatch):
+    questions = ["whale krill", "gull cliff"]
+    first = collection(memo=Memo(tmp_path)).search(METHODS["hybrid"], questions, 3)
+
+    def fail(*_):
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr(Dense, "search", fail)
+    monkeypatch.setattr(Lexical, "search", fail)
+    assert collection(memo=Memo(tmp_path)).search(METHODS["hybrid"], questions, 3) == first
+    arm = collection(memo=Memo(tmp_path)).search(Dense(), questions, 100)  # as the hybrid asked for it
+    assert [names(hits)[0] for hits in arm] == ["d1", "d2"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Lexical(BM25Weights(k1=0.9)),
+        Lexical(analyzer=Analyzer(stop_words=None)),
+        Lexical(TfIdfWeights()),
+        Dense(),
+    ],
+)
+def test_another_setting_is_another_meaning(other):
+    assert collection().meaning(Lexical()) != collection().meaning(other)
+
+
+def test_other_passages_and_models_are_another_meaning():
+    assert collection().meaning(Lexical()) != collection(TEXTS[:3]).meaning(Lexical())
+    assert collection().meaning(Lexical(), passages=False) == collection(TEXTS[:3]).meaning(Lexical(), False)
+    other = collection()
+    other.embedder.fingerprint = "another"
+    assert other.meaning(Dense()) != collection().meaning(Dense())
+    assert other.meaning(Lexical()) == collection().meaning(Lexical())  # which embeds nothing
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Hybrid({"dense": Dense()}), "two or more"),
+        (lambda: Hybrid({"a": Dense(), "b": Dense()}, depth=0), "depth"),
+        (lambda: Reranked(Dense(), Backwards(), 0), "depth"),
+        (lambda: Search(collection(), Dense(), 0), "k=0"),
+    ],
+)
+def test_what_cannot_be_is_told(make, says):
+    with pytest.raises(UserError, match=says):
+        make()
