@@ -149,9 +149,9 @@ def with_shares(rows: Sequence[Row], roofs: Mapping[str, float]) -> list[Row]:
     return [
         replace(
             row,
-            ours=_shared(row.case, row.ours, measure_peaks),
+            ours=_shared(row.case, row.ours, roofs),
             peers={
-                peer: _shared(f"{row.case}, {peer}", figures, measure_peaks)
+                peer: _shared(f"{row.case}, {peer}", figures, roofs)
                 for peer, figures in row.peers.items()
             },
         )
@@ -165,9 +165,9 @@ def _shared(case: str, figures: Mapping[str, Figure], roofs: Mapping[str, float]
         out[name] = value
         reads = name == READ_RATE
         roof_name = (
-            _read_peak(_median(figures[WORKING_SET]), measure_peaks) if reads else _OF_RATE.get(name, "")
+            _read_peak(_median(figures[WORKING_SET]), roofs) if reads else _OF_RATE.get(name, "")
         )
-        if (roof := measure_peaks.get(roof_name)) is None:
+        if (roof := roofs.get(roof_name)) is None:
             continue
         share = 100 * _median(value) * 1e9 / roof
         if share > MOST_PERCENT:
@@ -181,7 +181,7 @@ def _shared(case: str, figures: Mapping[str, Figure], roofs: Mapping[str, float]
 
 def _read_peak(megabytes: float, roofs: Mapping[str, float]) -> str:
     """The name of the roof over reading a set of that size again and again; "" for none."""
-    smaller = [size for size in READ_BYTES if size <= megabytes * 1e6 and _read_name(size) in measure_peaks]
+    smaller = [size for size in READ_BYTES if size <= megabytes * 1e6 and _read_name(size) in roofs]
     return _read_name(max(smaller)) if smaller else ""
 
 

@@ -333,7 +333,7 @@ class Experiment:
         threshold = Search(collection, self.method).score_threshold
         return list(
             ablation.answer_all(
-                collection, self.dataset, everything, threshold, reader, self.closed_book, self.reading
+                collection, self.dataset, everything, threshold, reader, self.closed_book, self.ablation
             )
         )
 

@@ -129,9 +129,9 @@ def _read(place: Path) -> Run | Failure:
         statistics=metrics.statistics.model_dump(),
         warnings=tuple(metrics.warnings),
         per_query=_per_query(place / "per_query.jsonl"),
-        losses=_if_there(place / "losses.json", files.Losses),
+        losses=_if_there(place / "losses.json", files.ErrorBreakdown),
         tuning=_if_there(place / "tuning.json", files.TuningRecord),
-        ledger=_if_there(place / "costs.json", files.Ledger),
+        ledger=_if_there(place / "costs.json", files.Costs),
         settings=_settings(place / "config.yaml"),
     )
 

@@ -12,7 +12,7 @@ import scipy.stats
 from omegaconf import OmegaConf
 from readme import ROOT, TABLES, included
 
-from rag.bench import generate, page
+from rag.bench import generate, page, peak_throughput
 from rag.bench.evaluation import EvaluationBenchmark
 from rag.bench.generate import GenerateBenchmark, work_of
 from rag.bench.growth import GrowthBenchmark, passages, power_law, series
@@ -42,9 +42,9 @@ class Fake:
 
 @pytest.fixture
 def small_roofs(monkeypatch):
-    monkeypatch.setattr(roofs, "GEMM_SIZES", (64,))
-    monkeypatch.setattr(roofs, "READ_BYTES", (1 << 18,))
-    monkeypatch.setattr(roofs, "SECONDS", 0.0)
+    monkeypatch.setattr(peak_throughput, "GEMM_SIZES", (64,))
+    monkeypatch.setattr(peak_throughput, "READ_BYTES", (1 << 18,))
+    monkeypatch.setattr(peak_throughput, "SECONDS", 0.0)
 
 
 @pytest.fixture

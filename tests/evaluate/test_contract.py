@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import bench
-import certify
 import eval as eval_script
 import generate
 import ingest
 import pytest
+import sensitivity
 import yaml
 from hydra import compose, initialize_config_dir
 from launch import CONF, quote_overrides
@@ -292,7 +292,7 @@ def test_the_files_of_a_tuned_evaluation(home, run):
 def test_the_certificate(home, run):
     few = ("answers=1", "answer_batches=[2]", "answer_dtypes=[bfloat16]", "vector_dtypes=[float16]")
     options = (*(f"certificate.{one}" for one in few), "answer.max_new_tokens=2")
-    run(certify, "", f"dataset.path={home / 'beir'}", *options)
+    run(sensitivity, "", f"dataset.path={home / 'beir'}", *options)
     found = strict((home / "sensitivity.json").read_text())
     assert misfit(found, CERTIFICATE) == ""
     assert found["lists"] and found["answers"]

@@ -4,9 +4,9 @@ import json
 import math
 from dataclasses import replace
 
-import certify as script
 import numpy as np
 import pytest
+import sensitivity as script
 from hydra import compose, initialize_config_dir
 from launch import CONF, quote_overrides
 from settings import build
@@ -448,7 +448,7 @@ def test_the_script_prints_tables_and_writes_the_certificate(decoder, folder, mo
            "sensitivity.answer_budgets=1")  # fmt: skip
     model = ("embedder=bag_of_words", f"generator.weights={decoder}", "answer.max_new_tokens=4")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("certify", quote_overrides([f"dataset.path={folder}", *model, *few]))
+        config = compose("sensitivity", quote_overrides([f"dataset.path={folder}", *model, *few]))
     script.main(config)
     out = capsys.readouterr().out
     record = strict((folder / "sensitivity.json").read_text())
@@ -480,14 +480,14 @@ def test_the_script_prints_tables_and_writes_the_certificate(decoder, folder, mo
 )
 def test_settings_of_the_wrong_type_are_named(wrong):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("certify", ["dataset=sample", f"certificate.{wrong}"])
+        config = compose("sensitivity", ["dataset=sample", f"sensitivity.{wrong}"])
     with pytest.raises(UserError, match=f"certificate.{wrong.partition('=')[0]}"):
         build(config.sensitivity)
 
 
 def test_the_makers_follow_what_a_target_takes():
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("certify", ["dataset=sample", "generator=ollama"])
+        config = compose("sensitivity", ["dataset=sample", "generator=ollama"])
     assert script.takes(config.embedder, "tokens_per_batch")
     assert not script.takes(config.generator, "dtype")
 

@@ -209,7 +209,7 @@ def test_what_is_kept_is_not_computed_again(loaded, reader, monkeypatch):
     def computed(*_):
         raise AssertionError("a passage that is kept is computed again")
 
-    monkeypatch.setattr(chunk_kv, "read", computed)
+    monkeypatch.setattr(chunk_kv, "prefill_passages", computed)
     assert ours.fill(chats).computed == 0
     assert len(ours.start(chats[1], 4)[0]) > 40
     with pytest.raises(AssertionError):
@@ -355,6 +355,6 @@ def test_nobody_reads_slots_that_hold_no_token(generator, options, dtype, monkey
         return "".join(piece for piece in made.stream(chat, max_new_tokens=12) if isinstance(piece, str))
 
     clean = answer()
-    monkeypatch.setattr(llama, "UNUSED", 1e4)
+    monkeypatch.setattr(llama, "UNUSED_SLOT", 1e4)
     assert answer() == clean
     jax.clear_caches()

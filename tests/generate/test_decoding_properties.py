@@ -213,7 +213,7 @@ def poisoned(request):
     ):  # it does all; without tiles XLA prefills, and reads all slots
         case = replace(case, poison=float("nan"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama, "UNUSED", case.poison)
+        patch.setattr(llama, "UNUSED_SLOT", case.poison)
         jax.clear_caches()
         yield case
     jax.clear_caches()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rag.ingest import chunk as chunk_module
+from rag.ingest.chunk import split as split_module
 from rag.ingest.chunk.fixed import FixedChunker
 from rag.ingest.chunk.markdown import MarkdownChunker
 from rag.ingest.chunk.recursive import RecursiveChunker
@@ -298,7 +298,7 @@ def test_a_chunker_keeps_a_tokenizer_without_tokens_whole():
 def test_a_text_longer_than_a_block_is_divided_as_others_are(tokeniser, text, block):
     document = Document("d", "d", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunk_module, "_BLOCK", block)
+        patch.setattr(split_module, "_BLOCK", block)
         made = chunks_of(document, SentenceChunker(6, 2), tokeniser)
         whole = chunks_of(document, WholeChunker(), tokeniser)
     assert all(c.text == text[c.start : c.end] and 0 < len(c.text) <= block for c in made)
@@ -311,7 +311,7 @@ def test_a_text_longer_than_a_block_is_divided_as_others_are(tokeniser, text, bl
 
 
 def test_a_block_ends_where_a_paragraph_a_line_or_a_word_does(monkeypatch):
-    monkeypatch.setattr(chunk_module, "_BLOCK", 20)
+    monkeypatch.setattr(split_module, "_BLOCK", 20)
     texts = ["one two three\n\nfour five six", "one two three\nfour five six", "one two threefour five six"]
     ends = [chunks_of(Document("d", "d", text), FixedChunker(50), words)[0].text for text in texts]
     assert ends == ["one two three", "one two three", "one two threefour"]

@@ -109,7 +109,7 @@ def test_prefill_tells_its_size_first_and_asks_above_a_limit(run, tmp_path, caps
         "chunker.size=16",
         "chunker.overlap=0",
     )
-    monkeypatch.setattr(chunk_kv, "read", computed)
+    monkeypatch.setattr(chunk_kv, "prefill_passages", computed)
     ask = ("index.path=index", "generator.weights=decoder", "generator.dtype=float32")
     with pytest.raises(UserError, match=r"GB, more than limit_gb=1e-05: add force=true .*int8"):
         run(prefill, *ask, "limit_gb=1e-5")

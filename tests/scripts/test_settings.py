@@ -387,7 +387,7 @@ import collections.abc, decimal, enum, typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Optional, Protocol, TypeVar
-from rag.embed.bert import Embedder
+from rag.embed import Embedder
 from rag.runtime.options import check_fields
 from tests.scripts.test_settings import Options
 if TYPE_CHECKING:

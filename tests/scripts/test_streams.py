@@ -217,7 +217,7 @@ SCRIPTS = {
     "session": ASK,
     "eval": f"dataset.path=$H/beir {WORDS}",
     "report": "runs=$H/results output=$H/page",
-    "certify": f"dataset.path=$H/beir {WORDS} sensitivity.answers=0 sensitivity.vector_dtypes=[float16]",
+    "sensitivity": f"dataset.path=$H/beir {WORDS} sensitivity.answers=0 sensitivity.vector_dtypes=[float16]",
     "prefill": "index.path=$H/index generator.weights=$H/decoder",
     "bench": "bench=nothing",
 }

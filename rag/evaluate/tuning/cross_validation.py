@@ -142,7 +142,7 @@ class Tuned:
     family: str
     measure: str
     folds: tuple[Fold, ...]
-    nested_cross_validation: float  # mean of the out-of-fold run over the judged queries
+    nested: float  # mean of the out-of-fold run over the judged queries
     naive: float  # mean of the best point on all queries, over the same queries
     naive_parameters: Point
     run: dict[str, dict[str, float]] = field(repr=False)  # out of fold: query -> document -> score
