@@ -1,5 +1,5 @@
 # make demo   from a bare clone to a cited answer: .venv, the default weights, an index of data/sample, a question
-# make test   the same set-up, then the whole test suite        make lint   ruff and the import layers
+# make test   the same set-up, then the whole test suite        make lint   ruff, import layers, types
 # PYTHON=/path/to/python3.12 chooses the interpreter, QUESTION='...' the demo's question.
 
 .PHONY: demo test lint setup bench-setup clean
@@ -27,6 +27,7 @@ lint: .venv/.installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	.venv/bin/lint-imports
+	.venv/bin/mypy
 
 setup: .venv/.installed-dev
 

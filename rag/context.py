@@ -1,4 +1,4 @@
-"""Hits to a Context: what the reader model is shown, within its token budget, numbered for citation."""
+"""Build the context of a prompt: the passages of the hits, within a token budget, numbered for citation."""
 
 import re
 from bisect import bisect_left, bisect_right
@@ -18,34 +18,35 @@ Expand = Literal["none", "neighbours", "section", "parent"]
 CountTokens = Callable[[str], int]
 Render = Callable[
     [Source], str
-]  # a passage as the prompt shows it, so that markers and paths are counted too
+]  # a passage as it is in the prompt, so that numbers and paths are counted too
+DocumentText = Callable[[str], str]  # the text of a document, by its id
 
-_SIGNS_PER_TOKEN = (
-    16  # more than texts have: farther than this times the tokens allowed, nothing is looked at
+_CHARS_PER_TOKEN = (
+    16  # more than texts have: text farther away than this times the tokens allowed is not looked at
 )
 _CITATION = re.compile(r"\[\s*(\d{1,4}(?:\s*[,;]\s*\d{1,4})*)\s*\]")
 
 
 @dataclass(frozen=True)
 class ContextOptions:
-    """How passages are chosen and laid out.
+    """How passages are chosen and ordered.
 
-    Orders: "score" best first; "reverse" best last, beside the question; "document" as they stand in their
-    documents, the document with the best passage first; "sides" the best at both ends and the weakest in the
-    middle, where long contexts are read least (Liu et al., "Lost in the Middle", 2023).
+    `order`: "score" is best first; "reverse" best last, beside the question; "document" as in their documents, the
+    document with the best passage first; "sides" the best at both ends and the weakest in the middle, which models use
+    least in a long context (Liu et al., "Lost in the Middle", 2023).
 
-    Expand, so that small chunks are found and larger passages are read: "neighbours" widens each hit by `expand_by`
-    sentences on both sides, "section" to its section (from heading to heading), "parent" to its whole document;
-    but never beyond `expand_tokens`, which are filled evenly from the hit to both sides.
+    `expand`, to search in small chunks and to show larger passages: "neighbours" widens each hit by `expand_by`
+    sentences on both sides, "section" to its section (from heading to heading), "parent" to its whole document; but
+    never beyond `expand_tokens`, taken evenly from both sides of the hit.
     """
 
     max_tokens: Count = 1024  # of the rendered passages, by the generator's tokenizer
     order: Order = "score"
-    # hits below it are not relevant; its scale is the retriever's, and "auto" is for the pipeline to fill in from there
+    # Hits below it are not relevant. Its scale is the retriever's; the pipeline replaces "auto" by the embedder's.
     min_score: float | Literal["auto"] | None = None
     merge: bool = True  # overlapping or adjoining chunks of a document become one passage
     expand: Expand = "none"
-    # sentences on either side, for "neighbours"; where a chunk cuts one, its rest is the first
+    # sentences on each side, for "neighbours"; where a chunk cuts a sentence, its rest is the first
     expand_by: Count = 2
     expand_tokens: Count = 256  # of a widened passage as rendered, by the generator's tokenizer
 
@@ -54,26 +55,32 @@ class ContextOptions:
 
 
 def text_of(source: Source) -> str:
-    """The passage alone, where no template decides how it is shown."""
+    """Return the passage alone: the default where there is no prompt template."""
     return source.text
 
 
 def build_context(
     hits: Sequence[Hit],
-    documents_text: Callable[[str], str] | None,
+    documents_text: DocumentText | None,
     options: ContextOptions,
     count_tokens: CountTokens,
     render: Render = text_of,
 ) -> Context:
     """Return the passages to show for `hits`; an empty context means that nothing relevant was found.
 
-    Hits below `min_score` (and NaN with it) and repeated texts go. From the best on, each hit is taken if the
-    passages still fit `max_tokens` with it, merged with its neighbours; the best alone is cut at the end of a
-    sentence or word when it is too long, and the others are left out and counted in `Context.dropped`.
-    `documents_text` gives a document's text by its id; with it chunks are also joined across the white space
-    between them, without it only where they overlap or touch. Ties keep the order of `hits`. With
-    `options.expand`, which needs `documents_text`, a hit is widened first, and where the wide passage does not fit
-    beside the better ones, the hit itself is tried.
+    Hits below `min_score` (and NaN) and repeated texts are left out. Then, best first, each hit is taken if the
+    passages still fit `max_tokens` with it, merged with its neighbours. A hit that does not fit is left out and counted
+    in `Context.dropped`; only the best hit is truncated instead, at the end of a sentence or word. Ties keep the order
+    of `hits`. With `options.expand` a hit is widened first, and where the wide passage does not fit beside the better
+    ones, the hit itself is tried.
+
+    Args:
+        hits: in any order.
+        documents_text: with it, chunks are also merged across the white space between them; without it only where they
+            overlap or touch. `options.expand` needs it.
+        options: how passages are chosen and ordered.
+        count_tokens: of the generator's tokenizer.
+        render: a passage as it is in the prompt.
     """
     count_tokens, documents_text = cache(count_tokens), documents_text and cache(documents_text)
     ranked = sorted(hits, key=lambda hit: -hit.score)
@@ -93,19 +100,17 @@ def build_context(
         else:
             dropped += 1
             if not chosen and (cut := _cut(together[0], options.max_tokens, count_tokens, render)):
-                chosen.append(Hit(replace(hit.chunk, end=cut.end, text=cut.text), hit.score))
+                chosen.append(replace(hit, chunk=replace(hit.chunk, end=cut.end, text=cut.text)))
     sources = _numbered(join(chosen, documents_text), options.order)
     context = Context(sources, _total(sources, count_tokens, render), dropped)
-    return trim(
-        context, options.max_tokens, count_tokens, render
-    )  # renumbered passages may be a token longer
+    return trim(context, options.max_tokens, count_tokens, render)  # a new number may be a token longer
 
 
 def trim(context: Context, max_tokens: int, count_tokens: CountTokens, render: Render = text_of) -> Context:
-    """Return `context` within `max_tokens`: the least relevant passages go, and the last one left is cut.
+    """Return `context` within `max_tokens`: without its least relevant passages, the last one left truncated.
 
-    What is left keeps its order and is numbered anew from 1; `dropped` grows by what went or was cut. With
-    `max_tokens` below one word the result is empty. A context that fits is returned as it is.
+    The passages that are left keep their order and are numbered again from 1; `dropped` grows by those that were left
+    out or truncated. With `max_tokens` below one word the result is empty. A context that fits is returned unchanged.
     """
     sources, dropped, tokens = context.sources, context.dropped, _total(context.sources, count_tokens, render)
     while sources and tokens > max_tokens:
@@ -123,7 +128,7 @@ def trim(context: Context, max_tokens: int, count_tokens: CountTokens, render: R
 def cited(answer: str, context: Context) -> tuple[int, ...]:
     """Return the numbers cited in `answer` as [1], [1][2] or [1, 3], each once, in order of first mention.
 
-    Numbers that no source of `context` bears are left out.
+    Numbers that no source of `context` has are left out.
     """
     known = {source.n for source in context.sources}
     numbers = (int(number) for group in _CITATION.findall(answer) for number in re.findall(r"\d+", group))
@@ -131,7 +136,7 @@ def cited(answer: str, context: Context) -> tuple[int, ...]:
 
 
 def _distinct(hits: Iterable[Hit]) -> list[Hit]:
-    """The hits without those whose text came before."""
+    """Return the hits without those whose text was there before."""
     first: dict[str, Hit] = {}
     for hit in hits:
         first.setdefault(hit.chunk.text, hit)
@@ -140,12 +145,12 @@ def _distinct(hits: Iterable[Hit]) -> list[Hit]:
 
 def _widened(
     hits: Sequence[Hit],
-    documents_text: Callable[[str], str] | None,
+    documents_text: DocumentText | None,
     options: ContextOptions,
     count_tokens: CountTokens,
     render: Render,
 ) -> Iterable[tuple[Hit, Hit]]:
-    """Each hit and what it becomes, without those that become the same text as a better one."""
+    """Return each hit and the widened hit, without those that become the same text as a better one."""
     if options.expand == "none":
         return [(hit, hit) for hit in hits]
     if documents_text is None:
@@ -158,8 +163,8 @@ def _widened(
     found: dict[str, tuple[Hit, Hit]] = {}
     for hit in hits:
         text = documents_text(hit.chunk.document_id)
-        room = _around(hit.chunk, sections_of(text)) if options.expand == "section" else (0, len(text))
-        sides = _sides(hit.chunk, text, room, limit * _SIGNS_PER_TOKEN)
+        bounds = _around(hit.chunk, sections_of(text)) if options.expand == "section" else (0, len(text))
+        sides = _sides(hit.chunk, text, bounds, limit * _CHARS_PER_TOKEN)
         most = options.expand_by if options.expand == "neighbours" else max(map(len, sides))
         wide = _widest(hit, text, sides, most, fits)
         found.setdefault(wide.chunk.text, (hit, wide))
@@ -167,45 +172,45 @@ def _widened(
 
 
 def _around(chunk: Chunk, spans: Sequence[Span]) -> Span:
-    """From the start of the span that a chunk begins in to the end of the one that it ends in."""
+    """Return the start of the span that a chunk begins in, and the end of the one that it ends in."""
     first = max(0, bisect_right(spans, chunk.start, key=lambda span: span[0]) - 1)
     last = min(len(spans) - 1, bisect_left(spans, chunk.end, key=lambda span: span[1]))
     return spans[first][0], spans[last][1]
 
 
-def _sides(chunk: Chunk, text: str, room: Span, reach: int) -> tuple[list[int], list[int]]:
-    """Where the sentences before a chunk begin and those after it end, the nearest first, within `room`.
+def _sides(chunk: Chunk, text: str, bounds: Span, reach: int) -> tuple[list[int], list[int]]:
+    """Return where the sentences before a chunk begin and those after it end, the nearest first, within `bounds`.
 
-    What is more than `reach` characters away is not looked at, nor the sentence that is cut there.
+    Text more than `reach` characters away is not looked at, nor the sentence that is cut there.
     """
-    low, high = max(room[0], chunk.start - reach), min(room[1], chunk.end + reach)
+    low, high = max(bounds[0], chunk.start - reach), min(bounds[1], chunk.end + reach)
     spans = [(low + start, low + end) for start, end in sentences(text[low:high])]
-    before = [start for start, _ in spans[low > room[0] :] if start < chunk.start]
-    after = [end for _, end in spans[: len(spans) - (high < room[1])] if end > chunk.end]
+    before = [start for start, _ in spans[low > bounds[0] :] if start < chunk.start]
+    after = [end for _, end in spans[: len(spans) - (high < bounds[1])] if end > chunk.end]
     return before[::-1], after
 
 
 def _widest(
     hit: Hit, text: str, sides: tuple[list[int], list[int]], most: int, fits: Callable[[Hit], bool]
 ) -> Hit:
-    """The hit with as many sentences on each side, `most` or fewer, as fit."""
+    """Return the hit with as many sentences on each side, `most` or fewer, as fit."""
     starts, ends = [hit.chunk.start, *sides[0]], [hit.chunk.end, *sides[1]]
 
-    def with_(count: int) -> Hit:
+    def widened(count: int) -> Hit:
         start, end = starts[: count + 1][-1], ends[: count + 1][-1]
         name = f"{hit.chunk.document_id}:{start}-{end}"
         return replace(hit, chunk=replace(hit.chunk, id=name, start=start, end=end, text=text[start:end]))
 
-    count = bisect_left(range(1, most + 1), True, key=lambda count: not fits(with_(count)))
-    return with_(count) if count else hit
+    count = bisect_left(range(1, most + 1), True, key=lambda count: not fits(widened(count)))
+    return widened(count) if count else hit
 
 
-def _unmerged(hits: Sequence[Hit], _: Callable[[str], str] | None) -> list[Hit]:
+def _unmerged(hits: Sequence[Hit], _: DocumentText | None) -> list[Hit]:
     return list(hits)
 
 
-def _merged(ranked: Sequence[Hit], documents_text: Callable[[str], str] | None) -> list[Hit]:
-    """Overlapping and adjoining hits of a document as one, with the score and rank of the best."""
+def _merged(ranked: Sequence[Hit], documents_text: DocumentText | None) -> list[Hit]:
+    """Merge overlapping and adjoining hits of a document into one, with the score and rank of the best."""
     rank = {id(hit): position for position, hit in enumerate(ranked)}
     merged: list[tuple[int, Hit]] = []
     for hit in sorted(ranked, key=lambda hit: (hit.chunk.document_id, hit.chunk.start, hit.chunk.end)):
@@ -215,12 +220,12 @@ def _merged(ranked: Sequence[Hit], documents_text: Callable[[str], str] | None) 
             merged.append((position, hit))
         else:
             best = min(position, merged[-1][0])
-            merged[-1] = best, Hit(union, ranked[best].score)
+            merged[-1] = best, replace(ranked[best], chunk=union)
     return [hit for _, hit in sorted(merged, key=lambda pair: pair[0])]
 
 
-def _union(left: Chunk, right: Chunk, documents_text: Callable[[str], str] | None) -> Chunk | None:
-    """The two chunks, of which `left` begins first, as one; None if other text lies between them."""
+def _union(left: Chunk, right: Chunk, documents_text: DocumentText | None) -> Chunk | None:
+    """Return the two chunks, of which `left` begins first, as one; None if other text is between them."""
     if left.document_id != right.document_id:
         return None
     if right.end <= left.end:
@@ -237,7 +242,7 @@ def _union(left: Chunk, right: Chunk, documents_text: Callable[[str], str] | Non
 
 
 def _numbered(hits: Sequence[Hit], order: Order) -> tuple[Source, ...]:
-    """Ranked hits as sources in prompt order."""
+    """Return ranked hits as sources in prompt order."""
     return _renumbered(
         Source(0, hit.chunk.path, hit.chunk.start, hit.chunk.end, hit.score, hit.chunk.text)
         for hit in _ordered(hits, order)
@@ -268,7 +273,7 @@ def _total(sources: Iterable[Source], count_tokens: CountTokens, render: Render)
 
 
 def _cut(source: Source, max_tokens: int, count_tokens: CountTokens, render: Render) -> Source | None:
-    """The longest beginning of a passage that fits: whole sentences, else words, else characters."""
+    """Return the longest beginning of a passage that fits: whole sentences, else words, else characters."""
 
     def beginning(end: int) -> Source:
         return replace(source, end=source.start + end, text=source.text[:end])
@@ -280,12 +285,9 @@ def _cut(source: Source, max_tokens: int, count_tokens: CountTokens, render: Ren
         fit = bisect_right(ends, max_tokens, key=tokens)
         return ends[fit - 1] if fit else 0
 
-    longest = fitting([m.end() for m in re.finditer(r"\S+", source.text)]) or fitting(
-        range(1, len(source.text) + 1)
-    )
+    words = [match.end() for match in re.finditer(r"\S+", source.text)]
+    longest = fitting(words) or fitting(range(1, len(source.text) + 1))
     sentence = max((end for _, end in sentences(source.text) if end <= longest), default=0)
-    if (
-        2 * sentence >= longest and tokens(sentence) <= max_tokens
-    ):  # no short sentence at the price of most of it
+    if 2 * sentence >= longest and tokens(sentence) <= max_tokens:  # not where it would lose more than half
         longest = sentence
     return beginning(longest) if longest else None

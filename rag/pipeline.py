@@ -1,4 +1,4 @@
-"""The two sides of the laboratory, composed of its stages: `ingest` writes an index, `answer` reads from it."""
+"""Compose the stages: `ingest` makes an index of a folder of files, `answer` answers a question from an index."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +13,14 @@ from jaxtyping import Float32
 from rag.context import ContextOptions, build_context, cited, trim
 from rag.embed import Embedder
 from rag.embed.vector_cache import CachedEmbedder, cached
-from rag.generate import Generator
+from rag.generate import Generator, Request
 from rag.index import store
 from rag.index.lexical.analyzer import Analyzer
 from rag.index.lexical.postings import LexicalIndex
 from rag.index.writer import check_writable, tidy, write_index
 from rag.ingest.chunk import Chunker
 from rag.ingest.chunk.split import chunks_of
-from rag.ingest.load import LoadOptions, Skipped, load_folder
+from rag.ingest.load.folder import LoadOptions, Skipped, load_folder
 from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate, render, render_passage
 from rag.retrieve.search import Search
@@ -40,22 +40,23 @@ from rag.types import (
     chunk_at,
 )
 
-Progress = Callable[[str, int, int], None]  # stage, done, of how many
+PostingsChange = Literal["none", "built", "extended", "unchanged"]  # what became of the postings
+Progress = Callable[[str, int, int], None]  # the stage, how many items are done, how many there are
 
 
 @dataclass(frozen=True, slots=True)
 class IngestReport:
-    """What ingesting a folder came to."""
+    """The result of ingesting a folder."""
 
     documents: int  # in the index now
     chunks: int  # in the index now
     tokens: int  # of the chunks made in this run, overlaps counted twice, by the embedder's tokenizer
-    embedded: int  # texts that went through the embedder; the other chunks' vectors were known
+    embedded: int  # texts that the embedder computed; the other chunks' vectors were cached
     seconds: float
     skipped: tuple[Skipped, ...]
     added: int  # documents that the index did not have
     replaced: int  # documents that it had with another text
-    postings: Literal["none", "built", "extended", "kept"]
+    postings: PostingsChange
 
 
 def ingest(
@@ -69,30 +70,39 @@ def ingest(
     add: bool = False,
     load: LoadOptions = LoadOptions(),
 ) -> IngestReport:
-    """Load, chunk and embed a folder of files and write its index, replacing one that is there in one step.
+    """Load, chunk and embed a folder of files and write its index, replacing an index that is there in one step.
 
-    With an `analyzer` the index keeps postings too, which searches by words then need not build. With `add` the
-    index keeps its documents, in their order, and those of the folder that it does not have, or has under the
-    same id with another text, follow; where there is no index yet, one is made.
+    Args:
+        corpus: the folder of files.
+        index: the folder of the index.
+        chunker: splits the documents.
+        embedder: makes the vectors.
+        analyzer: stores postings with the index, so that lexical search need not build them; None stores none.
+        progress: is called after each item of a stage.
+        add: add to the index that is there: its documents stay, in their order, and those of the folder that are new,
+            or have another text under the same id, follow. Where there is no index yet, one is made.
+        load: which files are loaded.
 
-    Raises UserError when the folder is missing or holds nothing readable, and when `index` is a folder of
-    something else; with `add` also when another embedder or chunker made the index.
+    Raises:
+        UserError: when the folder is missing or has no readable file, and when `index` is a folder of something else;
+            with `add` also when another embedder or chunker made the index.
     """
     begin = time.perf_counter()
     check_writable(index)
     old = _opened(index, chunker, embedder) if add and store.exists(index) else None
     embedder = cached(embedder)
     loaded, skipped = _load(corpus, load, progress)
-    kept = _CachedStages() if old is None else _CachedStages.of(old, loaded)
-    known = {document.id for document in kept.documents}
+    reused = _Reused() if old is None else _Reused.of(old, loaded)
+    known = {document.id for document in reused.documents}
     new = [document for document in loaded if document.id not in known]
-    documents = [*kept.documents, *new]
-    chunks = [*kept.chunks, *_chunk(new, chunker, embedder, progress)]
-    made = [chunk.text for chunk in chunks[len(kept.chunks) :]]
-    computed, postings = 0, "none" if analyzer is None else "kept"
-    if old is None or new or kept.analyzer != analyzer:
-        vectors, fitted, computed = _vectors(kept, chunks, embedder, progress)
-        lexical, postings = _postings(kept, chunks, analyzer, progress)
+    documents = [*reused.documents, *new]
+    chunks = [*reused.chunks, *_chunk(new, chunker, embedder, progress)]
+    made = [chunk.text for chunk in chunks[len(reused.chunks) :]]
+    computed = 0
+    postings: PostingsChange = "none" if analyzer is None else "unchanged"
+    if old is None or new or reused.analyzer != analyzer:
+        vectors, fitted, computed = _vectors(reused, chunks, embedder, progress)
+        lexical, postings = _postings(reused, chunks, analyzer, progress)
         base = None if not add else "" if old is None else old.manifest.segment
         if old is not None:
             old.close()
@@ -106,17 +116,17 @@ def ingest(
         embedded=computed,
         seconds=time.perf_counter() - begin,
         skipped=skipped,
-        added=len(new) - kept.replaced,
-        replaced=kept.replaced,
+        added=len(new) - reused.replaced,
+        replaced=reused.replaced,
         postings=postings,
     )
 
 
 def _opened(index: Path, chunker: Chunker, embedder: Embedder) -> store.Index:
-    """The index, if these two made it."""
+    """Open the index. Raises UserError where another chunker or embedder made it."""
     old = store.Index.open(index)
     old.check_embedder(embedder)
-    old.check()  # or what is damaged would be written again, under new checksums
+    old.check()  # otherwise damaged data would be written again, under new checksums
     cut_by = old.manifest.settings.get("chunker")
     if cut_by != repr(chunker):
         raise UserError(
@@ -127,38 +137,42 @@ def _opened(index: Path, chunker: Chunker, embedder: Embedder) -> store.Index:
 
 
 @dataclass(frozen=True)
-class _CachedStages:
-    """What stays of an index that a folder is added to; nothing, where it begins anew."""
+class _Reused:
+    """The parts of an index that stay when a folder is added to it; nothing for a new index."""
 
     documents: Sequence[Document] = ()
     chunks: Sequence[Chunk] = ()
     vectors: Float32[np.ndarray, "N E"] | None = None
     lexical: LexicalIndex | None = None  # of all the index's chunks
-    replaced: int = 0  # documents that do not stay
+    replaced: int = 0  # documents of the index that do not stay
 
     @property
     def analyzer(self) -> Analyzer | None:
         return None if self.lexical is None else self.lexical.analyzer
 
     @staticmethod
-    def of(old: store.Index, coming: Sequence[Document]) -> "_CachedStages":
-        """All documents but those that come with the same id and are not the same."""
-        latest, before = {document.id: document for document in coming}, old.all_documents()
+    def of(old: store.Index, loaded: Sequence[Document]) -> "_Reused":
+        """Return all documents of the index except those that were loaded with the same id and another text."""
+        latest, before = {document.id: document for document in loaded}, old.all_documents()
         stays = np.array([latest.get(document.id, document) == document for document in before], bool)
         documents = [document for document, same in zip(before, stays, strict=True) if same]
         spans = old.spans()
         rows = np.flatnonzero(stays[spans[:, 0]])
-        chunks = [chunk_at(before[place], start, end) for place, start, end in spans[rows].tolist()]
+        chunks = [chunk_at(before[document], start, end) for document, start, end in spans[rows].tolist()]
         replaced = len(before) - len(documents)
-        return _CachedStages(documents, chunks, old.vectors[rows], old.lexical, replaced)
+        return _Reused(documents, chunks, old.vectors[rows], old.lexical, replaced)
 
 
 def _load(
     corpus: Path, options: LoadOptions, progress: Progress
 ) -> tuple[list[Document], tuple[Skipped, ...]]:
-    documents, skipped = [], []
+    documents: list[Document] = []
+    skipped: list[Skipped] = []
     for item in load_folder(corpus, options=options):
-        (documents if isinstance(item, Document) else skipped).append(item)
+        if isinstance(item, Document):
+            documents.append(item)
+        else:
+            skipped.append(item)
         progress("load", len(documents) + len(skipped), 0)
     count = len(documents) + len(skipped)
     progress("load", count, count)
@@ -181,39 +195,40 @@ def _chunk(
 
 
 def _vectors(
-    kept: _CachedStages, chunks: Sequence[Chunk], embedder: Embedder, progress: Progress
+    reused: _Reused, chunks: Sequence[Chunk], embedder: Embedder, progress: Progress
 ) -> tuple[Float32[np.ndarray, "N E"], Embedder, int]:
-    """The chunks' vectors, the embedder made ready for them, and how many texts had to be computed."""
+    """Return the chunks' vectors, the embedder fitted to them, and how many texts had to be computed."""
     texts = [chunk.text for chunk in chunks]
     fitted = embedder.fit(texts)
-    first = (
-        len(kept.chunks) if fitted is embedder else 0
-    )  # what it learns changes the vectors that were there
-    todo = texts[first:]
+    reused_vectors = reused.vectors if fitted is embedder else None  # a fit changes all vectors
+    todo = texts if reused_vectors is None else texts[len(reused_vectors) :]
     computed = fitted.missing(todo) if isinstance(fitted, CachedEmbedder) else len(set(todo))
     vectors = fitted.encode(todo, progress=lambda done: progress("embed", done, len(todo)))
-    return np.concatenate([kept.vectors, vectors]) if first else vectors, fitted, computed
+    if reused_vectors is not None:
+        vectors = np.concatenate([reused_vectors, vectors])
+    return vectors, fitted, computed
 
 
 def _postings(
-    kept: _CachedStages, chunks: Sequence[Chunk], analyzer: Analyzer | None, progress: Progress
-) -> tuple[LexicalIndex | None, Literal["none", "built", "extended"]]:
-    """Rows can be added to postings, but not removed."""
+    reused: _Reused, chunks: Sequence[Chunk], analyzer: Analyzer | None, progress: Progress
+) -> tuple[LexicalIndex | None, PostingsChange]:
+    """Return the chunks' postings. Passages can be added to old postings, but not removed."""
     if analyzer is None:
         return None, "none"
-    extends = kept.analyzer == analyzer and not kept.replaced
-    lexical = kept.lexical if extends else LexicalIndex.build([], analyzer)
+    extends = reused.analyzer == analyzer and not reused.replaced
+    old = reused.lexical if extends else None
+    lexical = LexicalIndex.build([], analyzer) if old is None else old
     texts = [chunk.text for chunk in chunks[len(lexical) :]]
     lexical.add(texts, lambda done: progress("words", done, len(texts)))
-    return lexical, "extended" if extends else "built"
+    return lexical, "built" if old is None else "extended"
 
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How long an answer may be, by which draw it is written, and what ends it. UserError for what cannot be."""
+    """How long an answer may be, how it is sampled, and where it ends."""
 
     max_new_tokens: Count = 128
-    seed: Seed = 0  # of sampling; greedy has no use for it
+    seed: Seed = 0  # of sampling; greedy decoding does not use it
     stop: Sequence[Filled] = ()  # the answer ends before the first of these
 
     def __post_init__(self):
@@ -222,7 +237,7 @@ class AnswerOptions:
 
 @dataclass(frozen=True)
 class Reader:
-    """The stages that turn hits into an answer."""
+    """The stages that make an answer of hits."""
 
     generator: Generator
     template: PromptTemplate
@@ -236,12 +251,21 @@ def answer(
 ) -> Iterator[str | Answer]:
     """Yield the answer's text piece by piece as it is decoded, then the whole Answer.
 
-    When no hit reaches the context's min_score, the template's abstaining sentence is the answer and the
-    model is not asked. A prompt that is too long loses its least relevant passages, and before the last of
-    them its oldest turns; a notice says so. Raises UserError when not even one passage fits beside the question.
+    When no hit reaches the context's min_score, the template's `abstain_answer` is the answer and the model is not
+    asked. A prompt that is too long loses its least relevant passages, and before the last of them its oldest turns; a
+    notice says so.
+
+    Args:
+        question: as the user asks it.
+        search: finds passages.
+        reader: makes an answer of them.
+        history: the earlier messages of the conversation.
+
+    Raises:
+        UserError: when not even one passage fits beside the question.
     """
     generator, template = reader.generator, reader.template
-    _ = generator.context_length  # reads the weights, which is not retrieval
+    _ = generator.context_length  # loads the weights, which is not part of retrieval
     begin = Clock.now()
     hits = search(question)
     context = select_context(hits, search.collection.index.document_text, search.score_threshold, reader)
@@ -255,9 +279,8 @@ def answer(
     pieces: list[str] = []
     usage = Usage(0, 0, 0.0, 0.0)
     options = reader.options
-    for piece in generator.stream(
-        messages, reader.sampling, options.max_new_tokens, options.seed, options.stop
-    ):
+    request = Request(messages, reader.sampling, options.max_new_tokens, options.seed, options.stop)
+    for piece in generator.stream(request):
         if isinstance(piece, Usage):
             usage = piece
         else:
@@ -274,7 +297,7 @@ def answer(
 def select_context(
     hits: Sequence[Hit], document_text: Callable[[str], str], score_threshold: float | None, reader: Reader
 ) -> Context:
-    """The passages to show for these hits, none when none is relevant; `score_threshold` is min_score "auto"."""
+    """Return the passages to show, none when no hit is relevant; `score_threshold` replaces min_score "auto"."""
     options = reader.context
     if options.min_score == "auto":
         options = replace(options, min_score=score_threshold)
@@ -284,30 +307,30 @@ def select_context(
 
 
 def _shown(template: PromptTemplate, source: Source) -> str:
-    """A source as it stands in the prompt, to count its tokens."""
+    """Return a source as it is in the prompt, to count its tokens."""
     return render_passage(template, source) + template.separator
 
 
 def fit_context(
     question: str, context: Context, reader: Reader, history: Sequence[Message] = ()
 ) -> tuple[list[Message], Context, tuple[str, ...]]:
-    """Messages that leave room for an answer, the context as shown in them, and what had to go.
+    """Return messages that leave space for an answer, the context that they show, and notices of what was left out.
 
     Raises UserError when not even one passage fits beside the question.
     """
     generator, template = reader.generator, reader.template
-    room = generator.context_length - reader.options.max_new_tokens
+    longest = generator.context_length - reader.options.max_new_tokens
     shown, turns = context, tuple(history)
     while True:
         messages = render(template, question, shown, turns)
-        excess = generator.prompt_tokens(messages) - room
+        excess = generator.prompt_tokens(messages) - longest
         if excess <= 0 and shown.sources:
             return messages, shown, tuple(_notices(context, shown, len(history) - len(turns)))
         if shown.sources and (excess < shown.tokens or not turns):
             budget = max(0, shown.tokens - excess)
             shown = trim(shown, budget, generator.count, partial(_shown, template))
         elif turns:
-            shown, turns = context, turns[2:]  # a question and its answer go
+            shown, turns = context, turns[2:]  # leaves out the oldest question and its answer
         else:
             raise UserError(
                 f"the question leaves no room for a passage in a context of {generator.context_length} tokens with "

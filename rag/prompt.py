@@ -1,4 +1,4 @@
-"""Question and context to chat messages, by templates that are data: nothing in them is ever evaluated."""
+"""Render a question and its context as chat messages. Templates are data: nothing in them is evaluated."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -22,9 +22,11 @@ _KNOWN = {
 class PromptTemplate:
     """The texts of a prompt, with placeholders in braces.
 
-    {question} and {context} stand in `system` and `user`; {n}, {text} and {path} in `passage`, which is
-    rendered for each source and joined by `separator` into {context}. Other braces are plain text. Raises
-    UserError for a placeholder that is none of these, or when {question} or {text} is nowhere.
+    `system` and `user` may contain {question} and {context}. `passage` may contain {n}, {text} and {path}; it is
+    rendered for each source, and the results, joined by `separator`, are {context}. Other braces are plain text.
+
+    Raises:
+        UserError: for an unknown placeholder, and when {question} or {text} is missing.
     """
 
     user: str
@@ -55,8 +57,8 @@ def render(
 ) -> list[Message]:
     """Return the messages to send: the system text unless it is blank, the earlier turns, the user's turn.
 
-    Each template is filled in one pass, so what looks like a placeholder in a question, a passage or a path
-    stays as it was written. The messages say where their passages are, and which beginning is the template's own.
+    Placeholders are replaced in one pass, so a question, a passage or a path may contain texts that look like one. The
+    messages have the spans of their passages, and the length of the beginning that comes from the template.
     """
     shown = _joined([_passage(template, source) for source in context.sources], template.separator)
     values = {"question": (question, ()), "context": shown}
@@ -66,11 +68,12 @@ def render(
 
 
 def render_passage(template: PromptTemplate, source: Source) -> str:
-    """Return one source as the prompt shows it, without the separator."""
+    """Return one source as it is in the prompt, without the separator."""
     return _passage(template, source)[0]
 
 
-_Marked = tuple[str, tuple[tuple[int, int], ...]]  # a text, and the spans in it that are passages
+_Spans = tuple[tuple[int, int], ...]
+_Marked = tuple[str, _Spans]  # a text, and the spans of the passages in it
 
 
 def _message(role: Literal["system", "user"], template: str, values: dict[str, _Marked]) -> Message:
@@ -80,8 +83,8 @@ def _message(role: Literal["system", "user"], template: str, values: dict[str, _
     return Message(role, content, _with_space(content, spans), fixed)
 
 
-def _with_space(content: str, spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """The spans that are not empty, each with the space before it: tokens of most vocabularies begin with one."""
+def _with_space(content: str, spans: _Spans) -> _Spans:
+    """Return the spans that are not empty, each with the space before it: most tokens begin with a space."""
     widened, end = [], 0
     for start, stop in spans:
         if start < stop:
@@ -101,14 +104,15 @@ def _joined(texts: Sequence[_Marked], separator: str) -> _Marked:
 
 
 def _fill(template: str, values: dict[str, _Marked]) -> _Marked:
-    """The template with its placeholders' values, in one pass."""
+    """Return the template with the values in place of the placeholders."""
     parts = re.split(_PLACEHOLDER, template)  # literal, name, literal, ...
     return _concatenated(values[part] if i % 2 else (part, ()) for i, part in enumerate(parts))
 
 
 def _concatenated(texts: Iterable[_Marked]) -> _Marked:
-    """The texts one behind another, with their spans moved to where they now are."""
-    content, spans = "", []
+    """Return the texts one after another, with their spans shifted to the new positions."""
+    content = ""
+    spans: list[tuple[int, int]] = []
     for text, inside in texts:
         spans += [(len(content) + start, len(content) + end) for start, end in inside]
         content += text

@@ -1,4 +1,4 @@
-"""What the stages hand to one another: frozen records without logic, and the one error a person sees.
+"""The records that the stages give to one another, frozen and without logic, and the error that users see.
 
 files -> Document -> Chunk -> (vectors, index) -> Hit -> Context(Source ...) -> Answer
 """
@@ -9,26 +9,26 @@ from typing import Literal
 
 
 class UserError(Exception):
-    """Bad input, told in one sentence: what is wrong, where, and what to do about it.
+    """An error in the user's input. Its one sentence says what is wrong, where, and what to do about it.
 
-    Scripts print the sentence without a traceback and exit with status 2. Anything else that is raised is a
-    bug of ours and keeps its traceback.
+    Scripts print the sentence without a traceback and exit with status 2. Any other exception is a bug of ours and is
+    shown with its traceback.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One loaded file or dataset entry; every character span of the project points into its `text`."""
+    """A loaded file or dataset entry; every character span of the project points into its `text`."""
 
     id: str  # unique in its corpus: the path relative to the corpus root, or the dataset's own id
-    path: str  # what a reader is shown as the source
+    path: str  # shown to users as the source
     text: str  # the extracted and cleaned text
     title: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A passage that is embedded and retrieved as one; `text == document.text[start:end]`."""
+    """A passage that is embedded and retrieved as a unit; `text == document.text[start:end]`."""
 
     id: str  # "<document id>:<start>-<end>"
     document_id: str
@@ -39,22 +39,23 @@ class Chunk:
 
 
 def chunk_at(document: Document, start: int, end: int) -> Chunk:
-    """The chunk of a document between two characters, `end` exclusive."""
+    """Return the chunk of a document between two characters, `end` exclusive."""
     name = f"{document.id}:{start}-{end}"
     return Chunk(name, document.id, document.path, start, end, document.text[start:end])
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A retrieved chunk and its score (cosine for the dense index); higher is better."""
+    """A retrieved chunk."""
 
     chunk: Chunk
-    score: float
+    score: float  # higher is better; the scale depends on the retriever
+    row: int  # the chunk's number in its index
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A passage as the prompt shows it, under its citation number `[n]`, n from 1."""
+    """A passage in the prompt, with its citation number `[n]`, n from 1."""
 
     n: int
     path: str
@@ -70,16 +71,16 @@ class Context:
 
     sources: tuple[Source, ...]
     tokens: int  # of the rendered passages, by the generator's tokenizer
-    dropped: int = 0  # passages left out, or cut short, because the budget was full
+    dropped: int = 0  # passages that were left out or truncated because of the budget
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat turn, in the roles that chat templates know; equal to another that says the same.
+    """One chat turn, in the roles that chat templates have; messages of equal role and content are equal.
 
-    `reusable` are the character spans (start, end) of the passages in it, ascending and apart: texts that are the
-    same whatever stands around them, and so may be read once for many prompts. Its first `fixed` characters are the
-    template's own, the same whatever is asked and retrieved.
+    `reusable` are the character spans (start, end) of the passages in it, ascending and disjoint: texts that are the
+    same in every prompt, so that their keys and values can be computed once for many prompts. The first `fixed`
+    characters come from the template and are the same for every question.
     """
 
     role: Literal["system", "user", "assistant"]
@@ -90,42 +91,40 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one generation took; a generator yields it last, after the pieces of text.
+    """The cost of one generation; a generator yields it last, after the pieces of text.
 
-    The seconds are disjoint: making or loading programs (`rag.runtime.clock.compile_seconds`), and with a server loading the
-    model, is in `prepare_s` alone. Our own engine's weights are loaded before any of them begins.
+    The seconds are disjoint: compiling or loading programs (`rag.runtime.clock.compile_seconds`), and with a server
+    loading the model, is only in `prepare_s`. Our own engine's weights are loaded before any of them begins.
     """
 
     prompt_tokens: int
     new_tokens: int
-    prefill_s: float  # to the first new token, what is read from files included
+    prefill_s: float  # until the first new token, including what is loaded from files
     decode_s: float  # from the first new token to the last
     prepare_s: float = 0.0
-    notices: tuple[str, ...] = ()  # what the reader should know
+    notices: tuple[str, ...] = ()  # for the user
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where an answer's time went, in disjoint seconds, and its tokens."""
+    """The time of an answer, in disjoint seconds, and its tokens."""
 
     retrieve_s: float
     prefill_s: float
     decode_s: float
     prompt_tokens: int
     new_tokens: int
-    prepare_s: float = 0.0  # `Usage.prepare_s`, and the programs of retrieval
+    prepare_s: float = 0.0  # `Usage.prepare_s`, and compiling the programs of retrieval
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finished answer with the sources it was shown."""
+    """A finished answer with the sources that the model was shown."""
 
     question: str
     answer: str
     abstained: bool  # nothing relevant was retrieved, so no model was asked
     sources: tuple[Source, ...]
     timings: Timings
-    cited: tuple[int, ...] = ()  # the numbers of the sources that the answer itself marks, as [n]
-    notices: Sequence[str] = field(
-        default=()
-    )  # what the reader should know: a trimmed context, a full budget
+    cited: tuple[int, ...] = ()  # the numbers of the sources that the answer cites as [n]
+    notices: Sequence[str] = ()  # for the user: passages that were left out, a full cache

@@ -1,11 +1,11 @@
-"""Ours beside named peers: a table, then one JSON line.
+"""Run a benchmark of ours beside named peers, and print a table, then one JSON line.
 
     python scripts/bench.py bench=attention
     python scripts/bench.py bench=search bench.repeats=3 | tail -1 | python -m json.tool
     python scripts/bench.py bench=search keep=results/bench && python scripts/readme.py
 
-A ratio above 1: ours is better. Peers that are not installed are named and left out (`make bench-setup`). The run's
-folder, and the one that `keep` names, get NAME.jsonl, to which the line is added, NAME.md and NAME.png.
+A ratio above 1 means that ours is better. Peers that are not installed are named and left out (`make bench-setup`). The
+run's folder, and the folder `keep`, get NAME.jsonl, to which the line is appended, NAME.md and NAME.png.
 """
 
 import json
@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra_run import overrides, run_dir
 from launch import launch
 from settings import Part, Shared, build
-from this_run import overrides, run_dir
 
 from rag.bench.peak_throughput import best_peak, measure_peaks, with_shares
 from rag.bench.record import bench_json, print_table
@@ -27,8 +27,8 @@ from rag.runtime.options import Filled
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Shared):
-    """conf/bench.yaml."""
+class BenchSettings(Shared):
+    """The settings of conf/bench.yaml."""
 
     bench: Part
     keep: Filled | None
@@ -42,16 +42,16 @@ def main(config) -> None:
     name = type(benchmark).__module__.rpartition(".")[2]
     load_before, before = [round(load, 2) for load in os.getloadavg()], measure_peaks()
     rows = benchmark.run()
-    machine = best_peak(before, measure_peaks())
+    peaks = best_peak(before, measure_peaks())
     try:
-        rows = with_shares(rows, machine)
-    except RuntimeError:  # a bug, unless the machine was busy both times: no reason to lose what was measured
-        print_table(rows, title=f"{name}, without the shares of roofs")
-        machine = best_peak(machine, measure_peaks())
-        rows = with_shares(rows, machine)
-    print("roofs: " + ", ".join(_roof(name, rate) for name, rate in machine.items()))
+        rows = with_shares(rows, peaks)
+    except RuntimeError:  # a bug, unless the machine was busy both times: measure it once more
+        print_table(rows, title=f"{name}, without the shares of peaks")
+        peaks = best_peak(peaks, measure_peaks())
+        rows = with_shares(rows, peaks)
+    print("peaks: " + ", ".join(_peak_text(name, rate) for name, rate in peaks.items()))
     print_table(rows, title=name)
-    line = bench_json(name, rows, machine, command=command(overrides()), load_before=load_before)
+    line = bench_json(name, rows, peaks, command=command(overrides()), load_before=load_before)
     picture = getattr(benchmark, "picture", page.ratios)(rows)
     for folder in [run_dir(), *([Path(config.keep).expanduser()] if config.keep else [])]:
         write(folder / (config.name or name), line, page.markdown(json.loads(line)), picture)
@@ -59,19 +59,19 @@ def main(config) -> None:
     print(line)
 
 
-def _roof(name: str, rate: float) -> str:
-    words = {
+def _peak_text(name: str, rate: float) -> str:
+    units = {
         "gemm_flops": "GFLOP/s of float32 matrix products",
         "bf16_flops": "GFLOP/s of bfloat16 ones",
         "int8_ops": "GOP/s of int8 ones",
         "read_bytes_per_s": "GB/s read from memory",
     }
     size = name.removeprefix("read_bytes_per_s of ")
-    return f"{rate / 1e9:.4g} {words.get(name, f'GB/s of {size} read again and again')}"
+    return f"{rate / 1e9:.4g} {units.get(name, f'GB/s of {size} read repeatedly')}"
 
 
 def command(given: Sequence[str]) -> str:
-    """What to type for this run again; of a place on this machine only the last name, and no place to keep it."""
+    """Return the command that repeats this run: of paths only the last name, and neither `keep` nor `name`."""
     settings = [
         re.sub(r"=('?)[~/]\S*/", r"=\1.../", text) for text in given if not re.match(r"(keep|name)=", text)
     ]
@@ -80,7 +80,7 @@ def command(given: Sequence[str]) -> str:
 
 
 def write(stem: Path, line: str, table: str, picture: bytes | None) -> None:
-    """Add the line to stem.jsonl; replace stem.md and stem.png."""
+    """Append the line to stem.jsonl; replace stem.md and stem.png."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{stem}.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")
@@ -92,4 +92,4 @@ def write(stem: Path, line: str, table: str, picture: bytes | None) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, "bench", Settings)
+    launch(main, "bench", BenchSettings)

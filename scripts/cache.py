@@ -1,4 +1,4 @@
-"""What the cache holds, and its removal: all of it is made again when it is needed, the weights from the network.
+"""Show or clean the cache: everything in it is computed again when it is needed, or fetched, as weights are.
 
 python scripts/cache.py
 python scripts/cache.py action=clean kind=converted older_than_days=30
@@ -22,8 +22,8 @@ Days = Annotated[float, Ge(0), Le(1e5)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Shared):
-    """conf/cache.yaml."""
+class CacheSettings(Shared):
+    """The settings of conf/cache.yaml."""
 
     action: Literal["info", "clean"]
     kind: Literal[KINDS] | None
@@ -38,7 +38,9 @@ def main(config) -> None:
     entries = [entry for entry in eviction.entries(kinds) if entry.used <= youngest]
     if config.action == "info":
         show(entries)
-        print(f"{_size(entries)} of at most {eviction.limit() / 1e9:g} GB (RAG_CACHE_GB) in {cache_root()}")
+        print(
+            f"{_size(entries)} of at most {eviction.size_limit() / 1e9:g} GB (RAG_CACHE_GB) in {cache_root()}"
+        )
         return
     with write_errors():
         for entry in entries:
@@ -48,7 +50,7 @@ def main(config) -> None:
 
 
 def show(entries: Sequence[Entry]) -> None:
-    """A line a kind."""
+    """Print a line for each kind of entry."""
     from rich.console import Console
     from rich.table import Table
 
@@ -67,4 +69,4 @@ def _size(entries: Sequence[Entry]) -> str:
 
 
 if __name__ == "__main__":
-    launch(main, "cache", Settings)
+    launch(main, "cache", CacheSettings)

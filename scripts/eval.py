@@ -1,32 +1,36 @@
-"""One evaluation, or with -m a sweep of them, on a dataset: quality with its uncertainty, and what it cost.
+"""Evaluate a system on a dataset, or with -m a sweep of systems: metrics with their intervals, and costs.
 
 python scripts/eval.py dataset=sample retriever=bm25
 python scripts/eval.py -m dataset=sample retriever=dense,bm25,hybrid chunker=sentence chunker.size=64,128
 """
 
-from __future__ import annotations  # the types below are imported in main: a typo should not wait for JAX
+from __future__ import annotations  # the types below are imported in functions: a typo must not wait for JAX
 
 import functools
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hydra_run import label, overrides, run_dir
 from launch import launch
 from settings import Part, build
-from stages import System, method_of
-from this_run import label, overrides, run_dir
+from system import SystemSettings, build_method
 
 from rag.types import UserError
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from rag.evaluate.datasets import Dataset
+    from rag.evaluate.experiment import Experiment
     from rag.evaluate.result_files import Costs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(System):
-    """conf/eval.yaml."""
+class EvalSettings(SystemSettings):
+    """The settings of conf/eval.yaml."""
 
     plan: bool
     dataset: Part
@@ -38,50 +42,51 @@ class Settings(System):
     ablation: Part
 
 
-def main(config) -> None:
+def main(config: DictConfig) -> None:
+    """Run the evaluation, or with plan=true print what it would compute."""
     from terminal import print_problem, progress_bars
 
     from rag.runtime.cache import CHECKSUMS
 
-    job = job_of(config)
-    for problem in job.dataset.problems:
+    experiment = build_experiment(config)
+    for problem in experiment.dataset.problems:
         print_problem(problem)
     if config.plan:
-        return show_plan(job)
+        return show_plan(experiment)
     with progress_bars() as update:
-        kept = job.done(update)
+        cached = experiment.run(update)
     folder = run_dir()
-    metrics, costs = kept_result(kept)
+    metrics, costs = read_result(cached)
     try:
-        shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CHECKSUMS))
+        shutil.copytree(cached, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CHECKSUMS))
     except shutil.Error as error:  # of each file: from, to, why
         why = error.args[0][0][2]
         raise UserError(
-            f"Cannot copy {kept} to {folder} ({why}): choose another with hydra.run.dir=DIR."
+            f"Cannot copy {cached} to {folder} ({why}): choose another with hydra.run.dir=DIR."
         ) from error
-    metrics = describe(folder, metrics, config, job.dataset)
+    metrics = describe(folder, metrics, config, experiment.dataset)
     show(metrics)
     if costs.generator:
         print(f"generator: {costs.generator}")
     print(f"-> {folder}")
 
 
-def kept_result(kept: Path) -> tuple[dict, Costs]:
-    """The metrics and the costs of a finished job, of its folder in the cache. UserError where that is damaged."""
-    from rag.evaluate.result_files import Costs, Measured
+def read_result(cached: Path) -> tuple[dict[str, Any], Costs]:
+    """Read the metrics and the costs from a result folder in the cache. Raise UserError where it is damaged."""
+    from rag.evaluate.result_files import CachedMetrics, Costs
     from rag.runtime.records import fitted_record, read_json, read_record
 
-    remedy = f"remove {kept} and run this again"
+    remedy = f"remove {cached} and run this again"
     try:
-        metrics = dict(read_json(kept / "metrics.json", remedy))
-        fitted_record(kept / "metrics.json", metrics, Measured, remedy)
-        return metrics, read_record(kept / "costs.json", Costs, remedy)
+        metrics = dict(read_json(cached / "metrics.json", remedy))
+        fitted_record(cached / "metrics.json", metrics, CachedMetrics, remedy)
+        return metrics, read_record(cached / "costs.json", Costs, remedy)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: {remedy}.") from error
 
 
-def job_of(config):
-    """The evaluation that a config describes."""
+def build_experiment(config: DictConfig) -> Experiment:
+    """Build the evaluation that a configuration describes."""
     from rag.evaluate.experiment import Experiment
 
     tuning = config.get("tuning")
@@ -89,7 +94,7 @@ def job_of(config):
         dataset=_shared(config.dataset),
         chunker=build(config.chunker),
         embedder=_shared(config.embedder),
-        method=method_of(config),
+        method=build_method(config),
         generator=lambda: _shared(config.generator),
         evaluation=build(config.evaluation),
         statistics=build(config.statistics),
@@ -103,22 +108,22 @@ def job_of(config):
     )
 
 
-def _shared(config):
-    """What a config builds; the jobs of a sweep that ask for the same get the same, since loading takes its time."""
+def _shared(config: DictConfig) -> Any:
+    """Build a part; the jobs of a sweep that have the same configuration share it, since loading takes time."""
     from omegaconf import OmegaConf
 
     return _built(json.dumps(OmegaConf.to_container(config, resolve=True), sort_keys=True))
 
 
 @functools.lru_cache(maxsize=8)  # a sweep over many datasets or models need not hold all of them
-def _built(settings: str):
+def _built(settings: str) -> Any:
     from omegaconf import OmegaConf
 
     return build(OmegaConf.create(json.loads(settings)))
 
 
-def describe(folder, metrics, config, dataset) -> dict:
-    """Add to a result the names that this run gives it and how it was asked for; return its metrics with them."""
+def describe(folder: Path, metrics: dict, config: DictConfig, dataset: Dataset) -> dict[str, Any]:
+    """Write the run's label, dataset name and configuration into its folder; return the metrics with these names."""
     from omegaconf import OmegaConf
 
     from rag.runtime.files import atomic_file
@@ -137,12 +142,13 @@ def describe(folder, metrics, config, dataset) -> dict:
     return metrics
 
 
-def show(metrics: dict) -> None:
+def show(metrics: dict[str, Any]) -> None:
+    """Print a table of the metrics."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from rag.evaluate.metrics.answers import lower_is_better
+    from rag.evaluate.metrics import lower_is_better
 
     d = metrics["dataset"]
     sample = f", a sample by seed {d['seed']}" if d["limit"] else ""
@@ -158,13 +164,13 @@ def show(metrics: dict) -> None:
     Console().print(table)
 
 
-def show_plan(job) -> None:
-    """Each stage, and how much of it is there already."""
+def show_plan(experiment: Experiment) -> None:
+    """Print each stage, and how much of it is cached."""
     print(label())
-    for stage, items, reused in job.plan():
+    for stage, items, reused in experiment.plan():
         todo = "reused" if reused == items else f"{items - reused} of {items} to run"
         print(f"  {stage}: {todo}")
 
 
 if __name__ == "__main__":
-    launch(main, "eval", Settings)
+    launch(main, "eval", EvalSettings)

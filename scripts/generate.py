@@ -1,4 +1,4 @@
-"""A question to a streamed, cited answer; without a question, an interactive session.
+"""Answer a question with a streamed, cited answer; without a question, start an interactive session.
 
 python scripts/generate.py index.path=.demo/index question="Why was Halden Island closed in 2023?"
 python scripts/generate.py index.path=.demo/index question="..." output=json | python -m json.tool
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import DocInfo
 from launch import launch
 from settings import IndexFolder, build
-from stages import System, method_of
+from system import SystemSettings, build_method
 
 from rag.runtime.options import Count, Question
 from rag.types import Answer, Message, Source, UserError
@@ -30,8 +30,8 @@ COMMANDS = "/sources  what the last answer was shown, /context  its passages in 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(System):
-    """conf/generate.yaml."""
+class GenerateSettings(SystemSettings):
+    """The settings of conf/generate.yaml."""
 
     index: IndexFolder
     k: Count
@@ -55,7 +55,7 @@ def main(config) -> None:
     stages = (build(config[name]) for name in ("generator", "prompt", "context", "sampling", "answer"))
     reader = Reader(*stages)
     collection = Collection(index, index.restore(build(config.embedder)), lambda: reader.generator)
-    search = Search(collection, method_of(config), config.k)
+    search = Search(collection, build_method(config), config.k)
     if config.question is None:
         converse(search, reader)
     elif config.output == "json":
@@ -71,7 +71,7 @@ def ask(
     history: Sequence[Message] = (),
     echo: bool = True,
 ) -> Answer:
-    """The answer, streamed to the terminal as it comes when `echo`."""
+    """Return the answer; with `echo` its text is streamed to the terminal."""
     from rag import pipeline
 
     for piece in pipeline.answer(question, search, reader, history):
@@ -83,7 +83,7 @@ def ask(
 
 
 def show(answer: Answer, generator: Generator) -> None:
-    """Print what follows the streamed text: notices, sources, times, and which generator wrote it."""
+    """Print what follows the streamed text: notices, sources, seconds, and the generator."""
     from rag.generate import describe
 
     print("\n")
@@ -105,17 +105,18 @@ def show(answer: Answer, generator: Generator) -> None:
 
 
 def _rate(tokens: int, seconds: float) -> str:
-    """Of decode without its first token, which prefill has paid for."""
+    """Return tokens per second, or "no rate" where nothing was measured."""
     return f"{tokens / seconds:.0f} tokens/s" if tokens > 0 and seconds > 0 else "no rate"
 
 
 def show_sources(sources: Sequence[Source]) -> None:
+    """Print a line for each source."""
     for source in sources:
         print(f"[{source.n}] {source.path}:{source.start}-{source.end}  score {source.score:.3f}")
 
 
 def as_json(answer: Answer, generator: Generator) -> str:
-    """The one object of output=json."""
+    """Return the one JSON object of output=json."""
     from rag.generate import describe
     from rag.runtime.machine import environment
 
@@ -123,12 +124,12 @@ def as_json(answer: Answer, generator: Generator) -> str:
 
 
 def converse(search: Search, reader: Reader) -> None:
-    """Questions from the terminal until /quit or the end of input; earlier turns stay in the prompt."""
+    """Answer questions from the terminal until /quit or the end of input; earlier turns stay in the prompt."""
     index = search.collection.index
     print(f"Ask about {len(index)} chunks of {index.path}. {COMMANDS}", file=sys.stderr)
     history: list[Message] = []
     last: Answer | None = None
-    while (line := _read()) is not None:
+    while (line := _read_line()) is not None:
         match line:
             case "":
                 continue
@@ -146,7 +147,7 @@ def converse(search: Search, reader: Reader) -> None:
 
 
 def _turn(question: str, search: Search, reader: Reader, history: list[Message]) -> Answer | None:
-    """Answer one question of a session; a question that cannot be answered does not end it."""
+    """Answer one question of a session; None, and a printed sentence, where that fails."""
     try:
         answer = ask(question, search, reader, history)
     except UserError as error:
@@ -157,8 +158,8 @@ def _turn(question: str, search: Search, reader: Reader, history: list[Message])
     return answer
 
 
-def _read() -> str | None:
-    """The next line without its ends, None behind the last one. Raises UserError where stdin cannot be read."""
+def _read_line() -> str | None:
+    """Return the next line of stdin, stripped; None at its end. Raises UserError where stdin cannot be read."""
     try:
         return input("\n> ").strip()
     except EOFError:
@@ -170,4 +171,4 @@ def _read() -> str | None:
 
 
 if __name__ == "__main__":
-    launch(main, "generate", Settings)
+    launch(main, "generate", GenerateSettings)

@@ -1,7 +1,8 @@
-"""What an index holds, and whether it is still what was written.
+"""Show what an index contains, verify its files, or audit an approximate vector search on it.
 
 python scripts/index.py index.path=.demo/index
 python scripts/index.py index.path=.demo/index action=verify
+python scripts/index.py index.path=.demo/index action=audit vector_index=binary vector_index.recall=0.95
 """
 
 from __future__ import annotations  # the types below are imported in main: a typo should not wait for JAX
@@ -12,18 +13,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from launch import launch
-from settings import IndexFolder, Shared
+from settings import IndexFolder, Part, Shared, build
+
+from rag.runtime.options import Count, Seed
 
 if TYPE_CHECKING:
+    from rag.index.dense import VectorSearch
     from rag.index.store import Index
 
 
+@dataclass(frozen=True)
+class AuditOptions:
+    """The queries of an audit."""
+
+    k: Count
+    queries: Count
+    seed: Seed
+
+
 @dataclass(frozen=True, kw_only=True)
-class Settings(Shared):
-    """conf/index.yaml."""
+class IndexSettings(Shared):
+    """The settings of conf/index.yaml."""
 
     index: IndexFolder
-    action: Literal["info", "verify"]
+    action: Literal["info", "verify", "audit"]
+    vector_index: Part
+    audit: AuditOptions
 
 
 def main(config) -> None:
@@ -37,10 +52,30 @@ def main(config) -> None:
         index.check()
         seconds = time.perf_counter() - begin
         print(f"all {len(index.manifest.files)} files are as they were written ({seconds:.2f} s)")
+    if config.action == "audit":
+        options = AuditOptions(config.audit.k, config.audit.queries, config.audit.seed)
+        print(audited(index, build(config.vector_index), options))
+
+
+def audited(index: Index, search: VectorSearch, options: AuditOptions) -> str:
+    """Return the recall of a vector search against exact search, on queries mixed of the index's own vectors."""
+    from rag.index.dense.audit import audit, mixed_queries
+    from rag.index.dense.exact import DenseIndex
+    from rag.types import UserError
+
+    if not len(index):
+        raise UserError(f"The index at {index.path} has no chunk to search for: ingest a corpus first.")
+    exact = DenseIndex(index.vectors)
+    queries = mixed_queries(exact, options.queries, options.seed)
+    found = audit(search.build(index.vectors), exact, queries, options.k)
+    return (
+        f"recall@{found.k} of {search}: {found.recall:.4f}, at least {found.at_least:.4f} with 95% confidence "
+        f"({found.queries} queries mixed of the index's own vectors)"
+    )
 
 
 def info(index: Index) -> list[str]:
-    """What an index holds, and what made it, a line each."""
+    """Return what an index holds, and what made it, a line each."""
     manifest = index.manifest
     made_by = manifest.embedder.spec.get("uri", manifest.embedder.spec.get("kind"))
     return [
@@ -53,4 +88,4 @@ def info(index: Index) -> list[str]:
 
 
 if __name__ == "__main__":
-    launch(main, "index", Settings)
+    launch(main, "index", IndexSettings)

@@ -1,4 +1,4 @@
-"""A folder of files to an index.
+"""Ingest a folder of files into an index.
 
 python scripts/ingest.py corpus.path=data/sample/documents index.path=.demo/index
 python scripts/ingest.py corpus.path=MORE index.path=.demo/index index.add=true
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files that are read, as rag.ingest.load.LoadOptions says."""
+    """The files that are read, as rag.ingest.load.folder.LoadOptions says."""
 
     path: Filled
     follow_links: bool
@@ -29,18 +29,18 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Target(IndexFolder):
-    """The index that is written."""
+class TargetIndex(IndexFolder):
+    """The index to write, and whether documents are added to it."""
 
     add: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Shared):
-    """conf/ingest.yaml."""
+class IngestSettings(Shared):
+    """The settings of conf/ingest.yaml."""
 
     corpus: Corpus
-    index: Target
+    index: TargetIndex
     embedder: Part
     chunker: Part
     analyzer: Part | None  # null: no postings
@@ -50,7 +50,7 @@ def main(config) -> None:
     from terminal import progress_bars
 
     from rag import pipeline
-    from rag.ingest.load import LoadOptions
+    from rag.ingest.load.folder import LoadOptions
 
     corpus, index = Path(config.corpus.path).expanduser(), Path(config.index.path).expanduser()
     stages = [build(config[name]) for name in ("chunker", "embedder")]
@@ -69,7 +69,7 @@ def main(config) -> None:
 
 
 def changes(report: IngestReport) -> str:
-    """What adding a folder to an index did."""
+    """Return the line that reports what was added to the index."""
     if report.added == report.documents:
         return "there was no index to add to: this is a new one"
     same = report.documents - report.added - report.replaced
@@ -78,4 +78,4 @@ def changes(report: IngestReport) -> str:
 
 
 if __name__ == "__main__":
-    launch(main, "ingest", Settings)
+    launch(main, "ingest", IngestSettings)

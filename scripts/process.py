@@ -1,6 +1,6 @@
-"""What a process is given and may run out of: streams, signals, memory, open files, disk space, a current folder.
+"""Handle what the system gives to a process or refuses: streams, signals, memory, open files, disk space, folders.
 
-scripts/launch.py uses it for every script: what goes wrong here is one sentence, or the usual exit code of a signal.
+scripts/launch.py uses this for every script, so that such an error is one sentence, or the usual exit code of a signal.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import NoReturn, TextIO
 from rag.types import UserError
 
 _INTERRUPTED = b"\nInterrupted.\n"
-_OPEN_FILES = 65_536  # all that we ask for
+_OPEN_FILES = 65_536  # the limit that we ask for
 _MEMORY = (
     *("resource_exhausted", "bad_alloc", "cannot allocate memory", "out of memory"),
     *("failed to map segment", "can't start new thread"),
@@ -28,11 +28,11 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EL
 
 
 class StdoutLost(BaseException):
-    """Stdout takes no more. It is no Exception, so that nothing between a print and launch takes it for its own."""
+    """Stdout cannot be written to. It is no Exception, so that no handler between a print and launch catches it."""
 
 
 class _Stdout(io.FileIO):
-    """Stdout's descriptor. Raises StdoutLost where it cannot be written to."""
+    """The file descriptor of stdout, which raises StdoutLost where it cannot be written to."""
 
     def write(self, data) -> int | None:
         try:
@@ -42,7 +42,7 @@ class _Stdout(io.FileIO):
 
 
 class _Stderr(io.FileIO):
-    """Stderr's descriptor. What cannot be written to it is dropped: nobody is left to be told."""
+    """The file descriptor of stderr, which drops what cannot be written."""
 
     def write(self, data) -> int | None:
         try:
@@ -52,11 +52,11 @@ class _Stderr(io.FileIO):
 
 
 def prepare_streams() -> None:
-    """Make stdout, stderr and stdin safe to use whatever they are. Raises UserError where stdout is closed.
+    """Make stdout, stderr and stdin safe to use. Raises UserError where stdout is closed.
 
-    What an encoding cannot spell is written as an escape and read as U+FFFD. A closed descriptor becomes /dev/null: the
-    next file that is opened would take its number, and other people's messages. `sys.stdin` stays None where it is
-    closed. Streams that somebody has put in the place of the process's own are left alone.
+    A character that an encoding does not have is written as an escape; undecodable bytes are read as U+FFFD. A closed
+    descriptor is opened on /dev/null, since the next file to be opened would otherwise get its number, and with it what
+    libraries print. `sys.stdin` stays None where it is closed. Streams that replace the process's own stay as they are.
     """
     closed = sys.__stdout__ is None
     for descriptor in range(3):
@@ -75,15 +75,15 @@ def prepare_streams() -> None:
 
 
 def _stream(raw: io.FileIO, before: TextIO | None) -> TextIO:
-    """A text stream like the one before, or line by line in UTF-8 where there was none."""
+    """Return a text stream with the options of the one before, or line-buffered UTF-8 where there was none."""
     if before is None:
         return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
     options = {"line_buffering": before.line_buffering, "write_through": before.write_through}
     return io.TextIOWrapper(io.BufferedWriter(raw), before.encoding, "backslashreplace", **options)
 
 
-def told_lost(lost: StdoutLost) -> int:
-    """Say on stderr that stdout is lost, and return the exit code. A reader that has left needs no sentence."""
+def report_lost_stdout(lost: StdoutLost) -> int:
+    """Print on stderr that stdout is lost, unless its reader closed it, and return the exit code."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at the end
     if isinstance(lost.__cause__, BrokenPipeError):
         return 141  # 128 + SIGPIPE, as a shell reports it
@@ -93,7 +93,7 @@ def told_lost(lost: StdoutLost) -> int:
 
 
 def check_current_folder() -> None:
-    """Raise UserError where the current folder was deleted, or cannot be entered."""
+    """Raise UserError where the current folder was deleted or cannot be entered."""
     try:
         os.getcwd()
     except OSError as error:
@@ -109,7 +109,7 @@ _pressed = False  # since the script began
 
 
 def prepare_ctrl_c() -> None:
-    """Make the first Ctrl-C a KeyboardInterrupt and the second one the end; ignored, as by nohup, it stays so."""
+    """Let the first Ctrl-C raise KeyboardInterrupt and the second end the process, unless SIGINT is ignored (nohup)."""
     global _pressed
     _pressed = False
     if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):
@@ -118,18 +118,18 @@ def prepare_ctrl_c() -> None:
 
 
 def end_ctrl_c() -> None:
-    """Let Ctrl-C end the process at once: all is done but the interpreter's and the libraries' own end."""
+    """Let Ctrl-C end the process at once, since only the interpreter and libraries still have to shut down."""
     if signal.getsignal(signal.SIGINT) is _ctrl_c:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def interrupted() -> bool:
-    """Whether there was a Ctrl-C: an error that follows comes of it, since libraries make their own of it."""
+    """Return whether there was a Ctrl-C; a later error is its consequence, since libraries convert it."""
     return _pressed
 
 
 def _ctrl_c(number: int, frame: types.FrameType | None) -> None:
-    """KeyboardInterrupt, except during an import, where extensions swallow it or crash: there, leave at once."""
+    """Raise KeyboardInterrupt, but exit at once during an import, where extensions swallow it or crash."""
     global _pressed
     _pressed = True
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -142,24 +142,24 @@ def _ctrl_c(number: int, frame: types.FrameType | None) -> None:
 
 
 def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Leave on a KeyboardInterrupt in a callback or a finalizer, where Python would print it and go on."""
+    """Exit on a KeyboardInterrupt in a callback or a finalizer, where Python would print it and continue."""
     if unraisable.exc_type is KeyboardInterrupt:
         leave(_INTERRUPTED, 130)
     sys.__unraisablehook__(unraisable)
 
 
 def leave(sentence: bytes, code: int) -> NoReturn:
-    """End at once with a sentence on stderr: no clean-up of the interpreter's and the libraries' own."""
+    """End the process at once with a sentence on stderr, without any clean-up."""
     with contextlib.suppress(OSError):
         os.write(2, sentence)
     os._exit(code)
 
 
-# --- what the system refuses
+# --- errors of the system
 
 
 def allow_open_files() -> None:
-    """Raise the limit of open files as far as may be: each memory-mapped array counts, and a model has hundreds."""
+    """Raise the limit of open files as far as allowed: each memory-mapped array counts, and a model has hundreds."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -168,7 +168,7 @@ def allow_open_files() -> None:
 
 
 def out_of_files(error: BaseException | None) -> str | None:
-    """The sentence for an error that too many open files have caused, whatever was made of it; None for another."""
+    """Return the sentence for an error whose cause is too many open files; None for another error."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
@@ -180,13 +180,13 @@ def out_of_files(error: BaseException | None) -> str | None:
 
 
 def system_error(error: BaseException | None) -> str | None:
-    """The sentence for an error of the system, or one that it caused; None for one that may be a bug of ours."""
+    """Return the sentence for an error of the system, or one caused by it; None where it may be a bug of ours."""
     if sentence := out_of_files(error):
         return sentence
     while error is not None:
         if sentence := _sentence(error):
             return sentence
-        error = error.__cause__  # what was only being handled when a bug showed does not excuse it
+        error = error.__cause__  # not __context__: an error that was being handled does not explain a bug
     return None
 
 

@@ -1,8 +1,8 @@
-"""README's benchmark tables: those of results/bench, put between their marks.
+"""Copy the benchmark tables of results/bench into README.md.
 
-    python scripts/readme.py        -> between <!-- bench:NAME --> and <!-- /bench:NAME --> stands results/bench/NAME.md
+    python scripts/readme.py        -> results/bench/NAME.md between <!-- bench:NAME --> and <!-- /bench:NAME -->
 
-The tables are what `scripts/bench.py ... keep=results/bench` wrote; nothing in them is written by hand.
+`scripts/bench.py ... keep=results/bench` writes the tables; nothing in them is written by hand.
 """
 
 import re
@@ -16,7 +16,7 @@ _BLOCK = re.compile(r"(<!-- bench:([\w.-]+) -->\n).*?(<!-- /bench:\2 -->)", re.S
 
 
 def included(text: str, tables: Path = TABLES) -> str:
-    """The text with each marked block filled. FileNotFoundError for a mark without its table."""
+    """Return the text with the table in each marked block. Raises FileNotFoundError for a mark without a table."""
     return _BLOCK.sub(
         lambda found: f"{found[1]}\n{(tables / f'{found[2]}.md').read_text()}\n{found[3]}", text
     )

@@ -1,4 +1,4 @@
-"""What evaluations found, on one page: Markdown with pictures, and one self-contained HTML file.
+"""Write a report on evaluations, on one page: Markdown with pictures, and one self-contained HTML file.
 
 python scripts/report.py runs=DIR baseline=bm25
 """
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra_run import run_dir
 from launch import launch
 from settings import Shared
-from this_run import run_dir
 
 from rag.runtime.options import Filled
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Shared):
-    """conf/report.yaml."""
+class ReportSettings(Shared):
+    """The settings of conf/report.yaml."""
 
     runs: Filled | Sequence[Filled]
     baseline: Filled | None
@@ -25,6 +25,7 @@ class Settings(Shared):
 
 
 def main(config) -> None:
+    """Read the results, write the report, and print where it is."""
     from rag.report import compose, results
 
     paths = locations(config.runs)
@@ -38,8 +39,8 @@ def main(config) -> None:
     print(f"{len(runs)} finished evaluation{plural}, {len(failures)} failed -> {output / 'report.html'}")
 
 
-def locations(runs) -> list[Path]:
-    """The paths of `runs`, a list or a person's text: one path, which may hold anything, or a list `[A,B]` of them."""
+def locations(runs: str | Sequence[str]) -> list[Path]:
+    """Return the paths of `runs`: a list, or text that is one path (of any characters) or a list `[A,B]` of paths."""
     import yaml
 
     from rag.types import UserError
@@ -58,11 +59,11 @@ def locations(runs) -> list[Path]:
 
 
 def folder(output: str | None, paths: list[Path]) -> Path:
-    """Where the report goes: as asked for, else beside the results if they are one folder, else the run's own."""
+    """Return the report's folder: `output`, else that of the results if they are one folder, else the run's own."""
     if output is not None:
         return Path(output).expanduser()
     return paths[0] if len(paths) == 1 and paths[0].is_dir() else run_dir()
 
 
 if __name__ == "__main__":
-    launch(main, "report", Settings)
+    launch(main, "report", ReportSettings)

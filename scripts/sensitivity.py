@@ -1,27 +1,37 @@
-"""How much an evaluation changes with what should not matter: batch sizes, padding, number formats.
+"""Measure the numerical sensitivity of an evaluation: how much batch sizes, padding and number formats change it.
 
 python scripts/sensitivity.py dataset=sample
-python scripts/sensitivity.py dataset=sample retriever=hybrid sensitivity.answers=0 'sensitivity.vector_dtypes=[bfloat16]'
+python scripts/sensitivity.py dataset=sample retriever=hybrid sensitivity.answers=0
 
-Everything is computed anew, with one setting changed at a time; no kept result is read or written.
+Everything is computed, with one setting changed at a time; no cached result is read or written.
 """
+
+from __future__ import annotations  # the types below are imported in functions: a typo must not wait for JAX
 
 import functools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from hydra_run import run_dir
 from launch import launch
 from settings import Part, build, target_of
-from stages import System, method_of
-from this_run import run_dir
+from system import SystemSettings, build_method
 
 from rag.runtime.options import parameters_of
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rag.evaluate.sensitivity.options import SystemUnderTest
+    from rag.evaluate.sensitivity.report import MetricChange, SensitivityReport
+
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(System):
-    """conf/sensitivity.yaml."""
+class SensitivitySettings(SystemSettings):
+    """The settings of conf/sensitivity.yaml."""
 
     dataset: Part
     chunker: Part
@@ -29,51 +39,52 @@ class Settings(System):
 
 
 def main(config) -> None:
+    """Measure, print the tables and the verdict, and write them into the run's folder."""
     from terminal import print_problem, progress_bars
 
-    from rag.evaluate.sensitivity import measure_sensitivity
+    from rag.evaluate.sensitivity.measure import measure_sensitivity
 
-    subject, variations = subject_of(config), build(config.sensitivity)
-    for problem in subject.dataset.problems:
+    system, options = build_system(config), build(config.sensitivity)
+    for problem in system.dataset.problems:
         print_problem(problem)
     with progress_bars() as update:
-        report = measure_sensitivity(subject, variations, update)
+        report = measure_sensitivity(system, options, update)
     show(report)
     write(report)
 
 
-def subject_of(config):
-    """The system that a config describes, with the makers of its parts."""
-    from rag.evaluate.sensitivity import SystemUnderTest
+def build_system(config) -> SystemUnderTest:
+    """Build the system that a configuration describes, with functions that build its parts anew."""
+    from rag.evaluate.sensitivity.options import SystemUnderTest
     from rag.pipeline import Reader
 
-    reading = {"template": build(config.prompt), "context": build(config.context)}
-    reading |= {"sampling": build(config.sampling), "options": build(config.answer)}
+    reader = {"template": build(config.prompt), "context": build(config.context)}
+    reader |= {"sampling": build(config.sampling), "options": build(config.answer)}
 
-    def maker(part, setting: str):
-        """Makes the part with a value of the setting; None where its target has none."""
+    def factory(part, setting: str) -> Callable | None:
+        """Return a function that builds the part with a value of the setting; None where the part has no such."""
         return (lambda value: build(part, **{setting: value})) if takes(part, setting) else None
 
     return SystemUnderTest(
         dataset=build(config.dataset),
         chunker=build(config.chunker),
         embedder=build(config.embedder),
-        method=method_of(config),
+        method=build_method(config),
         generator=functools.cache(lambda: build(config.generator)),
-        reader=lambda generator: Reader(generator, **reading),
-        embedder_of_batch=maker(config.embedder, "tokens_per_batch"),
-        generator_of_batch=maker(config.generator, "tokens_per_batch"),
-        generator_of_dtype=maker(config.generator, "dtype"),
+        reader=lambda generator: Reader(generator, **reader),
+        embedder_of_batch=factory(config.embedder, "tokens_per_batch"),
+        generator_of_batch=factory(config.generator, "tokens_per_batch"),
+        generator_of_dtype=factory(config.generator, "dtype"),
     )
 
 
 def takes(part, setting: str) -> bool:
-    """Whether the target of a part of the config has a setting."""
+    """Return whether the target of a part of the configuration has a setting."""
     return setting in parameters_of(target_of(part))
 
 
-def write(report) -> None:
-    """sensitivity.json and verdict.txt in the run's folder."""
+def write(report: SensitivityReport) -> None:
+    """Write sensitivity.json and verdict.txt into the run's folder."""
     from rag.runtime.files import atomic_file
     from rag.runtime.machine import environment
 
@@ -89,8 +100,8 @@ def write(report) -> None:
     print(f"-> {folder}")
 
 
-def show(report) -> None:
-    """A table of lists, a table of answers, what was left out, and the verdict."""
+def show(report: SensitivityReport) -> None:
+    """Print a table of lists, a table of answers, the axes that were left out, and the verdict."""
     from rich.console import Console
     from terminal import print_problem
 
@@ -103,7 +114,8 @@ def show(report) -> None:
     print(report.verdict)
 
 
-def list_table(report):
+def list_table(report: SensitivityReport) -> Table:
+    """Return the table of changed top-k lists."""
     v, d = report.variations, report.dataset
     title = f"{d['name']}: {d['queries']} top-{v.k} lists, {v.measure} {number(report.means[v.measure])}"
     table = _table(title, "other\nlists", "other\npassages", "scores\nby up to", *_headings(v.measure))
@@ -113,18 +125,19 @@ def list_table(report):
     return table
 
 
-def answer_table(report):
+def answer_table(report: SensitivityReport) -> Table:
+    """Return the table of changed answers."""
     means = {name: report.means.get(name) for name in ("F1", "contains")}
-    count = sensitivity.answers[0].answers if sensitivity.answers else 0
+    count = report.answers[0].answers if report.answers else 0
     title = f"{count} answers, " + ", ".join(f"{name} {number(mean)}" for name, mean in means.items())
     table = _table(title, "other\ntext", *(heading for name in means for heading in _headings(name)))
-    for row in sensitivity.answers:
+    for row in report.answers:
         moved = [figure for name in means for figure in _figures(row.movements[name])]
         table.add_row(row.axis, row.setting, str(len(row.changed)), *moved)
     return table
 
 
-def _table(title: str, *headings: str):
+def _table(title: str, *headings: str) -> Table:
     from rich.table import Table
 
     table = Table(title=title)
@@ -138,13 +151,14 @@ def _headings(measure: str) -> tuple[str, str]:
     return f"{measure}\nmoves by", "one query\nby up to"
 
 
-def _figures(movement) -> tuple[str, str]:
+def _figures(movement: MetricChange) -> tuple[str, str]:
     return number(movement.change, "+z.4f"), number(movement.largest)
 
 
 def number(value: float | None, spelling: str = ".4f") -> str:
+    """Return a number as text; "-" for None."""
     return "-" if value is None else format(value, spelling)
 
 
 if __name__ == "__main__":
-    launch(main, "sensitivity", Settings)
+    launch(main, "sensitivity", SensitivitySettings)

@@ -1,7 +1,8 @@
-"""From a configuration to objects: every value is checked against its declared type and range, then they are built.
+"""Check the values of a configuration against their declared types and ranges, and build objects from it.
 
-What a setting takes is declared where it is used: those of a script by its class Settings, those of a part with a
-`_target_` by the annotations of the class or function that it names. rag/values.py has the types and the check.
+The type of a setting is declared where it is used: for a script's own settings in its class Settings, for those under a
+`_target_` by the annotations of the class or function that it names. rag/runtime/options.py has the types and the check
+of plain values.
 """
 
 import difflib
@@ -18,6 +19,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
 from rag.runtime.options import (
     ArgumentsOf,
     Filled,
@@ -33,13 +36,26 @@ from rag.types import UserError
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
+def default_weights(stage: str) -> str:
+    """Return the URI of the default weights of "embedder" or "generator"; conf/ writes ${default_weights:embedder}."""
+    from rag.models import hub
+
+    return {"embedder": hub.DEFAULT_EMBEDDER, "generator": hub.DEFAULT_GENERATOR}[stage]
+
+
+OmegaConf.register_new_resolver("default_weights", default_weights, replace=True)
+
+
 class Part:
-    """The type of a setting that is a part: settings under a `_target_`, most often a file of a folder of conf/."""
+    """The type of a setting that is a part: a mapping with a `_target_`, most often a file of a folder of conf/.
+
+    `build` makes the object of a part, such as a stage (an embedder, a retriever) or a record of options.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """What every script takes: conf/shared.yaml."""
+    """The settings that every script takes: conf/shared.yaml."""
 
     device: Literal["auto", "cpu", "gpu"]
     profile: bool
@@ -47,24 +63,28 @@ class Shared:
 
 @dataclass(frozen=True)
 class IndexFolder:
-    """Where an index is."""
+    """The folder of an index."""
 
     path: Filled
 
 
 class Setting(NamedTuple):
-    """One value of a configuration, and what is declared for it."""
+    """One value of a configuration and its declared type."""
 
     key: str
     value: object
     hint: object
 
 
-def build(config, **arguments: object):
-    """Make what `_target_` names, and all inside it, from plain Python values and the given `arguments`.
+def build(config: DictConfig, **arguments: object) -> Any:
+    """Build the object that `_target_` names, and all objects inside it.
 
-    With `_partial_: true` it is not made: what would make it is returned, as Hydra does.
-    Raises UserError naming the setting that the target does not have, or whose value is not as declared.
+    Args:
+        config: A part. With `_partial_: true` a function that makes the object is returned, as Hydra does.
+        arguments: Further arguments of the target, which are handed on as they are.
+
+    Raises:
+        UserError: A setting is unknown to the target, or its value is not as declared; the message has its name.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -81,7 +101,7 @@ def build(config, **arguments: object):
 
 
 def user_error(error: BaseException | None) -> str | None:
-    """The sentence of the UserError that was raised, or that caused what was raised."""
+    """Return the sentence of the UserError that was raised, or that caused what was raised; None without one."""
     while error is not None:
         if isinstance(error, UserError):
             return str(error)
@@ -89,29 +109,34 @@ def user_error(error: BaseException | None) -> str | None:
     return None
 
 
-def check(config, schema: Any = Part, given: Collection[str] = ()) -> None:
-    """Check all values of a configuration, or of a part of one, against their declarations; nothing is built.
+def check(config: DictConfig, schema: Any = Part, given: Collection[str] = ()) -> None:
+    """Check all values of a configuration, or of a part, against their declarations; nothing is built.
 
-    `given` names arguments that the target has from elsewhere. Raises UserError for the first setting that is
-    unknown, missing or not as declared.
+    Args:
+        config: The configuration.
+        schema: The dataclass that declares its settings; Part where `_target_` does.
+        given: Names of arguments that the target gets from elsewhere.
+
+    Raises:
+        UserError: The first setting that is unknown, missing or not as declared.
     """
     for setting in settings_of(config, schema, given):
         check_setting(setting)
 
 
 def check_setting(setting: Setting) -> None:
-    """Raise UserError where the value is not as declared; a parameter that declares nothing takes anything."""
+    """Raise UserError where the value is not as declared; a parameter without a declared type takes anything."""
     name, value, hint = setting
     if is_plain(hint):
         convert(name, value, hint)
-    elif not _takes(hint, value):
-        raise UserError(type_error(name, value, _asked(name, hint)))
+    elif not _accepts(hint, value):
+        raise UserError(type_error(name, value, _expected(name, hint)))
 
 
-def _takes(hint: Any, value: object) -> bool:
-    """Whether a value, of plain values and parts, may be what a type means.
+def _accepts(hint: Any, value: object) -> bool:
+    """Return whether a value, of plain values and parts, fits a type.
 
-    Only a class or protocol of others than Python itself asks for a part; what we cannot judge takes anything.
+    Only a class or protocol that is not Python's own requires a part; a type that we cannot judge accepts anything.
     """
     if is_plain(hint):
         try:
@@ -121,20 +146,20 @@ def _takes(hint: Any, value: object) -> bool:
         return True
     kind, members = _bare(hint), typing.get_args(hint)
     if typing.get_origin(hint) is typing.Annotated:
-        return _takes(members[0], value)
+        return _accepts(members[0], value)
     if kind in (typing.Union, types.UnionType):
-        return any(_takes(member, value) for member in members)
+        return any(_accepts(member, value) for member in members)
     if kind in (typing.Any, object, inspect.Parameter.empty) or not isinstance(kind, type):
         return True
     if isinstance(value, Mapping) and "_target_" in value:  # makes anything
         return True
     if issubclass(kind, Mapping) or typing.is_typeddict(kind):
         each = members[1] if len(members) == 2 else typing.Any
-        return isinstance(value, Mapping) and all(_takes(each, item) for item in value.values())
+        return isinstance(value, Mapping) and all(_accepts(each, item) for item in value.values())
     if _is_list(kind) and isinstance(value, list):
         if kind is tuple and members and ... not in members:
-            return len(value) == len(members) and all(map(_takes, members, value))
-        return all(_takes(members[0] if members else typing.Any, item) for item in value)
+            return len(value) == len(members) and all(map(_accepts, members, value))
+        return all(_accepts(members[0] if members else typing.Any, item) for item in value)
     if issubclass(kind, Enum) or (_of_python(kind) and not _is_list(kind) and kind is not Callable):
         return value is not None
     try:
@@ -144,35 +169,34 @@ def _takes(hint: Any, value: object) -> bool:
 
 
 def _bare(hint: Any) -> Any:
-    """A type without what it is made of: list for list[str]."""
+    """Return a type without its arguments: list for list[str]."""
     return typing.get_origin(hint) or hint
 
 
 def _of_python(kind: type) -> bool:
+    """Return whether a type belongs to Python's standard library."""
     return kind.__module__.partition(".")[0] in sys.stdlib_module_names
 
 
 def _is_list(kind: Any) -> bool:
-    """Whether a type of Python's is one of several values, which a configuration gives as a list."""
+    """Return whether a type of Python's own is a collection, which a configuration gives as a list."""
     several = isinstance(kind, type) and issubclass(kind, Iterable) and not issubclass(kind, Mapping)
     return several and _of_python(kind) and not issubclass(kind, str | bytes | bytearray)
 
 
-def check_presence(config, schema: Any) -> None:
-    """Raise UserError for a setting or part that a script asks for and that was taken away: embedder=null, ~k."""
+def check_presence(config: DictConfig, schema: Any) -> None:
+    """Raise UserError for a required setting or part that was removed on the command line: embedder=null, ~k."""
     for name, (hint, required) in _entries(config, schema).items():
         if required and name not in config.keys():  # noqa: SIM118 (`in config` is false for "???" too)
             check_setting(Setting(name, None, hint))
 
 
-def settings_of(config, schema: Any = Part, given: Collection[str] = ()) -> Iterator[Setting]:
-    """Every value of a configuration with its declaration, those of a part before those of the parts inside it.
+def settings_of(config: DictConfig, schema: Any = Part, given: Collection[str] = ()) -> Iterator[Setting]:
+    """Yield every value of a configuration with its declaration, those of a part before those of parts inside it.
 
-    A part that is not there, null, or a plain value, is a setting too. Interpolations are resolved, and what they
-    lead to bears the name of where it stands. Raises UserError for a setting that nothing declares.
+    A part that is missing, null, or a plain value, is yielded too. Interpolations are resolved; a value that one refers
+    to has the name of the setting with the interpolation. Raises UserError for a setting that nothing declares.
     """
-    from omegaconf import DictConfig, OmegaConf
-
     entries, inside = _entries(config, schema), []
     for key in config:
         if key not in entries and not str(key).startswith("_"):
@@ -195,9 +219,7 @@ def settings_of(config, schema: Any = Part, given: Collection[str] = ()) -> Iter
 
 
 def _parts_in(value: object) -> Iterator:
-    """The parts in a list or mapping, and in those inside it."""
-    from omegaconf import DictConfig, ListConfig
-
+    """Yield the parts in a list or mapping, and in those inside it."""
     items = list(value.values()) if isinstance(value, DictConfig) else value
     for item in items if isinstance(items, list | ListConfig) else ():
         if isinstance(item, DictConfig) and "_target_" in item:
@@ -207,12 +229,14 @@ def _parts_in(value: object) -> Iterator:
 
 
 class _Entry(NamedTuple):
+    """A declared setting: its type, and whether it is required."""
+
     hint: Any
     required: bool
 
 
 def _entries(config, hint: Any) -> dict[str, _Entry] | None:
-    """What a mapping of the type `hint` may hold, by name; None where its type says nothing of that."""
+    """Return the declared settings of a mapping of type `hint`, by name; None where its type declares none."""
     if "_target_" in config:
         return _arguments(parameters_of(target_of(config)), config)
     for kind in typing.get_args(hint) if _optional(hint) else [hint]:
@@ -228,16 +252,16 @@ def _entries(config, hint: Any) -> dict[str, _Entry] | None:
 
 
 def _arguments(parameters: Mapping[str, inspect.Parameter], config) -> dict[str, _Entry]:
-    """The arguments that parameters allow; with **others whatever the configuration has besides.
+    """Return the settings that parameters declare; with **others these include every other key of the configuration.
 
-    Those that `_args_` gives are no settings, and with `_partial_` none is required.
+    Positional arguments in `_args_` are no settings, and with `_partial_` none is required.
     """
     entries = {}
     ordered = [
         name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    given = ordered[: len(_hydras(config, "_args_", list[typing.Any], ()))]
-    partial = _hydras(config, "_partial_", bool, False)
+    given = ordered[: len(_hydra_key(config, "_args_", list[typing.Any], ()))]
+    partial = _hydra_key(config, "_partial_", bool, False)
     for name, parameter in parameters.items():
         if name in given:
             continue
@@ -250,10 +274,8 @@ def _arguments(parameters: Mapping[str, inspect.Parameter], config) -> dict[str,
     return entries
 
 
-def _hydras(config, key: str, hint: Any, default: Any) -> Any:
-    """The value of one of Hydra's own keys in a part, as checked as any other."""
-    from omegaconf import OmegaConf
-
+def _hydra_key(config, key: str, hint: Any, default: Any) -> Any:
+    """Return the checked value of one of Hydra's own keys in a part."""
     if (value := config.get(key)) is None:
         return default
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
@@ -262,14 +284,14 @@ def _hydras(config, key: str, hint: Any, default: Any) -> Any:
 
 
 def _with_default(parameter: inspect.Parameter) -> Any:
-    """The type of a parameter, and null where it is the default."""
+    """Return the type of a parameter; null is allowed where it is the default."""
     hint = parameter.annotation
     known = is_plain(hint) or isinstance(_bare(hint), type)
     return typing.Optional[hint] if known and parameter.default is None else hint  # noqa: UP045
 
 
-def target_of(config) -> Callable:
-    """The class or function that the `_target_` of a part names. Raises UserError where it names none."""
+def target_of(config: DictConfig) -> Callable:
+    """Return the class or function that the `_target_` of a part names. Raises UserError where it names none."""
     name, path = config._get_full_key("_target_"), config._target_
     try:
         found = pkgutil.resolve_name(path)
@@ -282,7 +304,7 @@ def target_of(config) -> Callable:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong in an import, and on which line of which module where it was one of its own."""
+    """Return what went wrong in an import, with module and line where the module's own code failed."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"]
     match error:
         case SyntaxError(filename=str(file), lineno=line):
@@ -298,8 +320,8 @@ def _optional(hint: Any) -> bool:
     return types.NoneType in typing.get_args(hint)
 
 
-def _asked(name: str, hint: Any) -> str:
-    """What the type of a part asks for, to stand behind "it must be"."""
+def _expected(name: str, hint: Any) -> str:
+    """Return what a type requires, as words that follow "it must be"."""
     group = name.rpartition(".")[2]
     choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
     nothing = " or null" if _optional(hint) else ""
@@ -308,12 +330,12 @@ def _asked(name: str, hint: Any) -> str:
         return f"one of {', '.join(choices)}{nothing}"
     if is_dataclass(hint):
         return f"settings: {', '.join(f'{name}.{key}' for key in parameters_of(hint))}"
-    place = f", as in conf/{group}" if choices else ""
-    return f"{' or '.join(kinds)}{place}{nothing}"
+    example = f", as in conf/{group}" if choices else ""
+    return f"{' or '.join(kinds)}{example}{nothing}"
 
 
 def _alternatives(hint: Any) -> list[Any]:
-    """The types of a union without null, or the one type."""
+    """Return the types of a union without null, or the one type."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
     return [hint]
@@ -326,13 +348,13 @@ def _noun(name: str, hint: Any) -> str:
         return _noun(name, typing.get_args(hint)[0])
     kind, members = _bare(hint), typing.get_args(hint)
     if _is_list(kind):
-        return f"a list of which each is {_asked(name, members[0])}" if len(members) == 1 else "a list"
+        return f"a list of which each is {_expected(name, members[0])}" if len(members) == 1 else "a list"
     mapping = typing.is_typeddict(kind) or (isinstance(kind, type) and issubclass(kind, Mapping))
     return "settings" if mapping else "settings with a _target_"
 
 
 def _unknown(name: str, target: str | None, entries: Collection[str]) -> str:
-    """The sentence for a setting that nothing declares, with those that look like it."""
+    """Return the sentence for an undeclared setting, with declared ones of similar names."""
     before = name.rpartition(".")[0]
     near = difflib.get_close_matches(name.rpartition(".")[2], list(entries), n=3)
     if near:

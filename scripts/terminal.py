@@ -1,4 +1,4 @@
-"""What scripts show a person on stderr while they work: progress and problems."""
+"""Show progress and problems on stderr while a script works."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -7,12 +7,12 @@ _console = Console(stderr=True)
 
 
 def print_problem(text: str) -> None:
-    """One line that deserves attention."""
+    """Print one line that deserves attention."""
     _console.print(text, style="yellow", highlight=False, markup=False)
 
 
 class progress_bars:
-    """A bar for each stage: `with progress_bars() as progress: progress(stage, done, total)`; total 0 is unknown."""
+    """Show a bar for each stage: `with progress_bars() as progress: progress(stage, done, total)`; total 0: unknown."""
 
     def __enter__(self):
         columns = [

@@ -1,6 +1,6 @@
-"""Run-time shape checks: every jaxtyping annotation of rag is enforced by beartype while the tests run.
+"""Check every jaxtyping annotation of rag with beartype while the tests run.
 
-Also what every test shares: the default weights, and the variable that turns their tests off.
+It also has the fixtures of the default weights, and reads the variable that turns their tests off.
 """
 
 import os
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without weights these tests fail rather than skip, unless the variable says that this is meant."""
+    """Skip long tests, and tests of the real weights if the variable says so; otherwise these fail without weights."""
     if not trials.LONG:
         for item in items:
             if item.get_closest_marker("long"):
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def embedder_weights() -> Path:
-    """The folder of the default embedder; fetched once, an error if it cannot be had."""
+    """Return the folder of the default embedder; fetch it once, or fail."""
     from rag.models import hub
 
     return hub.local_path(hub.DEFAULT_EMBEDDER)
@@ -55,7 +55,7 @@ def embedder_weights() -> Path:
 
 @pytest.fixture(scope="session")
 def generator_weights() -> Path:
-    """The GGUF file of the default generator; fetched once, an error if it cannot be had."""
+    """Return the GGUF file of the default generator; fetch it once, or fail."""
     from rag.models import hub
 
     return hub.local_path(hub.DEFAULT_GENERATOR)
@@ -63,6 +63,6 @@ def generator_weights() -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_one_module():
-    """Compiled programs go with the module that asked for them: a process may map only so many of them."""
+    """Free the compiled programs of each test module: a process can map only a limited number of them."""
     yield
     jax.clear_caches()

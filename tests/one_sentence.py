@@ -1,6 +1,6 @@
-"""What a message to a person may be."""
+"""Check error messages for users."""
 
 
 def is_one_sentence(text: str) -> bool:
-    """Whether a text is one line that a terminal shows as it is, and not a page long."""
+    """Return whether a text is one printable line of 21 to 899 characters, and no traceback."""
     return text.isprintable() and 20 < len(text) < 900 and "Traceback" not in text and text == text.strip()

@@ -1,4 +1,7 @@
-"""Brute-force oracles, written as the formulas read, and the tolerances of the whole suite."""
+"""Brute-force oracles, written like the formulas, and the tolerances of the whole suite.
+
+Letters: B batch, T query tokens, S key tokens, H query heads, D head dim, M width, V vocab, N vectors, Q queries.
+"""
 
 import math
 from collections import Counter
@@ -9,14 +12,14 @@ import numpy as np
 
 # --- tolerances ---------------------------------------------------------------------------------------------
 
-# Attention, against float64: absolute, for results of the order of 1, and for gradients relative to the
-# largest entry. Accelerators multiply float32 in TF32 or bfloat16 passes.
+# Attention, against float64: absolute for results of the order of 1, and relative to the largest entry for gradients.
+# Accelerators multiply float32 in TF32 or bfloat16 passes.
 ATTENTION_TOLERANCE = {"cpu": {"float32": 1e-5, "bfloat16": 1e-2}}
 ATTENTION_TOLERANCE_ACCELERATOR = {"float32": 5e-3, "bfloat16": 2e-2}
 
 
 def attention_tolerance(dtype: str, backend: str) -> float:
-    """The largest error allowed for inputs of `dtype` on `backend`."""
+    """Return the largest error allowed for inputs of `dtype` on `backend`."""
     return ATTENTION_TOLERANCE.get(backend, ATTENTION_TOLERANCE_ACCELERATOR)[dtype]
 
 
@@ -44,7 +47,7 @@ class AttentionOracle(NamedTuple):
 def attention_mask(
     batch, queries, keys, *, causal, window, q_offset, kv_length, q_segments, kv_segments, q_positions=None
 ) -> np.ndarray:
-    """Which key each query sees, one pair at a time: [B, T, S]."""
+    """Return which keys each query attends to, computed pair by pair: [B, T, S]."""
     mask = np.zeros((batch, queries, keys), bool)
     offsets = np.broadcast_to(q_offset, batch)
     for b, t, s in np.ndindex(mask.shape):
@@ -73,7 +76,7 @@ def attention_oracle(
     kv_segments=None,
     scale=None,
 ) -> AttentionOracle:
-    """Attention and its gradients in float64, head by head, from the textbook formulas."""
+    """Compute attention and its gradients in float64, head by head, by the textbook formulas."""
     q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
     batch, heads, queries, dim = q.shape
     group = heads // k.shape[1]
@@ -110,7 +113,7 @@ METRIC_TOLERANCE = 1e-6  # absolute
 
 
 def ranking_oracle(scores: dict[str, float]) -> list[str]:
-    """Best first; among equals the lower id first."""
+    """Return the documents, the best first; of equal scores the lower id first."""
     ranking = []
     left = dict(scores)
     while left:
@@ -121,7 +124,7 @@ def ranking_oracle(scores: dict[str, float]) -> list[str]:
 
 
 def metric_oracle(measure: str, cutoff: int | None, grades: dict[str, int], ranking: list[str]) -> float:
-    """One query's metric as trec_eval defines it; `cutoff` None looks at the whole ranking."""
+    """Compute the metric of one query as trec_eval defines it; `cutoff` None uses the whole ranking."""
     seen = np.array([max(grades.get(document, 0), 0) for document in ranking[:cutoff]], float)
     ideal = np.sort(np.maximum(list(grades.values()), 0))[::-1][:cutoff].astype(float)
     relevant = sum(grade > 0 for grade in grades.values())
@@ -147,7 +150,7 @@ def metric_oracle(measure: str, cutoff: int | None, grades: dict[str, int], rank
 
 
 def merge_tokens(pieces: list[str], rank) -> list[str]:
-    """Byte-pair encoding: join the adjacent pair of lowest rank, leftmost on ties, while one has a rank."""
+    """Byte-pair encoding: merge the adjacent pair of lowest rank, the leftmost on ties, while a pair has a rank."""
     pieces = list(pieces)
     while True:
         ranked = [(rank(left, right), i) for i, (left, right) in enumerate(pairwise(pieces))]
@@ -159,7 +162,7 @@ def merge_tokens(pieces: list[str], rank) -> list[str]:
 
 
 def longest_pieces(word: str, vocabulary: set[str], unknown: str) -> list[str]:
-    """WordPiece: the longest known beginning, then the longest known "##" continuations; else unknown."""
+    """WordPiece: take the longest known beginning, then the longest known "##" continuations; else unknown."""
     pieces, start = [], 0
     while start < len(word):
         marks = "##" if start else ""
@@ -175,8 +178,11 @@ def longest_pieces(word: str, vocabulary: set[str], unknown: str) -> list[str]:
 
 
 def kept_by_filters(logits, top_k, top_p, min_p) -> tuple[np.ndarray, np.ndarray]:
-    """Which tokens of one row top-k, then top-p, then min-p keep, in float64, and for which of them that does not
-    hang on rounding: [V], [V]."""
+    """Apply top-k, then top-p, then min-p to one row of logits [V], in float64.
+
+    Returns:
+        Which tokens remain [V], and for which tokens that does not depend on rounding [V].
+    """
     logits = np.asarray(logits, np.float64)
     kept = np.ones(len(logits), bool)
     decided = kept.copy()
@@ -199,7 +205,7 @@ def kept_by_filters(logits, top_k, top_p, min_p) -> tuple[np.ndarray, np.ndarray
 
 
 def pooling_oracle(hidden: np.ndarray, lengths: np.ndarray, mode: str, normalize: bool) -> np.ndarray:
-    """One vector a row of hidden [B, T, M], in float64."""
+    """Return one vector for each row of hidden [B, T, M], in float64."""
     rows = hidden.astype(np.float64)
     pairs = zip(rows, lengths, strict=True)
     vectors = [row[0] if mode == "cls" else row[:length].mean(axis=0) for row, length in pairs]
@@ -207,7 +213,7 @@ def pooling_oracle(hidden: np.ndarray, lengths: np.ndarray, mode: str, normalize
 
 
 def counter_cosine(left: str, right: str) -> float:
-    """The cosine of two texts' word counts, as in the notebook that this project began with."""
+    """Return the cosine of two texts' word counts, as in the notebook that this project began with."""
     a, b = Counter(left.lower().split(" ")), Counter(right.lower().split(" "))
     dot = sum(a[word] * b[word] for word in a.keys() & b.keys())
     norms = math.sqrt(sum(n**2 for n in a.values())) * math.sqrt(sum(n**2 for n in b.values()))
@@ -221,7 +227,7 @@ SEARCH_TOLERANCE = 1e-6
 
 
 def top_k_oracle(scores, k) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of each row of scores [Q, N], best first, and their columns; the lower column wins a tie."""
+    """Return the k best of each row of scores [Q, N], best first, and their columns; of ties the lower column first."""
     scores = np.asarray(scores, np.float64)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, axis=1), order

@@ -24,7 +24,7 @@ def count(text):
 
 def hit(document, start, end, score):
     text = TEXTS[document][start:end]
-    return Hit(Chunk(f"{document}:{start}-{end}", document, f"{document}.md", start, end, text), score)
+    return Hit(Chunk(f"{document}:{start}-{end}", document, f"{document}.md", start, end, text), score, 0)
 
 
 def found(document, phrase, score):
@@ -66,7 +66,7 @@ def test_hits_below_the_threshold_are_not_relevant_and_nothing_may_be_left():
 
 def test_repeated_texts_are_shown_once_with_the_best_score():
     twin = Chunk("x:0-14", "x", "x.md", 0, 14, ALPHA)
-    context = build([found("a", ALPHA, 0.4), Hit(twin, 0.9), found("a", ALPHA, 0.3)])
+    context = build([found("a", ALPHA, 0.4), Hit(twin, 0.9, 0), found("a", ALPHA, 0.3)])
     assert [(s.path, s.score) for s in context.sources] == [("x.md", 0.9)] and context.dropped == 0
 
 
@@ -86,7 +86,7 @@ def test_orders(order, shown):
 
 
 def test_sides_puts_the_weakest_in_the_middle():
-    hits = [Hit(Chunk(f"{i}", f"{i}", "p", 0, 1, f"{i}"), 1.0 - i / 10) for i in range(5)]
+    hits = [Hit(Chunk(f"{i}", f"{i}", "p", 0, 1, f"{i}"), 1.0 - i / 10, i) for i in range(5)]
     assert texts(build(hits, order="sides")) == ["0", "2", "4", "3", "1"]
 
 
@@ -170,13 +170,15 @@ def test_a_best_passage_that_is_too_long_is_cut(budget, shown):
 
 def test_a_short_first_sentence_is_no_reason_to_lose_most_of_the_passage():
     text = "Yes. One two three four five six seven eight nine ten."
-    context = build([Hit(Chunk("d", "d", "d", 0, len(text), text), 1.0)], max_tokens=8, documents_text=None)
+    context = build(
+        [Hit(Chunk("d", "d", "d", 0, len(text), text), 1.0, 0)], max_tokens=8, documents_text=None
+    )
     assert texts(context) == ["Yes. One two three four five six seven"]
 
 
 def test_text_without_spaces_is_cut_between_characters():
     options, text = ContextOptions(max_tokens=7), "東京は日本の首都です人口は多い"
-    hits = [Hit(Chunk("d", "d", "d", 0, len(text), text), 1.0)]
+    hits = [Hit(Chunk("d", "d", "d", 0, len(text), text), 1.0, 0)]
     assert texts(build_context(hits, None, options, len)) == [text[:7]]
     assert build_context(hits, None, ContextOptions(max_tokens=1), lambda text: 2 * len(text)).sources == ()
 
@@ -198,7 +200,7 @@ def test_each_text_is_counted_once():
         calls.append(text)
         return count(text)
 
-    hits = [Hit(Chunk(f"{i}", f"{i}", "p", 0, 3, f"w{i}"), 1.0 - i / 100) for i in range(50)]
+    hits = [Hit(Chunk(f"{i}", f"{i}", "p", 0, 3, f"w{i}"), 1.0 - i / 100, i) for i in range(50)]
     build_context(hits, None, ContextOptions(), counting)
     assert len(calls) <= 100
 
@@ -256,7 +258,7 @@ def widened(document, phrase, budget=1000, counter=count, **options):
     start = LONG[document].index(phrase)
     chunk = Chunk("c", document, f"{document}.md", start, start + len(phrase), phrase)
     context = build_context(
-        [Hit(chunk, 0.5)], LONG.__getitem__, ContextOptions(max_tokens=budget, **options), counter
+        [Hit(chunk, 0.5, 0)], LONG.__getitem__, ContextOptions(max_tokens=budget, **options), counter
     )
     for source in context.sources:
         assert source.text == LONG[document][source.start : source.end]
@@ -309,7 +311,7 @@ def test_widened_passages_that_overlap_become_one():
     for word, score in (("six", 0.9), ("three", 0.8)):
         phrase = f"Sentence number {word}."
         start = NUMBERED.index(phrase)
-        hits.append(Hit(Chunk(word, "n", "n.md", start, start + len(phrase), phrase), score))
+        hits.append(Hit(Chunk(word, "n", "n.md", start, start + len(phrase), phrase), score, 0))
     options = ContextOptions(expand="neighbours", expand_by=2)
     [source] = build_context(hits, LONG.__getitem__, options, count).sources
     assert (source.text, source.score) == (numbers(1, 8)[0], 0.9)
@@ -326,7 +328,7 @@ def test_where_the_wide_passage_does_not_fit_the_hit_itself_is_shown():
 
 def test_what_is_rendered_counts_for_a_widened_passage():
     def render(source):
-        return "five words stand before it " + source.text
+        return "five words come before it " + source.text
 
     options = ContextOptions(expand="parent", expand_tokens=14)
     [source] = build_context([found("a", GAMMA, 0.9)], TEXTS.__getitem__, options, count, render).sources
@@ -342,13 +344,13 @@ def test_a_long_document_is_read_only_near_the_hit():
         seen.append(len(text))
         return count(text)
 
-    hits = [Hit(Chunk("c", "d", "d", start, start + 8, "The hit."), 1.0)]
+    hits = [Hit(Chunk("c", "d", "d", start, start + 8, "The hit."), 1.0, 0)]
     options = ContextOptions(expand="parent", expand_tokens=20)
     [source] = build_context(hits, lambda _: text, options, counting).sources
     assert "The hit." in source.text and 10 <= count(source.text) <= 20
     assert max(seen) < 2000
     lump = "x" * 10_000 + " hit " + "y" * 10_000  # nowhere a sentence ends
-    hits = [Hit(Chunk("c", "d", "d", 10_001, 10_004, "hit"), 1.0)]
+    hits = [Hit(Chunk("c", "d", "d", 10_001, 10_004, "hit"), 1.0, 0)]
     assert texts(build_context(hits, lambda _: lump, options, count)) == ["hit"]
 
 
@@ -368,7 +370,7 @@ def context_of(*scored):
     return Context(sources, sum(count(text) for text, _ in scored), dropped=1)
 
 
-def test_trimming_takes_the_least_relevant_and_numbers_the_rest_anew():
+def test_trimming_leaves_out_the_least_relevant_and_renumbers_the_rest():
     context = context_of(("a a a", 0.5), ("b b b", 0.2), ("c c c", 0.9))
     assert trim(context, 9, count) == context
     trimmed = trim(context, 8, count)

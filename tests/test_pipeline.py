@@ -15,7 +15,7 @@ from rag.prompt import PromptTemplate
 from rag.retrieve.collection import Collection
 from rag.retrieve.search import Dense, Lexical, Search
 from rag.types import Answer, Message, Usage, UserError
-from tests.tiny_folder import write_files
+from tests.tiny_collections import write_files
 
 TEMPLATE = PromptTemplate(user="{context}\n\nQ: {question}", passage="[{n}] {text}", separator="\n")
 
@@ -35,19 +35,13 @@ class Echo:
     def prompt_tokens(self, messages) -> int:
         return sum(self.count(message.content) for message in messages)
 
-    def stream(self, messages, sampling, max_new_tokens, seed, stop):
-        self.asked.append(messages)
+    def stream(self, request):
+        self.asked.append(request.messages)
         yield "see "
         yield "[1]"
-        yield Usage(self.prompt_tokens(messages), 2, 0.5, 0.25)
+        yield Usage(self.prompt_tokens(request.messages), 2, 0.5, 0.25)
 
-    def generate(self, conversations, sampling, max_new_tokens, seeds, stop):
-        raise NotImplementedError
-
-    def log_likelihood(self, pairs):
-        raise NotImplementedError
-
-    def text_log_likelihood(self, pairs):
+    def generate(self, requests):
         raise NotImplementedError
 
 

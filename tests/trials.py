@@ -1,4 +1,4 @@
-"""How many random cases a property test tries: few in the suite, many with pytest's flag --long."""
+"""Choose how many random cases a property test tries: few in the suite, many with pytest's option --long."""
 
 from hypothesis import HealthCheck, settings
 
@@ -6,7 +6,7 @@ LONG = False  # set by conftest.py
 
 
 def tries(suite: int, long: int) -> settings:
-    """Settings of so many cases. The suite's are the same at every run; those of --long are drawn anew."""
+    """Return hypothesis settings: the `suite` cases are the same at every run, the `long` cases are drawn anew."""
     return settings(
         max_examples=long if LONG else suite,
         derandomize=not LONG,

@@ -1,4 +1,4 @@
-"""The type checker that runs while the tests do: beartype, for which a whole number is a float too, as PEP 484 says."""
+"""Configure beartype, the type checker of the tests: an integer is accepted as a float, as in PEP 484."""
 
 from beartype import BeartypeConf, beartype
 
@@ -6,7 +6,7 @@ check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def unchecked(kind: type, **values: object) -> object:
-    """An instance of a dataclass of rag, made without this checker, which is how other programs make them."""
+    """Make an instance of a dataclass of rag without this checker, as other programs make it."""
     made = object.__new__(kind)
     kind.__init__.__wrapped__(made, **values)
     return made

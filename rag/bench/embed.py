@@ -1,9 +1,11 @@
-"""Texts to vectors, end to end with tokenising: our encoder in each type of weights beside its peers, all cores.
+"""Embed texts, tokenising included, with our encoder in each type of weights and with its peers, on all cores.
 
     sentence-transformers   torch, float32
-    ONNX Runtime int8       the same weights: torch's export, quantised dynamically, fed texts of like lengths
+    ONNX Runtime int8       the same weights: torch's export, quantised dynamically, with texts batched by length
 
-The texts are stretches of the sample documents, their lengths drawn from a log-normal distribution.
+The texts are excerpts of the sample documents, their lengths drawn from a log-normal distribution.
+
+Letters: N texts, E embedding dim.
 """
 
 import logging
@@ -15,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Ge, Le, MinLen
@@ -24,7 +26,7 @@ from rag import native
 from rag.bench.timing import Row, alternate, ratio
 from rag.embed.bert import BertEmbedder
 from rag.models import hub
-from rag.models.bert.checkpoint import DTYPES
+from rag.models.bert.checkpoint import LayerDtype
 from rag.ops.linear import product_type
 from rag.runtime.machine import cores
 from rag.runtime.measurement import Timing, Work
@@ -38,36 +40,39 @@ _DOCUMENTS = Path(__file__).parents[2] / "data" / "sample" / "documents"
 
 @dataclass(frozen=True)
 class EmbedBenchmark:
-    """bench=embed: a row for each of our types of weights, all timed in turns with the peers.
+    """Measure texts and tokens per second of each type of weights; conf/bench/embed.yaml has the defaults.
 
-    "min cosine" is to our float32 vectors. The operations are those of the texts' own tokens, padding left out.
+    "min cosine" is the smallest cosine with our float32 vectors. Operations are those of the texts' own tokens, without
+    padding.
     """
 
-    weights: Filled = hub.DEFAULT_EMBEDDER
-    dtypes: Annotated[Sequence[Literal[DTYPES]], MinLen(1)] = ("float32", "bfloat16", "int8")
-    tokens_per_batch: Count = 1024
-    texts: Count = 1000
-    median_words: Count = 70
-    spread: Annotated[float, Ge(0), Le(10)] = 0.7  # standard deviation of the logarithm of the words
-    batch_size: Count = 32  # of the peers; sentence-transformers' own default
-    repeats: Count = 3
+    weights: Filled
+    dtypes: Annotated[Sequence[LayerDtype], MinLen(1)]
+    tokens_per_batch: Count
+    texts: Count
+    median_words: Count
+    spread: Annotated[float, Ge(0), Le(10)]
+    batch_size: Count
+    repeats: Count
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def run(self) -> list[Row]:
+        """Return a row for each of our types of weights; all are timed in turns with the peers."""
         texts = mixed_texts(self.texts, self.median_words, self.spread)
         ours = {
             name: BertEmbedder(self.weights, tokens_per_batch=self.tokens_per_batch, dtype=name)
             for name in dict.fromkeys(("float32", *self.dtypes))
         }
         spec, folder = ours["float32"].spec, str(hub.local_path(self.weights))
-        peers = {
+        opened = {
             _TORCH: _sentence_transformers(folder, self.batch_size),
             _ONNX: _onnx(folder, self.batch_size, spec["pooling"]),
         }
-        peers = {name: encode for name, encode in peers.items() if encode}
-        calls = {name: embedder.encode for name, embedder in ours.items()} | peers
+        peers = {name: encode for name, encode in opened.items() if encode is not None}
+        calls: dict[str, Encode] = {name: embedder.encode for name, embedder in ours.items()}
+        calls |= peers
         vectors: dict[str, np.ndarray] = {}
 
         def call(name: str) -> None:
@@ -84,17 +89,17 @@ class EmbedBenchmark:
         return [
             Row(
                 f"{name}, {len(texts)} texts, {sum(lengths)} tokens",
-                figures[name] | self._work(ours[name], name, lengths).rates(timings[name]),
+                figures[name] | self._work(spec["config"], name, lengths).rates(timings[name]),
                 {peer: figures[peer] for peer in peers},
                 {peer: ratio(timings[name], timings[peer]) for peer in peers},
             )
             for name in self.dtypes
         ]
 
-    def _work(self, embedder: BertEmbedder, dtype: str, lengths: list[int]) -> Work:
-        """The products with the weights in the type that they are multiplied in, those of attention in float32."""
-        projections, attention = operations(lengths, embedder.spec["config"])
-        rows, width = self.tokens_per_batch, embedder.spec["config"]["hidden_size"]
+    def _work(self, config: dict[str, Any], dtype: str, lengths: list[int]) -> Work:
+        """Count products with weights in the type that they are multiplied in, those of attention in float32."""
+        projections, attention = operations(lengths, config)
+        rows, width = self.tokens_per_batch, config["hidden_size"]
         kind, times = dtype, 1
         if dtype == "int8":
             kind = product_type(rows, width, by_native=native.has_tiles(width))
@@ -103,7 +108,7 @@ class EmbedBenchmark:
 
 
 def mixed_texts(count: int, median_words: int, spread: float) -> list[str]:
-    """The same texts every time, from the sample documents."""
+    """Return random excerpts of the sample documents, the same ones every time."""
     words = " ".join(path.read_text(encoding="utf-8") for path in sorted(_DOCUMENTS.iterdir())).split()
     draw, texts = random.Random(0), []
     for _ in range(count):
@@ -114,7 +119,15 @@ def mixed_texts(count: int, median_words: int, spread: float) -> list[str]:
 
 
 def operations(lengths: list[int], config: dict[str, Any]) -> tuple[int, int]:
-    """Of the encoder's matrix products, two for each multiply-add: six projections a token, and two products a pair."""
+    """Count the operations of the encoder, two for each multiply-add.
+
+    Args:
+        lengths: The tokens of each text.
+        config: The encoder's sizes, by their Hugging Face names.
+
+    Returns:
+        Operations of the six projections of each token, and of the two products of each pair of tokens.
+    """
     width, inner, layers = (config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     projections = sum(lengths) * (4 * width * width + 2 * width * inner)
     return 2 * layers * projections, 2 * layers * 2 * width * sum(n * n for n in lengths)
@@ -124,7 +137,7 @@ def _figures(timing: Timing, lengths: list[int]) -> dict[str, float]:
     return {"texts/s": len(lengths) / timing.median, "tokens/s": sum(lengths) / timing.median}
 
 
-def _left_out(peer: str, error: ImportError) -> None:
+def _print_left_out(peer: str, error: ImportError) -> None:
     print(f"{peer} is left out, its column stays empty: {error} (make bench-setup)", file=sys.stderr)
 
 
@@ -133,7 +146,8 @@ def _sentence_transformers(folder: str, batch_size: int) -> Encode | None:
         import torch
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        return _left_out(_TORCH, error)
+        _print_left_out(_TORCH, error)
+        return None
     torch.set_num_threads(cores())
     model = SentenceTransformer(folder, device="cpu")
     options = {"batch_size": batch_size, "normalize_embeddings": True, "show_progress_bar": False}
@@ -147,7 +161,8 @@ def _onnx(folder: str, batch_size: int, pooling: dict[str, Any]) -> Encode | Non
 
         model = _quantised(folder)
     except ImportError as error:
-        return _left_out(_ONNX, error)
+        _print_left_out(_ONNX, error)
+        return None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = cores()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -174,12 +189,12 @@ def _onnx(folder: str, batch_size: int, pooling: dict[str, Any]) -> Encode | Non
 
 
 def _quantised(folder: str) -> bytes:
-    """The encoder in ONNX's format, int8: a scale for each output of a weight, and for activations as they run."""
+    """Return the encoder as int8 ONNX: weights with a scale for each output, activations scaled at run time."""
     import torch
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from transformers import AutoModel
 
-    class States(torch.nn.Module):
+    class TokenStates(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.bert = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
@@ -189,11 +204,11 @@ def _quantised(folder: str) -> bytes:
 
     inputs = (torch.tensor([[1, 2, 3, 4], [1, 2, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
     free = {0: "batch", 1: "tokens"}
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder_name, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's advice on its other forms
-        exported, quantised = Path(place, "model.onnx"), Path(place, "int8.onnx")
+        exported, quantised = Path(folder_name, "model.onnx"), Path(folder_name, "int8.onnx")
         torch.onnx.export(
-            States(),
+            TokenStates(),
             inputs,
             str(exported),
             input_names=["input_ids", "attention_mask"],
@@ -201,7 +216,7 @@ def _quantised(folder: str) -> bytes:
             dynamic_axes={"input_ids": free, "attention_mask": free, "states": free},
             dynamo=False,
         )
-        logging.disable(logging.WARNING)  # it names every product that it leaves as it is
+        logging.disable(logging.WARNING)  # it reports every product that it does not quantise
         try:
             quantize_dynamic(exported, quantised, per_channel=True, weight_type=QuantType.QInt8)
         finally:

@@ -1,44 +1,47 @@
-"""Many questions answered: ours all in one call, llama.cpp one by one, the same prompts' token ids, greedy, same stops.
+"""Answer many questions: ours in one call, llama.cpp one by one, with the same token ids and stop strings, greedily.
 
-Both answer every question as an evaluation would: end tokens and stops count. Other questions, as many, are answered
-first, so that what compiles or starts up does not count; what still compiles is told beside. llama.cpp keeps what a
-prompt shares with the one before, as it does by itself.
+Both answer every question as an evaluation does: end tokens and stop strings end an answer. As many other questions are
+answered first as warm-up, so that compiling and starting up do not count; what still compiles is a figure of its own.
+llama.cpp reuses the prefix that a prompt shares with the one before, as it does by default.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated
 
 from annotated_types import MinLen
 
 from rag.bench import questions as bench_questions
 from rag.bench.peers.llama_cpp import LLAMA_CPP, LlamaCppGenerator, open_llama_cpp
 from rag.bench.timing import Row
-from rag.generate.local import DTYPES, KVReuse, LocalGenerator
+from rag.generate import Generator, Request
+from rag.generate.local import KVReuse, LocalGenerator, WeightsDtype
 from rag.models import hub
 from rag.runtime.clock import Clock
 from rag.runtime.options import Count, Filled, check_fields
-from rag.types import Message, Usage, UserError
+from rag.types import Message, UserError
 
 Conversations = Sequence[Sequence[Message]]
 
 
 @dataclass(frozen=True)
 class EvaluationBenchmark:
-    """bench=evaluation: answers a second."""
+    """Measure answers per second; conf/bench/evaluation.yaml has the defaults."""
 
     questions: bench_questions.QuestionSet
-    weights: Filled = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
-    dtypes: Annotated[Sequence[Literal[DTYPES]], MinLen(1)] = ("float32", "int8")
-    kv_reuse: Annotated[Sequence[KVReuse], MinLen(1)] = ("none",)
-    count: Count = 100
-    max_new_tokens: Count = 32
-    stop: Sequence[Filled] = ("\n",)
+    weights: Filled
+    dtypes: Annotated[Sequence[WeightsDtype], MinLen(1)]
+    kv_reuse: Annotated[Sequence[KVReuse], MinLen(1)]
+    count: Count
+    max_new_tokens: Count
+    stop: Sequence[Filled]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
 
     def run(self) -> list[Row]:
+        """Return a row for each dtype and way of reusing keys and values. Raises UserError for too few questions."""
         search, questions = self.questions.load()
         if len(questions) < 2 * self.count:
             raise UserError(
@@ -56,31 +59,24 @@ class EvaluationBenchmark:
         ]
         before, asked = prompts[: self.count], prompts[self.count :]
         answered = {
-            name: timed(lambda some, generator=generator: self._together(generator, some), before, asked)
-            for name, generator in ours.items()
+            name: timed(partial(self._answers, generator), before, asked) for name, generator in ours.items()
         }
         room = max(map(first.prompt_tokens, prompts)) + self.max_new_tokens + 1
         peers = {}
         if model := open_llama_cpp(hub.local_path(self.weights), room, reuse=True):
             peer = LlamaCppGenerator(model, first, first.tokenizer.eos_ids)
-            peers[LLAMA_CPP] = timed(lambda some: self._one_by_one(peer, some), before[:2], asked)
+            peers[LLAMA_CPP] = timed(partial(self._answers, peer), before[:2], asked)
         return [_row(name, seconds, peers, len(asked)) for name, seconds in answered.items()]
 
-    def _together(self, generator, conversations: Conversations) -> list[str]:
-        return generator.generate(conversations, max_new_tokens=self.max_new_tokens, stop=self.stop)
-
-    def _one_by_one(self, peer: LlamaCppGenerator, conversations: Conversations) -> list[str]:
-        answers = []
-        for messages in conversations:
-            pieces = peer.stream(messages, max_new_tokens=self.max_new_tokens, stop=self.stop)
-            answers.append("".join(piece for piece in pieces if not isinstance(piece, Usage)))
-        return answers
+    def _answers(self, generator: Generator, conversations: Conversations) -> list[str]:
+        requests = [Request(m, max_new_tokens=self.max_new_tokens, stop=self.stop) for m in conversations]
+        return generator.generate(requests)
 
 
 def timed(
     answer: Callable[[Conversations], list[str]], before: Conversations, asked: Conversations
 ) -> dict[str, float]:
-    """Seconds for all of `asked`, after `before`, with what compiling took of them, and the answers' characters."""
+    """Return the seconds of answering `asked` after the warm-up `before`, those of compiling, and the characters."""
     answer(before)
     begin = Clock.now()
     answers = answer(asked)

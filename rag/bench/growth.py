@@ -1,14 +1,14 @@
-"""How seconds grow with size: attention with its tokens, search with its vectors, ingest with its chunks.
+"""Measure how seconds grow with size: attention with tokens, search with vectors, ingest with chunks.
 
-To each a power law is fitted, by least squares of the logarithms, and its exponent stands beside the algorithm's own:
-2 for attention, 1 for search and ingest. What costs the same at every size (a dispatch, a file) makes the smallest
-sizes slower than the law and the fitted exponent less.
+A power law is fitted to each by least squares of the logarithms, and its exponent is compared with the theoretical one:
+2 for attention, 1 for search and ingest. A constant cost (a dispatch, a file) makes the smallest sizes slower than the
+law, and the fitted exponent smaller.
 
-Ingest goes from documents in memory to an index on disk. What its embedding costs is proportional to the text, so its
-passages are short; "write" is the same without embedding (postings and segment, random vectors) and reaches further. A
-size that would go beyond `seconds`, as the one before it foretells, is left out and named.
+Ingest goes from documents in memory to an index on disk. Its embedding costs seconds in proportion to the text, so its
+passages are short; "write" is the same without embedding (postings and segment, random vectors) and goes to larger
+sizes. A size that is expected to take more than `seconds`, by the size before it, is left out, and a line says so.
 
-Letters: N vectors, E embedding dim, T tokens, H query heads, K kv heads, D head dim.
+Letters: N vectors, E embedding dim, T query tokens, H query heads, K kv heads, D head dim.
 """
 
 import sys
@@ -32,13 +32,12 @@ from rag.index.lexical.postings import LexicalIndex
 from rag.index.writer import write_index
 from rag.ingest.chunk.split import chunks_of
 from rag.ingest.chunk.whole import WholeChunker
-from rag.models import hub
 from rag.ops.attention import attention
 from rag.runtime.measurement import Spread
 from rag.runtime.options import Count, Filled, check_fields
 from rag.types import Document, UserError
 
-Measure = Callable[[int], list[float]]  # size -> seconds of each repeat
+MeasureSize = Callable[[int], list[float]]  # size -> seconds of each repeat
 
 _THEORY = {"attention": 2, "search": 1, "ingest": 1, "write": 1}
 _EXPONENT = "exponent"
@@ -47,7 +46,7 @@ _BLOCK = 1 << 16  # vectors drawn at once
 
 @dataclass(frozen=True, slots=True)
 class PowerLaw:
-    """seconds = scale * size ** exponent; the standard error is the exponent's."""
+    """The law seconds = scale * size ** exponent; `error` is the standard error of the exponent."""
 
     exponent: float
     scale: float
@@ -56,24 +55,25 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class GrowthBenchmark:
-    """bench=growth: seconds at each size, and the exponent with which they grow."""
+    """Measure the seconds at each size and the exponent of their growth; conf/bench/growth.yaml has the defaults."""
 
-    tokens: Sequence[Count] = (512, 1024, 2048, 4096, 8192, 16384)
-    vectors: Sequence[Count] = (10_000, 50_000, 200_000, 500_000, 1_000_000, 2_000_000)
-    chunks: Sequence[Count] = (1_000, 3_000, 10_000, 30_000, 100_000)
-    words: Count = 12  # of a chunk
-    dim: Count = 384
-    heads: Count = 9
-    kv_heads: Count = 3
-    head_dim: Count = 64
-    seconds: Count = 100  # of one ingest at most
-    embedder: Filled = hub.DEFAULT_EMBEDDER
-    repeats: Count = 5  # of ingest one
+    tokens: Sequence[Count]
+    vectors: Sequence[Count]
+    chunks: Sequence[Count]
+    words: Count
+    dim: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: Count
+    seconds: Count
+    embedder: Filled
+    repeats: Count
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def run(self) -> list[Row]:
+        """Return a row for each size of each series, then one for its fitted law."""
         found = self._rows("attention", self.tokens, self._attention)
         found += self._rows("search", self.vectors, self._search)
         embedder = BertEmbedder(self.embedder)
@@ -84,12 +84,12 @@ class GrowthBenchmark:
         )
 
     def picture(self, rows: Sequence[Row]) -> bytes | None:
-        """All series, each with its law; None without any."""
+        """Draw all series, each with its law; return PNG bytes, or None without any."""
         found = [one for name in _THEORY if (one := series(name, rows))]
         return page.growth(found) if found else None
 
-    def _rows(self, name: str, sizes: Sequence[int], measure: Measure) -> list[Row]:
-        """Sizes in order, as far as time allows, then the fitted law."""
+    def _rows(self, name: str, sizes: Sequence[int], measure: MeasureSize) -> list[Row]:
+        """Measure the sizes in order, as far as time allows, then fit the law."""
         rows, previous = [], None
         for size in sorted(sizes):
             if previous and (expected := previous[1] * (size / previous[0]) ** _THEORY[name]) > self.seconds:
@@ -141,7 +141,7 @@ class GrowthBenchmark:
 
 
 def units(count: int, dim: int, seed: int = 0) -> Float32[np.ndarray, "N E"]:
-    """Random unit vectors."""
+    """Return random unit vectors."""
     rng, vectors = np.random.default_rng(seed), np.empty((count, dim), np.float32)
     for start in range(0, count, _BLOCK):
         block = vectors[start : start + _BLOCK]
@@ -151,14 +151,14 @@ def units(count: int, dim: int, seed: int = 0) -> Float32[np.ndarray, "N E"]:
 
 
 def passages(count: int, words: int, seed: int) -> list[str]:
-    """Different stretches of made-up words, as common as words of a language are (Zipf)."""
+    """Return different passages of made-up words whose frequencies follow Zipf's law."""
     rng = np.random.default_rng(seed)
     ranks = np.minimum(rng.zipf(1.3, (count, words)), 50_000)
     return [f"{number} " + " ".join(_word(rank) for rank in row) for number, row in enumerate(ranks.tolist())]
 
 
 def _word(rank: int) -> str:
-    """A pronounceable word of its own for each number."""
+    """Return a pronounceable word, a different one for each number."""
     return "".join(_syllables(rank))
 
 
@@ -169,7 +169,7 @@ def _syllables(rank: int) -> Iterator[str]:
 
 
 def power_law(sizes: Sequence[int], seconds: Sequence[float]) -> PowerLaw:
-    """Least squares of log seconds over log size. UserError for fewer than two different sizes."""
+    """Fit the law by least squares of log seconds over log size. Raises UserError for fewer than two sizes."""
     if len(set(sizes)) < 2:
         raise UserError(f"a law of growth needs two sizes or more, not {sorted(set(sizes))}")
     x, y = np.log(np.asarray(sizes, float)), np.log(np.asarray(seconds, float))
@@ -182,15 +182,20 @@ def power_law(sizes: Sequence[int], seconds: Sequence[float]) -> PowerLaw:
 
 
 def _points(name: str, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
-    """Sizes and median seconds of a series."""
-    chosen = [row.ours for row in rows if row.case.startswith(f"{name}: ")]
-    return [figures["size"] for figures in chosen], [figures["ms"].median / 1000 for figures in chosen]
+    """Return the sizes and median seconds of a series."""
+    sizes, seconds = [], []
+    for row in rows:
+        size, ms = row.ours.get("size"), row.ours.get("ms")
+        if row.case.startswith(f"{name}: ") and isinstance(size, int) and isinstance(ms, Spread):
+            sizes.append(size)
+            seconds.append(ms.median / 1000)
+    return sizes, seconds
 
 
-def series(name: str, rows: Sequence[Row]) -> page.Series | None:
-    """What the rows hold of one series, for its picture; None with fewer than two sizes."""
+def series(name: str, rows: Sequence[Row]) -> page.GrowthSeries | None:
+    """Return one series of the rows, for its picture; None with fewer than two sizes."""
     sizes, seconds = _points(name, rows)
     if len(sizes) < 2:
         return None
     law = power_law(sizes, seconds)
-    return page.Series(name, sizes, seconds, law.exponent, law.scale, _THEORY[name])
+    return page.GrowthSeries(name, sizes, seconds, law.exponent, law.scale, _THEORY[name])

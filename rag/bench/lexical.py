@@ -1,10 +1,10 @@
-"""BM25: ours beside bm25s with numpy, on the same words of documentation that this machine has.
+"""Compare our BM25 with bm25s on NumPy, over the documentation that is on this machine.
 
-Both are given texts and questions, so splitting them into words counts. bm25s weights its words once, while
-building, for one k1 and b; ours when a word is first searched for: the case `new k1` is the price of that. With
-JAX installed bm25s picks the best passages by JAX unless told otherwise, so it has two columns. Before anything
-is timed, the five variants' scores must agree with those of bm25s to 1e-5. Recall, which must be 1, is counted
-against sums in float64 over the words in a row: of the k returned, how many score no less than the true k-th.
+Both are given texts and questions, so tokenising is timed too. bm25s computes the weights of all words once, when it
+builds the index, for one k1 and b; ours computes them when a word is first searched for: the case `new k1` shows what
+that costs. With JAX installed bm25s selects the best passages with JAX by default, so it has two columns. Before
+anything is timed, the scores of the five variants must agree with those of bm25s to 1e-5. Recall, which must be 1, is
+computed against sums in float64: of the k returned, how many score at least as high as the true k-th.
 
 Letters: N passages, Q questions.
 """
@@ -16,9 +16,10 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float64
@@ -31,6 +32,9 @@ from rag.runtime.measurement import Timing
 from rag.runtime.options import Count, Counts, Filled, check_fields
 from rag.types import UserError
 
+Find = Callable[[Sequence[str]], Sequence[np.ndarray]]  # questions -> the rows of each one's best passages
+MakePeer = Callable[[Sequence[str], str], "_BM25S"]  # texts, variant of BM25
+
 _QUOTED = re.compile(r'"""(.*?)"""|\'\'\'(.*?)\'\'\'', re.S)  # a Python file's docstrings, nearly
 _TEXT = {".md", ".rst", ".txt"}
 _QUESTION_WORDS = 10
@@ -41,20 +45,21 @@ _TIE = 1e-6
 
 @dataclass(frozen=True)
 class LexicalBenchmark:
-    """bench=lexical: milliseconds a question, one at a time and all in one call."""
+    """Measure milliseconds per question, one at a time and all in one call; defaults: conf/bench/lexical.yaml."""
 
-    documents: Sequence[Filled] = ()  # folders; none: this Python's library and its packages
-    passages: Count = 100_000
-    words: Count = 80
-    queries: Count = 64
-    k: Counts = (10, 100)
-    stemmer: Filled | None = None
-    repeats: Count = 7
+    documents: Sequence[Filled]
+    passages: Count
+    words: Count
+    queries: Count
+    k: Counts
+    stemmer: Filled | None
+    repeats: Count
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def run(self) -> list[Row]:
+        """Return rows of score agreement, search and building. Raises RuntimeError for wrong scores or results."""
         texts = self._texts()
         questions = _questions(texts, self.queries)
         analyzer = Analyzer(stemmer=self.stemmer)
@@ -77,8 +82,10 @@ class LexicalBenchmark:
             print(f"there are only {len(texts)} passages: name more folders in documents", file=sys.stderr)
         return texts
 
-    def _agreement(self, texts, questions, analyzer: Analyzer, theirs: "type[_BM25S]") -> list[Row]:
-        """How far scores are from those of bm25s, for each variant. RuntimeError beyond 1e-5."""
+    def _agreement(
+        self, texts: list[str], questions: list[str], analyzer: Analyzer, theirs: "MakePeer"
+    ) -> list[Row]:
+        """Return each variant's largest difference of scores from bm25s. Raises RuntimeError beyond 1e-5."""
         index = LexicalIndex.build(texts, analyzer)
         rows = []
         for variant in get_args(Variant):
@@ -94,31 +101,41 @@ class LexicalBenchmark:
             rows.append(Row(f"{variant} N={len(texts)}", {"difference": worst}))
         return rows
 
-    def _build(self, texts, analyzer: Analyzer, theirs: "type[_BM25S] | None"):
-        """Both indexes, and the row of what building them took."""
-        made: dict[str, object] = {}
-        calls = {"ours": lambda: made.update(ours=LexicalIndex.build(texts, analyzer))}
+    def _build(
+        self, texts: list[str], analyzer: Analyzer, theirs: "MakePeer | None"
+    ) -> tuple[LexicalIndex, "_BM25S | None", Row]:
+        """Build both indexes and return them with the row of what that took."""
+        ours: list[LexicalIndex] = []
+        peers: list[_BM25S] = []
+        calls = {"ours": lambda: ours.append(LexicalIndex.build(texts, analyzer))}
         if theirs:
-            calls["bm25s"] = lambda: made.update(bm25s=theirs(texts, "lucene"))
+            calls["bm25s"] = lambda: peers.append(theirs(texts, "lucene"))
         timings = alternate(calls, repeats=2, warmup=0)
+        nbytes = {"ours": ours[-1].nbytes} | ({"bm25s": peers[-1].nbytes} if peers else {})
         figures = {
-            name: {"ms": 1000 * timings[name].median, "MB": made[name].nbytes / 1e6} for name in timings
+            name: {"ms": 1000 * timing.median, "MB": nbytes[name] / 1e6} for name, timing in timings.items()
         }
         mine = figures.pop("ours")
         ratios = {name: ratio(timings["ours"], timings[name]) for name in figures}
-        return made["ours"], made.get("bm25s"), Row(f"build N={len(texts)}", mine, figures, ratios)
+        row = Row(f"build N={len(texts)}", mine, figures, ratios)
+        return ours[-1], peers[-1] if peers else None, row
 
-    def _search(self, ours: LexicalIndex, peer: "_BM25S | None", questions, k: int, exact) -> list[Row]:
+    def _search(
+        self,
+        ours: LexicalIndex,
+        peer: "_BM25S | None",
+        questions: list[str],
+        k: int,
+        exact: Float64[np.ndarray, "Q N"],
+    ) -> list[Row]:
         weights, fresh = BM25Weights(), (BM25Weights(k1=1.5 + step / 1024) for step in count(1))
-        batch: dict[str, Callable] = {
-            "ours": lambda asked: [rows for _, rows in ours.search(asked, k, weights)]
-        }
+        batch: dict[str, Find] = {"ours": lambda asked: [rows for _, rows in ours.search(asked, k, weights)]}
         if peer:
             batch["bm25s"] = lambda asked: peer.search(asked, k, "numpy")
             batch["bm25s+jax"] = lambda asked: peer.search(asked, k, "jax")
         one = {name: _one_at_a_time(find) for name, find in batch.items()}
         case = f"N={len(ours)} k={k}"
-        # by itself, since ours keeps what words are worth for the latest weights only
+        # alone, since ours caches word weights for the latest k1 and b only
         first = alternate({"ours": lambda: ours.search(questions, k, next(fresh))}, repeats=self.repeats)[
             "ours"
         ]
@@ -128,10 +145,16 @@ class LexicalBenchmark:
             Row(f"{case} all at once, new k1", {"ms": self._ms(first)}),
         ]
 
-    def _row(self, case: str, find: dict[str, Callable], questions, k: int, exact) -> Row:
-        timings = alternate(
-            {name: lambda f=f: f(questions) for name, f in find.items()}, repeats=self.repeats
-        )
+    def _row(
+        self,
+        case: str,
+        find: dict[str, Find],
+        questions: list[str],
+        k: int,
+        exact: Float64[np.ndarray, "Q N"],
+    ) -> Row:
+        calls = {name: partial(call, questions) for name, call in find.items()}
+        timings = alternate(calls, repeats=self.repeats)
         figures = {
             name: {"ms": self._ms(timing), "recall": _recall(exact, find[name](questions), k)}
             for name, timing in timings.items()
@@ -145,7 +168,7 @@ class LexicalBenchmark:
         return 1000 * timing.median / self.queries
 
 
-def _one_at_a_time(find: Callable) -> Callable:
+def _one_at_a_time(find: Find) -> Find:
     return lambda questions: [find([question])[0] for question in questions]
 
 
@@ -153,7 +176,7 @@ def _one_at_a_time(find: Callable) -> Callable:
 
 
 def _passages(folders: Sequence[Path], words: int) -> Iterator[str]:
-    """Consecutive runs of so many words of every text file below the folders, each file's text once."""
+    """Yield consecutive passages of `words` words from every text file below the folders, equal files once."""
     seen = set()
     for folder in folders:
         for path in sorted(folder.rglob("*")):
@@ -166,7 +189,7 @@ def _passages(folders: Sequence[Path], words: int) -> Iterator[str]:
 
 
 def _text(path: Path) -> str:
-    """The prose of a file, as far as its name promises any."""
+    """Return the prose of a file; empty where its suffix is of another kind."""
     if path.suffix == ".gz":
         return gzip.decompress(path.read_bytes()).decode(errors="replace")
     if path.suffix in _TEXT:
@@ -177,7 +200,7 @@ def _text(path: Path) -> str:
 
 
 def _questions(texts: Sequence[str], number: int) -> list[str]:
-    """Words that stand in a row in one of the passages."""
+    """Return `number` questions, each of consecutive words of a random passage."""
     rng = np.random.default_rng(0)
     questions = []
     for row in rng.integers(len(texts), size=number):
@@ -187,11 +210,11 @@ def _questions(texts: Sequence[str], number: int) -> list[str]:
     return questions
 
 
-# --- what is right
+# --- exact results
 
 
-def _exact(texts, questions: Sequence[str], analyzer: Analyzer) -> Float64[np.ndarray, "Q N"]:
-    """Lucene's BM25 in float64, counting a word by looking at all words."""
+def _exact(texts: Sequence[str], questions: Sequence[str], analyzer: Analyzer) -> Float64[np.ndarray, "Q N"]:
+    """Compute Lucene's BM25 in float64 by brute force."""
     vocabulary: dict[str, int] = {}
     ids, lengths = analyzer.encode(texts, vocabulary)
     owner = np.repeat(np.arange(len(texts), dtype=np.int32), lengths)  # of each word
@@ -207,17 +230,17 @@ def _exact(texts, questions: Sequence[str], analyzer: Analyzer) -> Float64[np.nd
 
 
 def _recall(exact: Float64[np.ndarray, "Q N"], found: Sequence[np.ndarray], k: int) -> float:
-    """Of the k best, or of all that share a word where these are fewer."""
+    """Return the recall of the k best, or of all passages that share a word where these are fewer."""
     right = wanted = 0
     for scores, rows in zip(exact, found, strict=True):
         kth = max(np.partition(scores, -k)[-k] * (1 - _TIE), np.finfo(float).tiny)
-        right += np.count_nonzero(scores[rows] >= kth)
-        wanted += min(k, np.count_nonzero(scores))
-    return float(right / wanted)
+        right += int(np.count_nonzero(scores[rows] >= kth))
+        wanted += min(k, int(np.count_nonzero(scores)))
+    return right / wanted
 
 
 def _difference(scores: np.ndarray, rows: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest relative difference, of the same passages' scores and of the same places' in the ranking."""
+    """Return the largest relative difference of scores, passage by passage and rank by rank."""
     best = np.sort(theirs)[::-1][: len(scores)]
     return float(
         max(np.max(np.abs(other - scores) / np.maximum(best, 1e-30)) for other in (theirs[rows], best))
@@ -228,22 +251,21 @@ def _difference(scores: np.ndarray, rows: np.ndarray, theirs: np.ndarray) -> flo
 
 
 class _BM25S:
-    """bm25s over texts, with its own words: the same pattern and stop words as ours."""
+    """An index of bm25s, which tokenises by itself: with the same pattern and stop words as ours."""
 
-    stemmer: str | None = None
-
-    def __init__(self, texts: Sequence[str], variant: str):
+    def __init__(self, texts: Sequence[str], variant: str, stemmer: str | None):
         import bm25s
 
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # which it sets to everything on import
+        self._stemmer = stemmer
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs everything by default
         self._tokenize = bm25s.tokenize
         self._index = bm25s.BM25(method=variant, backend="numpy")
         self._index.index(self._tokens(texts, return_ids=True), show_progress=False)
 
-    def _tokens(self, texts: Sequence[str], return_ids: bool = False):
+    def _tokens(self, texts: Sequence[str], return_ids: bool = False) -> Any:
         import Stemmer
 
-        stemmer = Stemmer.Stemmer(self.stemmer) if self.stemmer else None
+        stemmer = Stemmer.Stemmer(self._stemmer) if self._stemmer else None
         return self._tokenize(
             list(texts), stopwords="en", stemmer=stemmer, return_ids=return_ids, show_progress=False
         )
@@ -253,19 +275,20 @@ class _BM25S:
         return sum(self._index.scores[name].nbytes for name in ("data", "indices", "indptr"))
 
     def search(self, questions: Sequence[str], k: int, selection: str) -> Sequence[np.ndarray]:
-        """The rows of each question."""
+        """Return the rows of the k best passages of each question."""
         tokens = self._tokens(questions)
         return self._index.retrieve(tokens, k=k, show_progress=False, backend_selection=selection).documents
 
     def scores(self, question: str) -> np.ndarray:
-        """Of all passages."""
+        """Return the scores of all passages."""
         return self._index.get_scores(self._tokens([question])[0])
 
 
-def _peer(stemmer: str | None) -> type[_BM25S] | None:
+def _peer(stemmer: str | None) -> "MakePeer | None":
+    """Return what builds an index of bm25s; None, and a line on stderr, where it is not installed."""
     try:
         import bm25s  # noqa: F401
     except ImportError:
         print("bm25s is not installed: its columns are left out (make bench-setup)", file=sys.stderr)
         return None
-    return type("_BM25S", (_BM25S,), {"stemmer": stemmer})
+    return partial(_BM25S, stemmer=stemmer)

@@ -1,4 +1,4 @@
-"""A benchmark's record, one line that rag.bench.record.bench_json made, as a Markdown table and as pictures."""
+"""Show the record of a benchmark, a line made by rag.bench.record.bench_json, as a Markdown table and as pictures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ _GREY = "#7A828A"
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
-    """Seconds measured over sizes, and the power law `scale * size ** exponent` fitted to them."""
+class GrowthSeries:
+    """Seconds measured at several sizes, and the power law `scale * size ** exponent` fitted to them."""
 
     name: str
     sizes: Sequence[int]
     seconds: Sequence[float]
     exponent: float
     scale: float
-    theory: float | int  # the exponent of the algorithm's count of operations
+    theory: float | int  # the exponent of the number of operations
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """A table of all figures, below one paragraph on what ran, on what, and how busy it was."""
+    """Return a table of all figures, below one paragraph that says what ran on which machine, and its load."""
     headers, lines = columns(rows_of(record))
     table = [headers, ["---", *("---:" for _ in headers[1:])], *lines]
     return f"{_provenance(record)}\n\n" + "".join(
@@ -40,11 +40,11 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 def _provenance(record: Mapping[str, Any]) -> str:
     machine = record["machine"]
-    roofs = machine["roofs"]
+    peaks = machine["peaks"]
     rates = {
-        "float32": roofs.get("gemm_flops"),
-        "bfloat16": roofs.get("bf16_flops"),
-        "int8": roofs.get("int8_ops"),
+        "float32": peaks.get("gemm_flops"),
+        "bfloat16": peaks.get("bf16_flops"),
+        "int8": peaks.get("int8_ops"),
     }
     products = ", ".join(f"{rate / 1e9:,.0f} {name}" for name, rate in rates.items() if rate is not None)
     device = "" if machine["device"].lower() == "cpu" else f" and {machine['device']}"
@@ -55,7 +55,7 @@ def _provenance(record: Mapping[str, Any]) -> str:
     facts = [
         f"{machine['date'][:10]}, commit {(machine['commit'] or 'unknown')[:8]}{dirty}",
         f"{machine['cores']} cores of {machine['cpu']}{device}, JAX {machine['versions']['jax']}",
-        f"roofs {products} billion operations/s, {roofs['read_bytes_per_s'] / 1e9:.3g} GB/s",
+        f"peaks {products} billion operations/s, {peaks['read_bytes_per_s'] / 1e9:.3g} GB/s",
         f"load average {load}",
         f"peak memory {byte_size(machine['peak_memory_bytes'])}, peers included",
     ]
@@ -64,7 +64,7 @@ def _provenance(record: Mapping[str, Any]) -> str:
 
 
 def ratios(rows: Sequence[Row]) -> bytes | None:
-    """How many times better ours is than each peer, case by case, on one axis: PNG bytes; None without peers."""
+    """Draw how many times better ours is than each peer in each case; return PNG bytes, or None without peers."""
     peers = list(dict.fromkeys(peer for row in rows for peer in row.ratio))
     cases = [row for row in rows if row.ratio]
     if not peers:
@@ -73,8 +73,11 @@ def ratios(rows: Sequence[Row]) -> bytes | None:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for number, peer in enumerate(peers):
-            chosen = [(row.ratio[peer], place) for place, row in enumerate(cases) if peer in row.ratio]
-            look = {"color": PALETTE[number % len(PALETTE)], "marker": _MARKERS[number % len(_MARKERS)]}
+            chosen = [(row.ratio[peer], line) for line, row in enumerate(cases) if peer in row.ratio]
+            look: dict[str, Any] = {
+                "color": PALETTE[number % len(PALETTE)],
+                "marker": _MARKERS[number % len(_MARKERS)],
+            }
             axes.plot(*zip(*chosen, strict=True), ls="", ms=6, mec="white", mew=0.6, label=peer, **look)
         axes.axvline(1.0, color=_GREY, lw=0.9, ls=(0, (4, 3)), zorder=1)
         axes.set_yticks(range(len(cases)), [row.case for row in cases])
@@ -94,8 +97,8 @@ def _plain_numbers(axes: Axes) -> None:
     )
 
 
-def growth(series: Sequence[Series]) -> bytes:
-    """A panel for each, seconds over size, both logarithmic: measured, fitted, and as theory has it: PNG bytes."""
+def growth(series: Sequence[GrowthSeries]) -> bytes:
+    """Draw a panel for each series, seconds over size on log axes: measured, fitted, theoretical; return PNG bytes."""
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, len(series), squeeze=False)[0]

@@ -1,9 +1,11 @@
-"""This machine's peak rates, and the share of them that a benchmark reached.
+"""Measure this machine's peak throughput, and the share of it that a benchmark reached.
 
-A peak rate is the best of several programs that do nothing else, each called for a while on all cores, and the fastest
-call counts: on a shared machine a short call finds a quiet moment sooner than a long one. Measured before a benchmark
-and after it (`best`), it is a roof that nothing here exceeds: a share above 105% is an error of the accounting or of
-the roof, and is raised as one.
+A peak is the rate of the fastest of several programs that do nothing else, each called repeatedly on all cores. The
+fastest call counts: on a shared machine a short call finds a quiet moment sooner than a long one. Peaks are measured
+before a benchmark and after it (`best_peak`), and no program here should exceed them: a share above 105% is an error of
+the operation count or of the peak, and is raised as one.
+
+Letters: R rows and W columns of a matrix of ones.
 """
 
 import time
@@ -20,16 +22,13 @@ from rag.runtime.measurement import READ_RATE, WORKING_SET, Figure, Spread
 
 GEMM_SIZES = (1024, 2048)
 ACCELERATOR_SIZE = 8192  # too small a product does not fill an accelerator
-READ_BYTES = (
-    16 << 20,
-    64 << 20,
-    512 << 20,
-)  # from beyond a core's own cache to beyond all of most processors'
-SECONDS = 0.3  # that each program is called for, three times at least
-MOST_PERCENT = 105.0  # what the scatter of the two measurements may add up to
+# From larger than one core's cache to larger than all caches of most processors.
+READ_BYTES = (16 << 20, 64 << 20, 512 << 20)
+SECONDS = 0.3  # for which each program is called, but at least three times
+MOST_PERCENT = 105.0  # allows for the scatter of the two measurements
 
 _WIDTH = 1024
-_OF_RATE = {  # a rate, in billions -> the roof over it, in the same unit
+_PEAK_OF_RATE = {  # the name of a rate, in billions a second -> the name of its peak
     "float32 GFLOP/s": "gemm_flops",
     "bfloat16 GFLOP/s": "bf16_flops",
     "int8 GOP/s": "int8_ops",
@@ -37,11 +36,13 @@ _OF_RATE = {  # a rate, in billions -> the roof over it, in the same unit
 
 
 def measure_peaks() -> dict[str, float]:
-    """The rates that no program here can beat: "gemm_flops" of float32 products, and bytes read a second.
+    """Measure the peaks of this machine.
 
-    "read_bytes_per_s" is of memory, the largest of READ_BYTES, and "read_bytes_per_s of 16 MiB" of a set of that size
-    read again and again, which a cache may hold. With "bf16_flops" and "int8_ops" where the device has instructions
-    for such products.
+    Returns:
+        Rates by name: "gemm_flops", operations a second of float32 matrix products; "bf16_flops" and "int8_ops" where
+        the device has instructions for such products; "read_bytes_per_s", bytes a second read from memory, at the
+        largest of READ_BYTES; and "read_bytes_per_s of 16 MiB" (and other sizes) for reading an array of that size
+        repeatedly, which a cache may hold.
     """
     import jax
 
@@ -55,17 +56,17 @@ def measure_peaks() -> dict[str, float]:
 
 
 def best_peak(*measured: Mapping[str, float]) -> dict[str, float]:
-    """Of each roof the highest that was found: roofs measured at several times are one."""
+    """Return the highest value of each peak over several measurements."""
     names = dict.fromkeys(name for found in measured for name in found)
     return {name: max(found[name] for found in measured if name in found) for name in names}
 
 
 def gemm_peak(dtype: str = "float32") -> float:
-    """The best rate of a matrix product of `dtype` on the default device, in operations (FLOP) a second.
+    """Measure the best rate of a matrix product of `dtype` on the default device, in operations (FLOP) a second.
 
-    bfloat16 accumulates in float32, int8 in int32. The second matrix stands by rows, as a checkpoint's weights do, or
-    by columns; float32 at the highest precision and on accelerators at the default one, which is lower there; on CPU by
-    NumPy's BLAS too.
+    bfloat16 accumulates in float32, int8 in int32. The second matrix is stored by rows, like a checkpoint's weights, or
+    by columns. float32 is tried at the highest precision, on accelerators also at the default one, which is lower
+    there, and on CPU also with NumPy's BLAS.
     """
     import jax
 
@@ -81,26 +82,30 @@ def _products(size: int, dtype: str) -> Iterator[Callable[[], object]]:
 
     square = jnp.ones((size, size), dtype)
     wide, on_cpu = jnp.int32 if dtype == "int8" else jnp.float32, jax.default_backend() == "cpu"
-    precisions = [lax.Precision.HIGHEST] if dtype == "float32" else [None]
+    precisions: list[lax.Precision | None] = [lax.Precision.HIGHEST] if dtype == "float32" else [None]
     if dtype == "float32" and not on_cpu:
-        precisions += [None]  # a lower one there
+        precisions.append(None)  # a lower precision there
     for columns in (1, 0):
         for precision in precisions:
-            options = {"precision": precision, "preferred_element_type": wide}
-            product = partial(lax.dot_general, dimension_numbers=(((1,), (columns,)), ((), ())), **options)
+            product = partial(
+                lax.dot_general,
+                dimension_numbers=(((1,), (columns,)), ((), ())),
+                precision=precision,
+                preferred_element_type=wide,
+            )
             yield partial(jax.jit(product), square, square)
     if dtype == "float32" and on_cpu:
         yield partial(np.matmul, *np.ones((2, size, size), np.float32))
 
 
 def read_peaks() -> dict[str, float]:
-    """The best rates of reading on the default device, in bytes a second, by the names that `roofs` gives them."""
-    rates = {size: size / min(map(_fastest, _readings(size))) for size in READ_BYTES}
+    """Measure the best rates of reading on the default device, in bytes a second, by their names in `measure_peaks`."""
+    rates = {size: size / min(map(_fastest, _read_programs(size))) for size in READ_BYTES}
     named = {_read_name(size): rate for size, rate in rates.items()}
     return {"read_bytes_per_s": rates[max(rates)]} | named
 
 
-def _readings(size: int) -> Iterator[Callable[[], object]]:
+def _read_programs(size: int) -> Iterator[Callable[[], object]]:
     import jax
     import jax.numpy as jnp
 
@@ -114,7 +119,7 @@ def _readings(size: int) -> Iterator[Callable[[], object]]:
 
 
 def _ones(size: int) -> Float32[np.ndarray, "R W"]:
-    """`size` bytes that a device can share: NumPy asks for large pages where the system has them."""
+    """Return `size` bytes that a device can share; NumPy asks for large pages where the system has them."""
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     ones = memory[start : start + size].view(np.float32).reshape(-1, _WIDTH)
@@ -123,7 +128,7 @@ def _ones(size: int) -> Float32[np.ndarray, "R W"]:
 
 
 def _fastest(call: Callable[[], object]) -> float:
-    """The seconds of the fastest call, after one that does not count."""
+    """Return the seconds of the fastest call, after one warm-up call."""
     import jax
 
     jax.block_until_ready(call())
@@ -139,49 +144,48 @@ def _read_name(size: int) -> str:
     return f"read_bytes_per_s of {size / (1 << 20):g} MiB"
 
 
-def with_shares(rows: Sequence[Row], roofs: Mapping[str, float]) -> list[Row]:
-    """The rows with the share of its roof, in percent, beside each rate that has one.
+def with_shares(rows: Sequence[Row], peaks: Mapping[str, float]) -> list[Row]:
+    """Return the rows with each rate's share of its peak, in percent, beside the rate.
 
-    A rate of reading is compared with that of reading the largest measured set that is no larger than its own
-    (WORKING_SET, beside it), and with none where every measured set is larger: a core's own cache has no roof here.
-    Raises RuntimeError for a share above MOST_PERCENT, which names row, figure, rate and roof.
+    A read rate is compared with the peak of the largest measured array that is no larger than its own working set
+    (WORKING_SET, beside it), and with none where every measured array is larger: for one core's cache no peak is
+    measured. Raises RuntimeError for a share above MOST_PERCENT; its message has row, figure, rate and peak.
     """
     return [
         replace(
             row,
-            ours=_shared(row.case, row.ours, roofs),
+            ours=_shared(row.case, row.ours, peaks),
             peers={
-                peer: _shared(f"{row.case}, {peer}", figures, roofs)
-                for peer, figures in row.peers.items()
+                peer: _shared(f"{row.case}, {peer}", figures, peaks) for peer, figures in row.peers.items()
             },
         )
         for row in rows
     ]
 
 
-def _shared(case: str, figures: Mapping[str, Figure], roofs: Mapping[str, float]) -> dict[str, Figure]:
+def _shared(case: str, figures: Mapping[str, Figure], peaks: Mapping[str, float]) -> dict[str, Figure]:
     out: dict[str, Figure] = {}
     for name, value in figures.items():
         out[name] = value
-        reads = name == READ_RATE
-        roof_name = (
-            _read_peak(_median(figures[WORKING_SET]), roofs) if reads else _OF_RATE.get(name, "")
-        )
-        if (roof := roofs.get(roof_name)) is None:
+        if name == READ_RATE:
+            peak_name = _read_peak(_median(figures[WORKING_SET]), peaks)
+        else:
+            peak_name = _PEAK_OF_RATE.get(name, "")
+        if (peak := peaks.get(peak_name)) is None:
             continue
-        share = 100 * _median(value) * 1e9 / roof
+        share = 100 * _median(value) * 1e9 / peak
         if share > MOST_PERCENT:
             raise RuntimeError(
-                f"{case}: {_median(value):.4g} {name} are {share:.0f}% of {roof_name}, {roof / 1e9:.4g} billion a "
-                "second: what is counted is not what was done, or the roof was measured too low."
+                f"{case}: {_median(value):.4g} {name} are {share:.0f}% of {peak_name}, {peak / 1e9:.4g} billion a "
+                "second: what is counted is not what was done, or the peak was measured too low."
             )
-        out[f"{name}, % of roof"] = share
+        out[f"{name}, % of peak"] = share
     return out
 
 
-def _read_peak(megabytes: float, roofs: Mapping[str, float]) -> str:
-    """The name of the roof over reading a set of that size again and again; "" for none."""
-    smaller = [size for size in READ_BYTES if size <= megabytes * 1e6 and _read_name(size) in roofs]
+def _read_peak(megabytes: float, peaks: Mapping[str, float]) -> str:
+    """Return the name of the peak for reading an array of that size repeatedly; "" where there is none."""
+    smaller = [size for size in READ_BYTES if size <= megabytes * 1e6 and _read_name(size) in peaks]
     return _read_name(max(smaller)) if smaller else ""
 
 

@@ -1,17 +1,17 @@
-"""From a question to its answer: retrieval, prompt, prefill and decode, with every way of reusing keys and values.
+"""Time a question to its answer, retrieval, prompt, prefill and decode, with every way of reusing keys and values.
 
-Every reader goes through rag.pipeline.answer over the same passages, so retrieval and prompt are the same code, and
-llama.cpp is given the same token ids. Each question is asked once of each reader, in turns, after others for warming
-up; answers go on to the exact budget, whatever token they make. A reader that keeps passages' keys and values has
-read the measured questions' passages beforehand, as ingest would have it, but in another order and under another
-question; one that keeps prompts has read other questions. "own prefix reuse" is llama.cpp as it behaves by itself:
-it keeps what a prompt shares with the one before, here the instruction; elsewhere it is reset before each question.
+Every generator is called through rag.pipeline.answer with the same passages, so retrieval and prompt are the same code,
+and llama.cpp gets the same token ids. Each question is asked once of each, in turns, after warm-up questions; answers
+continue to the exact token budget, whatever their tokens. A generator that caches passages has prefilled those of the
+measured questions before, as at ingest, but in another order and under another question; one that caches prompts has
+prefilled other questions. "own prefix reuse" is llama.cpp's default: it reuses the prefix that a prompt shares with the
+one before, here the instruction; in the other columns it is reset before each question.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import MinLen
 
@@ -19,20 +19,21 @@ from rag import pipeline
 from rag.bench import questions as bench_questions
 from rag.bench.peers.llama_cpp import LlamaCppGenerator, llama_cpp_peers
 from rag.bench.timing import Row
-from rag.generate.local import DTYPES, KVReuse, LocalGenerator
+from rag.generate import Generator, Request
+from rag.generate.local import KVReuse, LocalGenerator, WeightsDtype
 from rag.models import hub
 from rag.pipeline import Reader
 from rag.retrieve.search import Search
 from rag.runtime.measurement import Spread
 from rag.runtime.options import Count, Filled, Whole, check_fields
-from rag.types import UserError
+from rag.types import Answer, UserError
 
-_REST_S = 0.05  # after its turn a peer's thread pool spins for a while, on the cores of whoever comes next
+_REST_S = 0.05  # after its turn a peer's thread pool spins for a while, on the cores that the next one needs
 
 
 @dataclass(frozen=True, slots=True)
-class StageClock:
-    """Seconds from the question to the first and to the last token of its answer, and what they count."""
+class AnswerTimes:
+    """Seconds from the question to the first and to the last token of its answer, and the numbers of tokens."""
 
     first: float
     last: float
@@ -43,103 +44,107 @@ class StageClock:
 
 @dataclass(frozen=True)
 class PipelineBenchmark:
-    """bench=pipeline: milliseconds from a question to the first and to the last token of its answer."""
+    """Measure milliseconds from a question to the first and to the last token of its answer.
+
+    conf/bench/pipeline.yaml has the defaults.
+    """
 
     questions: bench_questions.QuestionSet
-    weights: Filled = hub.DEFAULT_GENERATOR  # a GGUF file, which llama.cpp reads too
-    dtypes: Annotated[Sequence[Literal[DTYPES]], MinLen(1)] = ("float32", "int8")
-    kv_reuse: Annotated[Sequence[KVReuse], MinLen(1)] = ("none", "prefix", "chunk", "blend")
-    # first tokens of each passage that "chunk" reads anew
-    kv_recompute: Annotated[Sequence[Whole], MinLen(1)] = (0,)
-    speculative: bool = False
-    new_tokens: Count = 64
-    repeats: Count = 7  # questions, each asked once
-    warmup: Whole = 2  # questions before them
+    weights: Filled
+    dtypes: Annotated[Sequence[WeightsDtype], MinLen(1)]
+    kv_reuse: Annotated[Sequence[KVReuse], MinLen(1)]
+    kv_recompute: Annotated[Sequence[Whole], MinLen(1)]
+    speculative: bool
+    new_tokens: Count
+    repeats: Count
+    warmup: Whole
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def run(self) -> list[Row]:
+        """Return a row for each dtype and way of reusing keys and values. Raises UserError for too few questions."""
         search, questions = self.questions.load()
         if len(questions) < self.warmup + self.repeats:
             raise UserError(f"bench.repeats is {self.repeats}, but there are only {len(questions)} questions")
         asked = questions[: self.warmup + self.repeats]
-        ours = {name: self._ours(*case) for name, case in self._cases().items()}
-        for reader in ours.values():
-            if reader.generator.reuses_passages:
-                _read_passages(asked[self.warmup :], search, reader)
+        generators = {name: self._ours(*case) for name, case in self._cases().items()}
+        ours = {name: self._reader(generator) for name, generator in generators.items()}
+        for name, (_, kv_reuse, _) in self._cases().items():
+            if kv_reuse in ("chunk", "blend"):
+                _prefill_passages(asked[self.warmup :], search, ours[name])
         self._compile(asked[self.warmup :], search)
-        readers = ours | self._peers(asked, search, next(iter(ours.values())))
-        clocks: dict[str, list[StageClock]] = {name: [] for name in readers}
+        readers = ours | self._peers(asked, search, next(iter(generators.values())))
+        times: dict[str, list[AnswerTimes]] = {name: [] for name in readers}
         for question in asked:
             for name, reader in readers.items():
                 time.sleep(_REST_S)
-                clocks[name].append(clocked(question, search, reader))
-        return rows({name: taken[self.warmup :] for name, taken in clocks.items()}, list(ours))
+                times[name].append(timed_answer(question, search, reader))
+        return rows({name: taken[self.warmup :] for name, taken in times.items()}, list(ours))
 
-    def _cases(self) -> dict[str, tuple[str, str, int]]:
-        """The arguments of `_ours` by a name."""
+    def _cases(self) -> dict[str, tuple[WeightsDtype, KVReuse, int]]:
+        """Return the arguments of `_ours` by the name of the case."""
         kinds = [
             (kind, n) for kind in self.kv_reuse for n in (self.kv_recompute if kind == "chunk" else (0,))
         ]
         return {
-            f"{dtype}, reuse {kind}" + (f", {n} tokens anew" if n else ""): (dtype, kind, n)
+            f"{dtype}, reuse {kind}" + (f", {n} tokens recomputed" if n else ""): (dtype, kind, n)
             for dtype in self.dtypes
             for kind, n in kinds
         }
 
-    def _ours(self, dtype: str, kv_reuse: str, kv_recompute: int) -> Reader:
+    def _ours(self, dtype: WeightsDtype, kv_reuse: KVReuse, kv_recompute: int) -> LocalGenerator:
         generator = LocalGenerator(
             self.weights, dtype, kv_reuse=kv_reuse, kv_recompute=kv_recompute, speculative=self.speculative
         )
         generator.engine.end_ids = ()  # the budget alone ends an answer
+        return generator
+
+    def _reader(self, generator: Generator) -> Reader:
         return self.questions.reader(generator, self.new_tokens)
 
     def _compile(self, questions: Sequence[str], search: Search) -> None:
-        """Every program that these prompts' lengths ask for, by readers whose memory is thrown away."""
+        """Compile every program that prompts of these lengths need, with generators whose caches are dropped."""
         for case in self._cases().values():
-            reader = self._ours(*case)
+            reader = self._reader(self._ours(*case))
             for question in questions:
-                clocked(question, search, reader)
+                timed_answer(question, search, reader)
 
-    def _peers(self, asked: Sequence[str], search: Search, ours: Reader) -> dict[str, Reader]:
-        prompts = (bench_questions.messages(question, search, ours) for question in asked)
-        longest = max(map(ours.generator.prompt_tokens, prompts))
+    def _peers(self, asked: Sequence[str], search: Search, ours: LocalGenerator) -> dict[str, Reader]:
+        reader = self._reader(ours)
+        prompts = (bench_questions.messages(question, search, reader) for question in asked)
+        longest = max(map(ours.prompt_tokens, prompts))
         models = llama_cpp_peers(hub.local_path(self.weights), longest + self.new_tokens + 1, reuse=True)
-        return {
-            name: self.questions.reader(LlamaCppGenerator(model, ours.generator), self.new_tokens)
-            for name, model in models.items()
-        }
+        return {name: self._reader(LlamaCppGenerator(model, ours)) for name, model in models.items()}
 
 
-def _read_passages(questions: Sequence[str], search: Search, reader: Reader) -> None:
+def _prefill_passages(questions: Sequence[str], search: Search, reader: Reader) -> None:
     for question in questions:
-        for _ in reader.generator.stream(
-            bench_questions.another_use(question, search, reader), max_new_tokens=1
-        ):
-            pass
+        prompt = bench_questions.another_prompt(question, search, reader)
+        reader.generator.generate([Request(prompt, max_new_tokens=1)])
 
 
-def clocked(question: str, search: Search, reader: Reader) -> StageClock:
-    """Answer the question. RuntimeError when the answer ends before its budget."""
+def timed_answer(question: str, search: Search, reader: Reader) -> AnswerTimes:
+    """Answer the question and return its times. Raises RuntimeError when the answer ends before its token budget."""
     begin = time.perf_counter()
     pieces = pipeline.answer(question, search, reader)
     next(pieces)
     first = time.perf_counter()
     *_, answer = pieces
     last = time.perf_counter()
+    assert isinstance(answer, Answer)
     if answer.timings.new_tokens != reader.options.max_new_tokens:
         raise RuntimeError(f"the answer to {question!r} ended before {reader.options.max_new_tokens} tokens")
     timings = answer.timings
-    return StageClock(
+    return AnswerTimes(
         first - begin, last - begin, timings.retrieve_s, timings.prompt_tokens, timings.new_tokens
     )
 
 
-def rows(clocks: dict[str, list[StageClock]], ours: Sequence[str]) -> list[Row]:
-    """A row for each of our settings, the peers beside every one of them."""
-    figures = {name: _figures(taken) for name, taken in clocks.items()}
-    peers = {name: figures[name] for name in clocks if name not in ours}
+def rows(times: dict[str, list[AnswerTimes]], ours: Sequence[str]) -> list[Row]:
+    """Return a row for each of our settings, compared with every peer."""
+    figures = {name: _figures(taken) for name, taken in times.items()}
+    peers = {name: figures[name] for name in times if name not in ours}
     found = []
     for name in ours:
         ratios = {
@@ -148,15 +153,15 @@ def rows(clocks: dict[str, list[StageClock]], ours: Sequence[str]) -> list[Row]:
             for what in ("first", "last")
         }
         extra = {
-            "retrieval ms": Spread.of([1000 * clock.retrieval for clock in clocks[name]]),
-            "prompt tokens": Spread.of([clock.prompt_tokens for clock in clocks[name]]),
+            "retrieval ms": Spread.of([1000 * one.retrieval for one in times[name]]),
+            "prompt tokens": Spread.of([one.prompt_tokens for one in times[name]]),
         }
         found.append(Row(name, figures[name] | extra, peers, ratios))
     return found
 
 
-def _figures(taken: Sequence[StageClock]) -> dict[str, Spread]:
+def _figures(taken: Sequence[AnswerTimes]) -> dict[str, Spread]:
     return {
-        "first token ms": Spread.of([1000 * clock.first for clock in taken]),
-        "last token ms": Spread.of([1000 * clock.last for clock in taken]),
+        "first token ms": Spread.of([1000 * one.first for one in taken]),
+        "last token ms": Spread.of([1000 * one.last for one in taken]),
     }

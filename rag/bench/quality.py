@@ -1,8 +1,8 @@
-"""What faster ways of reading cost in answers: settings of our generator on the same prompts, each beside the first.
+"""Measure what faster settings of our generator cost in answers: each is compared with the first on the same prompts.
 
-Of every setting the means over the questions, the paired difference to the first with its 95% interval, and the
-Kullback-Leibler divergence of the distribution of the answer's first token from the first setting's, in nats. For speed
-there is bench=pipeline.
+Each setting has the means over the questions, the paired difference from the first setting with its 95% interval, and
+the Kullback-Leibler divergence of its distribution of the answer's first token from the first setting's, in nats.
+bench=pipeline measures the speed.
 
 Letters: N questions, V vocab.
 """
@@ -15,19 +15,20 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Float, Float64
 
-from rag.bench.reading import MEASURES, ReadingBenchmark, Task, scores_of
+from rag.bench.questions import QuestionSet, Task
+from rag.bench.reading import MEASURES, scores_of
 from rag.bench.timing import Row
-from rag.evaluate.datasets.beir import load_beir
 from rag.evaluate.statistics import Statistics, intervals
+from rag.generate import Request
 from rag.generate.local import LocalGenerator
 from rag.runtime.measurement import Figure, Spread
-from rag.runtime.options import ArgumentsOf
+from rag.runtime.options import ArgumentsOf, Count, Filled, check_fields
 from rag.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class QualityOutcome:
-    """What one setting made of all questions."""
+    """The scores of one setting on all questions."""
 
     scores: Float64[np.ndarray, "N 4"]  # MEASURES
     log_probs: Float[np.ndarray, "N V"]  # of the answer's first token
@@ -35,38 +36,45 @@ class QualityOutcome:
 
 @dataclass(frozen=True)
 class QualityBenchmark:
-    """bench=quality: EM, F1, contains, gold log-likelihood and KL of each setting."""
+    """Measure EM, F1, contains, gold log-likelihood and KL of each setting; defaults: conf/bench/quality.yaml."""
 
-    reading: ReadingBenchmark  # the questions and their prompts
-    # a name: options of a LocalGenerator
-    settings: Mapping[str, Annotated[Mapping[str, Any], ArgumentsOf(LocalGenerator)]]
+    questions: QuestionSet
+    weights: Filled
+    max_new_tokens: Count
+    stop: Sequence[Filled]
+    settings: Mapping[str, Annotated[Mapping[str, Any], ArgumentsOf(LocalGenerator)]]  # by name
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        check_fields(self)
         if not self.settings:
             raise UserError("bench.settings is empty; name a setting, and others to stand beside it")
 
     def run(self) -> list[Row]:
-        dataset = load_beir(self.reading.path).sample(self.reading.questions, self.reading.seed)
-        tasks, outcomes = None, {}
+        """Return a row for each setting."""
+        tasks: list[Task] = []
+        outcomes = {}
         for name, options in self.settings.items():
-            generator = LocalGenerator(self.reading.weights, **options)
-            tasks = tasks or self.reading.tasks(dataset, generator)
+            generator = LocalGenerator(self.weights, **options)
+            tasks = tasks or self.questions.tasks(generator, self.max_new_tokens, self.stop)
             print(f"{name}: {len(tasks)} questions", file=sys.stderr)
             outcomes[name] = self._outcome(generator, tasks)
         return rows(outcomes)
 
     def _outcome(self, generator: LocalGenerator, tasks: Sequence[Task]) -> QualityOutcome:
         conversations = [task.messages for task in tasks]
-        limit = self.reading.max_new_tokens
-        texts = generator.generate(conversations, max_new_tokens=limit, stop=self.reading.stop)
+        requests = [
+            Request(messages, max_new_tokens=self.max_new_tokens, stop=self.stop)
+            for messages in conversations
+        ]
+        texts = generator.generate(requests)
         gold = generator.log_likelihood([(task.messages, task.gold[0]) for task in tasks])
         scores = scores_of(tasks, texts, [score.total for score in gold])
-        log_probs = np.stack([generator.next_log_probs(messages) for messages in conversations])
+        log_probs = np.stack([generator.prefill.next_log_probs(messages) for messages in conversations])
         return QualityOutcome(scores, log_probs)
 
 
 def rows(outcomes: Mapping[str, QualityOutcome], options: Statistics = Statistics()) -> list[Row]:
-    """A row a setting; all but the first also with what changes from it."""
+    """Return a row for each setting; all but the first also have the change from the first."""
     first = next(iter(outcomes.values()))
     found = []
     for name, outcome in outcomes.items():
@@ -83,7 +91,7 @@ def rows(outcomes: Mapping[str, QualityOutcome], options: Statistics = Statistic
 
 
 def _divergence(true: Float[np.ndarray, "N V"], other: Float[np.ndarray, "N V"]) -> dict[str, Figure]:
-    """KL of `other` from `true`, the mean and the spread over questions, and how often the best token is the same."""
+    """Return KL(true || other), its mean and spread over questions, and how often the best token is the same."""
     true, other = true.astype(np.float64), other.astype(np.float64)
     each = (np.exp(true) * (true - other)).sum(axis=1)
     same = np.mean(true.argmax(axis=1) == other.argmax(axis=1))

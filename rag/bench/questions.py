@@ -1,5 +1,9 @@
-"""Questions over a corpus with the passages that each is answered from, for the benchmarks of the whole way."""
+"""Questions with gold answers over a corpus, and the prompts with the passages that each is answered from.
 
+The benchmarks that answer questions share this set.
+"""
+
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -8,13 +12,15 @@ import numpy as np
 
 from rag.context import ContextOptions
 from rag.embed.bert import BertEmbedder
+from rag.evaluate.datasets import Dataset
 from rag.evaluate.datasets.beir import load_beir
 from rag.evaluate.datasets.sample import SAMPLE
-from rag.evaluate.retrieval import build_collection, chunk_all
+from rag.evaluate.retrieval import build_collection
 from rag.generate import Generator
+from rag.ingest.chunk import Chunker
 from rag.ingest.chunk.sentence import SentenceChunker
+from rag.ingest.chunk.split import chunks_of
 from rag.ingest.chunk.whole import WholeChunker
-from rag.models import hub
 from rag.pipeline import AnswerOptions, Reader, fit_context, select_context
 from rag.prompt import PromptTemplate, render
 from rag.retrieve.search import Dense, Search
@@ -24,43 +30,76 @@ from rag.types import Context, Document, Message, UserError
 _ANOTHER_QUESTION = "What is this about?"
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A prompt and the gold answers to its question."""
+
+    messages: tuple[Message, ...]
+    gold: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class QuestionSet:
-    """Where the questions come from and what a prompt is made of."""
+    """The source of the questions, and how their prompts are made; conf/questions/ has the defaults."""
 
     prompt: PromptTemplate
-    path: Filled | None = None  # a folder in the layout of BEIR, with answers; None: the sample set
-    context: ContextOptions = ContextOptions(order="reverse", max_tokens=1536)
-    k: Count = 3  # passages of a prompt
-    # documents of one title are joined and cut into passages of about so many tokens; None: each is one passage
-    passage_tokens: Count | None = 300
-    embedder: Filled = hub.DEFAULT_EMBEDDER
-    seed: Seed = 0  # of the questions' order
+    context: ContextOptions
+    path: Filled | None  # None: the sample set
+    k: Count
+    passage_tokens: Count | None  # None: each document is one passage
+    embedder: Filled
+    limit: Count | None
+    seed: Seed
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def load(self) -> tuple[Search, list[str]]:
-        """A search over the passages, and the questions with a gold answer in random order."""
-        dataset = load_beir(SAMPLE if self.path is None else self.path)
-        embedder, chunker = BertEmbedder(self.embedder), WholeChunker()
-        if self.passage_tokens is not None:
-            dataset = replace(dataset, corpus=joined(dataset.corpus))
-            chunker = SentenceChunker(self.passage_tokens)
-        collection = build_collection(dataset, chunk_all(dataset, chunker, embedder), embedder)
+        """Return a search over the passages, and the questions that have a gold answer, shuffled by `seed`."""
+        dataset, search = self._load()
         asked = [text for query, text in dataset.queries.items() if dataset.answers.get(query)]
         order = np.random.default_rng(self.seed).permutation(len(asked)).tolist()
-        return Search(collection, Dense(), self.k), [asked[i] for i in order]
+        return search, [asked[i] for i in order]
 
-    def reader(self, generator: Generator, new_tokens: int, stop: Sequence[str] = ()) -> Reader:
-        """The stages that answer with this generator."""
-        return Reader(
-            generator, self.prompt, self.context, options=AnswerOptions(new_tokens, stop=tuple(stop))
-        )
+    def tasks(self, generator: Generator, max_new_tokens: int, stop: Sequence[str]) -> list[Task]:
+        """Return the tasks in the order of the dataset.
+
+        Questions without a gold answer or without a relevant passage are left out, which a line on stderr reports.
+        Raises UserError when fewer than two are left.
+        """
+        dataset, search = self._load()
+        reader = self.reader(generator, max_new_tokens, stop)
+        tasks = []
+        for query, text in dataset.queries.items():
+            gold = dataset.answers.get(query)
+            if gold and (context := _context(text, search, reader)).sources:
+                tasks.append(Task(tuple(fit_context(text, context, reader)[0]), tuple(gold)))
+        if left_out := len(dataset.queries) - len(tasks):
+            print(f"left out: {left_out} questions without gold answer or relevant passage", file=sys.stderr)
+        if len(tasks) < 2:
+            raise UserError(f"{self.path} has {len(tasks)} questions to answer: raise bench.questions.limit")
+        return tasks
+
+    def reader(self, generator: Generator, max_new_tokens: int, stop: Sequence[str] = ()) -> Reader:
+        """Return the stages that answer with this generator."""
+        options = AnswerOptions(max_new_tokens, stop=tuple(stop))
+        return Reader(generator, self.prompt, self.context, options=options)
+
+    def _load(self) -> tuple[Dataset, Search]:
+        dataset = load_beir(SAMPLE if self.path is None else self.path, limit=self.limit, seed=self.seed)
+        embedder, chunker = BertEmbedder(self.embedder), self._chunker()
+        if self.passage_tokens is not None:
+            dataset = replace(dataset, corpus=joined(dataset.corpus))
+        chunks = [chunk for document in dataset.corpus for chunk in chunks_of(document, chunker, embedder)]
+        collection = build_collection(dataset, chunks, embedder)
+        return dataset, Search(collection, Dense(), self.k)
+
+    def _chunker(self) -> Chunker:
+        return WholeChunker() if self.passage_tokens is None else SentenceChunker(self.passage_tokens)
 
 
 def joined(documents: Sequence[Document]) -> tuple[Document, ...]:
-    """Neighbours of one title as one document, so that passages of any length can be cut from it."""
+    """Join neighbouring documents of one title into one, so that passages of any length can be cut from it."""
     found = []
     for title, group in groupby(documents, key=lambda document: document.title or document.id):
         members = list(group)
@@ -70,24 +109,28 @@ def joined(documents: Sequence[Document]) -> tuple[Document, ...]:
 
 
 def messages(question: str, search: Search, reader: Reader) -> list[Message]:
-    """The prompt that pipeline.answer makes for the question. UserError when no passage is relevant to it."""
-    return fit_context(question, _context(question, search, reader), reader)[0]
+    """Return the prompt that pipeline.answer makes. Raises UserError when no passage is relevant to the question."""
+    return fit_context(question, _relevant(question, search, reader), reader)[0]
 
 
-def another_use(question: str, search: Search, reader: Reader) -> list[Message]:
-    """A prompt with the same passages and markers in another order, and another question.
+def another_prompt(question: str, search: Search, reader: Reader) -> list[Message]:
+    """Return a prompt with the question's passages in another order and with another question.
 
-    What a generator keeps of passages, as at ingest, is kept once it has read this; what it keeps of whole prompts
-    serves the question's own no further than up to the first passage.
+    A generator that caches passages has cached these afterwards, as if they had been prefilled at ingest. What it
+    caches of whole prompts can serve the question's own prompt only up to the first passage.
     """
+    context = _relevant(question, search, reader)
+    rotated = replace(context, sources=context.sources[1:] + context.sources[:1])
+    return render(reader.template, _ANOTHER_QUESTION, rotated)
+
+
+def _relevant(question: str, search: Search, reader: Reader) -> Context:
     context = _context(question, search, reader)
-    turned = replace(context, sources=context.sources[1:] + context.sources[:1])
-    return render(reader.template, _ANOTHER_QUESTION, turned)
+    if not context.sources:
+        raise UserError(f"no passage is relevant to {question!r}: set bench.questions.context.min_score=null")
+    return context
 
 
 def _context(question: str, search: Search, reader: Reader) -> Context:
     document_text = search.collection.index.document_text
-    context = select_context(search(question), document_text, search.score_threshold, reader)
-    if not context.sources:
-        raise UserError(f"no passage is relevant to {question!r}: set bench.questions.context.min_score=null")
-    return context
+    return select_context(search(question), document_text, search.score_threshold, reader)

@@ -1,4 +1,4 @@
-"""The record of a benchmark: its table on the terminal and its JSON line."""
+"""Write the record of a benchmark: a table on the terminal and one JSON line."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from rag.runtime.measurement import Figure, Spread
 
 
 def print_table(rows: Sequence[Row], title: str = "") -> None:
-    """Print the rows on stdout: a column for each figure of ours and of each peer, then the ratios."""
+    """Print the rows on stdout, with a column for each figure of ours and of each peer, then the ratios."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text  # names are text, not rich's markup
@@ -30,7 +30,7 @@ def print_table(rows: Sequence[Row], title: str = "") -> None:
 
 
 def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """The headers, "ours: ms" or "ratio to: torch", and each row's cells; "-" where a row has no such figure."""
+    """Return the headers, such as "ours: ms" or "ratio to: torch", and the cells of each row, "-" for no figure."""
     ours = _ordered(name for row in rows for name in row.ours)
     peers = _ordered((peer, name) for row in rows for peer, figures in row.peers.items() for name in figures)
     ratios = _ordered(peer for row in rows for peer in row.ratio)
@@ -45,31 +45,32 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _ordered(items: Iterable) -> list:
-    """Each item once, where it was first seen."""
+    """Return each item once, in the order of its first occurrence."""
     return list(dict.fromkeys(items))
 
 
 def _short(value: Figure) -> str:
-    """Four significant digits, without an exponent for large ones; of a Spread the median [least, most]."""
+    """Format with four significant digits, large numbers without an exponent, a Spread as median [least, most]."""
     if isinstance(value, Spread):
         return f"{_short(value.median)} [{_short(value.low)}, {_short(value.high)}]"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def bench_json(
-    bench: str, rows: Sequence[Row], roofs: Mapping[str, float], **facts: Sequence[float] | str
+    bench: str, rows: Sequence[Row], peaks: Mapping[str, float], **facts: Sequence[float] | str
 ) -> str:
-    """A benchmark's one JSON line: {"bench", "machine", "rows": [{"case", "ours", "peers", "ratio"}]} and any `facts`.
+    """Return the JSON line of a benchmark: {"bench", "machine", "rows": [{"case", "ours", "peers", "ratio"}]}.
 
-    `machine` is environment() with what roofs() said before the benchmark. A Spread becomes {"median", "low", "high"}.
+    `machine` is environment() with the peak rates, as `peak_throughput.best_peak` returns them. `facts` are added as
+    they are. A Spread becomes {"median", "low", "high"}.
     """
-    machine = environment() | {"roofs": dict(roofs)}
+    machine = environment() | {"peaks": dict(peaks)}
     record = {"bench": bench, **facts, "machine": machine, "rows": [asdict(row) for row in rows]}
     return json.dumps(record, allow_nan=False)
 
 
 def rows_of(record: Mapping[str, Any]) -> list[Row]:
-    """The rows that a line of bench_json holds, parsed."""
+    """Return the rows of a parsed line of `bench_json`."""
 
     def figures(found: Mapping[str, Any]) -> dict[str, Figure]:
         return {

@@ -1,10 +1,10 @@
-"""Search, exact, proven and approximate, beside FAISS IndexFlatIP, as it comes and with its threshold tuned.
+"""Compare exact, proven and approximate search with FAISS IndexFlatIP, by default and with a tuned threshold.
 
-FAISS multiplies matrices only where queries x dimensions reach faiss.cvar.distance_compute_blas_threshold, by
-default 128,000; `faiss tuned` has that at 1. Recall is counted against float64, on as many of the queries as
-`checked` says: of the k returned, how many score no less than the true k-th. Of ours the operations and the bytes
-read are what the index says that it did: codes and what was scored exactly after them, products in the type that
-they were computed in. FAISS's are 2 N Q E operations in float32 on N E floats read once, the least that it can do.
+FAISS multiplies matrices only where queries x dimensions reach faiss.cvar.distance_compute_blas_threshold, by default
+128,000; `faiss tuned` sets it to 1. Recall is computed against float64 on the first `checked` queries: of the k
+returned, how many score at least as high as the true k-th. The operations and bytes of our indexes are those that they
+count themselves: the scan of the codes and the exact scores after it, in the type that they were computed in. FAISS's
+are 2 N Q E operations in float32 on N E floats read once, the least that it can do.
 
 Letters: N vectors, Q queries, E embedding dim.
 """
@@ -13,12 +13,13 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 from annotated_types import Gt, Lt
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, Integer
 
 from rag.bench.timing import Row, alternate, ratio
 from rag.index.dense.binary import Binary, BinaryIndex
@@ -32,28 +33,29 @@ from rag.runtime.options import Count, Counts, Filled, check_fields
 Find = Callable[[np.ndarray, int], np.ndarray]  # queries [Q, E], k -> ids [Q, k]
 
 _TIE = 1e-6  # the rounding of float32 may swap scores this close
-_BLOCK = 1 << 14  # rows scored in float64 at once
-_FEW = 31  # queries up to which the indexes that scan codes do so
+_BLOCK = 1 << 14  # rows that are scored in float64 together
+_FEW = 31  # the most queries for which the int8 and the 1-bit index scan their codes
 
 
 @dataclass(frozen=True)
 class SearchBenchmark:
-    """bench=search: milliseconds a batch, for every number of vectors, of queries and every k."""
+    """Measure milliseconds per batch for each number of vectors, queries and k; defaults: conf/bench/search.yaml."""
 
-    vectors: Counts = (200_000, 1_000_000)  # random unit vectors
-    dim: Count = 384
-    index: Filled | None = None  # the vectors of a real index, a folder, or of a .npy file instead
-    questions: Filled | None = None  # a .npy file of query vectors; none: each near one of the vectors
-    queries: Counts = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-    k: Counts = (10, 100)
-    recall: Annotated[float, Gt(0), Lt(1)] = 0.99  # asked of the approximate index
-    checked: Count = 64  # queries whose recall is counted
-    repeats: Count = 5
+    vectors: Counts
+    dim: Count
+    index: Filled | None
+    questions: Filled | None
+    queries: Counts
+    k: Counts
+    recall: Annotated[float, Gt(0), Lt(1)]
+    checked: Count
+    repeats: Count
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def run(self) -> list[Row]:
+        """Return a row for each number of vectors, k, number of queries, and index."""
         if self.index:
             return self._rows(_stored(Path(self.index)))
         return [row for count in self.vectors for row in self._rows(_units(count, self.dim, seed=0))]
@@ -70,9 +72,17 @@ class SearchBenchmark:
             for row in self._case(vectors, questions[:count], k, best[:, k - 1], ours, peers)
         ]
 
-    def _case(self, vectors, questions, k: int, kth, ours: "_Ours", peers: dict[str, Find]) -> list[Row]:
+    def _case(
+        self,
+        vectors: Float32[np.ndarray, "N E"],
+        questions: Float32[np.ndarray, "Q E"],
+        k: int,
+        kth: Float64[np.ndarray, "C"],  # the k-th best score of the first C questions
+        ours: "_Ours",
+        peers: dict[str, Find],
+    ) -> list[Row]:
         finders = ours.finders(len(questions)) | peers
-        calls = {name: (lambda find=find: find(questions, k)) for name, find in finders.items()}
+        calls = {name: partial(find, questions, k) for name, find in finders.items()}
         timings = alternate(calls, repeats=self.repeats)
         least = Work(vectors.nbytes, vectors.nbytes, float32=2 * vectors.size * len(questions))
         work = dict.fromkeys(peers, least) | ours.work(len(questions))
@@ -93,7 +103,7 @@ class SearchBenchmark:
 
 
 class _Ours:
-    """The indexes of ours over the same vectors."""
+    """Our indexes over the same vectors."""
 
     def __init__(self, vectors: Float32[np.ndarray, "N E"], options: Binary):
         self.exact, self.int8, self.binary = (
@@ -103,29 +113,31 @@ class _Ours:
         )
 
     def _ways(self, queries: int) -> dict[str, DenseIndex | Int8Index | BinaryIndex]:
-        """Those that search so many queries in ways of their own."""
-        exact = {"exact": self.exact}
-        return exact | {"int8": self.int8, "1 bit": self.binary} if queries <= _FEW else exact
+        """Return the indexes to measure with so many queries: beyond `_FEW` the others search exactly too."""
+        ways: dict[str, DenseIndex | Int8Index | BinaryIndex] = {"exact": self.exact}
+        return ways | {"int8": self.int8, "1 bit": self.binary} if queries <= _FEW else ways
 
     def finders(self, queries: int) -> dict[str, Find]:
-        return {
-            name: (lambda asked, k, index=index: index.search(asked, k)[1])
-            for name, index in self._ways(queries).items()
-        }
+        """Return the search functions for so many queries, by index."""
+        return {name: _finder(index) for name, index in self._ways(queries).items()}
 
     def work(self, queries: int) -> dict[str, Work]:
-        """What the latest search did by each of the ways for so many queries."""
+        """Return the work of each index in its latest search."""
         return {name: index.work for name, index in self._ways(queries).items()}
 
     def extra(self, way: str, questions: np.ndarray, k: int) -> dict[str, float | int]:
-        """What there is to say of one way beside its speed; `scanned` is 0 where it searched exactly instead."""
+        """Return further figures of an index; `scanned` is 0 where it searched exactly instead."""
         if way == "exact":
             return {}
         index = self.int8 if way == "int8" else self.binary
-        scanned = {"scanned": int(index.path(len(questions), k) == "scan")}
+        scanned: dict[str, float | int] = {"scanned": int(index.path(len(questions), k) == "scan")}
         if way == "int8":
             return scanned | {"proven": float(self.int8.search_with_proof(questions, k)[2].mean())}
         return scanned | {"candidates": self.binary.candidates(k)}
+
+
+def _finder(index: DenseIndex | Int8Index | BinaryIndex) -> Find:
+    return lambda questions, k: index.search(questions, k)[1]
 
 
 def _stored(path: Path) -> Float32[np.ndarray, "N E"]:
@@ -138,7 +150,7 @@ def _units(count: int, dim: int, seed: int) -> Float32[np.ndarray, "N E"]:
 
 
 def _questions(vectors: Float32[np.ndarray, "N E"], count: int) -> Float32[np.ndarray, "Q E"]:
-    """Unit vectors each halfway between one of the vectors and a random direction."""
+    """Return unit vectors, each halfway between one of the vectors and a random direction."""
     near = vectors[np.random.default_rng(1).integers(len(vectors), size=count)]
     questions = near + _units(count, vectors.shape[1], seed=2)
     return questions / np.linalg.norm(questions, axis=1, keepdims=True)
@@ -147,7 +159,7 @@ def _questions(vectors: Float32[np.ndarray, "N E"], count: int) -> Float32[np.nd
 def _kth_scores(
     vectors: Float32[np.ndarray, "N E"], questions: Float32[np.ndarray, "Q E"], k: int
 ) -> np.ndarray:
-    """The k highest scores of each question, best first, by brute force in float64: [Q, k]."""
+    """Return the k highest scores of each question, best first, by brute force in float64: [Q, k]."""
     best: Float64[np.ndarray, "Q k"] = np.full((len(questions), k), -np.inf)
     for start in range(0, len(vectors), _BLOCK):
         scores = questions.astype(np.float64) @ vectors[start : start + _BLOCK].astype(np.float64).T
@@ -156,7 +168,12 @@ def _kth_scores(
     return np.sort(best, axis=1)[:, ::-1]
 
 
-def _recall(vectors, questions, kth, ids) -> float:
+def _recall(
+    vectors: Float32[np.ndarray, "N E"],
+    questions: Float32[np.ndarray, "Q E"],
+    kth: Float64[np.ndarray, "Q"],
+    ids: Integer[np.ndarray, "Q k"],
+) -> float:
     found = np.einsum("qe,qke->qk", questions.astype(np.float64), vectors[ids].astype(np.float64))
     return float(np.mean(found >= kth[:, None] - _TIE))
 

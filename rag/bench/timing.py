@@ -1,7 +1,7 @@
-"""Honest measuring: alternating timings, the clock of compiling, and the record of where a figure came from.
+"""Time calls in turns, and compare ours with its peers.
 
-A figure alone says little on a shared machine. So calls are timed in turns (A B A B ...), which spreads a
-slow minute over all of them, their ratio is quoted, and every file of results carries `environment()`.
+A time alone says little on a shared machine. So calls alternate (A B A B ...), which spreads a slow minute over all of
+them, and their ratio is reported.
 """
 
 import statistics
@@ -14,7 +14,7 @@ from rag.runtime.measurement import Figure, Timing
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One case of a benchmark: our figures by name, each peer's, and how much better we are."""
+    """One case of a benchmark: our figures by name, those of each peer, and how many times better ours are."""
 
     case: str
     ours: Mapping[str, Figure]
@@ -23,20 +23,29 @@ class Row:
 
 
 def alternate(
-    calls: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1, warm_up: bool = False
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int = 1,
+    warmup_each_turn: bool = False,
 ) -> dict[str, Timing]:
     """Time the callables in turns and return each one's Timing.
 
-    What a call returns is waited for (jax.block_until_ready, so any pytree or none will do). The first
-    `warmup` rounds, where programs compile and memory is touched for the first time, do not count. With `warm_up`
-    each call is made once untimed right before: nobody begins with caches that the one before has filled.
+    A call ends when the arrays that it returns are ready (jax.block_until_ready takes any pytree).
+
+    Args:
+        calls: The callables by name.
+        repeats: The rounds that are timed.
+        warmup: The rounds before them that are not, where programs compile and memory is first touched.
+        warmup_each_turn: Whether each timed call follows an untimed one of the same callable, so that none
+            starts with the caches that another callable has filled.
     """
     import jax
 
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warmup + repeats):
         for name, call in calls.items():
-            if warm_up:
+            if warmup_each_turn:
                 jax.block_until_ready(call())
             start = time.perf_counter()
             jax.block_until_ready(call())
@@ -46,12 +55,14 @@ def alternate(
 
 
 def ratio(ours: Timing, peer: Timing) -> float:
-    """How many times faster we are, by the medians: above 1 means that ours is faster."""
+    """Return how many times faster ours is, by the medians."""
     return peer.median / ours.median
 
 
 def compiled_temp_bytes(fn: Callable[..., object], *args: object) -> int:
-    """Bytes of temporary memory that XLA plans for `fn(*args)`, beside its arguments and results."""
+    """Return the bytes of temporary memory that XLA plans for `fn(*args)`, arguments and results left out."""
     import jax
 
-    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    analysis = jax.jit(fn).lower(*args).compile().memory_analysis()
+    assert analysis is not None, "this backend does not report its memory"
+    return analysis.temp_size_in_bytes

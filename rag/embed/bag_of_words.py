@@ -1,4 +1,7 @@
-"""Bag-of-words vectors: normalised word counts."""
+"""Bag-of-words vectors: word counts divided by their norm.
+
+Letters: N texts, E embedding dim (the words of the vocabulary), n words of a text.
+"""
 
 import json
 import math
@@ -13,7 +16,7 @@ from annotated_types import Ge, Le
 from jaxtyping import Float32, Float64, Int
 
 from rag.embed import Progress
-from rag.runtime import cache_key
+from rag.runtime.cache_key import content_key
 from rag.runtime.options import checked
 from rag.types import UserError
 
@@ -24,12 +27,12 @@ _VOCABULARY = "vocabulary.json"
 
 
 class BagOfWords:
-    """The cosine of word counts: lower-cased, split at each space, counted, divided by the counts' norm.
+    """Embed texts by their word counts: lower-case the text, split it at each space, count, divide by the norm.
 
-    Two spaces in a row enclose an empty word, which counts as any other; punctuation stays with its word. The
-    vocabulary is the corpus's, learned by `fit` and kept with the index. A question's words that the corpus
-    lacks have no dimension, but they do lengthen its norm, so every score is the cosine of all the counts; a
-    question of such words alone is the zero vector and scores 0.
+    Between two spaces in a row there is an empty word, which counts like any other; punctuation stays with its word.
+    The vocabulary is that of the corpus; `fit` learns it, and the index stores it. Words of a question that the corpus
+    does not have are no dimension, but they count in its norm, so every score is the cosine of all counts. A question
+    with no word of the corpus has the zero vector and scores 0.
     """
 
     @checked
@@ -39,20 +42,26 @@ class BagOfWords:
         score_threshold: float | None = None,
         vocabulary: Sequence[str] = (),
     ):
-        """`max_bytes`: the largest matrix of passages by words, float32, that `fit` lets an index have."""
+        """Make an embedder with a known vocabulary; without one it must be fitted.
+
+        Args:
+            max_bytes: the largest matrix (passages by words, float32) that `fit` accepts.
+            score_threshold: see rag.embed.Embedder.
+            vocabulary: the words, one for each dimension.
+        """
         self._max_bytes = max_bytes
         self.score_threshold = score_threshold
-        self._place = {word: i for i, word in enumerate(vocabulary)}
-        self.dim = len(self._place)
+        self._column = {word: i for i, word in enumerate(vocabulary)}
+        self.dim = len(self._column)
         self.spec = {"kind": "bag_of_words", "dim": self.dim}
-        self.fingerprint = cache_key.content_key(
+        self.fingerprint = content_key(
             "bag_of_words", BAG_OF_WORDS_VERSION
-        )  # the vocabulary is the index's
+        )  # without the vocabulary of an index
 
     def encode(
         self, texts: Sequence[str], progress: Progress = lambda done: None
     ) -> Float32[np.ndarray, "N E"]:
-        if not self._place:
+        if not self._column:
             raise RuntimeError("a bag of words has no dimensions before fit() or restore()")
         vectors = np.zeros((len(texts), self.dim), np.float32)
         for i, text in enumerate(texts):
@@ -64,21 +73,24 @@ class BagOfWords:
         return self.encode(texts)
 
     def vector(self, text: str) -> Float64[np.ndarray, "E"]:
-        """One text's vector, not yet rounded to float32."""
+        """Return the vector of one text in float64."""
         counts = Counter(words(text))
         norm = math.sqrt(sum(count**2 for count in counts.values()))
         vector = np.zeros(self.dim)
         for word, count in counts.items():
-            if word in self._place:
-                vector[self._place[word]] = count / norm
+            if word in self._column:
+                vector[self._column[word]] = count / norm
         return vector
 
     def token_spans(self, text: str) -> Int[np.ndarray, "n 2"]:
-        """The stretches between spaces; empty words have no span."""
+        """Return the spans of the words; empty words have no span."""
         return np.array([found.span() for found in re.finditer("[^ ]+", text)], np.int64).reshape(-1, 2)
 
     def fit(self, texts: Sequence[str]) -> "BagOfWords":
-        """With the vocabulary of these texts; UserError when their matrix would exceed `max_bytes`."""
+        """Return an embedder with the vocabulary of these texts.
+
+        Raises UserError when their matrix would exceed `max_bytes`.
+        """
         vocabulary = sorted({word for text in texts for word in words(text)})
         size = 4 * len(texts) * len(vocabulary)
         if size > self._max_bytes:
@@ -89,10 +101,12 @@ class BagOfWords:
         return BagOfWords(self._max_bytes, self.score_threshold, vocabulary)
 
     def save(self, folder: Path) -> None:
-        (folder / _VOCABULARY).write_text(json.dumps(list(self._place), ensure_ascii=False), encoding="utf-8")
+        (folder / _VOCABULARY).write_text(
+            json.dumps(list(self._column), ensure_ascii=False), encoding="utf-8"
+        )
 
     def restore(self, folder: Path) -> "BagOfWords":
-        """With the vocabulary that `save` wrote there. UserError when there is none."""
+        """Return an embedder with the vocabulary that `save` wrote. Raises UserError when it cannot be read."""
         path = folder / _VOCABULARY
         try:
             vocabulary = json.loads(path.read_text(encoding="utf-8"))
@@ -104,5 +118,5 @@ class BagOfWords:
 
 
 def words(text: str) -> list[str]:
-    """The words that are counted, empty ones included."""
+    """Return the words of a text, empty ones included."""
     return text.lower().split(" ")

@@ -1,12 +1,12 @@
-"""Texts to unit vectors: a BERT-family encoder of ours, or counted words.
+"""Embed texts with an encoder of the BERT family.
 
-Equal texts are embedded once. The others are packed: a long text opens a row, shorter ones fill it, and rows run
-together in batches of about as many tokens each. Hardly a token is padding, the shapes are few (each is a program
-to compile), and rows are no longer than they must be, since attention is dearer the longer a row (LOG.md). Batches are
-dispatched ahead, so the next texts are tokenised while the last are computed. A text's vector does not depend on
-its neighbours, up to the rounding of float32.
+Equal texts are embedded once. The texts are packed: a long text opens a row and shorter ones fill it
+(rag.embed.packing), and rows run together in batches of about the same number of tokens. So there is hardly any
+padding, there are few shapes (each needs a compiled program), and rows are as short as possible, because the cost of
+attention grows with the length of a row (LOG.md). Batches are dispatched ahead, so that the next texts are tokenised
+while the last ones are computed. The vector of a text does not depend on its neighbours, up to the rounding of float32.
 
-Letters: N texts, B rows of a batch, T tokens, S texts of a row, E embedding dim.
+Letters: N texts, T tokens, E embedding dim, n tokens of a text.
 """
 
 from collections import deque
@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
 from jaxtyping import Float32, Int
 
 from rag.embed import Progress
-from rag.embed.packing import Batch, _batch, pack_texts, plan_batches
+from rag.embed.packing import Batch, make_batch, pack_texts, plan_batches
 from rag.models import hub
 from rag.models.bert import checkpoint as bert_checkpoint
 from rag.models.bert import model as bert
@@ -30,8 +29,9 @@ from rag.runtime.options import Count, Filled, checked
 from rag.runtime.shapes import round_up_text
 from rag.types import UserError
 
-# Part of fingerprints, by which an index on disk knows its embedder, whatever the code: raise one when the same
-# weights begin to give other vectors, which do not compare with an index's. Kept results need neither (rag.runtime.import_closure).
+# A part of the fingerprint by which an index recognises its embedder, whatever the code. Increase it when the same
+# weights give other vectors than before, which cannot be compared with those of an index. Cached results do not need
+# it, since their keys contain the code (rag.runtime.import_closure).
 BERT_VERSION = 1
 
 _BLOCK = 2048  # texts that are tokenised and sorted together
@@ -39,15 +39,10 @@ _IN_FLIGHT = 8  # batches dispatched ahead of the one being waited for
 
 
 class BertEmbedder:
-    """Any checkpoint of the BERT family, by its URI (rag.models.hub), with the pooling that it asks for.
+    """Embed texts with a checkpoint of the BERT family, with its own kind of pooling.
 
-    `max_length` tokens of a text are read, [CLS] and [SEP] included; None takes the checkpoint's own limit.
-    Prompts are written before every passage or question; None takes the checkpoint's. Vectors have unit
-    length even where the checkpoint would leave them longer, because an index compares by cosine.
-
-    `dtype` is that of the layers' weights, and so of their products: float32, bfloat16, or int8 with a scale a row
-    (rag.ops.linear); the vectors are float32 all the same, and another dtype has another fingerprint.
-    Raises UserError for a checkpoint that cannot be loaded, a max_length beyond its positions and an unknown dtype.
+    Vectors always have unit length, even if the checkpoint does not normalise them, because an index compares by
+    cosine.
     """
 
     @checked
@@ -59,8 +54,24 @@ class BertEmbedder:
         query_prompt: str | None = None,
         document_prompt: str | None = None,
         score_threshold: float | None = None,
-        dtype: Literal[bert_checkpoint.DTYPES] = "float32",
+        dtype: bert_checkpoint.LayerDtype = "float32",
     ):
+        """Load a checkpoint.
+
+        Args:
+            uri: the checkpoint (rag.models.hub).
+            max_length: a text is cut after so many tokens, [CLS] and [SEP] included; None: the checkpoint's own limit.
+            tokens_per_batch: about how many tokens a batch has.
+            query_prompt: the text before every question; None: the checkpoint's own.
+            document_prompt: the text before every passage; None: the checkpoint's own.
+            score_threshold: see rag.embed.Embedder.
+            dtype: the type of the layers' weights and of their products: float32, bfloat16, or int8 with a scale for
+                each row (rag.ops.linear). The vectors are always float32. Each dtype has its own fingerprint.
+
+        Raises:
+            UserError: the checkpoint cannot be loaded, it has fewer positions than `max_length`, or the dtype is
+                unknown.
+        """
         path = hub.local_path(uri)
         self._model, self._tokenizer, settings = bert_checkpoint.load(path, dtype)
         config, wanted = settings.config, settings.pooling.max_length if max_length is None else max_length
@@ -92,35 +103,39 @@ class BertEmbedder:
     def token_vectors(
         self, texts: Sequence[str], *, queries: bool = False
     ) -> list[Float32[np.ndarray, "T E"]]:
-        """The last layer's state of every token of each text, of unit length, without [CLS] and [SEP].
+        """Return the last layer's state of every token of each text, of unit length, without [CLS] and [SEP].
 
-        With `queries` the texts are questions, which is a matter of the prompt. Each text runs alone: so its
-        states are the same to the bit whatever is asked for beside it, and may be kept.
+        Each text runs alone, so that its states are the same to the bit whatever the other texts are, and may be
+        cached.
+
+        Args:
+            texts: the texts.
+            queries: the texts are questions, and get the prompt of questions.
         """
         prompt = self._settings.query_prompt if queries else self._settings.document_prompt
         limit = self._settings.pooling.max_length
         found = []
         for start in range(0, len(texts), _BLOCK):
             for ids in self._ids([prompt + text for text in texts[start : start + _BLOCK]]):
-                batch = _batch([ids], [[0]], (1, round_up_text(len(ids), limit)))
+                batch = make_batch([ids], [[0]], (1, round_up_text(len(ids), limit)))
                 states = np.asarray(bert.token_states(self._model, batch.tokens, batch.lengths[:, 0]))[0]
-                found.append(states[self._before : self._before + len(ids) - self._specials])
+                found.append(states[self._leading : self._leading + len(ids) - self._specials])
         return found
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, special ones included, no more than the limit."""
+        """Return the tokens of each text, special ones included, cut at the limit."""
         if self._settings.lower_case:
             texts = [text.lower() for text in texts]
         return self._tokenizer.encode_batch(texts, max_length=self._settings.pooling.max_length)
 
     @cached_property
     def _specials(self) -> int:
-        """How many special tokens stand around a text."""
+        """The number of special tokens around a text."""
         return len(self._tokenizer.encode(""))
 
     @cached_property
-    def _before(self) -> int:
-        """How many of them stand before it."""
+    def _leading(self) -> int:
+        """The number of special tokens before a text."""
         around, within = self._tokenizer.encode("a"), self._tokenizer.encode("a", special=False)
         return next(i for i in range(len(around)) if around[i : i + len(within)] == within)
 
@@ -131,29 +146,31 @@ class BertEmbedder:
         return self
 
     def save(self, folder: Path) -> None:
-        """Nothing was learned."""
+        """Write nothing, because nothing was learned."""
 
     def restore(self, folder: Path) -> "BertEmbedder":
         return self
 
     def _encode(self, texts: Sequence[str], progress: Progress) -> Float32[np.ndarray, "N E"]:
-        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        unique = np.empty((len(place), self.dim), np.float32)
-        inverse = np.array([place[text] for text in texts], np.int64)
-        copies = np.bincount(inverse, minlength=len(place))
+        index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        unique = np.empty((len(index), self.dim), np.float32)
+        inverse = np.array([index[text] for text in texts], np.int64)
+        copies = np.bincount(inverse, minlength=len(index))
         done = 0
 
         def collect(batch: Batch, vectors: jax.Array) -> None:
             nonlocal done
-            there = batch.texts >= 0
-            unique[batch.texts[there]] = np.asarray(vectors)[there]
-            done += int(copies[batch.texts[there]].sum())
+            valid = batch.texts >= 0
+            unique[batch.texts[valid]] = np.asarray(vectors)[valid]
+            done += int(copies[batch.texts[valid]].sum())
             progress(done)
 
-        running: deque = deque()
-        for batch in self._batches(list(place)):
+        running: deque[tuple[Batch, jax.Array]] = deque()
+        for batch in self._batches(list(index)):
             vectors = bert.embed(self._model, batch.tokens, batch.lengths, pooling=self._settings.pooling)
-            running.append((batch, vectors))  # not waited for: the next is prepared meanwhile
+            running.append(
+                (batch, vectors)
+            )  # dispatched without waiting: the next batch is prepared meanwhile
             if len(running) > _IN_FLIGHT:
                 collect(*running.popleft())
         for batch, vectors in running:
@@ -167,4 +184,4 @@ class BertEmbedder:
             packed = pack_texts([len(row) for row in ids], limit)
             used = np.array([sum(len(ids[i]) for i in row) for row in packed])
             for rows, size, width in plan_batches(used, self._tokens_per_batch, limit):
-                yield _batch(ids, [packed[row] for row in rows], (size, width), start)
+                yield make_batch(ids, [packed[row] for row in rows], (size, width), start)

@@ -1,4 +1,8 @@
-"""Packing of tokenised texts into batches with hardly any padding."""
+"""Pack tokenised texts into batches with hardly any padding.
+
+Source: best-fit decreasing bin packing, Johnson et al. 1974.
+Letters: B rows of a batch, T tokens of a row, P texts packed into a row, N rows in all.
+"""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -9,49 +13,54 @@ from jaxtyping import Int
 
 from rag.runtime.shapes import next_power_of_two, round_up_text
 
-_NARROWEST, _WIDEST = 16, 256  # tokens of a row that holds several texts
-_SPARSE = 16  # tokens a text that a row of several has at least, on average
+_MIN_WIDTH, _MAX_WIDTH = 16, 256  # tokens of a row of several texts
+_TOKENS_PER_TEXT = 16  # the least mean number of tokens per text in a row of several texts
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of tokens that run together, and the texts in them: their numbers and lengths, -1 and 0 for none."""
+    """Rows of tokens that run together."""
 
-    texts: Int[np.ndarray, "B S"]
+    texts: Int[np.ndarray, "B P"]  # the indices of the texts in each row, -1 for none
     tokens: Int[np.ndarray, "B T"]
-    lengths: Int[np.ndarray, "B S"]
+    lengths: Int[np.ndarray, "B P"]  # the tokens of each text, 0 for none
 
 
 def pack_texts(lengths: Sequence[int], longest: int) -> list[list[int]]:
-    """Which texts share a row, each text once: the longest left opens one, then the longest that fits goes in.
+    """Return the indices of the texts in each row; each text is in one row.
 
-    A row has the next power of two of its first text's tokens as room, between 16 and 256, and no more than
-    `longest`; a text beyond 256 tokens stands alone. Best-fit decreasing (Johnson et al. 1974).
+    The longest remaining text opens a row, then the longest remaining text that fits is added, and so on. The width of
+    a row is the tokens of its first text rounded up to a power of two, between 16 and 256, and at most `longest`. A
+    text of more than 256 tokens has a row of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    sizes, rows = [-lengths[i] for i in order], []  # ascending, as bisect wants them
+    sizes = [-lengths[i] for i in order]  # negative, so that they are ascending, as bisect needs them
+    rows = []
     while order:
         first = -sizes.pop(0)
-        row, room = [order.pop(0)], min(max(_NARROWEST, next_power_of_two(first)), longest, _WIDEST) - first
-        while len(row) < max_texts(first) and (place := bisect_left(sizes, -room)) < len(sizes):
-            room += sizes.pop(place)
-            row.append(order.pop(place))
+        row, room = (
+            [order.pop(0)],
+            min(max(_MIN_WIDTH, next_power_of_two(first)), longest, _MAX_WIDTH) - first,
+        )
+        while len(row) < max_texts(first) and (i := bisect_left(sizes, -room)) < len(sizes):
+            room += sizes.pop(i)
+            row.append(order.pop(i))
         rows.append(row)
     return rows
 
 
 def max_texts(width: int) -> int:
-    """How many texts a row may hold that is padded to so many tokens."""
-    return max(1, min(next_power_of_two(width), _WIDEST) // _SPARSE)
+    """Return how many texts a row of `width` tokens may have."""
+    return max(1, min(next_power_of_two(width), _MAX_WIDTH) // _TOKENS_PER_TEXT)
 
 
 def plan_batches(
     lengths: Int[np.ndarray, "N"], tokens_per_batch: int, longest: int
 ) -> Iterator[tuple[Int[np.ndarray, "n"], int, int]]:
-    """Which rows run together: (rows, B, T) with n <= B, the longest first, each row once.
+    """Yield the batches as (indices of n rows, B, T) with n <= B, the longest rows first; each row is in one batch.
 
-    B T <= tokens_per_batch unless one row alone is longer. The shapes are few: T is as `padded_length` says,
-    and B follows from it, or is the next power of two in the last batch.
+    B T <= tokens_per_batch unless a single row is longer. There are few shapes: T is rounded up by
+    rag.runtime.shapes.round_up_text, and B follows from T; in the last batch B may be a smaller power of two.
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0
@@ -63,10 +72,17 @@ def plan_batches(
         start += size
 
 
-def _batch(
+def make_batch(
     ids: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], shape: tuple[int, int], start: int = 0
 ) -> Batch:
-    """The rows' texts, of which ids[i] is text start + i, and rows of filling up to the shape (B, T)."""
+    """Return the batch of these rows, padded to the shape (B, T).
+
+    Args:
+        ids: the tokens of texts.
+        rows: the indices into `ids` of each row's texts.
+        shape: (B, T).
+        start: the index of the first text of `ids` among all texts.
+    """
     most = max_texts(shape[1]) if max(map(len, rows)) > 1 else 1
     tokens = np.zeros(shape, np.int32)
     texts, lengths = np.full((shape[0], most), -1), np.zeros((shape[0], most), np.int32)

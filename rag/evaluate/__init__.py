@@ -1,1 +1,1 @@
-"""Datasets, metrics, statistics and reports."""
+"""Evaluation: datasets, metrics, statistics, tuning, context ablation and numerical sensitivity."""

@@ -1,10 +1,11 @@
-"""What an evaluation cost, beside what it measured: seconds by stage, latency of a question, bytes.
+"""The costs of an evaluation: seconds of each stage, latency of a question, bytes of the index.
 
-A stage's seconds are those that were measured when its results were computed, in this run or an earlier one whose
-results were found; making programs is counted apart. How long one question takes is measured anew, without any
-kept result: a few questions, one at a time, after one that is not counted.
+A stage's seconds are those that were measured when its results were computed, in this run or in an earlier one whose
+results were cached; compiling is counted apart. The latency of a question is measured in each run without any
+cached result: a few questions, one at a time, after a warm-up that is not counted.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,47 +19,59 @@ from rag.runtime.clock import Clock
 from rag.runtime.machine import environment, peak_memory_bytes
 from rag.runtime.memo import Memo
 
-_ENOUGH_S = 10.0  # of timed questions: a method with a language model in it is timed on fewer
+_ENOUGH_S = 10.0  # seconds of timed questions: a method with a language model in it is timed on fewer
 _LEAST = 3  # questions, however long they take
-_K = 10  # hits asked for
+_K = 10  # hits of a search
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Seconds from a question to its ten best passages, one question at a time, nothing kept."""
+    """Seconds from a question to its ten best passages, one question at a time, without cached results."""
 
     p50: float
     p95: float
     queries: int
     compile_s: float
-    index_bytes: int  # of the vectors and postings that the method searched
-    build_s: float  # making them ready, where nothing that was embedded is embedded again
+    index_bytes: int  # of the vectors and postings that the method searches
+    build_s: float  # seconds to build them from vectors that are there
+
+
+def draw_probes(questions: Sequence[str], count: int) -> list[str]:
+    """Return the questions to time: always the same `count` of them, in random order, or all if there are fewer."""
+    return random.Random(0).sample(questions, min(count, len(questions)))
 
 
 def measure_latency(method: Retriever, collection: Collection, questions: Sequence[str]) -> Latency:
-    """Time a method on some of the questions."""
-    bare, begin = collection.fresh(), Clock.now()
-    method.search(bare, questions[:1], _K)
+    """Time a method on some of the questions, after a warm-up with the first."""
+    fresh, begin = collection.fresh(), Clock.now()
+    method.search(fresh, questions[:1], _K)
     compiling = (Clock.now() - begin).compiling
     seconds: list[float] = []
     for question in questions:
         begin = Clock.now()
-        method.search(bare, [question], _K)
+        method.search(fresh, [question], _K)
         taken = Clock.now() - begin
         seconds.append(taken.working)
         compiling += taken.compiling
         if len(seconds) >= _LEAST and sum(seconds) > _ENOUGH_S:
             break
     p50, p95 = np.percentile(seconds, [50, 95])
-    return Latency(float(p50), float(p95), len(seconds), compiling, bare.nbytes, bare.build_s)
+    return Latency(float(p50), float(p95), len(seconds), compiling, fresh.nbytes, fresh.build_s)
 
 
 def costs(memo: Memo, collection: Collection, latency: Latency, tokens: int) -> dict[str, Any]:
-    """The costs of one evaluation, JSON-able; `tokens` of prompts and answers were read and written for it."""
+    """Return the contents of costs.json but for the generator.
+
+    Args:
+        memo: The costs of the stages.
+        collection: What was searched.
+        latency: Of the method.
+        tokens: Of all prompts and answers.
+    """
     costs, build = memo.costs, latency.build_s
     if isinstance(collection.embedder, CachedEmbedder):
         build += collection.embedder.passages_s
-    else:  # the vectors were made by whichever of the two needed them first
+    else:  # the vectors were computed for whichever of the two needed them first
         build = max(build, collection.build_s)
     build += costs["chunk"].seconds if "chunk" in costs else 0.0
     answering_s = costs["answer"].seconds if "answer" in costs else 0.0
@@ -76,6 +89,6 @@ def costs(memo: Memo, collection: Collection, latency: Latency, tokens: int) -> 
         "query_p95_s": latency.p95,
         "query_n": latency.queries,
         "compile_s": sum(cost.compile_s for cost in costs.values()) + latency.compile_s,
-        "peak_memory_bytes": peak_memory_bytes(),  # of this job, where the system can tell
+        "peak_memory_bytes": peak_memory_bytes(),  # of this evaluation, where the system can tell
         "environment": environment(),
     }

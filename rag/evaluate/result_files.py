@@ -1,8 +1,11 @@
-"""The schemas of an evaluation's result files: rag/evaluate/job.py writes them, eval.py and a report read them back.
+"""The result files of an evaluation: how JSON is written, and the schemas by which scripts and reports read it.
 
-A field that is not declared stays; a report shows only those of costs.json and per_query.jsonl, which have types too.
+rag.evaluate.experiment writes them. A field that is not declared is read too; a report shows only those of costs.json
+and per_query.jsonl, which have types as well.
 """
 
+import json
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from annotated_types import Ge, Len
@@ -15,8 +18,22 @@ from rag.runtime.records import OpenRecord
 REMEDY = "run that evaluation again"
 
 
+def json_text(value: object) -> str:
+    """Return a value as the content of a JSON file."""
+    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return objects as the content of a JSON lines file."""
+    return "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+
+
 def _flat(value: object, depth: int = 2) -> object:
-    """A value that is only shown: text, a number, or a list or object of them, and of such. ValueError for others."""
+    """Check a value that is only shown: text, a number, or a list or object of such, at most two levels deep.
+
+    Raises:
+        ValueError: for anything else.
+    """
     match value:
         case None | bool() | str():
             return value
@@ -29,14 +46,14 @@ def _flat(value: object, depth: int = 2) -> object:
     raise ValueError("it is no text, number, or flat list or object of them")
 
 
-Value = float | None  # of a measure: None where nothing defines it
+Value = float | None  # of a metric: None where no query defines it
 Interval = Annotated[list[float], Len(2, 2)] | None  # None where there are too few values for one
 Flat = Annotated[Any, AfterValidator(_flat)]
 Amount = Annotated[float, Ge(0)]
 
 
-class Sampled(OpenRecord):
-    """What was evaluated on: `limit` queries drawn by `seed`, or all."""
+class SampleRecord(OpenRecord):
+    """The queries of an evaluation: `limit` drawn by `seed`, or all."""
 
     fingerprint: str
     queries: Whole
@@ -44,37 +61,39 @@ class Sampled(OpenRecord):
     seed: Seed | None
 
 
-class Named(Sampled):
+class DatasetRecord(SampleRecord):
+    """The queries, and the name that the run gave the dataset."""
+
     name: str
 
 
-class Resampling(OpenRecord):
-    """How the intervals were made."""
+class StatisticsRecord(OpenRecord):
+    """The options of the intervals."""
 
     confidence: Confidence
     resamples: Annotated[Whole, Ge(100)]
     seed: Seed
 
 
-class Measured(OpenRecord):
-    """metrics.json as an evaluation leaves it; beside these fields stands each measure's mean by its name."""
+class CachedMetrics(OpenRecord):
+    """metrics.json as it is cached. Other fields are the metrics: each one's mean under its name."""
 
-    dataset: Sampled
+    dataset: SampleRecord
     means: dict[str, Value]
     intervals: dict[str, Interval]
-    statistics: Resampling
+    statistics: StatisticsRecord
     warnings: list[str]
     key: str = ""
 
 
-class Metrics(Measured):
-    """metrics.json with the names that a run gave its result."""
+class Metrics(CachedMetrics):
+    """metrics.json in a run's folder, with the names that the run gave its result."""
 
     label: str
-    dataset: Named
+    dataset: DatasetRecord
 
 
-class Failed(OpenRecord):
+class FailureRecord(OpenRecord):
     """failure.json."""
 
     label: str
@@ -82,13 +101,13 @@ class Failed(OpenRecord):
 
 
 class ErrorBreakdown(OpenRecord):
-    """losses.json: what is missing to `ceiling` over `n` questions, by cause."""
+    """error_breakdown.json: what `n` questions miss of the best value, `ceiling`: the mean over them by cause."""
 
     measure: str
     n: Whole
     ceiling: float
     scores: dict[str, float]
-    losses: dict[str, float]
+    errors: dict[str, float]
     intervals: dict[str, Interval]
 
 
@@ -114,13 +133,15 @@ class TuningRecord(OpenRecord):
 
 
 class StageCost(OpenRecord):
+    """The cost of one stage: how many items it had, and how many of them were cached."""
+
     seconds: Amount
     items: Whole
     reused: Whole
 
 
 class Costs(OpenRecord):
-    """costs.json; the fields besides are figures of costs by name."""
+    """costs.json. Other fields are figures by name."""
 
     __pydantic_extra__: dict[str, Flat]
 
@@ -130,7 +151,7 @@ class Costs(OpenRecord):
 
 
 class QueryValues(OpenRecord):
-    """A line of per_query.jsonl: the measures of a query, by name."""
+    """A line of per_query.jsonl. Other fields are the query's metrics by name."""
 
     __pydantic_extra__: dict[str, Value]
 

@@ -1,19 +1,22 @@
-"""A dataset through the retrieval stages: its passages, and what each question finds among them."""
+"""Run a dataset through the retrieval stages: chunk and embed its corpus, search for its queries, rank documents."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from rag.embed import Embedder
 from rag.embed.vector_cache import cached
 from rag.evaluate.datasets import Dataset
-from rag.evaluate.tuning.cross_validation import best_documents
 from rag.generate import Generator
+from rag.index.fusion import Ranking
 from rag.index.memory import MemoryIndex
 from rag.ingest.chunk import Chunker
 from rag.ingest.chunk.split import chunks_of
 from rag.pipeline import Progress
 from rag.retrieve import Retriever
+from rag.retrieve.cached import cached_search
 from rag.retrieve.collection import Collection
 from rag.runtime.cache_key import content_key
 from rag.runtime.import_closure import code_version
@@ -29,11 +32,22 @@ def build_collection(
     memo: Memo | None = None,
     progress: Progress = lambda *_: None,
 ) -> Collection:
-    """The dataset's corpus in these chunks, ready to be searched. UserError when there are none."""
+    """Return the dataset's corpus as a collection of these chunks, which are embedded when a search first needs it.
+
+    Args:
+        dataset: The documents.
+        chunks: What chunk_all returned.
+        embedder: Fitted to the chunks here. With a memo its vectors are cached on disk.
+        generator: Returns the language model, for retrievers that use one.
+        memo: Caches results of the stages; None computes everything.
+        progress: Called with "embed", how many chunks are done, and of how many.
+
+    Raises:
+        UserError: when there are no chunks.
+    """
     if not chunks:
         raise UserError(f"no document of {dataset.name} has text; check the dataset's corpus")
-    keeping = embedder if memo is None else cached(embedder)
-    fitted = keeping.fit([chunk.text for chunk in chunks])
+    fitted = (embedder if memo is None else cached(embedder)).fit([chunk.text for chunk in chunks])
 
     def embed(texts: Sequence[str]) -> np.ndarray:
         return fitted.encode(texts, progress=lambda done: progress("embed", done, len(texts)))
@@ -44,19 +58,19 @@ def build_collection(
 def chunk_all(
     dataset: Dataset, chunker: Chunker, embedder: Embedder, memo: Memo | None = None
 ) -> list[Chunk] | None:
-    """The chunks of all documents, in order; None where a dry memo has not all of them."""
+    """Return the chunks of all documents, in order, or None where a dry memo does not have them all."""
     if memo is None:
         return [c for document in dataset.corpus for c in chunks_of(document, chunker, embedder)]
     texts = {document.id: document for document in dataset.corpus}
-    splitting = cached(embedder)
+    cached_embedder = cached(embedder)
 
     def compute(items: Sequence) -> list[list[tuple[int, int]]]:
-        found = (chunks_of(texts[name], chunker, splitting) for name, _ in items)
+        found = (chunks_of(texts[name], chunker, cached_embedder) for name, _ in items)
         return [[(piece.start, piece.end) for piece in pieces] for pieces in found]
 
     items = [[document.id, content_key(document.text)] for document in dataset.corpus]
-    meaning = content_key(chunker, model_version(embedder), code_version(chunker))
-    spans = memo.map("chunk", meaning, items, compute, batch=256)
+    key = content_key(chunker, model_version(embedder), code_version(chunker))
+    spans = memo.map("chunk", key, items, compute, batch=256)
     if None in spans:
         return None
     return [
@@ -67,11 +81,11 @@ def chunk_all(
 
 
 def search(collection: Collection, method: Retriever, dataset: Dataset, depth: int) -> dict[str, list[Hit]]:
-    """Query id -> hits, best first, deep enough for `depth` documents where so many can be found."""
+    """Return query id -> hits, best first, deep enough for `depth` documents where so many can be found."""
     found: dict[str, list[Hit]] = {}
     short, k = list(dataset.queries), depth + 1  # one more, for the question's own document
     while short:
-        hits = collection.search(method, [dataset.queries[query] for query in short], k)
+        hits = cached_search(collection, method, [dataset.queries[query] for query in short], k)
         found |= zip(short, hits, strict=True)
         short = [
             query
@@ -85,10 +99,10 @@ def search(collection: Collection, method: Retriever, dataset: Dataset, depth: i
 def documents(
     found: Mapping[str, Sequence[Hit]], dataset: Dataset, depth: int
 ) -> dict[str, dict[str, float]]:
-    """Query id -> document id -> score of the `depth` best documents, as metrics.evaluate takes it.
+    """Return query id -> document id -> score of the `depth` best documents, as metrics.retrieval.evaluate takes it.
 
     A document scores as its best chunk (MaxP; Dai and Callan 2019). Where queries are documents of the corpus,
-    none finds itself.
+    a query's own document is left out.
     """
     rankings = {
         query: [(hit.chunk.document_id, hit.score) for hit in without_own_document(hits, query, dataset)]
@@ -97,6 +111,14 @@ def documents(
     return {query: best_documents(ranking, str, depth) for query, ranking in rankings.items()}
 
 
+def best_documents(ranking: Ranking, document: Callable[[Any], str], depth: int) -> dict[str, float]:
+    """Return the `depth` best documents of a ranking of passages with their scores, each that of its best passage."""
+    best: dict[str, float] = {}
+    for passage, score in ranking:
+        best.setdefault(document(passage), score)
+    return dict(islice(best.items(), depth))
+
+
 def without_own_document(hits: Sequence[Hit], query: str, dataset: Dataset) -> list[Hit]:
-    """The hits without the query's own document, where queries are documents of the corpus."""
+    """Return the hits without the query's own document, where queries are documents of the corpus (ArguAna)."""
     return [hit for hit in hits if not (dataset.drop_self_hits and hit.chunk.document_id == query)]

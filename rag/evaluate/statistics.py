@@ -1,10 +1,10 @@
-"""How far a mean over queries can be trusted: intervals, paired tests, and what could be detected at all.
+"""Statistics of means over queries: bootstrap intervals, paired tests, and the smallest detectable difference.
 
-    B resamples, Q queries, M measures, S systems
+    R resamples, Q queries, C columns: a metric or a system each
 
-The queries are a sample of those that might be asked. So a mean comes with a bootstrap interval; two systems
+The queries are a sample of those that might be asked. So a mean has a bootstrap interval; two systems
 are compared on the queries that both have, by a randomisation test of the mean difference (Smucker, Allan and
-Carterette 2007), corrected for the number of comparisons (Holm 1979); and beside a difference stands the
+Carterette 2007), corrected for the number of comparisons (Holm 1979); and each difference is reported with the
 smallest one that so many queries would have shown (Sakai 2016; Card et al. 2020).
 
 The interval is the bias-corrected and accelerated one (BCa, Efron 1987) at levels widened for small samples
@@ -14,8 +14,8 @@ covered 93.6-95.4%, plain percentiles 89-95%, the studentised bootstrap 89-97% w
 At 20 queries of which nearly all score the same, every method falls short (85% at worst, percentiles 79%).
 
 All resamples of all columns are one compiled call. Queries and columns are padded to powers of two, so that a
-sweep compiles few programs. A number drawn depends on the seed, the resample and the query's place alone, so
-a column's result depends neither on the columns beside it nor on the padding (up to rounding).
+sweep compiles few programs. A number drawn depends on the seed, the resample and the query's position alone, so
+a column's result depends neither on the other columns nor on the padding (up to rounding).
 """
 
 import math
@@ -33,6 +33,7 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Key, UIn
 from scipy import stats
 
 from rag.runtime.options import Seed, check_fields
+from rag.runtime.shapes import next_power_of_two
 from rag.types import UserError
 
 FEW = 25  # queries: below this the order of systems is unstable (Buckley and Voorhees 2000; 50 are better)
@@ -40,7 +41,7 @@ WIDE = 0.5  # of the mean: an interval wider than that says little
 
 _WORD = 32  # signs drawn at once
 _COLUMNS = 4  # the narrowest program
-_ELEMENTS = 1 << 22  # that a block of resamples holds at once: 16 MiB
+_ELEMENTS = 1 << 22  # numbers in a block of resamples: 16 MiB
 _TIE = 1e-9  # scores of one query that differ by less are a tie
 _ROUNDING = 1e-6  # relative: what float32 sums of the same numbers may differ by
 
@@ -49,7 +50,7 @@ Confidence = Annotated[float, Ge(0.001), Le(0.999)]
 
 @dataclass(frozen=True)
 class Statistics:
-    """How the uncertainty is measured; the same seed gives the same figures."""
+    """The options of intervals and tests; the same seed gives the same figures."""
 
     # of the bootstrap and of the randomisation test; fewer are too few for an interval
     resamples: Annotated[int, Ge(100), Le(1_000_000)] = 10_000
@@ -63,9 +64,9 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A system beside the baseline, on the queries for which both have the measure."""
+    """The comparison of a system with the baseline, on the queries for which both have the metric."""
 
-    difference: float  # mean of system - baseline; positive: the system is higher
+    difference: float  # mean of system - baseline; positive where the system is higher
     low: float  # bootstrap interval of the difference; NaN for a single query
     high: float
     p: float  # two-sided randomisation test
@@ -79,18 +80,23 @@ class Comparison:
 
 def table(
     per_query: Mapping[str, Mapping[str, float | None]], measures: Sequence[str]
-) -> Float64[np.ndarray, "Q M"]:
-    """The scores as an array, queries in the order given; NaN where a measure is None or not there."""
+) -> Float64[np.ndarray, "Q C"]:
+    """Return the scores as an array, queries in the order given; NaN where a metric is None or missing."""
     rows = [[scores.get(measure) for measure in measures] for scores in per_query.values()]
     return np.array(rows, np.float64).reshape(len(rows), len(measures))
 
 
 def intervals(
-    values: Float[np.ndarray, "Q M"], options: Statistics = Statistics()
-) -> Float64[np.ndarray, "M 2"]:
-    """The bootstrap interval of each column's mean: low, high. NaN: the query does not count for that column.
+    values: Float[np.ndarray, "Q C"], options: Statistics = Statistics()
+) -> Float64[np.ndarray, "C 2"]:
+    """Compute the bootstrap interval of each column's mean.
 
-    A column with fewer than two values has no interval: NaN. One whose values are all equal has a point.
+    Args:
+        values: NaN where a query does not count for a column.
+        options: Confidence, resamples and seed.
+
+    Returns:
+        Low and high. NaN for a column with fewer than two values; equal where all its values are equal.
     """
     counts = np.isfinite(values).sum(axis=0)
     means = _means(values)
@@ -107,10 +113,19 @@ def compare(
     systems: Mapping[str, Mapping[str, float | None]],
     options: Statistics = Statistics(),
 ) -> dict[str, Comparison]:
-    """Each system against the baseline on one measure; all of them are the family that Holm corrects for.
+    """Compare each system with the baseline on one metric.
 
-    Scores are query id -> value; a query that either lacks, or has as None or NaN, is left out of that pair.
-    Raises UserError for a system without a query in common with the baseline.
+    Args:
+        baseline: Query id -> value.
+        systems: Name -> query id -> value. A query that either lacks, or has as None or NaN, is left out of that
+            comparison. All comparisons are the family that Holm corrects for.
+        options: Confidence, power, resamples and seed.
+
+    Returns:
+        Name -> comparison.
+
+    Raises:
+        UserError: for a system without a query in common with the baseline.
     """
     if not systems:
         return {}
@@ -146,13 +161,13 @@ def _difference(system: float | None, baseline: float | None) -> float:
 
 
 def randomisation(
-    differences: Float[np.ndarray, "Q S"], options: Statistics = Statistics()
-) -> Float64[np.ndarray, "S"]:
-    """Two-sided p of each column's mean: how often random signs give one as far from 0. NaN does not count.
+    differences: Float[np.ndarray, "Q C"], options: Statistics = Statistics()
+) -> Float64[np.ndarray, "C"]:
+    """Return the two-sided p of each column's mean: how often random signs give one as far from 0.
 
-    Queries without a difference change nothing and are left out. Where the sign patterns of the others are no
-    more than the resamples, each is looked at once and p is exact; otherwise p is (hits + 1) / (B + 1), which
-    is never 0 (Phipson and Smyth 2010). 1 where nothing differs.
+    NaN does not count. Queries without a difference change nothing and are left out. Where the sign patterns of the
+    others are no more than the resamples, each is evaluated once and p is exact; otherwise p is (hits + 1) / (R + 1),
+    which is never 0 (Phipson and Smyth 2010). p is 1 where nothing differs.
     """
     differing = np.isfinite(differences) & (np.abs(differences) > _TIE)
     counts = differing.sum(axis=0)
@@ -164,8 +179,8 @@ def randomisation(
     return np.where(exact, hits / 2.0 ** np.where(exact, counts, 0), (hits + 1) / (options.resamples + 1))
 
 
-def holm(p: Float[np.ndarray, "S"]) -> Float64[np.ndarray, "S"]:
-    """Adjusted p-values that keep the chance of any false finding in the family below the level (Holm 1979)."""
+def holm(p: Float[np.ndarray, "C"]) -> Float64[np.ndarray, "C"]:
+    """Return adjusted p-values, which bound the chance of any false finding in the family (Holm 1979)."""
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p), np.float64)
     adjusted[order] = np.minimum(np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]), 1.0)
@@ -173,9 +188,9 @@ def holm(p: Float[np.ndarray, "S"]) -> Float64[np.ndarray, "S"]:
 
 
 def detectable(
-    differences: Float[np.ndarray, "Q S"], options: Statistics = Statistics()
-) -> Float64[np.ndarray, "S"]:
-    """The smallest mean difference that so many queries would show, with the power asked for, two-sided.
+    differences: Float[np.ndarray, "Q C"], options: Statistics = Statistics()
+) -> Float64[np.ndarray, "C"]:
+    """Return the smallest mean difference that so many queries would show, with the power asked for, two-sided.
 
     (t[1 - alpha/2] + t[power]) sd / sqrt(n), t of n - 1 degrees of freedom and sd that of the per-query
     differences: the power analysis of the paired t-test (Sakai 2016), which the randomisation test matches in
@@ -189,22 +204,15 @@ def detectable(
     return np.where(n < 2, np.nan, quantiles * spread / np.sqrt(np.maximum(n, 1)))
 
 
-def detectable_alone(
-    values: Float[np.ndarray, "Q M"], options: Statistics = Statistics(), correlation: float = 0.0
-) -> Float64[np.ndarray, "M"]:
-    """`detectable` when the other system is not known yet, from one system's scores.
-
-    Supposes the other's scores to spread as much and to correlate with these: the differences then have the
-    sd of the scores times sqrt(2 (1 - correlation)). 0 is the cautious choice; two rankers of one corpus
-    often have 0.5 to 0.9.
-    """
-    return detectable(values, options) * math.sqrt(2 * (1 - correlation))
+def interval_or_none(bounds: Float[np.ndarray, "2"]) -> list[float] | None:
+    """Return an interval as a list, ready for JSON; None where there are too few values for one."""
+    return bounds.tolist() if np.isfinite(bounds).all() else None
 
 
 def warnings(
-    values: Float[np.ndarray, "Q M"], measures: Sequence[str], options: Statistics = Statistics()
+    values: Float[np.ndarray, "Q C"], measures: Sequence[str], options: Statistics = Statistics()
 ) -> list[str]:
-    """Sentences that a reader should see before believing the columns' means; none when all is well."""
+    """Return sentences that a reader should know before trusting the columns' means; none when all is well."""
     counts = np.isfinite(values).sum(axis=0)
     sentences = []
     if few := [i for i, n in enumerate(counts) if n < FEW]:
@@ -222,7 +230,7 @@ def warnings(
     return sentences
 
 
-def _few_sentence(counts: Int[np.ndarray, "M"], measures: Sequence[str]) -> str:
+def _few_sentence(counts: Int[np.ndarray, "C"], measures: Sequence[str]) -> str:
     n = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     return (
         f"Only n = {n} queries stand behind {', '.join(measures)}: below {FEW} the order of systems is not "
@@ -231,60 +239,60 @@ def _few_sentence(counts: Int[np.ndarray, "M"], measures: Sequence[str]) -> str:
 
 
 def _equal_sentence(measure: str, value: float, n: int) -> str:
-    """For 0 of n (or n of n) the bootstrap sees no spread, yet a rate up to about 3/n is compatible with it."""
+    """Warn of 0 of n (or n of n): the bootstrap sees no spread, yet a rate up to about 3/n is compatible with it."""
     return (
         f"{measure} is {value:g} for each of {n} queries, so its interval is a point; by the rule of three up to "
         f"{min(3 / n, 1):.1%} of other queries may still score otherwise."
     )
 
 
-def _means(values: Float[np.ndarray, "Q M"]) -> Float64[np.ndarray, "M"]:
+def _means(values: Float[np.ndarray, "Q C"]) -> Float64[np.ndarray, "C"]:
     n = np.isfinite(values).sum(axis=0)
     return np.where(n == 0, np.nan, np.nansum(values, axis=0, dtype=np.float64) / np.maximum(n, 1))
 
 
-def _widened_normal_quantile(n: Int[np.ndarray, "M"], confidence: float) -> Float32[np.ndarray, "M"]:
-    """Hesterberg's expanded level: the t quantile, times sqrt(n / (n - 1)), as a standard normal quantile."""
+def _widened_normal_quantile(n: Int[np.ndarray, "C"], confidence: float) -> Float32[np.ndarray, "C"]:
+    """Return Hesterberg's expanded level: the t quantile, times sqrt(n / (n - 1)), as a standard normal quantile."""
     n = np.maximum(n, 2)
     return (stats.t.ppf((1 + confidence) / 2, n - 1) * np.sqrt(n / (n - 1))).astype(np.float32)
 
 
-def _packed(values: Float[np.ndarray, "Q M"], counts: Bool[np.ndarray, "Q M"]) -> Float32[np.ndarray, "R C"]:
-    """Each column's values that count, moved to the front and followed by zeros, in a shape of few sizes."""
+def _packed(
+    values: Float[np.ndarray, "Q C"], counts: Bool[np.ndarray, "Q C"]
+) -> Float32[np.ndarray, "Q_padded C_padded"]:
+    """Move each column's values that count to the front, followed by zeros, in an array of few possible shapes."""
     q, m = values.shape
-    columns = np.zeros((_power_of_two(max(q, _WORD)), _power_of_two(max(m, _COLUMNS))), np.float32)
+    columns = np.zeros((next_power_of_two(max(q, _WORD)), next_power_of_two(max(m, _COLUMNS))), np.float32)
     for i in range(m):
-        kept = values[counts[:, i], i]
-        columns[: len(kept), i] = kept
+        counted = values[counts[:, i], i]
+        columns[: len(counted), i] = counted
     return columns
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _padded(values: np.ndarray, length: int) -> np.ndarray:
-    """Padding columns hold two equal values, so that nothing divides by zero."""
+    """Pad with 2: a padding column then counts two equal values, so that nothing divides by zero."""
     return np.concatenate([values, np.full(length - len(values), 2, values.dtype)])
 
 
 @partial(jax.jit, static_argnames="resamples")
 def _bootstrap(
-    deviations: Float32[Array, "Q M"],
-    counts: Int32[Array, "M"],
-    normal: Float32[Array, "M"],
+    deviations: Float32[Array, "Q C"],
+    counts: Int32[Array, "C"],
+    normal: Float32[Array, "C"],
     key: Key[Array, ""],
     resamples: int,
-) -> Float32[Array, "M 2"]:
-    """BCa intervals around the mean, from deviations of which the first counts[m] of column m count."""
+) -> Float32[Array, "C 2"]:
+    """Return BCa intervals around the mean, from deviations of which the first counts[c] of column c count."""
 
-    def resampled_mean(uniform: Float32[Array, "Q"], column: Float32[Array, "Q"], n: Int32[Array, ""]):
+    def resampled_mean(
+        uniform: Float32[Array, "Q"], column: Float32[Array, "Q"], n: Int32[Array, ""]
+    ) -> Float32[Array, ""]:
         drawn = jnp.minimum((uniform * n).astype(jnp.int32), n - 1)
         counted = jnp.where(jnp.arange(len(column)) < n, column[drawn], 0.0)
         return counted.sum() / jnp.maximum(n, 1)
 
-    def resample(b: Int[Array, ""]) -> Float32[Array, "M"]:
-        uniform = jax.random.uniform(jax.random.fold_in(key, b), len(deviations))
+    def resample(b: Int[Array, ""]) -> Float32[Array, "C"]:
+        uniform = jax.random.uniform(jax.random.fold_in(key, b), deviations.shape[:1])
         return jax.vmap(resampled_mean, (None, 1, 0))(uniform, deviations, counts)
 
     means = jax.lax.map(resample, jnp.arange(resamples), batch_size=_block(deviations.size, resamples))
@@ -292,9 +300,9 @@ def _bootstrap(
 
 
 def _bca(
-    means: Float32[Array, "B"], deviations: Float32[Array, "Q"], normal: Float32[Array, ""]
+    means: Float32[Array, "R"], deviations: Float32[Array, "Q"], normal: Float32[Array, ""]
 ) -> Float32[Array, "2"]:
-    """Quantiles of the resampled means, shifted for their bias and for the skew of the values (Efron 1987)."""
+    """Return quantiles of the resampled means, shifted for their bias and for the values' skew (Efron 1987)."""
     rounding = _ROUNDING * jnp.abs(means).max()
     below = ((means < -rounding).mean() + (means <= rounding).mean()) / 2  # of the observed mean, here 0
     bias = ndtri(jnp.clip(below, 1 / (len(means) + 1), len(means) / (len(means) + 1)))
@@ -306,20 +314,20 @@ def _bca(
 
 @partial(jax.jit, static_argnames="resamples")
 def _sign_flips(
-    differences: Float32[Array, "Q S"],
-    counts: Int32[Array, "S"],
-    exact: Bool[Array, "S"],
+    differences: Float32[Array, "Q C"],
+    counts: Int32[Array, "C"],
+    exact: Bool[Array, "C"],
     key: Key[Array, ""],
     resamples: int,
-) -> Int32[Array, "S"]:
-    """How many of B random sign patterns (exact columns: of all patterns) give a sum as far from 0."""
-    sums = partial(jnp.einsum, "q,qs->s", precision=jax.lax.Precision.HIGHEST)
+) -> Int32[Array, "C"]:
+    """Count how many of R random sign patterns (for exact columns: of all patterns) give a sum as far from 0."""
+    sums = partial(jnp.einsum, "q,qc->c", precision=jax.lax.Precision.HIGHEST)
     rounding = _ROUNDING * jnp.abs(differences).sum(axis=0)
     reach = jnp.abs(differences.sum(axis=0)) - rounding
     patterns = 1 << jnp.minimum(counts, 30)
 
-    def resample(b: Int32[Array, ""]) -> Bool[Array, "S"]:
-        words = jax.random.bits(jax.random.fold_in(key, b), len(differences) // _WORD)
+    def resample(b: Int32[Array, ""]) -> Bool[Array, "C"]:
+        words = jax.random.bits(jax.random.fold_in(key, b), (len(differences) // _WORD,))
         drawn = sums(_signs(words), differences)
         counted = sums(_signs(b.astype(jnp.uint32)[None]), differences[:_WORD])  # pattern b of all patterns
         far = jnp.abs(jnp.where(exact, counted, drawn)) >= reach
@@ -331,12 +339,15 @@ def _sign_flips(
 
 
 def _signs(words: UInt32[Array, "W"]) -> Float32[Array, "Q"]:
-    """The bits of the words, lowest first, as +1 and -1; Q = 32 W."""
+    """Return the bits of the words, lowest first, as +1 and -1; Q = 32 W."""
     bits = words[:, None] >> jnp.arange(_WORD, dtype=jnp.uint32) & 1
     return 1.0 - 2.0 * bits.ravel().astype(jnp.float32)
 
 
 def _block(elements: int, resamples: int) -> int:
-    """Resamples worked on at once, each with so many elements; it divides them if it can: less to compile."""
+    """Return how many resamples, of so many elements each, are computed at once: a divisor of them if possible.
+
+    A divisor leaves no smaller last block to compile a second program for.
+    """
     most = max(1, min(resamples, _ELEMENTS // elements))
     return max((n for n in range(most // 2 + 1, most + 1) if resamples % n == 0), default=most)

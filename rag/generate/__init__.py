@@ -1,67 +1,86 @@
-"""Messages in, a streamed answer or the likelihood of a given one out: our own engine, or an Ollama server."""
+"""Generators write answers to conversations; scorers compute the likelihood of given texts.
 
-from collections.abc import Iterator, Sequence
+rag.generate.local runs our own engine, rag.generate.ollama asks a local Ollama server.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from rag.ops.sampling import Sampling
-from rag.types import Message, Usage
+from rag.types import Message, Usage, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A conversation to answer, and how to answer it."""
+
+    messages: Sequence[Message]
+    sampling: Sampling = Sampling()
+    max_new_tokens: int = 256
+    seed: int = 0  # decides the random draws of this answer; greedy sampling draws none
+    stop: Sequence[str] = ()  # the answer ends before the first of these strings
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Writes answers with a language model."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return 64 hex digits; two generators with the same ones write the same answers. Loads no weights."""
+
+    @property
+    def context_length(self) -> int:
+        """Return how many tokens prompt and answer may have together."""
+
+    def count(self, text: str) -> int:
+        """Return the number of tokens of a text."""
+
+    def prompt_tokens(self, messages: Sequence[Message]) -> int:
+        """Return the number of tokens of a conversation in the model's own chat format."""
+
+    def stream(self, request: Request) -> Iterator[str | Usage]:
+        """Yield the answer's text piece by piece, then its Usage."""
+
+    def generate(self, requests: Sequence[Request]) -> list[str]:
+        """Return the answers to any number of requests, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogLikelihood:
-    """How likely a model finds a text that it was given to continue with."""
+    """How likely a model finds a given text."""
 
     total: float  # natural logarithm of the text's probability; 0 for an empty text
     tokens: int  # of the text; total / tokens is the mean of its tokens' log-probabilities
 
 
-def describe(generator: "Generator") -> str:
-    """What a person calls a generator: its `description` (the model and the type of its weights) if it has one, or the
-    name of its class."""
+@runtime_checkable
+class Scorer(Protocol):
+    """Computes how likely a language model finds given texts."""
+
+    def log_likelihood(self, pairs: Sequence[tuple[Sequence[Message], str]]) -> list[LogLikelihood]:
+        """Return log p(text | conversation) of each pair, in order; the text begins where an answer begins."""
+
+    def text_log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+        """Return log p(second text | first text) of each pair, in order, without a chat format."""
+
+
+def scorer_of(generator: Generator) -> Scorer:
+    """Return the generator as a Scorer. Raises UserError for one that computes no likelihoods."""
+    if isinstance(generator, Scorer):
+        return generator
+    raise UserError(
+        f"{describe(generator)} tells no likelihood of a given text: set generator=local, which can read the file "
+        "of an Ollama model as generator.weights=ollama:NAME"
+    )
+
+
+def describe(generator: Generator) -> str:
+    """Return a generator's `description` (the model and the dtype of its weights), or else the name of its class."""
     return getattr(generator, "description", type(generator).__name__)
 
 
-@runtime_checkable
-class Generator(Protocol):
-    """What the stages ask of a language model."""
-
-    @property
-    def fingerprint(self) -> str:
-        """64 hex digits; two generators that share it write the same answers. Reads no weights."""
-
-    @property
-    def context_length(self) -> int:
-        """Tokens that prompt and answer may have together."""
-
-    def count(self, text: str) -> int:
-        """Tokens of a text."""
-
-    def prompt_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of a conversation in the model's own chat format."""
-
-    def stream(
-        self,
-        messages: Sequence[Message],
-        sampling: Sampling,
-        max_new_tokens: int,
-        seed: int,
-        stop: Sequence[str],
-    ) -> Iterator[str | Usage]:
-        """The answer's text piece by piece, then its Usage."""
-
-    def generate(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        seeds: Sequence[int] | None,
-        stop: Sequence[str],
-    ) -> list[str]:
-        """The answers to any number of conversations, in their order; seeds None is 0 for each."""
-
-    def log_likelihood(self, pairs: Sequence[tuple[Sequence[Message], str]]) -> list[LogLikelihood]:
-        """log p(text | the conversation in the chat format, where the answer begins) of each pair, in order."""
-
-    def text_log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
-        """log p(second text | first text) of each pair, in order, without a chat format."""
+def join_text(stream: Iterable[str | Usage]) -> str:
+    """Return the whole text of a streamed answer."""
+    return "".join(piece for piece in stream if isinstance(piece, str))

@@ -1,4 +1,4 @@
-"""Answers from a local Ollama server, streamed over its HTTP interface.
+"""Generate answers by a local Ollama server, streamed over its HTTP interface.
 
 The protocol (Ollama's docs/api.md, "Generate a chat completion"): POST /api/chat answers with one JSON object
 a line, pieces of text first; the last line says "done" and carries the counts, and times in nanoseconds.
@@ -17,15 +17,14 @@ from urllib.parse import urlsplit
 
 from annotated_types import Ge, Gt, Le
 
-from rag.generate import LogLikelihood
-from rag.ops.sampling import Sampling
+from rag.generate import Request, join_text
 from rag.runtime.cache_key import content_key
 from rag.runtime.options import Count, Filled, check_fields
 from rag.runtime.records import OpenRecord, parse_json
 from rag.types import Message, Usage, UserError
 
-_LONGEST = 1 << 24  # bytes of one line of an answer; what is cut there is no JSON
-_SHOWN = 500  # characters of an error that the server reports
+_MAX_LINE = 1 << 24  # bytes of one line of an answer; a line that is cut there is no JSON
+_MAX_ERROR = 500  # characters shown of an error that the server reports
 _Amount = Annotated[int, Ge(0), Le(2**63 - 1)]
 
 S = TypeVar("S", bound=OpenRecord)
@@ -35,14 +34,14 @@ class _Message(OpenRecord):
     content: str | None = None
 
 
-class _Said(OpenRecord):
-    """A line of the answer to /api/chat; the last one is done, and has the counts."""
+class _ChatLine(OpenRecord):
+    """A line of the answer to /api/chat; the last one has done=true and the counts."""
 
     message: _Message = _Message()
     done: bool = False
     prompt_eval_count: _Amount = 0  # a server leaves out what it still had in its cache
     eval_count: _Amount = 0
-    prompt_eval_duration: _Amount = 0  # ns, as the others
+    prompt_eval_duration: _Amount = 0  # nanoseconds, as the others
     eval_duration: _Amount = 0
     load_duration: _Amount = 0
 
@@ -56,15 +55,15 @@ class _Said(OpenRecord):
         )
 
 
-class _Model(OpenRecord):
+class _ListedModel(OpenRecord):
     name: str
     digest: str
 
 
-class _Listed(OpenRecord):
+class _ModelList(OpenRecord):
     """The answer to /api/tags."""
 
-    models: list[_Model]
+    models: list[_ListedModel]
 
 
 # Never through a proxy: the server is local, and a proxy could not reach it.
@@ -73,16 +72,16 @@ _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True, slots=True)
 class OllamaGenerator:
-    """A model that `ollama pull` has fetched, behind the same interface as our engine.
+    """Answers by a model that `ollama pull` has fetched.
 
-    Raises UserError when no server answers, the model is not there, the server reports an error, or its
+    Its methods raise UserError when no server answers, the server lacks the model, the server reports an error, or its
     answer breaks off.
     """
 
     model: Filled = "llama3.2"
     url: Filled = "http://localhost:11434"
-    context_length: Count = 4096  # tokens of prompt and answer; the server cuts longer prompts without a word
-    # without a sign of life; loading a model can take minutes
+    context_length: Count = 4096  # tokens of prompt and answer; the server silently cuts longer prompts
+    # seconds without any data; loading a model can take minutes
     timeout_s: Annotated[float, Gt(0), Le(1e6)] = 300.0
 
     def __post_init__(self):
@@ -97,16 +96,16 @@ class OllamaGenerator:
 
     @property
     def fingerprint(self) -> str:
-        """64 hex digits of the model's digest and the context length; asks the server, which must answer."""
+        """Return 64 hex digits of the model's digest, which the server is asked for, and the context length."""
         return content_key("ollama", self._digest(), self.context_length)
 
     @property
     def description(self) -> str:
-        """The model's name, and where it is."""
+        """Return the model's name and the server's address."""
         return f"{self.model} at {self.url}"
 
     def count(self, text: str) -> int:
-        """An estimate of the tokens of `text`: one for three UTF-8 bytes.
+        """Return an estimate of a text's tokens: one for three UTF-8 bytes.
 
         The protocol has no tokenizer. English has four to five bytes a token and most scripts have three or
         more, so a budget that holds by this estimate nearly always holds in truth.
@@ -114,22 +113,16 @@ class OllamaGenerator:
         return -(-len(text.encode()) // 3)
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
-        """An estimate of a conversation's tokens: its texts', and eight a turn for the chat format."""
+        """Return an estimate of a conversation's tokens: its texts', and eight a turn for the chat format."""
         return sum(self.count(message.content) + 8 for message in messages)
 
-    def stream(
-        self,
-        messages: Sequence[Message],
-        sampling: Sampling = Sampling(),
-        max_new_tokens: int = 256,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Iterator[str | Usage]:
-        """Yield the answer's text piece by piece as it is written, then its Usage."""
-        options = {
+    def stream(self, request: Request) -> Iterator[str | Usage]:
+        """Yield the answer's text piece by piece as it arrives, then its Usage."""
+        sampling = request.sampling
+        options: dict[str, object] = {
             "num_ctx": self.context_length,
-            "num_predict": max_new_tokens,
-            "seed": seed,
+            "num_predict": request.max_new_tokens,
+            "seed": request.seed,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
@@ -137,11 +130,11 @@ class OllamaGenerator:
             "repeat_penalty": sampling.repetition_penalty,
             "repeat_last_n": -1,  # all tokens so far, as our own sampler does
         }
-        if stop:  # an empty list would take away the model's own
-            options["stop"] = list(stop)
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        if request.stop:  # an empty list would replace the model's own
+            options["stop"] = list(request.stop)
+        turns = [{"role": message.role, "content": message.content} for message in request.messages]
         body = {"model": self.model, "messages": turns, "stream": True, "options": options}
-        for line in self._lines("/api/chat", _Said, body):
+        for line in self._lines("/api/chat", _ChatLine, body):
             if line.message.content:
                 yield line.message.content
             if line.done:
@@ -149,42 +142,13 @@ class OllamaGenerator:
                 return
         raise UserError(f"The answer of Ollama at {self.url} broke off before its end; try again.")
 
-    def generate(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        sampling: Sampling = Sampling(),
-        max_new_tokens: int = 256,
-        seeds: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
-    ) -> list[str]:
-        """The answers to several conversations, asked for one after the other."""
-        each = [0] * len(conversations) if seeds is None else seeds
-        return [
-            "".join(
-                piece
-                for piece in self.stream(messages, sampling, max_new_tokens, seed, stop)
-                if isinstance(piece, str)
-            )
-            for messages, seed in zip(conversations, each, strict=True)
-        ]
-
-    def log_likelihood(self, pairs: Sequence[tuple[Sequence[Message], str]]) -> list[LogLikelihood]:
-        """Raises UserError: the protocol gives the likelihood of no text that it is handed."""
-        self._no_likelihood()
-
-    def text_log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
-        """Raises UserError, as `log_likelihood` does."""
-        self._no_likelihood()
-
-    def _no_likelihood(self) -> NoReturn:
-        raise UserError(
-            "Ollama tells no likelihood of a given text: set generator=local, which can read the same file as "
-            f"generator.weights=ollama:{self.model}"
-        )
+    def generate(self, requests: Sequence[Request]) -> list[str]:
+        """Return the answers to several requests, which the server gets one after another."""
+        return [join_text(self.stream(request)) for request in requests]
 
     def _digest(self) -> str:
-        """What the server names the model's content by; a name without a tag means its tag `latest`."""
-        listed = next(self._lines("/api/tags", _Listed), _Listed(models=[]))
+        """Return the server's digest of the model's content; a name without a tag has the tag `latest`."""
+        listed = next(self._lines("/api/tags", _ModelList), _ModelList(models=[]))
         wanted = self.model if ":" in self.model.rpartition("/")[2] else f"{self.model}:latest"
         digests = {model.name: model.digest for model in listed.models}
         if wanted not in digests:
@@ -192,13 +156,13 @@ class OllamaGenerator:
         return digests[wanted]
 
     def _lines(self, path: str, schema: type[S], body: dict | None = None) -> Iterator[S]:
-        """The objects of the server's answer, each as soon as its line is complete."""
+        """Yield the objects of the server's answer, each as soon as its line is complete."""
         headers = {"Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", data, headers)
         try:
             with _direct.open(request, timeout=self.timeout_s) as response:
-                while line := response.readline(_LONGEST):
+                while line := response.readline(_MAX_LINE):
                     yield self._record(line, schema)
         except urllib.error.HTTPError as error:
             self._refused(error)
@@ -228,10 +192,10 @@ class OllamaGenerator:
             ) from error
 
     def _refused(self, error: urllib.error.HTTPError) -> NoReturn:
-        """Tell what a status other than 200 means."""
+        """Raise UserError for an HTTP status other than 200."""
         reason = None
         with error, contextlib.suppress(ValueError, OSError, http.client.HTTPException):
-            reason = _reported(parse_json(error.read(_LONGEST)))
+            reason = _reported(parse_json(error.read(_MAX_LINE)))
         if reason is None:
             raise UserError(
                 f"{self.url} answers with HTTP status {error.code}: is it an Ollama server?"
@@ -251,6 +215,6 @@ class OllamaGenerator:
 
 
 def _reported(value: object) -> str | None:
-    """The error that a server's object reports, if it is one that does."""
+    """Return the error that a server's object reports, or None."""
     error = value.get("error") if isinstance(value, dict) else None
-    return " ".join(error.split())[:_SHOWN] if isinstance(error, str) else None
+    return " ".join(error.split())[:_MAX_ERROR] if isinstance(error, str) else None

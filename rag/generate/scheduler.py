@@ -1,11 +1,11 @@
-"""Continuous batching (Orca, Yu et al., OSDI 2022): prompts join the rows of one cache as others leave them.
+"""Continuous batching (Orca, Yu et al., OSDI 2022): prompts join the rows of one decode batch as others leave them.
 
-A prompt is read in a program of its own length's shape and put into a free row; all rows are decoded by one program
-of their own shape; a row whose answer ends is free at once. What prompts begin with in common is read once, and
-the rest of each behind it. Short prompts come first, so that attention, which costs what the longest row has,
-costs little for as long as possible; the cache grows when a longer prompt joins.
+A batch of prompts is prefilled by a program of its own shape and inserted into free rows; all rows are decoded by one
+program; a row whose answer ends is free at once. A common prefix of prompts is prefilled once, and the rest of each
+prompt after it. Short prompts come first, so that attention, which costs what the longest row has, costs little for as
+long as possible; the cache grows when a longer prompt joins.
 
-Letters: B rows, T tokens, P tokens of a shared prefix, M width.
+Letters: B batch rows, T query tokens, S tokens of a common prefix (its cache slots).
 """
 
 from collections import deque
@@ -19,9 +19,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, Key
 
-from rag.generate.engine import (
+from rag.generate.decode_state import (
     DecodeState,
-    Engine,
     check_capacity,
     choose_first_token,
     pad_prompts,
@@ -29,16 +28,18 @@ from rag.generate.engine import (
     random_keys,
     tokens_seen,
 )
-from rag.generate.prefill_batches import MAX_ROWS, PrefillBatch, TokenRequest, _prefill_width, max_rows
-from rag.models.checkpoint import Packed
+from rag.generate.engine import Engine
+from rag.generate.prefill_batches import MAX_ROWS, PrefillBatch, TokenRequest, max_rows, prefill_width
 from rag.models.llama import model as llama
 from rag.models.llama.model import KVCache, Llama, forward
+from rag.models.placement import Packed
 from rag.ops.sampling import Sampling
+from rag.runtime.shapes import next_power_of_two
 
 
 @jax.jit
-def prefill_prefix(packed: Packed[Llama], tokens: Int[Array, "1 P"]) -> KVCache:
-    """Keys and values of what a family of prompts begins with."""
+def prefill_prefix(packed: Packed[Llama], tokens: Int[Array, "1 S"]) -> KVCache:
+    """Return the keys and values of a common prefix."""
     return forward(packed.module, tokens, jnp.zeros(1, jnp.int32))[1]
 
 
@@ -54,7 +55,7 @@ def prefill_after_prefix(
     sampling: Sampling,
     end_ids: tuple[int, ...],
 ) -> DecodeState:
-    """As `engine.prefill` of right-padded prompts, all of which begin with the tokens of the one-row `prefix`."""
+    """Prefill right-padded prompts as decode_state.prefill does; all begin with the tokens of the one-row `prefix`."""
     model, (rows, width), start = packed.module, tokens.shape, prefix.capacity
     cache = jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), prefix.resized(width))
     hidden, cache = forward(model, tokens[:, start:], jnp.full(rows, start, jnp.int32), cache)
@@ -68,7 +69,7 @@ def prefill_after_prefix(
 def insert_row(
     state: DecodeState, part: DecodeState, source: Int[Array, ""], row: Int[Array, ""]
 ) -> DecodeState:
-    """The state with `part`'s row `source` in its `row`; slots of the cache that only one of the two has, aside."""
+    """Return the state with `part`'s row `source` as its `row`; of the cache, only the slots that both have."""
     shared = min(state.cache.capacity, part.cache.capacity)
 
     def put(into: Array, new: Array) -> Array:
@@ -81,7 +82,7 @@ def insert_row(
 
 @partial(jax.jit, static_argnames=("rows", "capacity"))
 def empty_state(part: DecodeState, rows: int, capacity: int) -> DecodeState:
-    """A state of free rows, of `part`'s types."""
+    """Return a state of free rows with `part`'s dtypes."""
 
     def empty(a: Array) -> Array:
         return jnp.full((rows, a.shape[1], capacity, a.shape[3]), llama.UNUSED_SLOT, a.dtype)
@@ -99,7 +100,7 @@ def empty_state(part: DecodeState, rows: int, capacity: int) -> DecodeState:
 
 
 class BatchPrefill:
-    """Reads groups of requests; the newest family's prefix is kept."""
+    """Prefills batches of requests; caches the prefix of the newest prefix group."""
 
     def __init__(
         self,
@@ -112,115 +113,129 @@ class BatchPrefill:
         self._budget, self._sampling = max_new_tokens, sampling
         self._prefix: tuple[tuple[int, ...], KVCache] | None = None
 
-    def __call__(self, group: PrefillBatch) -> DecodeState:
-        """A row for each member, in order, its first new token chosen."""
-        prompts, seeds = zip(*(self._requests[i] for i in group.members), strict=True)
-        longest = max(map(len, prompts))
+    def __call__(self, batch: PrefillBatch) -> DecodeState:
+        """Return a state with a row for each member of the batch, in order, its first new token chosen."""
+        prompts, seeds = zip(*(self._requests[i] for i in batch.members), strict=True)
+        width = prefill_width(max(map(len, prompts)), batch.prefix)
+        packed, end_ids = self._engine.packed, self._engine.end_ids
         inputs = (
-            pad_prompts(prompts, _prefill_width(longest, group.prefix)),
+            pad_prompts(prompts, width),
             np.array([len(prompt) for prompt in prompts], np.int32),
             np.full(len(prompts), self._budget, np.int32),
             random_keys(seeds),
         )
-        options = {"sampling": self._sampling, "end_ids": self._engine.end_ids}
-        if not group.prefix:
-            return prefill(self._engine.packed, *inputs, capacity=inputs[0].shape[1], **options)
-        return prefill_after_prefix(
-            self._engine.packed, self._shared(prompts[0][: group.prefix]), *inputs, **options
-        )
+        if not batch.prefix:
+            return prefill(packed, *inputs, capacity=width, sampling=self._sampling, end_ids=end_ids)
+        prefix = self._cached_prefix(prompts[0][: batch.prefix])
+        return prefill_after_prefix(packed, prefix, *inputs, sampling=self._sampling, end_ids=end_ids)
 
-    def _shared(self, tokens: tuple[int, ...]) -> KVCache:
+    def _cached_prefix(self, tokens: tuple[int, ...]) -> KVCache:
         if self._prefix is None or self._prefix[0] != tokens:
             self._prefix = (tokens, prefill_prefix(self._engine.packed, np.array([tokens], np.int32)))
         return self._prefix[1]
 
 
 class Scheduler:
-    """The rows of one decoding batch, and which request each serves."""
+    """The rows of one decode batch, and the request that each row answers."""
 
     def __init__(self, engine: Engine, sampling: Sampling, tokens_per_batch: int, most: int = MAX_ROWS):
-        """`most` rows are needed at any time, whatever `tokens_per_batch` allows."""
-        self._engine, self._sampling, self._most = engine, sampling, 1 << (most - 1).bit_length()
+        """Make a batch without rows; `most` rows are enough at any time, whatever `tokens_per_batch` allows."""
+        self._engine, self._sampling, self._most = engine, sampling, next_power_of_two(most)
         self._tokens_per_batch = tokens_per_batch
-        self._capacity, self._serves, self._state = 0, [], None
+        self._capacity = 0
+        self._requests: list[int | None] = []  # of each row; None: the row is free
+        self._state: DecodeState | None = None  # None until the first batch joins
 
     @property
     def busy(self) -> int:
-        """How many rows serve a request."""
-        return sum(request is not None for request in self._serves)
+        """Return how many rows answer a request."""
+        return sum(request is not None for request in self._requests)
 
-    def has_room(self, group: PrefillBatch) -> bool:
-        """Whether the group can join now; as long as not, decode on."""
-        rows = len(self._serves) if group.capacity <= self._capacity else self._count(group.capacity)
-        return self.busy + len(group.members) <= rows
+    def has_room(self, batch: PrefillBatch) -> bool:
+        """Return whether the batch can join now; until then, decode on."""
+        rows = len(self._requests) if batch.capacity <= self._capacity else self._row_count(batch.capacity)
+        return self.busy + len(batch.members) <= rows
 
-    def join(self, group: PrefillBatch, part: DecodeState) -> Iterator[tuple[int, list[int]]]:
-        """Put the rows of `part` into free ones; each member with its first token, none if that ends it.
+    def join(self, batch: PrefillBatch, part: DecodeState) -> Iterator[tuple[int, list[int]]]:
+        """Put the rows of `part`, the prefilled batch, into free rows.
 
-        Raises RuntimeError for a row that the cache could not hold to its end, and without enough free rows.
+        Yields:
+            (request, its first token; no token if that ends the answer).
+
+        Raises:
+            RuntimeError: for a row that the cache could not hold to its end, or without enough free rows.
         """
-        left = np.asarray(part.remaining).max() + 1  # the first new token is made already
-        check_capacity(np.asarray(part.length).tolist(), int(left), group.capacity)
-        if not self.has_room(group):
+        left = np.asarray(part.remaining).max() + 1  # prefill chose the first new token
+        check_capacity(np.asarray(part.length).tolist(), int(left), batch.capacity)
+        if not self.has_room(batch):
             raise RuntimeError(
-                f"{len(group.members)} prompts were to join {self.busy} busy rows, which are too many"
+                f"{len(batch.members)} prompts were to join {self.busy} busy rows, which are too many"
             )
-        if group.capacity > self._capacity:
-            self._grow(group.capacity, part)
-        tokens, finished = np.asarray(part.token)[None], np.asarray(part.finished)
-        free = (row for row, request in enumerate(self._serves) if request is None)
-        for source, (request, new) in enumerate(zip(group.members, self._made(tokens), strict=True)):
+        if self._state is None or batch.capacity > self._capacity:
+            self._state = self._grown(batch.capacity, part)
+        finished = np.asarray(part.finished)
+        first = self._engine.answer_tokens(np.asarray(part.token)[None])
+        free = (row for row, request in enumerate(self._requests) if request is None)
+        for source, (request, tokens) in enumerate(zip(batch.members, first, strict=True)):
             if not finished[source]:
                 row = next(free)
-                self._serves[row] = request
+                self._requests[row] = request
                 self._state = insert_row(self._state, part, np.int32(source), np.int32(row))
-            yield request, new
+            yield request, tokens
 
     def step(self) -> Iterator[tuple[int, list[int]]]:
-        """Decode one dispatch; each request that is served with its new tokens."""
+        """Run one decode dispatch; yield (request, its new tokens) of each busy row."""
+        if self._state is None:
+            raise RuntimeError("no request has joined yet")
         self._state, made = self._engine.decode(self._state, self._sampling)
-        made, finished, served = np.asarray(made), np.asarray(self._state.finished), tuple(self._serves)
-        self._serves = [None if done else request for request, done in zip(served, finished, strict=True)]
-        for request, new in zip(served, self._made(made), strict=True):
+        finished, answered = np.asarray(self._state.finished), tuple(self._requests)
+        self._requests = [None if done else request for request, done in zip(answered, finished, strict=True)]
+        for request, tokens in zip(answered, made, strict=True):
             if request is not None:
-                yield request, new
+                yield request, tokens
 
     def leave(self, requests: set[int]) -> None:
-        """End the rows of these requests, if they have not ended by themselves."""
-        gone = np.array([request in requests for request in self._serves])
-        if gone.any():
-            self._serves = [None if request in requests else request for request in self._serves]
+        """Free the rows of these requests, unless they are free already."""
+        gone = np.array([request in requests for request in self._requests])
+        if self._state is not None and gone.any():
+            self._requests = [None if request in requests else request for request in self._requests]
             self._state = replace(self._state, finished=self._state.finished | gone)
 
-    def _count(self, capacity: int) -> int:
+    def _row_count(self, capacity: int) -> int:
         return min(self._most, max_rows(capacity, self._tokens_per_batch))
 
-    def _grow(self, capacity: int, part: DecodeState) -> None:
-        """Larger rows, perhaps fewer; those in use move to the front."""
-        old, served = self._state, [(row, r) for row, r in enumerate(self._serves) if r is not None]
-        count = self._count(capacity)
-        self._capacity, self._state = capacity, empty_state(part, count, capacity)
-        self._serves = [request for _, request in served] + [None] * (count - len(served))
-        for row, (source, _) in enumerate(served):
-            self._state = insert_row(self._state, old, np.int32(source), np.int32(row))
-
-    def _made(self, made: np.ndarray) -> list[list[int]]:
-        ended = (-1, *self._engine.end_ids)
-        return [[token for token in row if token not in ended] for row in made.T.tolist()]
+    def _grown(self, capacity: int, part: DecodeState) -> DecodeState:
+        """Return a state of larger rows, perhaps fewer; busy rows move to the front."""
+        busy = [(row, request) for row, request in enumerate(self._requests) if request is not None]
+        count = self._row_count(capacity)
+        state = empty_state(part, count, capacity)
+        for row, (source, _) in enumerate(busy):
+            state = insert_row(state, self._state, np.int32(source), np.int32(row))
+        self._capacity = capacity
+        self._requests = [request for _, request in busy] + [None] * (count - len(busy))
+        return state
 
 
 def run(
-    groups: Sequence[PrefillBatch],
-    read: Callable[[PrefillBatch], DecodeState],
-    rows: Scheduler,
-    take: Callable[[int, list[int]], bool],
+    batches: Sequence[PrefillBatch],
+    prefill_batch: Callable[[PrefillBatch], DecodeState],
+    scheduler: Scheduler,
+    on_tokens: Callable[[int, list[int]], bool],
 ) -> None:
-    """Answer all requests: `take(request, new tokens)` receives each answer and says whether it should go on."""
-    waiting = deque(groups)
-    while waiting or rows.busy:
-        # With no row busy the next group must have room: `join` raises where it has not.
-        while waiting and (rows.has_room(waiting[0]) or not rows.busy):
-            group = waiting.popleft()
-            rows.leave({request for request, new in rows.join(group, read(group)) if not take(request, new)})
-        if rows.busy:
-            rows.leave({request for request, new in rows.step() if not take(request, new)})
+    """Answer all requests.
+
+    Args:
+        batches: the plan (rag.generate.prefill_batches.plan_batches).
+        prefill_batch: prefills one of them.
+        scheduler: holds the rows.
+        on_tokens: receives (request, its new tokens) and returns whether the answer goes on.
+    """
+    waiting = deque(batches)
+    while waiting or scheduler.busy:
+        # With no row busy the next batch must have room: `join` raises where it has not.
+        while waiting and (scheduler.has_room(waiting[0]) or not scheduler.busy):
+            batch = waiting.popleft()
+            joined = scheduler.join(batch, prefill_batch(batch))
+            scheduler.leave({request for request, new in joined if not on_tokens(request, new)})
+        if scheduler.busy:
+            scheduler.leave({request for request, new in scheduler.step() if not on_tokens(request, new)})

@@ -1,28 +1,53 @@
-"""Streamed text up to the first stop string."""
+"""The text of an answer from its tokens, up to the first stop string."""
 
 from collections.abc import Sequence
 
+from rag.models.tokenizer.tokenizer import Tokenizer
+
 
 class StoppedText:
-    """Streamed text up to the first stop string; holds back a tail that may be a stop string's beginning."""
+    """Ends a streamed text before the first stop string; holds back a tail that may be a stop string's beginning.
+
+    First is the stop string that is complete first, and of those that end together the longest. So the text does not
+    depend on the pieces in which it arrives.
+    """
 
     def __init__(self, stop: Sequence[str]):
         self._stop, self._held = [s for s in stop if s], ""
         self.stopped = False
 
     def push(self, new: str) -> str:
-        """The text that is now certain; empty once stopped."""
+        """Return the text that is certain now; it is empty once stopped."""
         if self.stopped:
             return ""
         text = self._held + new
-        ends = [at for at in map(text.find, self._stop) if at >= 0]
-        if ends:
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
             self.stopped, self._held = True, ""
-            return text[: min(ends)]
-        keep = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            return text[: min(found)[1]]
+        held = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
 
     def finish(self) -> str:
-        """The tail that was held back for nothing."""
+        """Return the tail that was held back and began no stop string."""
         return self._held
+
+
+class AnswerText:
+    """Turns the tokens of one answer into text, up to the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self._decoder, self._text = tokenizer.text_stream(), StoppedText(stop)
+
+    @property
+    def stopped(self) -> bool:
+        return self._text.stopped
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Return the text that is certain now."""
+        return self._text.push("".join(map(self._decoder.push, tokens)))
+
+    def finish(self) -> str:
+        """Return the rest of the text."""
+        return self._text.push(self._decoder.finish()) + self._text.finish()

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 
 class SuffixAutomaton:
-    """Every run of tokens of a text that grows (Blumer et al. 1985): amortised constant time a token.
+    """Finds the longest suffix of a growing text that occurs earlier in it, in amortised constant time a token.
 
-    A state is a set of runs with the same ends; its longest run is `length` long, its shorter endings are reached by
-    `link`. The state linked from the whole text's is the longest ending that stands elsewhere, which is earlier.
+    A state is a set of substrings that end at the same positions. Its longest substring has `_length` tokens; its
+    suffixes that end at other positions too are reached by `_link`. The state linked from the whole text's is the
+    longest suffix that occurs elsewhere, which is earlier.
     """
 
     def __init__(self, tokens: Sequence[int] = ()):
@@ -19,29 +20,29 @@ class SuffixAutomaton:
             self.push(token)
 
     def push(self, token: int) -> None:
-        """Add a token at the text's end."""
+        """Append a token to the text."""
         self.tokens.append(token)
-        at, new = self._last, self._state({}, 0, len(self.tokens), len(self.tokens))
+        at, new = self._last, self._add_state({}, 0, len(self.tokens), len(self.tokens))
         while at >= 0 and token not in self._next[at]:
             self._next[at][token] = new
             at = self._link[at]
         if at >= 0:
-            self._link[new] = self._through(at, token)
+            self._link[new] = self._split(at, token)
         self._last = new
 
-    def _through(self, at: int, token: int) -> int:
-        """The state of `at`'s longest run with `token` behind it, parted from longer runs if it shares theirs."""
+    def _split(self, at: int, token: int) -> int:
+        """Return the state of `at`'s longest substring with `token` behind it, apart from longer substrings."""
         old = self._next[at][token]
         if self._length[old] == self._length[at] + 1:
             return old
-        new = self._state(dict(self._next[old]), self._link[old], self._length[at] + 1, self._end[old])
+        new = self._add_state(dict(self._next[old]), self._link[old], self._length[at] + 1, self._end[old])
         self._link[old] = new
         while at >= 0 and self._next[at].get(token) == old:
             self._next[at][token] = new
             at = self._link[at]
         return new
 
-    def _state(self, follow: dict[int, int], link: int, length: int, end: int) -> int:
+    def _add_state(self, follow: dict[int, int], link: int, length: int, end: int) -> int:
         self._next.append(follow)
         self._link.append(link)
         self._length.append(length)
@@ -50,11 +51,11 @@ class SuffixAutomaton:
 
     @property
     def match(self) -> int:
-        """Tokens of the longest ending that stands earlier in the text; the two may overlap."""
+        """Return the length of the longest suffix that occurs earlier in the text; the two may overlap."""
         return self._length[self._link[self._last]] if self.tokens else 0
 
     def draft(self, count: int) -> list[int]:
-        """The `count` tokens that followed the match where it first stood, again and again if the text ends first."""
+        """Return the `count` tokens that followed the match's first occurrence, repeated if the text ends before."""
         start = self._end[self._link[self._last]]
         period = len(self.tokens) - start
         return [self.tokens[start + i % period] for i in range(count)]

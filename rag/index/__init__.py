@@ -1,1 +1,1 @@
-"""What was ingested: searched by dense.py, kept on disk by store.py."""
+"""The index of a corpus: chunks, vectors and postings, on disk (store, writer) or in memory; search and fusion."""

@@ -1,7 +1,7 @@
-"""The manifest of an index on disk: what it holds, which folder holds it, and the checksums of that folder's files.
+"""The manifest of an index on disk: what the index holds, the folder of its segment, and that folder's files.
 
-It is JSON read by a schema, and ends with a checksum of its own fields, so that a manifest that changed on the disk is
-refused before anything is believed of it.
+It is JSON that is checked by a schema, and ends with a checksum of its own fields, so that a damaged manifest is
+refused before its fields are used.
 """
 
 import json
@@ -34,11 +34,11 @@ Number = Annotated[int, Ge(0)]
 
 
 class NewerFormat(UserError):
-    """An index was written by a later version of this program."""
+    """The index was written by a later version of this program."""
 
 
 class FileRecord(Record):
-    """A file of the segment when it was written."""
+    """A file of the segment as it was written."""
 
     bytes: Number
     sha256: Digest
@@ -52,10 +52,10 @@ class EmbedderRecord(Record):
 
 
 class Manifest(Record):
-    """The one file of an index that says which of the others count."""
+    """The one file of an index that says which of the other files belong to it."""
 
     format: Number
-    generation: Annotated[int, Ge(1)]  # how often an index was written to this folder
+    generation: Annotated[int, Ge(1)]  # how many indexes were written to this folder
     documents: Number
     chunks: Number
     dim: Number
@@ -68,14 +68,14 @@ class Manifest(Record):
     checksum: str = ""
 
 
-def written(manifest: Manifest) -> str:
-    """The text of the manifest, with its checksum."""
+def to_json(manifest: Manifest) -> str:
+    """Return the manifest as JSON, with its checksum."""
     fields = manifest.model_dump(exclude={"checksum"})
     return json.dumps({**fields, "checksum": _checksum(fields)}, indent=1)
 
 
 def read(index: Path) -> Manifest:
-    """The manifest of the index in a folder.
+    """Return the manifest of the index in a folder.
 
     Raises UserError where there is no index, where the manifest is damaged, and for another format than this one.
     """
@@ -107,6 +107,6 @@ def read(index: Path) -> Manifest:
 
 
 def _checksum(fields: Mapping[str, Any]) -> str:
-    """XXH3-128 of the other fields, 32 hex digits."""
+    """Return XXH3-128 of the other fields, 32 hex digits."""
     others = {name: value for name, value in fields.items() if name != "checksum"}
     return xxhash.xxh3_128_hexdigest(json.dumps(others, sort_keys=True).encode())

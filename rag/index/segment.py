@@ -1,7 +1,7 @@
-"""A segment's files, each byte compared with its checksum before anything is computed from it.
+"""The files of a segment: each byte is compared with its checksum before anything is computed from it.
 
-Numbers of a .npy file and columns of an Arrow file are views of the file mapped into memory: opening reads next to
-nothing, and what is never asked for is never read.
+Arrays of a .npy file and columns of an Arrow file are views of the memory-mapped file: opening reads next to nothing,
+and data that is never asked for is never read.
 """
 
 import struct
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,25 +19,30 @@ from numpy.lib import format as numpy_format
 from rag.index.manifest import FileRecord
 from rag.runtime.checksums import CheckedFile, Damaged, check_size, piece_checksums, pieces
 
-CHECKSUMS = "checksums"  # the file that holds those of all others, in the order of their names
-_NPY_HEAD = 1 << 10  # bytes: more than the head of an array of few dimensions has
+CHECKSUMS = "checksums"  # the file of all other files' checksums, in the order of their names
+_NPY_HEADER = 1 << 10  # bytes: more than the header of an array of few dimensions has
 
 
 def write_checksums(folder: Path, names: list[str]) -> str:
-    """Write the checksums of the pieces of these files below `folder`; return their own checksum."""
+    """Write the checksums of the pieces of these files in `folder`; return the checksum of the checksums."""
     sums = b"".join(piece_checksums(folder / name).astype("<u8").tobytes() for name in names)
     (folder / CHECKSUMS).write_bytes(sums)
     return xxhash.xxh3_128_hexdigest(sums)
 
 
 class Segment:
-    """The files below a folder, as the manifest records them."""
+    """The files in a folder, as the manifest records them.
+
+    Args:
+        folder: where the files are.
+        records: the size and digest of each file, by its path in the folder.
+        checksum: of the file of checksums.
+
+    Raises:
+        Damaged: when a file is missing or has another size, or the checksums are not those that were written.
+    """
 
     def __init__(self, folder: Path, records: Mapping[str, FileRecord], checksum: str):
-        """`checksum` is that of the checksums.
-
-        Raises Damaged when a file is missing or has another size, or the checksums are not what was written.
-        """
         self.folder = folder
         self._files: dict[str, CheckedFile] = {}
         self._records = records
@@ -58,7 +63,7 @@ class Segment:
             raise Damaged(f"{folder / CHECKSUMS} holds {len(sums)} checksums instead of {start}")
 
     def __getitem__(self, name: str) -> CheckedFile:
-        """A file, mapped into memory. Raises Damaged, also for one that the manifest does not name."""
+        """Return a file, memory-mapped. Raises Damaged, also for one that the manifest does not name."""
         if name not in self._records:
             raise Damaged(f"its manifest does not name {name}")
         if name not in self._files:
@@ -67,40 +72,39 @@ class Segment:
         return self._files[name]
 
     def recheck(self) -> None:
-        """Compare again what was compared of files that somebody has written to since. Raises Damaged."""
+        """Compare what was read with its checksums again, of files that were written to since. Raises Damaged."""
         for file in self._files.values():
             file.recheck()
 
     def check(self, folder: str = "") -> None:
-        """Compare all files below a folder of the segment, by default all. Raises Damaged."""
+        """Compare all files in a folder of the segment with their checksums, by default all. Raises Damaged."""
         for name in self._records:
             if name.startswith(folder):
                 self[name].check()
 
     def array(self, name: str) -> np.ndarray:
-        """The array of a .npy file, of which only the head is compared. Raises Damaged where it is none."""
+        """Return the array of a .npy file; only its header is compared. Raises Damaged where it is not one."""
         file = self[name]
-        file.check(0, min(len(file.content), _NPY_HEAD))
-        head = BytesIO(file.content[:_NPY_HEAD])
+        file.check(0, min(len(file.content), _NPY_HEADER))
+        header = BytesIO(file.content[:_NPY_HEADER])
         try:
-            version = numpy_format.read_magic(head)
-            read = (
-                numpy_format.read_array_header_1_0
-                if version == (1, 0)
-                else numpy_format.read_array_header_2_0
-            )
-            shape, by_columns, dtype = read(head)
-            order = "F" if by_columns else "C"
-            return np.ndarray(shape, dtype, file.content, offset=head.tell(), order=order)
+            if numpy_format.read_magic(header) == (1, 0):
+                shape, by_columns, dtype = numpy_format.read_array_header_1_0(header)
+            else:
+                shape, by_columns, dtype = numpy_format.read_array_header_2_0(header)
+            order: Literal["F", "C"] = "F" if by_columns else "C"
+            return np.ndarray(shape, dtype, file.content, offset=header.tell(), order=order)
         except (ValueError, TypeError) as error:
             raise Damaged(f"{file.path} is no array ({error})") from error
 
 
 class VerifiedTable:
-    """An Arrow file of columns of text, of which a row is compared before it is read."""
+    """An Arrow file of text columns; a row is compared with its checksums before it is read.
+
+    Raises Damaged where the file is no Arrow file of the schema.
+    """
 
     def __init__(self, file: CheckedFile, schema: pa.Schema):
-        """Raises Damaged where the file is no Arrow file of that schema."""
         self._file = file
         buffer = pa.py_buffer(file.content)
         self._base = buffer.address
@@ -117,52 +121,52 @@ class VerifiedTable:
         return len(self._table)
 
     def row(self, row: int) -> dict[str, Any]:
-        """The values of a row by the names of their columns. Raises Damaged."""
+        """Return the values of a row by the names of their columns. Raises Damaged."""
         batch = int(np.searchsorted(self._ends, row, side="right"))
-        place = row - (int(self._ends[batch - 1]) if batch else 0)
+        position = row - (int(self._ends[batch - 1]) if batch else 0)
         values = {}
         for name, column in zip(self._table.column_names, self._table.columns, strict=True):
             chunk = column.chunk(batch)
-            self._check_text(chunk, place)
-            values[name] = chunk[place].as_py()
+            self._check_text(chunk, position)
+            values[name] = chunk[position].as_py()
         return values
 
     def column(self, name: str) -> list[Any]:
-        """All values of a column. Raises Damaged."""
+        """Return all values of a column. Raises Damaged."""
         for chunk in self._table[name].chunks:
             for buffer in filter(None, chunk.buffers()):
-                self._file.check(*self._place(buffer))
+                self._file.check(*self._extent(buffer))
         return self._table[name].to_pylist()
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows. Raises Damaged."""
+        """Return all rows. Raises Damaged."""
         self._file.check()
         return self._table.to_pylist()
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        """The row behind the last one of each record batch."""
+        """Return the first row behind each record batch."""
         return np.cumsum([len(chunk) for chunk in self._table.column(0).chunks])
 
     def _check_outside_columns(self) -> None:
-        """Compare what says where the columns' values lie: all but the values themselves."""
+        """Compare the bytes of the file that are not values of columns: they say where the values are."""
         chunks = [chunk for column in self._table.columns for chunk in column.chunks]
         end = 0
-        for start, stop in sorted(self._place(b) for chunk in chunks for b in filter(None, chunk.buffers())):
+        for start, stop in sorted(self._extent(b) for chunk in chunks for b in filter(None, chunk.buffers())):
             self._file.check(end, start)
             end = max(end, stop)
         self._file.check(end)
 
-    def _check_text(self, chunk: pa.Array, place: int) -> None:
-        """Compare the pieces of one text of a large_string array: its offsets, then its characters."""
+    def _check_text(self, chunk: pa.Array, position: int) -> None:
+        """Compare one text of a large_string array: its offsets, then its characters."""
         _, offsets, characters = chunk.buffers()
-        at = self._place(offsets)[0] + 8 * (chunk.offset + place)
+        at = self._extent(offsets)[0] + 8 * (chunk.offset + position)
         self._file.check(at, at + 16)
         start, stop = struct.unpack_from("<qq", self._file.content, at)
-        first = self._place(characters)[0]
+        first = self._extent(characters)[0]
         self._file.check(first + start, first + stop)
 
-    def _place(self, buffer: pa.Buffer) -> tuple[int, int]:
-        """Where a buffer begins and ends in the file."""
+    def _extent(self, buffer: pa.Buffer) -> tuple[int, int]:
+        """Return where a buffer begins and ends in the file."""
         start = buffer.address - self._base
         return start, start + buffer.size

@@ -1,18 +1,18 @@
-"""An index on disk: one immutable segment, and the manifest that says which one counts.
+"""An index on disk: one immutable segment, and the manifest that names it.
 
     index/manifest.json              the only commit point: written last, replaced in one step (rag.index.manifest)
     index/segment-000001-1a2b3c4d/   documents.arrow  id, path, title, text
-                                     chunks.arrow     document (a row), start, end: a chunk's text is a slice
+                                     chunks.arrow     document (its row), start, end: a chunk's text is a slice
                                      vectors.npy      [N, E] float32, row i is chunk i's, unit length
                                      embedder/        what the embedder learned from the corpus, if anything
-                                     lexical/         the chunks' postings (rag.index.lexical.postings), if asked for
-                                     checksums        of each piece of the others (rag.index.segment)
+                                     lexical/         the chunks' postings (rag.index.lexical.postings), if wanted
+                                     checksums        of each piece of the other files (rag.index.segment)
 
-A writer makes a whole new segment and flushes it to the disk, then replaces the manifest. Killed at any
-moment it leaves the index of before or of after, and rubbish that the next write removes. A reader holds a shared
-lock on its segment, and no writer removes one that is locked: an opened index stays as it was. Opening reads the
-manifest and maps the files into memory; what is not asked for is not read, and what is read is compared with its
-checksum first.
+N is the number of chunks, E the embedding dim. A writer makes a whole new segment and flushes it to the disk, then
+replaces the manifest. A writer that is killed leaves the old index or the new one, and files that the next writer
+removes. A reader holds a shared lock on its segment, and no writer removes a locked segment: an opened index does not
+change. Opening reads the manifest and maps the files into memory; data is read only when it is asked for, and
+compared with its checksum first.
 """
 
 import fcntl
@@ -41,22 +41,22 @@ CHUNKS = pa.schema([(name, pa.int64()) for name in ("document", "start", "end")]
 
 
 def exists(path: Path) -> bool:
-    """Whether there is an index at `path`, be it one that this version cannot read."""
+    """Return whether there is an index at `path`, also one that this version cannot read."""
     return (path / manifests.NAME).exists()
 
 
 class Index:
-    """An opened index, read-only; chunk numbers are the rows of `vectors`.
+    """An opened index, read-only; the number of a chunk is its row in `vectors`.
 
-    It stays as it was when it was opened, even while another process replaces the one on disk. What is read of it
-    raises UserError where a file was damaged.
+    It does not change, even while another process replaces the one on disk. Every method raises UserError where a file
+    that it reads is damaged.
     """
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path, self.manifest = path, manifest
-        self._place_of: dict[
+        self._document_row: dict[
             str, int
-        ] = {}  # rows of the documents that were read: who asks for a text has its chunk
+        ] = {}  # of the documents that were read: their texts are asked for next
         folder = path / manifest.segment
         with _undamaged(path):
             self._close = weakref.finalize(self, os.close, _shared_lock(folder))
@@ -74,9 +74,9 @@ class Index:
 
     @classmethod
     def open(cls, path: Path) -> "Index":
-        """The index at `path`.
+        """Open the index at `path`.
 
-        Raises UserError when there is none, when it is of another format, and when a file is missing or cut short.
+        Raises UserError when there is none, when it has another format, and when a file is missing or cut short.
         """
         manifest = manifests.read(path)
         while True:
@@ -89,54 +89,54 @@ class Index:
                 manifest = latest  # a writer replaced the index while it was being opened
 
     def close(self) -> None:
-        """Let writers remove the files. What was read so far stays valid, and nothing more may be read."""
+        """Let writers remove the files. Arrays that were read stay valid; nothing more may be read."""
         self._close()
 
     def recheck(self) -> None:
-        """Compare again what was read of files that somebody has written to since. Raises UserError."""
+        """Compare what was read with its checksums again, of files that were written to since. Raises UserError."""
         with _undamaged(self.path):
             self._segment.recheck()
 
     def check(self) -> None:
-        """Read every byte of the index and compare it with its checksum. Raises UserError."""
+        """Compare every byte of the index with its checksum. Raises UserError."""
         with _undamaged(self.path):
             self._segment.check()
 
     def __len__(self) -> int:
-        """How many chunks there are."""
+        """Return the number of chunks."""
         return len(self._vectors)
 
     @property
     def nbytes(self) -> int:
-        """Of the files."""
+        """Return the bytes of the files."""
         return sum(record.bytes for record in self.manifest.files.values())
 
     @property
     def fingerprint(self) -> str:
-        """64 hex digits of the documents' texts and the chunks' spans."""
+        """Return 64 hex digits of the documents' texts and the chunks' spans."""
         files = self.manifest.files
         return cache_key.content_key([files[name].sha256 for name in ("documents.arrow", "chunks.arrow")])
 
     @property
     def generation(self) -> int:
-        """Which of the indexes that were written to this folder it is, from 1."""
+        """Return how many indexes were written to this folder, this one included."""
         return self.manifest.generation
 
     @property
     def documents(self) -> int:
-        """How many documents there are."""
+        """Return the number of documents."""
         return len(self._documents)
 
     @property
     def vectors(self) -> Float32[np.ndarray, "N E"]:
-        """The vectors of all chunks, memory-mapped; all are compared with their checksums at the first call."""
+        """Return the vectors of all chunks, memory-mapped; the first call compares all with their checksums."""
         with _undamaged(self.path):
             self._segment["vectors.npy"].check()
         return self._vectors
 
     @property
     def lexical(self) -> LexicalIndex | None:
-        """The chunks' postings, mapped into memory anew at each call; None where the index has none."""
+        """Return the chunks' postings, memory-mapped again at each call; None where the index has none."""
         if not any(name.startswith(LEXICAL) for name in self.manifest.files):
             return None
         with _undamaged(self.path):
@@ -147,10 +147,10 @@ class Index:
         return lexical
 
     def check_embedder(self, embedder: Embedder) -> None:
-        """UserError when it is not the one that made this index."""
+        """Raise UserError when this embedder did not make the index."""
         made_by = self.manifest.embedder
         if embedder.fingerprint != made_by.fingerprint:
-            named = made_by.spec.get("uri", made_by.spec.get("kind"))
+            named = str(made_by.spec.get("uri", made_by.spec.get("kind")))
             if named == embedder.spec.get("uri", embedder.spec.get("kind")):
                 named += " with other files or settings than it has now"
             raise UserError(
@@ -159,42 +159,42 @@ class Index:
             )
 
     def restore(self, embedder: Embedder) -> Embedder:
-        """The embedder as it was when it made this index; UserError when another one did."""
+        """Return the embedder as it was when it made this index. Raises UserError when another one made it."""
         self.check_embedder(embedder)
         with _undamaged(self.path):
             self._segment.check(EMBEDDER)
         return embedder.restore(self._segment.folder / EMBEDDER)
 
     def chunks(self, rows: Iterable[int] | Int[np.ndarray, "n"]) -> list[Chunk]:
-        """The chunks with these numbers, in this order. Raises IndexError for a number out of range."""
-        rows = [int(row) for row in rows]
-        for row in rows:
+        """Return the chunks of these rows, in this order. Raises IndexError for a row out of range."""
+        wanted = [int(row) for row in rows]
+        for row in wanted:
             if not 0 <= row < len(self):
                 raise IndexError(f"chunk {row} of {len(self)}")
-        spans = self._spans[rows].tolist()
-        documents = self._documents_at({place for place, _, _ in spans})
-        return [chunk_at(documents[place], start, end) for place, start, end in spans]
+        spans = self._spans[wanted].tolist()
+        documents = self._documents_at({document for document, _, _ in spans})
+        return [chunk_at(documents[document], start, end) for document, start, end in spans]
 
     def document_text(self, document_id: str) -> str:
-        """The extracted text that a document's spans point into. Raises KeyError for an unknown id."""
-        place = self._place_of.get(document_id)
-        if place is None:
-            self._place_of = {name: row for row, name in enumerate(self.document_ids())}
-            place = self._place_of[document_id]
-        return self._documents_at({place})[place].text
+        """Return the extracted text that a document's spans point into. Raises KeyError for an unknown id."""
+        row = self._document_row.get(document_id)
+        if row is None:
+            self._document_row = {name: row for row, name in enumerate(self.document_ids())}
+            row = self._document_row[document_id]
+        return self._documents_at({row})[row].text
 
     def all_documents(self) -> list[Document]:
-        """The documents in their order."""
+        """Return the documents in their order."""
         with _undamaged(self.path):
             return [Document(**row) for row in self._documents.rows()]
 
     def document_ids(self) -> list[str]:
-        """The documents' ids in their order."""
+        """Return the documents' ids in their order."""
         with _undamaged(self.path):
             return self._documents.column("id")
 
     def spans(self) -> Int64[np.ndarray, "N 3"]:
-        """The number of each chunk's document, its first character and its end, exclusive."""
+        """Return the row of each chunk's document, its first character and its end, exclusive."""
         return self._spans
 
     @cached_property
@@ -207,15 +207,16 @@ class Index:
                 raise Damaged(f"{self._chunks.path} does not hold the spans of {len(self)} chunks")
         return np.stack([column.to_numpy() for column in table.columns], axis=1)
 
-    def _documents_at(self, places: set[int]) -> dict[int, Document]:
+    def _documents_at(self, rows: set[int]) -> dict[int, Document]:
         with _undamaged(self.path):
-            documents = {place: Document(**self._documents.row(place)) for place in places}
-        self._place_of.update((document.id, place) for place, document in documents.items())
+            documents = {row: Document(**self._documents.row(row)) for row in rows}
+        self._document_row.update((document.id, row) for row, document in documents.items())
         return documents
 
 
 @contextmanager
 def _undamaged(path: Path) -> Iterator[None]:
+    """Turn Damaged into a UserError that names the index."""
     try:
         yield
     except Damaged as error:
@@ -227,7 +228,7 @@ def _undamaged(path: Path) -> Iterator[None]:
 
 
 def _shared_lock(folder: Path) -> int:
-    """An open descriptor of the folder, whose closing gives the lock back. Raises Damaged where there is none."""
+    """Lock the folder and return an open descriptor, whose closing unlocks it. Raises Damaged where it is missing."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -1,4 +1,4 @@
-"""Writing an index: a whole new segment, flushed to the disk, then the manifest in one step; see rag.index.store."""
+"""Write an index: a whole new segment, flushed to the disk, then the manifest in one step; see rag.index.store."""
 
 import fcntl
 import hashlib
@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from rag.embed import Embedder
 from rag.index import manifest as manifests
-from rag.index.dense.exact import check_vectors
 from rag.index.lexical.postings import LexicalIndex
 from rag.index.manifest import EMBEDDER, LEXICAL, SEGMENT, EmbedderRecord, FileRecord, Manifest
 from rag.index.segment import write_checksums
@@ -28,11 +27,12 @@ from rag.types import Chunk, Document, UserError, chunk_at
 
 _LOCK = f"{manifests.NAME}.lock"
 
-# What a killed writer can leave behind, and so all that the next one may remove.
+# The names of what a killed writer can leave, and so of all that the next one may remove.
 _SEGMENT = re.compile(SEGMENT)
 _TEMPORARY = re.compile(rf"\.({SEGMENT}|{re.escape(manifests.NAME)})\.[0-9a-f]{{32}}\.tmp")
 
-_BATCH_ROWS = 1 << 14  # of an Arrow record batch: as many rows are held twice while writing
+_CHECKED_ROWS = 1 << 14  # vectors that are checked together
+_BATCH_ROWS = 1 << 14  # rows of an Arrow record batch: so many are in memory twice while writing
 
 
 def write_index(
@@ -45,16 +45,28 @@ def write_index(
     lexical: LexicalIndex | None = None,
     base: str | None = None,
 ) -> None:
-    """Write an index, or replace the one at `path` in one step for whoever opens it; waits for other writers.
+    """Write an index, or replace the one at `path` in one step for all who open it; waits for other writers.
 
-    vectors[i] is chunks[i]'s, and so is row i of `lexical`, which need not be there. `settings`, JSON-able, go
-    into the manifest as they are. Raises UserError for vectors that have no cosine, text that is no Unicode,
-    documents that share an id, and a folder that holds something else; ValueError for chunks that their
-    documents do not contain. Also UserError when the index's segment is no longer `base` ("": none was
-    there), so that what another writer added since is not lost. Then nothing has changed.
+    Where it raises, the index at `path` has not changed.
+
+    Args:
+        path: the folder of the index.
+        documents: of which each chunk is a span.
+        chunks: in the order of their rows.
+        vectors: vectors[i] is that of chunks[i].
+        embedder: the one that made the vectors.
+        settings: JSON-able, stored in the manifest.
+        lexical: the chunks' postings in the same order; None for an index without postings.
+        base: the segment that the index must still have, "" for no index, so that what another writer added since is
+            not lost; None replaces any.
+
+    Raises:
+        UserError: for vectors without a cosine, text that is not Unicode, documents that share an id, a folder that
+            holds something else, and an index that no longer has the segment `base`.
+        ValueError: for chunks that their documents do not contain.
     """
-    places = _places(documents)
-    _check_chunks(chunks, documents, places)
+    document_rows = _rows_by_id(documents)
+    _check_chunks(chunks, documents, document_rows)
     if len(vectors) != len(chunks):
         raise ValueError(f"{len(chunks)} chunks need as many vectors, not {len(vectors)}")
     if lexical is not None and len(lexical) != len(chunks):
@@ -71,7 +83,9 @@ def write_index(
             name = f"segment-{latest + 1:06d}-{uuid.uuid4().hex[:8]}"
             with cache_files.atomic_folder(path / name) as folder:
                 _write_table(folder / "documents.arrow", DOCUMENTS, documents, _document_row)
-                _write_table(folder / "chunks.arrow", CHUNKS, chunks, lambda chunk: _chunk_row(chunk, places))
+                _write_table(
+                    folder / "chunks.arrow", CHUNKS, chunks, lambda chunk: _chunk_row(chunk, document_rows)
+                )
                 np.save(folder / "vectors.npy", vectors)
                 (folder / EMBEDDER).mkdir()
                 embedder.save(folder / EMBEDDER)
@@ -96,8 +110,8 @@ def write_index(
                 environment=environment(),
             )
             with cache_files.atomic_file(path / manifests.NAME, "w") as file:
-                file.write(manifests.written(manifest))
-            _remove_rubbish(path, keep=name)
+                file.write(manifests.to_json(manifest))
+            _remove_leftovers(path, keep=name)
 
 
 @contextmanager
@@ -112,7 +126,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _latest(path: Path) -> tuple[int, str]:
-    """Generation and segment of the index at `path`; of one that cannot be read, and is replaced, the last folder's."""
+    """Return generation and segment of the index at `path`; the last folder's generation where it cannot be read."""
     try:
         manifest = manifests.read(path)
         return manifest.generation, manifest.segment
@@ -122,7 +136,7 @@ def _latest(path: Path) -> tuple[int, str]:
 
 
 def check_writable(path: Path) -> None:
-    """UserError when `path` is a file, or a folder with something in it that no index of ours left there.
+    """Raise UserError when `path` is a file, or a folder with files in it that are not of an index.
 
     An index that is damaged or of an older format may be replaced, one of a newer format not.
     """
@@ -138,39 +152,52 @@ def check_writable(path: Path) -> None:
             raise
         except UserError:
             if not any(map(_SEGMENT.fullmatch, names)):
-                raise  # of something else
+                raise  # the manifest is of something else
         return
-    foreign = [name for name in names if name != _LOCK and not _is_rubbish(name)]
+    foreign = [name for name in names if name != _LOCK and not _is_leftover(name)]
     if foreign:
         raise UserError(
             f"The folder {path} holds {min(foreign)!r} and no index: name an empty or new one as index.path."
         )
 
 
-def _places(documents: Sequence[Document]) -> dict[str, int]:
-    """Document id -> row."""
-    places = {document.id: row for row, document in enumerate(documents)}
-    if len(places) < len(documents):
-        twice = next(document.id for row, document in enumerate(documents) if places[document.id] != row)
+def _rows_by_id(documents: Sequence[Document]) -> dict[str, int]:
+    rows = {document.id: row for row, document in enumerate(documents)}
+    if len(rows) < len(documents):
+        twice = next(document.id for row, document in enumerate(documents) if rows[document.id] != row)
         raise UserError(f"Two documents have the id {twice!r}: give each document an id of its own.")
-    return places
+    return rows
 
 
-def _check_chunks(chunks: Sequence[Chunk], documents: Sequence[Document], places: Mapping[str, int]) -> None:
-    """Chunks are stored as spans: one that its document would not give back is a bug of the caller."""
+def _check_chunks(chunks: Sequence[Chunk], documents: Sequence[Document], rows: Mapping[str, int]) -> None:
+    """Raise ValueError for a chunk that is not a span of its document: chunks are stored as spans."""
     for chunk in chunks:
-        if chunk.document_id not in places:
+        if chunk.document_id not in rows:
             raise ValueError(f"chunk {chunk.id!r} is of document {chunk.document_id!r}, which is not there")
-        if chunk != chunk_at(documents[places[chunk.document_id]], chunk.start, chunk.end):
+        if chunk != chunk_at(documents[rows[chunk.document_id]], chunk.start, chunk.end):
             raise ValueError(f"chunk {chunk.id!r} is not that span of its document")
+
+
+def check_vectors(vectors: Float[np.ndarray, "N E"]) -> None:
+    """Raise UserError unless every row is a finite unit vector: NaN would rank first, zero has no cosine."""
+    for start in range(0, len(vectors), _CHECKED_ROWS):  # a memory-mapped matrix stays on disk
+        norms = np.linalg.norm(np.asarray(vectors[start : start + _CHECKED_ROWS]), axis=1)
+        wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-2))
+        if len(wrong):
+            row, norm = start + wrong[0], norms[wrong[0]]
+            what = "holds NaN or infinity" if not np.isfinite(norm) else f"has length {norm:.3g} instead of 1"
+            raise UserError(
+                f"Vector {row} of {len(vectors)} {what}, so it has no cosine: "
+                "leave its text out, or check the embedder that made it."
+            )
 
 
 def _document_row(document: Document) -> tuple[str, ...]:
     return document.id, document.path, document.title, document.text
 
 
-def _chunk_row(chunk: Chunk, places: Mapping[str, int]) -> tuple[int, ...]:
-    return places[chunk.document_id], chunk.start, chunk.end
+def _chunk_row(chunk: Chunk, document_rows: Mapping[str, int]) -> tuple[int, ...]:
+    return document_rows[chunk.document_id], chunk.start, chunk.end
 
 
 def _write_table(path: Path, schema: pa.Schema, items: Sequence, row: Callable[[Any], tuple]) -> None:
@@ -196,21 +223,21 @@ def _file_record(path: Path) -> FileRecord:
         return FileRecord(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _is_rubbish(name: str) -> bool:
+def _is_leftover(name: str) -> bool:
     return bool(_SEGMENT.fullmatch(name) or _TEMPORARY.fullmatch(name))
 
 
 def tidy(path: Path) -> None:
-    """Remove what killed writers left in the folder of the index at `path`, where that can be written."""
+    """Remove what killed writers left in the folder of the index at `path`, where the folder is writable."""
     with suppress(OSError), cache_files.locked(path / manifests.NAME):
-        _remove_rubbish(path, keep=manifests.read(path).segment)
+        _remove_leftovers(path, keep=manifests.read(path).segment)
 
 
-def _remove_rubbish(path: Path, keep: str) -> None:
+def _remove_leftovers(path: Path, keep: str) -> None:
     """Remove what killed writers left, and the segments that the manifest no longer names and nobody reads."""
-    with suppress(OSError):  # the index counts as it is; the next writer removes what is left
+    with suppress(OSError):  # the index is whole without this; the next writer removes the rest
         for entry in list(path.iterdir()):
-            if entry.name == keep or not _is_rubbish(entry.name):
+            if entry.name == keep or not _is_leftover(entry.name):
                 continue
             if not entry.is_dir():
                 entry.unlink()
@@ -222,7 +249,7 @@ def _remove_rubbish(path: Path, keep: str) -> None:
 
 @contextmanager
 def _locked(segment: Path) -> Iterator[bool]:
-    """Whether no reader has the segment open; none can open it while the block runs."""
+    """Yield whether no reader has the segment open; none can open it while the block runs."""
     descriptor = os.open(segment, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:

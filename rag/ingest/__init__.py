@@ -1,1 +1,1 @@
-"""Files in, chunks out: load (files to documents), clean (their text), chunk (documents to passages)."""
+"""From files to chunks: load files as documents, clean their text, divide it into chunks."""

@@ -1,25 +1,26 @@
-"""Where sentences end, by rules: no model, linear time, most languages.
+"""Find where sentences end, by rules: no model, linear time, most languages.
 
 A full stop ends a sentence unless it belongs to an abbreviation, an initial, a number or a list marker, or
-the next word begins in lower case (after Grefenstette and Tapanainen, "What is a word, what is a sentence?",
-1994). East Asian stops need no space after them. Headings, list items, table rows and paragraphs end where
-their lines do; any other line break is only a wrapped line.
+the next word begins in lower case. East Asian full stops need no space after them. Headings, list items, table rows
+and paragraphs end where their lines end; any other line break is only a wrapped line.
+Source: Grefenstette and Tapanainen, "What is a word, what is a sentence?", 1994.
 """
 
 import re
 from itertools import pairwise
 
-# Never the end of a sentence.
+# A full stop after these never ends a sentence.
 _ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof st rev hon gen col sgt capt lt cmdr gov sen rep messrs mme mlle vs cf e.g i.e viz ca "
     "approx incl resp bzw z.b d.h ggf".split()
 )
-# Not the end before a number: "No. 5", "Fig. 2", "et al. (2019)", "Jan. 3".
+# A full stop after these does not end a sentence before a number: "No. 5", "Fig. 2", "et al. (2019)", "Jan. 3".
 _BEFORE_NUMBER = frozenset(
     "no nos nr fig figs eq eqs sec secs ch chap vol vols p pp art tab ref refs al jan feb mar apr jun jul "
     "aug sep sept oct nov dec".split()
 )
-# The end only before a word that often begins a sentence; initials (J.) and acronyms (U.S.) are like them.
+# A full stop after these ends a sentence only before a word that often begins one. Initials (J.) and acronyms (U.S.)
+# are treated the same.
 _AMBIGUOUS = frozenset("inc ltd co corp jr sr dept univ bros est".split())
 _STARTERS = frozenset(
     "a an the this that these those it its he his she her they their we our you i in on at by for from to as "
@@ -30,7 +31,7 @@ _INITIALS = re.compile(r"(?:\w\.)*\w")
 _LIST_NUMBER = re.compile(r"\s*\d{1,3}")
 _WORD = re.compile(r"[\s\"'“‘«(\[{¿¡*_]*(\w+)")  # after quotes, brackets and emphasis marks
 
-# The look-behind lets a run of stops be tried once, from its first; the possessive `*+` keeps it linear.
+# The look-behind makes the regex try a run of stops only once, from the first; the possessive `*+` makes it linear.
 _STOP = re.compile(
     r"(?<![.!?…؟۔।॥።։])[.!?…؟۔।॥።։]++(?:[\"'”’»)\]}]|\[\d{1,4}\])*+(?=\s)"
     r"|[。！？｡]++[」』）”’》\"')]*+"
@@ -55,13 +56,13 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 
 def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    """The span without the white space at its ends; of white space alone, an empty one."""
+    """Return the span without the white space at its ends; for white space alone, an empty span."""
     piece = text[start:end]
     return end - len(piece.lstrip()), start + len(piece.rstrip())
 
 
 def _ends_sentence(text: str, stop: re.Match) -> bool:
-    """Whether the stop that was found is the end of its sentence, by the words on its two sides."""
+    """Return whether a full stop ends its sentence, judged by the words before and after it."""
     if stop[0][0] in "。！？｡":
         return True
     following = _WORD.match(text, stop.end(), stop.end() + 60)

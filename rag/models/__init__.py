@@ -1,1 +1,1 @@
-"""Models and what they are loaded from: weights, checkpoints, tokenizers."""
+"""Define the models, and load their checkpoints: weights, configurations, tokenizers."""

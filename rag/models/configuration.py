@@ -1,15 +1,16 @@
-"""What checkpoints say of their architecture, by a schema: types and ranges, and which sizes go with which.
+"""Check the settings in a checkpoint's files by schemas: types, ranges, and which sizes fit together.
 
-The ranges are far beyond the models that there are, and keep out what could not be computed with.
+The ranges are far beyond those of existing models, and exclude values with which nothing could be computed.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Le
 from pydantic import ConfigDict, ValidationError
 
-from rag.runtime.records import Record, misfit
+from rag.runtime.records import Record, misfit, parse_json, reason
 from rag.types import UserError
 
 C = TypeVar("C", bound="Configuration")
@@ -19,20 +20,22 @@ Width = Annotated[int, Ge(1), Le(1 << 20)]
 Layers = Annotated[int, Ge(1), Le(1024)]
 Heads = Annotated[int, Ge(1), Le(1 << 12)]
 Positions = Annotated[int, Ge(1), Le(1 << 31)]
-Epsilon = Annotated[float, Ge(1e-20), Le(1)]  # 0 divides a row of zeros by zero
+Epsilon = Annotated[float, Ge(1e-20), Le(1)]  # with 0 a row of zeros would be divided by zero
 Theta = Annotated[float, Ge(1), Le(1e12)]
-FACTORS = (1e-3, 1e6)  # of rotary frequencies, least and most
+FACTORS = (1e-3, 1e6)  # the smallest and largest divisor of a rotary frequency
 Factor = Annotated[float, Ge(FACTORS[0]), Le(FACTORS[1])]
+
+_MAX_JSON_BYTES = 1 << 26
 
 
 class Configuration(Record):
-    """A part of a configuration; settings that it does not declare are of no matter."""
+    """A schema of settings; settings that it does not declare are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
-def configured(schema: type[C], values: Mapping[str, Any], source: str) -> C:
-    """The settings that a configuration declares. Raises UserError for one that is missing or no such value."""
+def validate(schema: type[C], values: Mapping[str, Any], source: str) -> C:
+    """Return the settings that `schema` declares. Raises UserError if one is missing or has a wrong value."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -48,9 +51,26 @@ def configured(schema: type[C], values: Mapping[str, Any], source: str) -> C:
 
 
 def head_size(stated: int | None, width: int, heads: int, source: str) -> int:
-    """Dimensions of a head: what is stated, or the heads' share of the width. Raises UserError for no whole share."""
+    """Return the head dimension: the stated one, or width / heads. Raises UserError if that is not whole."""
     if stated is None and width % heads:
         raise UserError(
             f"{source} divides a width of {width} among {heads} heads; its configuration is damaged, fetch it again"
         )
     return stated or width // heads
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or {} if there is no file. Raises UserError for anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {_MAX_JSON_BYTES:,} bytes")
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); fetch the file again") from error
+    except ValueError as error:  # such as UnicodeDecodeError
+        raise UserError(f"{path} is not valid JSON ({reason(error)}); fetch the file again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; fetch the file again")
+    return value

@@ -1,12 +1,12 @@
-"""The header of a GGUF file, read strictly: every count, length and offset is compared with the file's size first.
+"""Read GGUF headers strictly: every count, length and offset is compared with the file's size first.
 
-    magic "GGUF" | version, uint32 | tensors, uint64 | entries, uint64
-    entry:  key, string | type, uint32 | value; an array is a type, a length, and so many values
+    magic "GGUF" | version, uint32 | number of tensors, uint64 | number of entries, uint64
+    entry:  key, string | type, uint32 | value; an array is a type, a length, and its values
     tensor: name, string | dimensions, uint32 | each, uint64, the fastest first | type, uint32 | offset, uint64
     padding to general.alignment | the tensors' data, each at its offset from here
 
-A string is its length, uint64, and UTF-8. Source: github.com/ggml-org/ggml, docs/gguf.md. The gguf library has a reader
-too, which goes on behind the end of a file for as long as a damaged count says.
+A string is its length, uint64, and its UTF-8 bytes. Source: github.com/ggml-org/ggml, docs/gguf.md. The reader of the
+gguf library is not used, because it continues past the end of a file for as long as a damaged count says.
 """
 
 import math
@@ -20,41 +20,43 @@ from typing import Any
 import numpy as np
 
 from rag.runtime.records import reason
+from rag.runtime.shapes import round_up
 from rag.types import UserError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 
-_MOST_ITEMS = 1 << 22  # of all arrays of the header: the largest vocabularies have a million
-_MOST_ENTRIES = 1 << 16
-_MOST_TENSORS = 1 << 16
-_MOST_DIMENSIONS = 4
-_ALIGNMENT = 32  # bytes, unless the file says another
+_MAX_ITEMS = 1 << 22  # of all arrays in the header: the largest vocabularies have a million tokens
+_MAX_ENTRIES = 1 << 16
+_MAX_TENSORS = 1 << 16
+_MAX_DIMENSIONS = 4
+_ALIGNMENT = 32  # bytes, unless the file says otherwise
 
 _STRING, _ARRAY = 8, 9
-_SCALARS = {  # by number: numpy's name of the type
+_SCALARS = {  # numpy's dtypes by the numbers of types
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
 
 
 class _Damaged(Exception):
-    """The header is not as the format has it; the message says how."""
+    """The header does not follow the format; the message says where."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor's place in the file: `data` are its bytes, a row of the last dimension a row."""
+    """A tensor in the file."""
 
     name: str
     kind: Any  # gguf.GGMLQuantizationType
-    shape: tuple[int, ...]  # of its numbers, the slowest dimension first
-    data: np.ndarray
+    shape: tuple[int, ...]  # of the numbers, the slowest dimension first
+    data: np.ndarray  # of the bytes, uint8: as `shape`, with a row's bytes in the last dimension
 
 
 def read(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """(metadata as plain Python values, tensors by name) of a GGUF file, which is mapped into memory.
+    """Memory-map a GGUF file and return (metadata as plain Python values, tensors by name).
 
-    Raises UserError for a file that is none, or whose header does not fit it.
+    Raises:
+        UserError: the file is not a GGUF file, or its header does not fit its size.
     """
     try:
         with path.open("rb") as file:
@@ -62,6 +64,14 @@ def read(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         return _Reader(content).read()
     except (OSError, ValueError, _Damaged) as error:  # ValueError: an empty file
         raise UserError(f"cannot read {path} as GGUF ({reason(error)}); fetch the file again") from error
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file begins with GGUF's magic number (the names of Ollama's files have no ending)."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 class _Reader:
@@ -75,8 +85,8 @@ class _Reader:
             raise _Damaged("it does not begin with GGUF")
         if (version := self._number("<I", "the version")) not in VERSIONS:
             raise _Damaged(f"its version is {version}, and {' and '.join(map(str, VERSIONS))} are known")
-        tensors = self._count("<Q", "tensors", 24, _MOST_TENSORS)
-        entries = self._count("<Q", "entries", 13, _MOST_ENTRIES)
+        tensors = self._count("<Q", "tensors", 24, _MAX_TENSORS)
+        entries = self._count("<Q", "entries", 13, _MAX_ENTRIES)
         metadata: dict[str, Any] = {}
         for _ in range(entries):
             key = self._string("a key")
@@ -104,7 +114,7 @@ class _Reader:
         return struct.unpack(form, self._bytes(struct.calcsize(form), what))[0]
 
     def _count(self, form: str, what: str, least_bytes: int, most: int) -> int:
-        """How many of something follow, each of at least so many bytes."""
+        """Return how many of something follow. Raises _Damaged if the file has no room for so many."""
         count = self._number(form, f"the number of {what}")
         if count > most or count * least_bytes > len(self._content):
             raise _Damaged(f"it says that it has {count:,} {what}")
@@ -137,9 +147,9 @@ class _Reader:
         kind = self._number("<I", f"the type of {_short(key)}")
         count = self._number("<Q", f"the length of {_short(key)}")
         self._items += count
-        if self._items > _MOST_ITEMS:
+        if self._items > _MAX_ITEMS:
             raise _Damaged(
-                f"the array {_short(key)} has {count:,} items; {_MOST_ITEMS:,} are read of all arrays"
+                f"the array {_short(key)} has {count:,} items; {_MAX_ITEMS:,} are read of all arrays"
             )
         if kind == _ARRAY:
             raise _Damaged(f"the array {_short(key)} is one of arrays")
@@ -151,7 +161,7 @@ class _Reader:
 
     def _tensors(self, count: int, alignment: int) -> dict[str, Tensor]:
         found = [self._tensor() for _ in range(count)]
-        start = -(-self._at // alignment) * alignment
+        start = round_up(self._at, alignment)
         tensors: dict[str, Tensor] = {}
         for name, shape, kind, offset in found:
             if name in tensors:
@@ -161,9 +171,9 @@ class _Reader:
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string("a tensor's name")
-        what = f"what it says of the tensor {_short(name)}"
+        what = f"the description of the tensor {_short(name)}"
         dimensions = self._number("<I", what)
-        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise _Damaged(f"the tensor {_short(name)} has {dimensions:,} dimensions")
         shape = tuple(self._number("<Q", what) for _ in range(dimensions))[::-1]
         return name, shape, self._number("<I", what), self._number("<Q", what)

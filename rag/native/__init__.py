@@ -1,155 +1,61 @@
-"""Attention in float32, and a decoder with int8 weights, each as one C++ call (cpp/), where there is a compiler.
+"""Calls of optional C++ kernels (cpp/): attention in float32, products by int8 weights, and a decoder of these weights.
 
-An option that nothing depends on: without it, or with RAG_NATIVE=0 in the environment, XLA runs the same maths. What it
-saves are the ways of attention's scores to memory and back, the forty small steps of a decoder's layer, between which
-XLA's threads go to sleep, the making or loading of the programs that hold them, and with AMX most of the time of the
-products. The library is built at first use, in seconds, and kept in the cache folder under its sources, the compiler
-and the processor.
+Without them, or with RAG_NATIVE=0 in the environment, XLA computes the same. They save the transfer of attention
+scores to memory and back; the forty small steps of a decoder layer, between which XLA's threads go to sleep; the
+compilation or loading of the programs that contain these steps; and with AMX most of the time of the products.
 
-Letters: B batch, T tokens of a row, M width, K kv heads, D head dim, S slots of the cache, R rotations, D/2, or rows of
-a product, N outputs.
+Every call runs on the CPU only: lowering it for another platform fails. Ask `available` first.
+
+Letters: B batch, T query tokens, S key tokens or cache slots, H query heads, K kv heads, D head dim (half: D/2),
+M width, R rows of a product, O its outputs.
 """
 
-import ctypes
-import os
-import shutil
-import subprocess
-import tempfile
-import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache as once
-from importlib import metadata
 from itertools import chain
-from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Float16, Float32, Int, Int8, Int32
 
-from rag.runtime import cache, cache_key, files
-from rag.runtime.machine import cores, cpu_flags
-from rag.types import UserError
+from rag.native import build
+from rag.runtime.machine import cores
 
-_ENTRY = Path(__file__).with_name("cpp") / "calls.cc"
-_WANTED = os.environ.get("RAG_NATIVE") != "0"
-# What kept results depend on beside Python code, read by rag.runtime.import_closure.
-RAG_SOURCES = ("cpp/*.h", "cpp/*.cc")
-RAG_ENVIRONMENT = ("RAG_NATIVE",)
-_TARGETS = {"rag_attention": "RagAttention", "rag_decoder": "RagDecoder", "rag_linear": "RagLinear"}
-# Not -ffast-math: a library linked with it makes the whole process flush small numbers to zero.
-_FLAGS = (
-    *"-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fPIC -shared -pthread -w".split(),
-    *"-fassociative-math -freciprocal-math -fno-signed-zeros -fno-trapping-math -fno-math-errno".split(),
-)
-
-FEW = 8  # tokens that are read faster than by XLA even without AMX
-_AT_ONCE = 256  # tokens of one call: more would not be read faster, and take memory
+FEW = 8  # tokens whose prefill is faster than XLA's even without AMX
 MOST_DIM = 256  # of a head
 CACHE_DTYPE = np.float16  # of keys and values
-_DAY_S = 86_400
+_MOST_TOKENS = 256  # of one call: more are no faster, and take memory
 
-Weight = tuple[Int8[Array, "_ _"], Float32[Array, "_"]]  # [N, M] values, [N] scale: rag.ops.linear.quantize
+Weight = tuple[Int8[Array, "_ _"], Float32[Array, "_"]]  # [O, M] values, [O] scale: rag.ops.linear.quantize
 
 
-@once
 def available() -> bool:
-    """Whether it can be called in this process: on an x86 CPU with AVX2, with a C++ compiler, without RAG_NATIVE=0."""
-    return _loaded() is not None
+    """Return whether the kernels can be called: on an x86 CPU with AVX2, with a C++ compiler, without RAG_NATIVE=0."""
+    return build.load() is not None
 
 
 @once
 def has_tiles(width: int = 64) -> bool:
-    """Whether products of so many inputs go through AMX's matrix unit, whose strength is many tokens: there `linear`
-    beats XLA."""
-    return width % 64 == 0 and available() and _loaded().RagHasTiles()
+    """Return whether products over so many inputs use the tiles of AMX, with which `linear` is faster than XLA.
+
+    AMX is the matrix unit of some Intel processors; its strength are products of many rows.
+    """
+    library = build.load()
+    return library is not None and width % 64 == 0 and library.RagHasTiles()
 
 
 def supports_prefill(tokens: int) -> bool:
-    """Whether `decoder` reads so many tokens, B * T, faster than XLA does. Ask `available` first."""
+    """Return whether `decoder` processes so many tokens, B * T, faster than XLA. Ask `available` first."""
     return has_tiles() or tokens <= FEW
 
 
 def int8_digits(rows: int, width: int) -> bool:
-    """Whether `linear` multiplies so many rows of so many inputs by digits, two int8 products, and not in float32."""
+    """Return whether `linear` multiplies by two int8 products of digits (rag.ops.linear), and not in float32."""
     return rows > 1 and has_tiles(width)
-
-
-@once
-def _loaded() -> ctypes.CDLL | None:
-    if not _WANTED or jax.default_backend() != "cpu" or "avx2" not in cpu_flags():
-        return None
-    try:
-        if (library := _library()) is None:
-            return None
-        loaded = ctypes.CDLL(str(library))
-        loaded.RagHasTiles.restype = ctypes.c_bool
-        functions = {target: getattr(loaded, symbol) for target, symbol in _TARGETS.items()}
-    except (OSError, AttributeError, UserError) as error:  # not loaded, no such symbol, not written
-        files.notice(f"The native library cannot be used, so XLA does its work: {error}")
-        return None
-    for target, function in functions.items():
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
-    return loaded
-
-
-def _library() -> Path | None:
-    """The built library; None where there is no compiler, or it cannot build this."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    if compiler is None:
-        return None
-    key = cache_key.content_key(
-        [
-            file.read_text(encoding="utf-8")
-            for pattern in RAG_SOURCES
-            for file in sorted(Path(__file__).parent.glob(pattern))
-        ],
-        _version(compiler),
-        _FLAGS,
-        list(cpu_flags()),
-        metadata.version("jaxlib"),
-        "sealed",
-    )
-    path = files.private_folder(files.cache_root() / "native") / f"{key}.so"
-    log = path.with_suffix(".log")
-    if not path.exists() and _is_fresh(log):
-        return None
-
-    def make() -> None:
-        if not _is_fresh(log):
-            _build(compiler, path, log)
-
-    with suppress(FileNotFoundError):
-        return files.private_file(cache.get_or_make(path, make, cache.verified_path))
-    return None
-
-
-def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-
-
-def _is_fresh(log: Path) -> bool:
-    """Whether a compiler failed less than a day ago: it is asked again once it may be mended, not at every start."""
-    return log.exists() and time.time() - log.stat().st_mtime < _DAY_S
-
-
-def _build(compiler: str, path: Path, log: Path) -> None:
-    """The library, or what the compiler had to say."""
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "library.so"
-        includes = f"-I{jax.ffi.include_dir()}"
-        command = [compiler, *_FLAGS, includes, str(_ENTRY), "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, check=False)
-        if done.returncode == 0:
-            cache.write(path, built.read_bytes())
-            return
-    with files.write_errors():
-        files.discard(path)  # a damaged one
-        with files.atomic_file(log) as file:
-            file.write(done.stderr)
-    files.notice(f"{compiler} cannot build {_ENTRY.name}, so XLA does its work: {log}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,35 +74,56 @@ class DecoderLayer:
 def decoder(
     x: Float32[Array, "B T M"],
     positions: Int32[Array, "B T"],
-    rotations: Float32[Array, "2 B T R"],
+    rotations: Float32[Array, "2 B T half"],
     layers: Sequence[DecoderLayer],
     keys: Sequence[Float16[Array, "B K S D"]],
     values: Sequence[Float16[Array, "B K S D"]],
     eps: float,
 ) -> tuple[Float32[Array, "B T M"], tuple[Array, ...], tuple[Array, ...]]:
-    """The residual stream behind all layers, and keys and values with these tokens' written to their positions.
+    """Run tokens through decoder layers.
 
     A token sees the slots up to its position, those of later tokens of its row included if they stand there. So
-    positions ascend, unless there are no more than _AT_ONCE tokens. `rotations` are the tokens' (rag.ops.rope). In
-    place where the cache was donated. Ask `available` first. A position outside of [0, S) is an error of the call.
+    positions must ascend, unless there are no more than 256 tokens.
+
+    Args:
+        x: the residual stream in front of the first layer.
+        positions: of the tokens; the slots to write to.
+        rotations: cosine and sine for the tokens (rag.ops.rope).
+        layers: the weights.
+        keys, values: the cache, one array a layer; written in place where it was donated.
+        eps: of RMSNorm.
+
+    Returns:
+        The residual stream behind the last layer, and keys and values with these tokens' written to their slots.
+
+    Raises:
+        JaxRuntimeError: a position is outside of [0, S).
     """
-    step, read = max(1, _AT_ONCE // len(x)), []
+    step, outputs = max(1, _MOST_TOKENS // len(x)), []
     caches = [array for pair in zip(keys, values, strict=True) for array in pair]
-    for at in range(0, x.shape[1], step):
-        some = slice(at, at + step)
+    for start in range(0, x.shape[1], step):
+        some = slice(start, start + step)
         y, caches = _decoder(x[:, some], positions[:, some], rotations[:, :, some], layers, caches, eps)
-        read.append(y)
-    return jnp.concatenate(read, axis=1), tuple(caches[::2]), tuple(caches[1::2])
+        outputs.append(y)
+    return jnp.concatenate(outputs, axis=1), tuple(caches[::2]), tuple(caches[1::2])
 
 
-def _decoder(x, positions, rotations, layers: Sequence[DecoderLayer], caches: list[Array], eps: float):
+def _decoder(
+    x: Array,
+    positions: Array,
+    rotations: Array,
+    layers: Sequence[DecoderLayer],
+    caches: list[Array],
+    eps: float,
+) -> tuple[Array, list[Array]]:
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, *caches)]
-    arguments, aliases = [x, positions, *rotations], {}
+    arguments = [x, positions, *rotations]
+    aliases: dict[int, int] = {}  # of arguments to results
     for i, layer in enumerate(layers):
         arguments += [*layer.arrays, *caches[2 * i : 2 * i + 2]]
         aliases |= {len(arguments) - 2: 2 * i + 1, len(arguments) - 1: 2 * i + 2}
     call = jax.ffi.ffi_call("rag_decoder", results, input_output_aliases=aliases)
-    y, *written = call(*arguments, threads=np.int64(cores()), eps=np.float32(eps))
+    y, *written = _on_cpu(call, *arguments, eps=np.float32(eps))
     return y, written
 
 
@@ -206,29 +133,44 @@ def attention(
     v: Float32[Array, "B K S D"],
     first: Int[Array, "B T"],
     past: Int[Array, "B T"],
-    segments: tuple[Int[Array, "B T"] | None, Int[Array, "B S"] | None],
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
     scale: float,
 ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]]:
-    """Softmax attention of each query to the keys [first, past) of S, and the log-sum-exp of its scaled scores.
+    """Return softmax attention of each query to the keys [first, past), and the log-sum-exp of its scaled scores.
 
-    With segments only to keys of its own id, and with a negative id to none. Zeros and -inf where nothing is seen.
-    Blockwise with online softmax, in memory that does not grow with T or S beside the results. D is at most MOST_DIM.
-    Ask `available` first.
+    Blockwise with online softmax: beside the results its memory does not grow with T or S.
+
+    Args:
+        q, k, v: D is at most MOST_DIM.
+        first, past: the range of keys of each query.
+        segments: the ids of queries and keys: a query sees only keys of its own id, and with a negative id none.
+        scale: factor of the scores.
+
+    Returns:
+        Zeros and -inf for a query that sees nothing.
     """
-    seen = [first, past, *(jnp.zeros((0, 0)) if some is None else some for some in segments)]
+    masks = [first, past, *(segments or (jnp.zeros((0, 0)), jnp.zeros((0, 0))))]
     results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], q.dtype))
     call = jax.ffi.ffi_call("rag_attention", results, vmap_method="sequential")
-    seen = (array.astype(jnp.int32) for array in seen)
-    return call(q, k, v, *seen, threads=np.int64(cores()), scale=np.float32(scale))
+    return _on_cpu(call, q, k, v, *(array.astype(jnp.int32) for array in masks), scale=np.float32(scale))
 
 
 def linear(
-    x: Float[Array, "R M"], values: Int8[Array, "N M"], scale: Float32[Array, "N"]
-) -> Float32[Array, "R N"]:
-    """`x @ (values * scale[:, None]).T`; what a row's neighbours hold changes nothing. Ask `available` first.
+    x: Float[Array, "R M"], values: Int8[Array, "O M"], scale: Float32[Array, "O"]
+) -> Float32[Array, "R O"]:
+    """Return `x @ (values * scale[:, None]).T`; a row's result does not depend on the other rows.
 
-    With AMX two rows or more are multiplied by digits where its tiles divide the weight, else float32 by the weight.
+    With AMX two rows or more are multiplied by digits (rag.ops.linear) where its tiles divide the weight, else in
+    float32 by the weight.
     """
     result = jax.ShapeDtypeStruct((len(x), len(values)), jnp.float32)
-    call = jax.ffi.ffi_call("rag_linear", result)
-    return call(x.astype(jnp.float32), values, scale, threads=np.int64(cores()))
+    return _on_cpu(jax.ffi.ffi_call("rag_linear", result), x.astype(jnp.float32), values, scale)
+
+
+def _on_cpu(call: Callable[..., Any], *arguments: Array, **attributes: Any) -> Any:
+    """Call C++ where the program is lowered for a CPU; for another platform lowering raises NotImplementedError."""
+
+    def run(*arrays: Array) -> Any:
+        return call(*arrays, threads=np.int64(cores()), **attributes)
+
+    return lax.platform_dependent(*arguments, cpu=run)

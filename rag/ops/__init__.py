@@ -1,1 +1,1 @@
-"""Pure functions on jax.Array: no I/O, no classes with state."""
+"""Array functions: pure functions on jax.Array, without I/O or classes with state."""

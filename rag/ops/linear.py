@@ -1,62 +1,66 @@
-"""Matmul against a weight kept as checkpoints store it, one row an output, in float or in int8.
+"""Multiply by a weight as checkpoints store it, one row an output, in float or in int8.
 
-An int8 weight has one scale a row, symmetric: weight[n] = scale[n] * values[n]. What is the fastest way to multiply
-by it depends on the processor and on the rows of x, all of which XLA:CPU serves by different kernels (LOG.md):
+An int8 weight has one scale a row, symmetric: weight[o] = scale[o] * values[o]. Which product is the fastest depends on
+the processor and on the rows of x, all of which XLA:CPU computes by different kernels (LOG.md):
 
     rows        with int8 dot products (VNNI, AMX)      without
     1           digits                                  the weight converted inside the dot
     2 to 128    digits                                  digits
     more        bfloat16, where the processor has it    float32
 
-With AMX and a compiler, rag.native multiplies two rows or more by digits, and several times as fast.
+With AMX and a compiler, rag.native multiplies two rows or more by digits, and several times as fast. Accelerators
+multiply in x's own dtype.
 
 "Digits": x is written in two signed 8-bit digits to base 254, scaled by the row's largest entry, and each is
 multiplied exactly, int8 x int8 -> int32. That is as exact as 15 bits, where one digit would lose what one large
-entry of a row leaves of the others; and a row's result does not depend on its neighbours.
+entry of a row leaves of the others; and a row's result does not depend on the other rows.
 
-Letters: R rows of x, M input width, N outputs.
+Letters: R rows of x, M input width, O outputs.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int8, Num
+from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Num
 
 from rag import native
 from rag.runtime.machine import cpu_flags
 
-_FEW = 128  # rows up to which digits win over converting the weight
-_STACKED = 32  # rows up to which both digits go in one product: a lone row falls off the int8 kernels
-
-_BY_ROWS = (((1,), (1,)), ((), ()))  # contract R M with N M
+_FEW = 128  # rows up to which digits are faster than converting the weight
+_STACKED = 32  # rows up to which both digits go in one product: XLA's int8 kernels are slow for a single row
+_BY_ROWS = (((1,), (1,)), ((), ()))  # contract R M with O M
 
 
 def linear(
     x: Float[Array, "*batch M"],
-    weight: Num[Array, "N M"],
-    bias: Float[Array, "N"] | None = None,
-    scale: Float32[Array, "N"] | None = None,
+    weight: Num[Array, "O M"],
+    bias: Float[Array, "O"] | None = None,
+    scale: Float32[Array, "O"] | None = None,
     *,
     by_native: bool = False,
-) -> Float[Array, "*batch N"]:
-    """`x @ weight.T * scale + bias`, accumulated in float32 or exactly, in x's dtype.
+) -> Float[Array, "*batch O"]:
+    """Return `x @ weight.T * scale + bias` in x's dtype, accumulated in float32 or exactly.
 
-    With a `scale` the weight is int8; `by_native` multiplies by rag.native, which must be available. The [N, M]
-    layout is read row by row, which is also what XLA:CPU's one-row kernels are fast at.
+    Args:
+        x: the inputs.
+        weight: its [O, M] layout is read row by row, for which XLA:CPU's one-row kernels are fast too.
+        bias: added if given.
+        scale: given with an int8 weight.
+        by_native: multiply an int8 weight by rag.native, which must be available, where the program runs on a CPU.
     """
     if scale is None:
-        y = jnp.einsum("...m,nm->...n", x, weight, preferred_element_type=jnp.float32)
+        y = jnp.einsum("...m,om->...o", x, weight, preferred_element_type=jnp.float32)
     else:
         rows = x.reshape(-1, x.shape[-1])
-        product = native.linear if by_native else _int8
-        y = product(rows, weight, scale).reshape(*x.shape[:-1], -1)
+        kind = "native" if by_native else _cpu_product_type(len(rows))
+        y = _int8_linear(rows, weight, scale, kind).reshape(*x.shape[:-1], -1)
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
-def quantize(weight: Float[Array, "N M"]) -> tuple[Int8[Array, "N M"], Float32[Array, "N"]]:
-    """(values, scale): per-row symmetric int8, within scale[n] / 2 of the weight; a row of zeros has scale 0."""
+def quantize(weight: Float[Array, "O M"]) -> tuple[Int8[Array, "O M"], Float32[Array, "O"]]:
+    """Return (values, scale): per-row symmetric int8, within scale[o] / 2 of the weight; a row of zeros has scale 0."""
     weight = weight.astype(jnp.float32)
     scale = jnp.abs(weight).max(axis=1) / 127
     values = jnp.round(weight / jnp.where(scale > 0, scale, 1.0)[:, None])
@@ -64,11 +68,16 @@ def quantize(weight: Float[Array, "N M"]) -> tuple[Int8[Array, "N M"], Float32[A
 
 
 def product_type(rows: int, width: int, *, by_native: bool = False, x_dtype: str = "float32") -> str:
-    """The type in which `linear` multiplies rows of `width` inputs by an int8 weight; "int8" is by two digits."""
+    """Return the type in which `linear` multiplies rows of `width` inputs by an int8 weight on this machine.
+
+    "int8" is by two digits.
+    """
     if by_native:
         return "int8" if native.int8_digits(rows, width) else "float32"
-    if jax.default_backend() != "cpu":
-        return x_dtype
+    return _cpu_product_type(rows) if jax.default_backend() == "cpu" else x_dtype
+
+
+def _cpu_product_type(rows: int) -> str:
     if rows == 1 and not _multiplies("vnni", "amx_int8"):
         return "float32"
     if rows <= _FEW:
@@ -76,24 +85,34 @@ def product_type(rows: int, width: int, *, by_native: bool = False, x_dtype: str
     return "bfloat16" if _multiplies("bf16") else "float32"  # both hold int8 exactly
 
 
-def _int8(
-    x: Float[Array, "R M"], values: Int8[Array, "N M"], scale: Float32[Array, "N"]
-) -> Float32[Array, "R N"]:
+@partial(jax.jit, static_argnames="on_cpu")
+def _int8_linear(
+    x: Float[Array, "R M"], values: Int8[Array, "O M"], scale: Float32[Array, "O"], on_cpu: str
+) -> Float32[Array, "R O"]:
+    """Multiply on a CPU as `on_cpu` says: "native" or a product type; elsewhere in x's dtype."""
+    cpu = native.linear if on_cpu == "native" else partial(_product, kind=on_cpu)
+    elsewhere = partial(_product, kind=x.dtype.name)
     with jax.named_scope("int8"):
-        return _product(x, values) * scale
+        return lax.platform_dependent(x, values, scale, cpu=cpu, default=elsewhere)
 
 
-def _product(x: Float[Array, "R M"], values: Int8[Array, "N M"]) -> Float32[Array, "R N"]:
-    kind = product_type(*x.shape, x_dtype=str(x.dtype))
+def _product(
+    x: Float[Array, "R M"], values: Int8[Array, "O M"], scale: Float32[Array, "O"], kind: str
+) -> Float32[Array, "R O"]:
     if kind == "int8":
-        return by_digits(x.astype(jnp.float32), values)
-    if len(x) == 1 and kind == "float32":
-        return x.astype(jnp.float32) @ values.astype(jnp.float32).T  # XLA converts as it reads
-    return _dot(x.astype(kind), values.astype(kind), jnp.float32)
+        y = by_digits(x.astype(jnp.float32), values)
+    elif len(x) == 1 and kind == "float32":
+        y = x.astype(jnp.float32) @ values.astype(jnp.float32).T  # XLA converts the weight inside the dot
+    else:
+        y = _dot(x.astype(kind), values.astype(kind), jnp.float32)
+    return y * scale
 
 
-def by_digits(x: Float32[Array, "R M"], values: Int8[Array, "N M"]) -> Float32[Array, "R N"]:
-    """`x @ values.T` with x in two digits, each within 1 / (127 * 254 * 2) of its row's largest entry; for few rows."""
+def by_digits(x: Float32[Array, "R M"], values: Int8[Array, "O M"]) -> Float32[Array, "R O"]:
+    """Return `x @ values.T` with x in two digits; for few rows.
+
+    Each entry of x is rounded by at most 1 / (127 * 254 * 2) of its row's largest entry.
+    """
     step = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True) / 127, jnp.finfo(jnp.float32).tiny)
     first = jnp.round(x / step)
     second = jnp.round((x / step - first) * 254)
@@ -105,11 +124,11 @@ def by_digits(x: Float32[Array, "R M"], values: Int8[Array, "N M"]) -> Float32[A
     return (first.astype(jnp.float32) + second.astype(jnp.float32) / 254) * step
 
 
-def _dot(x: Num[Array, "R M"], weight: Num[Array, "N M"], accumulator: type) -> Num[Array, "R N"]:
+def _dot(x: Num[Array, "R M"], weight: Num[Array, "O M"], accumulator: DTypeLike) -> Num[Array, "R O"]:
     return lax.dot_general(x, weight, _BY_ROWS, preferred_element_type=accumulator)
 
 
 @cache
 def _multiplies(*names: str) -> bool:
-    """Whether this processor has an instruction set with one of these in its name."""
+    """Return whether this processor has an instruction set with one of these in its name."""
     return any(name in flag for flag in cpu_flags() for name in names)

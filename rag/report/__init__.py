@@ -1,1 +1,1 @@
-"""Results of evaluations, read back, compared, and shown on one page."""
+"""Reports: read the results of evaluations, compare them, and show them on one page."""

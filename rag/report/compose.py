@@ -1,4 +1,4 @@
-"""The report on a set of evaluations: one page of tables, warnings and figures, as blocks and as files."""
+"""Compose the report on a set of evaluations: tables, warnings and figures on one page, as blocks and as files."""
 
 import json
 import math
@@ -6,42 +6,45 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rag.evaluate.metrics.answers import lower_is_better
+from rag.evaluate.metrics import lower_is_better
 from rag.evaluate.statistics import Comparison
 from rag.report import plots
-from rag.report.leaderboard import Leaderboard, asked, common, defined, standing, standings
+from rag.report.leaderboard import Leaderboard, asked, common, defined, leaderboards, significance
 from rag.report.numbers import MISSING, difference, duration, number, p_value, setting, with_interval
 from rag.report.page import Block, Bullets, Heading, Paragraph, Picture, Table, html, markdown
 from rag.report.plots import Mark
-from rag.report.provenance import cost, costs, environment, separating
+from rag.report.provenance import cost, costs, differing_settings, environment
 from rag.report.results import Failure, Run
 from rag.runtime.files import atomic_file
 from rag.types import UserError
 
 TITLE = "Evaluation report"
-_STANDING = {"baseline": "baseline", "better": "▲ better", "worse": "▼ worse", "open": "no"}
+_SIGNIFICANT = {"baseline": "baseline", "better": "▲ better", "worse": "▼ worse", "open": "no"}
 
 
 def page(
     runs: Sequence[Run], failures: Sequence[Failure], baseline: str | None = None, measure: str | None = None
 ) -> list[Block]:
-    """The whole report. Raises UserError as `standings` does."""
-    tables = standings(runs, baseline, measure)
+    """Return the whole report. Raise UserError as `leaderboards` does."""
+    tables = leaderboards(runs, baseline, measure)
     blocks: list[Block] = [Heading(1, TITLE), Paragraph(_summary(runs, failures, tables))]
     if failures:
         blocks += [
             Heading(2, "Failed jobs"),
             Bullets([f"{job.label} failed: {job.error}" for job in failures]),
         ]
-    for place, table in enumerate(tables, 1):
-        blocks += _dataset(table, f"{place}-{_slug(table.dataset)}")
+    for position, table in enumerate(tables, 1):
+        blocks += _dataset(table, f"{position}-{_slug(table.dataset)}")
     if runs:
         blocks += [Heading(2, "How this was measured"), Paragraph(_method(tables[0])), *environment(runs)]
     return blocks
 
 
 def write(folder: Path, blocks: Sequence[Block]) -> list[Path]:
-    """report.md with its pictures, and report.html, each whole or not at all. UserError if it cannot be."""
+    """Write report.md with its pictures, and report.html, each whole or not at all, and return their paths.
+
+    Raises UserError for a folder that cannot be written to.
+    """
     files = {block.name: block.png for block in blocks if isinstance(block, Picture)}
     texts = {"report.md": markdown(blocks), "report.html": html(TITLE, blocks)}
     for name, text in texts.items():
@@ -70,7 +73,7 @@ def _summary(runs: Sequence[Run], failures: Sequence[Failure], tables: Sequence[
 
 
 def _dataset(table: Leaderboard, slug: str) -> Iterator[Block]:
-    """All about one dataset; parts that no run has anything to say about are left out."""
+    """Yield the blocks of one dataset; parts for which no run has data are left out."""
     yield Heading(2, table.dataset)
     yield _leaderboard(table)
     yield Paragraph(_legend(table))
@@ -80,9 +83,9 @@ def _dataset(table: Leaderboard, slug: str) -> Iterator[Block]:
         picture = plots.forest(marks, table.measure, confidence)
         yield Picture(f"{slug}-intervals.png", picture, f"{shown}: mean and interval of each system")
     if notes := _notes(table):
-        yield Heading(3, "Before believing it")
+        yield Heading(3, "Warnings")
         yield Bullets(notes)
-    timed = [mark for mark in marks if mark.query_s]
+    timed = [mark for mark in marks if mark.query_s > 0]
     if timed:
         yield Heading(3, "Quality against cost")
         lower = lower_is_better(table.measure)
@@ -103,41 +106,41 @@ def _dataset(table: Leaderboard, slug: str) -> Iterator[Block]:
         yield Picture(f"{slug}-queries.png", picture, f"{shown}: differences to the baseline, query by query")
     yield from _all_measures(table)
     yield from _answers(table)
-    yield from _losses(table, slug)
+    yield from _error_breakdown(table, slug)
     yield from _tuning(table)
     yield from costs(table)
-    yield from separating(table)
+    yield from differing_settings(table)
 
 
-# --- the leaderboard and what to make of it
+# --- the leaderboard
 
 
 def _leaderboard(table: Leaderboard) -> Table:
     header = ["#", "system", "queries", table.measure, "difference", "p", "p (Holm)"]
     header += ["significant", "detectable", "query p50"]
-    rows = [_row(table, place, run) for place, run in enumerate(table.runs, 1)]
+    rows = [_row(table, rank, run) for rank, run in enumerate(table.runs, 1)]
     if not any(cost(run, "query_p50_s") for run in table.runs):
         header, rows = header[:-1], [row[:-1] for row in rows]
     return Table(header, rows, frozenset({table.runs.index(table.baseline)}))
 
 
-def _row(table: Leaderboard, place: int, run: Run) -> list[str]:
+def _row(table: Leaderboard, rank: int, run: Run) -> list[str]:
     mean = with_interval(run.means.get(table.measure), run.intervals.get(table.measure))
-    beside = ["", "", "", _STANDING["baseline"] if run is table.baseline else "", ""]
+    comparison = ["", "", "", _SIGNIFICANT["baseline"] if run is table.baseline else "", ""]
     if found := table.comparison(run):
-        beside = [
+        comparison = [
             difference(found.difference, (found.low, found.high)),
             p_value(found.p),
             p_value(found.p_holm),
         ]
-        beside += [_STANDING[table.standing(run)], number(found.detectable)]
+        comparison += [_SIGNIFICANT[table.significance(run)], number(found.detectable)]
     seconds = cost(run, "query_p50_s")
     time = MISSING if seconds is None else duration(seconds)
-    return [str(place), table.name(run), _queries(table, run), mean, *beside, time]
+    return [str(rank), table.name(run), _queries(table, run), mean, *comparison, time]
 
 
 def _queries(table: Leaderboard, run: Run) -> str:
-    """How many queries; of a sample, of how many and with which seed."""
+    """Return the number of queries; for a sample also the number of all queries and the seed."""
     n = defined(run, table.measure)
     if run.limit is None:
         return str(n)
@@ -157,20 +160,20 @@ def _legend(table: Leaderboard) -> str:
 
 
 def _marks(table: Leaderboard) -> list[Mark]:
-    """What figures show of the runs that have the main measure, best first."""
+    """Return the marks in figures of the runs that have the main metric, best first."""
     marks, most = [], max(asked(run) for run in table.runs)
     for run in table.runs:
         if (mean := run.means.get(table.measure)) is not None:
             low, high = run.intervals.get(table.measure) or (mean, mean)
             seconds = cost(run, "query_p50_s")
-            seconds = None if seconds is None else float(seconds)
+            query_s = math.nan if seconds is None else float(seconds)
             sample = asked(run) < most
-            marks.append(Mark(table.name(run), mean, low, high, table.standing(run), seconds, sample))
+            marks.append(Mark(table.name(run), mean, low, high, table.significance(run), query_s, sample))
     return marks
 
 
 def _notes(table: Leaderboard) -> list[str]:
-    """Sentences on what the figures cannot say."""
+    """Return the warnings of the runs, and the differences that are not significant."""
     notes = [*table.notes, *_partial(table)]
     said: dict[str, list[str]] = {}
     for run in table.runs:
@@ -179,9 +182,10 @@ def _notes(table: Leaderboard) -> list[str]:
     for warning, names in said.items():
         everywhere = len(names) == len(table.runs) and len(names) > 1
         notes.append(f"{'All runs' if everywhere else '; '.join(names)}: {warning}")
-    unclear = [run for run in table.runs if table.comparison(run) and table.standing(run) == "open"]
+    compared = [(run, found) for run in table.runs if (found := table.comparison(run))]
+    unclear = [(run, found) for run, found in compared if table.significance(run) == "open"]
     if unclear:
-        sizes = [f"{table.name(run)} ({_beside_detectable(table.comparison(run))})" for run in unclear]
+        sizes = [f"{table.name(run)} ({_beside_detectable(found)})" for run, found in unclear]
         notes.append(f"Not significantly different from {table.name(table.baseline)}: {'; '.join(sizes)}.")
     if len({json.dumps(run.statistics, sort_keys=True) for run in table.runs if run.statistics}) > 1:
         notes.append("The intervals of these runs were made with different settings of the statistics.")
@@ -194,7 +198,7 @@ def _beside_detectable(found: Comparison) -> str:
 
 
 def _partial(table: Leaderboard) -> Iterator[str]:
-    """Runs whose comparison rests on fewer queries than they, or the baseline, were measured on."""
+    """Yield warnings of comparisons on fewer queries than the run, or the baseline, was evaluated on."""
     alike: dict[tuple[int, float], list[str]] = {}
     for run in table.runs:
         if run is table.baseline:
@@ -216,7 +220,7 @@ def _partial(table: Leaderboard) -> Iterator[str]:
 
 
 def _all_measures(table: Leaderboard) -> Iterator[Block]:
-    """Every other measure of retrieval with its interval, and its difference to the baseline."""
+    """Yield the table of every other retrieval metric with its interval and its difference to the baseline."""
     measures = [name for name in table.comparisons if name != table.measure]
     if not measures:
         return
@@ -238,12 +242,12 @@ def _all_measures(table: Leaderboard) -> Iterator[Block]:
 def _marked(found: Comparison | None, measure: str, table: Leaderboard) -> str:
     if found is None:
         return ""
-    mark = {"better": " ▲", "worse": " ▼"}.get(standing(found, measure, table.options), "")
+    mark = {"better": " ▲", "worse": " ▼"}.get(significance(found, measure, table.options), "")
     return f"{difference(found.difference)}{mark}"
 
 
 def _answers(table: Leaderboard) -> Iterator[Block]:
-    """Measures of answers, one row for each system and condition."""
+    """Yield the table of answer metrics, one row for each system and condition."""
     names = dict.fromkeys(name for run in table.runs for name in run.means if "/" in name)
     measures = list(dict.fromkeys(name.partition("/")[2] for name in names))
     conditions = list(dict.fromkeys(name.partition("/")[0] for name in names))
@@ -260,36 +264,30 @@ def _answers(table: Leaderboard) -> Iterator[Block]:
         yield Table(["system", "passages shown", *named], rows)
 
 
-def _losses(table: Leaderboard, slug: str) -> Iterator[Block]:
-    """Where the answers lost quality, a figure and a table for each measure that was split."""
-    found = [(table.name(run), run.losses) for run in table.runs if run.losses]
-    for measure in dict.fromkeys(losses["measure"] for _, losses in found):
-        chosen = [(name, losses) for name, losses in found if losses["measure"] == measure]
-        bars = [
-            (
-                name,
-                float(losses["scores"].get("retrieved", 0)),
-                {c: float(x) for c, x in losses["losses"].items()},
-            )
-            for name, losses in chosen
-        ]
-        yield Heading(3, f"Where quality is lost: {measure}")
-        picture = plots.losses(bars, measure, max(float(losses["ceiling"]) for _, losses in chosen))
-        yield Picture(f"{slug}-losses-{_slug(measure)}.png", picture, f"{measure} reached and lost, by cause")
-        causes = list(dict.fromkeys(cause for _, losses in chosen for cause in losses["losses"]))
-        scores = list(dict.fromkeys(condition for _, losses in chosen for condition in losses["scores"]))
+def _error_breakdown(table: Leaderboard, slug: str) -> Iterator[Block]:
+    """Yield a figure and a table of the error breakdowns for each metric."""
+    found = [(table.name(run), run.error_breakdown) for run in table.runs if run.error_breakdown]
+    for measure in dict.fromkeys(parts["measure"] for _, parts in found):
+        chosen = [(name, parts) for name, parts in found if parts["measure"] == measure]
+        bars = [(name, parts["scores"].get("retrieved", 0.0), parts["errors"]) for name, parts in chosen]
+        yield Heading(3, f"Error breakdown: {measure}")
+        picture = plots.error_breakdown(bars, measure, max(parts["ceiling"] for _, parts in chosen))
+        name = f"{slug}-error-breakdown-{_slug(measure)}.png"
+        yield Picture(name, picture, f"{measure} reached and lost, by cause")
+        causes = list(dict.fromkeys(cause for _, parts in chosen for cause in parts["errors"]))
+        scores = list(dict.fromkeys(condition for _, parts in chosen for condition in parts["scores"]))
         rows = [
-            [name, str(losses["n"])]
-            + [number(losses["scores"].get(condition)) for condition in scores]
-            + [with_interval(losses["losses"].get(c), losses["intervals"].get(c)) for c in causes]
-            for name, losses in chosen
+            [name, str(parts["n"])]
+            + [number(parts["scores"].get(condition)) for condition in scores]
+            + [with_interval(parts["errors"].get(c), parts["intervals"].get(c)) for c in causes]
+            for name, parts in chosen
         ]
         header = [f"{measure}, {condition.replace('_', ' ')}" for condition in scores]
         yield Table(["system", "queries", *header, *(f"lost: {cause}" for cause in causes)], rows)
 
 
 def _tuning(table: Leaderboard) -> Iterator[Block]:
-    """What was tuned, how well it does on queries it never saw, and what choosing on all would have claimed."""
+    """Yield the tables of tuning: nested and naive figures, and the parameters chosen for each fold."""
     tuned = [(table.name(run), run.tuning) for run in table.runs if run.tuning]
     if not tuned:
         return
@@ -310,16 +308,16 @@ def _tuned(name: str, tuning: Mapping) -> list[str]:
 
 
 def _folds(name: str, tuning: Mapping) -> Iterator[list[str]]:
-    for place, fold in enumerate(tuning["folds"], 1):
+    for position, fold in enumerate(tuning["folds"], 1):
         scores = [number(fold["train"]), number(fold["test"]), str(fold["queries"])]
-        yield [name, str(place), _parameters(fold["parameters"]), *scores]
+        yield [name, str(position), _parameters(fold["parameters"]), *scores]
 
 
 def _parameters(values: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={setting(value)}" for name, value in values.items())
 
 
-# --- how it was measured
+# --- statistics
 
 
 def _method(table: Leaderboard) -> str:

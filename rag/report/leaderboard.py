@@ -1,7 +1,7 @@
-"""Where the runs on one dataset stand: sorted, named, and compared with one of them, the baseline.
+"""Leaderboards: the runs on one dataset, sorted, named, and compared with one of them, the baseline.
 
-Runs of different datasets never meet. Two runs are compared on the queries that both have, so a run on a sample
-of the queries is compared on its sample.
+Runs of different datasets are never compared. Two runs are compared on the queries that both have, so a run on a
+sample of the queries is compared on its sample.
 """
 
 import re
@@ -10,60 +10,64 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rag.evaluate import statistics
-from rag.evaluate.metrics.answers import lower_is_better
+from rag.evaluate.metrics import lower_is_better
 from rag.evaluate.statistics import Comparison, Statistics
-from rag.report.plots import Standing
+from rag.report.plots import Significance
 from rag.report.results import Run
 from rag.types import UserError
 
-_MAIN = "nDCG@10"  # the main measure where every run has it and none is named
-# One setting of a label: up to a space or comma that is in no quotes or brackets.
+_MAIN = "nDCG@10"  # the main metric where every run has it and none is named
+# One setting of a label: up to a space or comma outside quotes and brackets.
 _PART = re.compile(r"""(?:'[^']*'|"[^"]*"|\[[^\]]*\]|\{[^}]*\}|\([^)]*\)|[^\s,])+""")
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """The runs on one dataset, best first by the main measure."""
+    """The runs on one dataset, best first by the main metric, `measure`."""
 
     dataset: str
     runs: Sequence[Run]  # their labels all differ
     baseline: Run
     measure: str
     options: Statistics
-    names: Mapping[str, str]  # label -> what tells it from the other labels here
-    comparisons: Mapping[str, Mapping[str, Comparison]]  # measure -> label -> against the baseline
-    queries: int  # of the dataset, as far as the runs know it
+    names: Mapping[str, str]  # label -> the part in which it differs from the other labels here
+    comparisons: Mapping[str, Mapping[str, Comparison]]  # metric -> label -> with the baseline
+    queries: int  # of the dataset: the most that a run has
     notes: Sequence[str] = ()
 
     def name(self, run: Run) -> str:
-        """The run's label, as short as it can be here."""
+        """Return the run's label, as short as it can be here."""
         return self.names[run.label]
 
     def comparison(self, run: Run) -> Comparison | None:
-        """The run beside the baseline on the main measure; None for the baseline, or with nothing in common."""
+        """Return the comparison on the main metric; None for the baseline, and for a run with no query in common."""
         return self.comparisons[self.measure].get(run.label)
 
-    def standing(self, run: Run) -> Standing:
-        """Whether the run differs from the baseline on the main measure, after Holm's correction."""
+    def significance(self, run: Run) -> Significance:
+        """Return whether the run differs from the baseline on the main metric, after Holm's correction."""
         own = self.comparison(run)
-        return "baseline" if run is self.baseline else standing(own, self.measure, self.options)
+        return "baseline" if run is self.baseline else significance(own, self.measure, self.options)
 
 
-def standing(comparison: Comparison | None, measure: str, options: Statistics) -> Standing:
-    """ "better" or "worse" by a measure if the corrected p is below the level, otherwise "open"."""
+def significance(comparison: Comparison | None, measure: str, options: Statistics) -> Significance:
+    """Return "better" or "worse" by a metric if the corrected p is below the level, otherwise "open"."""
     if comparison is None or comparison.p_holm >= 1 - options.confidence:
         return "open"
     return "better" if (comparison.difference > 0) != lower_is_better(measure) else "worse"
 
 
-def standings(
+def leaderboards(
     runs: Sequence[Run], baseline: str | None = None, measure: str | None = None
 ) -> list[Leaderboard]:
-    """One Standings for each dataset, in the order met.
+    """Return one leaderboard for each dataset, in the order of the runs.
 
-    `baseline` is a run's label, folder, folder's name, or a part of exactly one label of a dataset; the first run
-    if None. `measure` is the main one; nDCG@10 if None and all have it, else the first that all have. Raises
-    UserError for a baseline that is none or several of the runs, and for a measure that a dataset lacks.
+    Args:
+        runs: The finished evaluations.
+        baseline: A run's label, folder, folder's name, or a part of exactly one label of a dataset; None: the first.
+        measure: The main metric; None: nDCG@10 if all runs have it, else the first that all have.
+
+    Raises:
+        UserError: for a baseline that is none or several of the runs, and for a metric that a dataset lacks.
     """
     if not runs:
         return []
@@ -73,13 +77,13 @@ def standings(
     names = [_names([run.label for run in group]) for group in groups.values()]
     chosen = _baselines(list(groups.values()), names, baseline)
     return [
-        _stand(title, group, base, measure, shown, [] if named else [_unnamed(baseline, base, shown)])
+        _leaderboard(title, group, base, measure, shown, [] if named else [_unnamed(baseline, base, shown)])
         for title, group, shown, (base, named) in zip(titles, groups.values(), names, chosen, strict=True)
     ]
 
 
 def _groups(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
-    """The runs by dataset, told by name and content; a sample belongs to the set of its name with its queries."""
+    """Return (name, fingerprint) of each dataset -> its runs; a sample belongs to the set that has its queries."""
     whole = {(run.dataset, run.fingerprint): _asked(run) for run in runs if run.limit is None}
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -95,11 +99,11 @@ def _asked(run: Run) -> set[str]:
     return {query for column in run.per_query.values() for query in column}
 
 
-def _unnamed(wanted: str, base: Run, names: Mapping[str, str]) -> str:
+def _unnamed(wanted: str | None, base: Run, names: Mapping[str, str]) -> str:
     return f'No run here is called "{wanted}": the first, {names[base.label]}, is the baseline instead.'
 
 
-def _stand(
+def _leaderboard(
     dataset: str,
     runs: Sequence[Run],
     baseline: Run,
@@ -127,32 +131,32 @@ def _stand(
 
 
 def _rank(value: float | None, measure: str) -> float:
-    """Sorts the best first, and what has no value last."""
+    """Return a sort key: the best first, a run without a value last."""
     if value is None:
         return float("inf")
     return value if lower_is_better(measure) else -value
 
 
 def asked(run: Run) -> int:
-    """How many of the dataset's queries the run was measured on."""
+    """Return how many of the dataset's queries the run was evaluated on."""
     return run.queries if run.limit is None else min(run.queries, run.limit)
 
 
 def defined(run: Run, measure: str) -> int:
-    """For how many queries the run has that measure."""
+    """Return for how many queries the run has a metric."""
     return sum(value is not None for value in run.per_query.get(measure, {}).values())
 
 
 def statistics_of(runs: Sequence[Run]) -> Statistics:
-    """The settings that the first run to have any was measured with, or the defaults."""
+    """Return the statistics options of the first run that has any, or the defaults."""
     found = next((run.statistics for run in runs if run.statistics), None)
     if found is None:
         return Statistics()
-    return Statistics(found["resamples"], float(found["confidence"]), seed=found["seed"])
+    return Statistics(int(found["resamples"]), float(found["confidence"]), seed=int(found["seed"]))
 
 
 def _measured(run: Run, options: Statistics) -> Run:
-    """A run given as per-query values alone, with the means, intervals and warnings that its metrics would have."""
+    """Add means, intervals and warnings to a run that was given as per-query values alone."""
     measures = list(run.per_query)
     queries = dict.fromkeys(query for column in run.per_query.values() for query in column)
     rows = {query: {name: run.per_query[name].get(query) for name in measures} for query in queries}
@@ -184,7 +188,7 @@ def _main_measure(runs: Sequence[Run], wanted: str | None) -> str:
 
 
 def _compared(runs: Sequence[Run], baseline: Run, measure: str, options: Statistics) -> dict[str, Comparison]:
-    """The runs that share a query with the baseline for which both have the measure."""
+    """Compare the runs that share a query with the baseline for which both have the metric."""
     base = baseline.per_query.get(measure, {})
     columns = {run.label: run.per_query.get(measure, {}) for run in runs if run is not baseline}
     comparable = {
@@ -196,19 +200,22 @@ def _compared(runs: Sequence[Run], baseline: Run, measure: str, options: Statist
 
 
 def common(run: Run, baseline: Run, measure: str) -> list[tuple[float, float]]:
-    """(the run's value, the baseline's) for each query that both have."""
+    """Return (the run's value, the baseline's) for each query that both have."""
     column = run.per_query.get(measure, {})
     pairs = [(column.get(query), value) for query, value in baseline.per_query.get(measure, {}).items()]
     return [(own, base) for own, base in pairs if own is not None and base is not None]
 
 
-# --- which run is meant
+# --- baseline and names
 
 
 def _baselines(
     groups: Sequence[Sequence[Run]], names: Sequence[Mapping[str, str]], wanted: str | None
 ) -> list[tuple[Run, bool]]:
-    """Each dataset's baseline, and whether it is what was asked for; one way of naming it holds for all."""
+    """Return each dataset's baseline, and whether `wanted` named it; otherwise it is the dataset's first run.
+
+    The first way of naming that finds a run in any dataset is used for all of them.
+    """
     if wanted is None:
         return [(group[0], True) for group in groups]
     path = Path(wanted).expanduser().resolve()
@@ -233,7 +240,7 @@ def _baselines(
 
 
 def _names(labels: Sequence[str]) -> dict[str, str]:
-    """Each label made short: only the settings that differ, by the last word of their keys, the first by none."""
+    """Shorten each label to the settings that differ, each with the last word of its key, the first without a key."""
     parts = [[part.partition("=") for part in _PART.findall(label)] for label in labels]
     if any(not sign for found in parts if len(found) > 1 for _, sign, _ in found):  # prose
         return {label: label for label in labels}

@@ -4,20 +4,22 @@
     markdown(blocks)          # refers to a.png, which belongs beside it
     html("Report", blocks)    # holds the picture itself, as a data URI; no script, nothing fetched
 
-Every text is plain: what looks like markup in it is escaped and shown as typed.
+Every text is plain: markup in it is escaped and shown as typed.
 """
 
 import base64
-import html as entities
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 @dataclass(frozen=True)
 class Heading:
-    """A title; level 1 is the page's own."""
+    """A heading; level 1 is the title of the page."""
 
     level: int
     text: str
@@ -25,21 +27,21 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """One paragraph of prose."""
+    """A paragraph of text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Bullets:
-    """A plain list of sentences."""
+    """A list of sentences."""
 
     items: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, as many in each as in `header`; the rows in `strong` stand out."""
+    """Rows of cells, as many in each as in `header`; the rows in `strong` are highlighted."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -53,7 +55,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG at twice the size it is shown in; `name` is its file's, `alt` says what it shows."""
+    """A PNG at twice the size at which it is shown; `name` is its file's, `alt` describes it."""
 
     name: str
     png: bytes
@@ -66,7 +68,7 @@ _NUMERIC = re.compile(r"(?:[-+<]?[0-9].*|n/a|)", re.S)
 
 
 def _numeric_columns(table: Table) -> list[bool]:
-    """Which columns hold figures (and gaps) only: they are aligned on the right."""
+    """Return which columns hold only numbers (and gaps): they are aligned on the right."""
     columns = list(zip(*table.rows, strict=True)) or [()] * len(table.header)
     return [any(column) and all(_NUMERIC.fullmatch(cell) for cell in column) for column in columns]
 
@@ -79,7 +81,7 @@ def _one_line(text: str) -> str:
 
 
 def markdown(blocks: Sequence[Block]) -> str:
-    """The page in GitHub's Markdown; pictures are referred to by name."""
+    """Return the page in GitHub's Markdown; pictures are referred to by name."""
     return "\n\n".join(_markdown_block(block) for block in blocks) + "\n"
 
 
@@ -107,103 +109,42 @@ def _markdown_table(table: Table) -> str:
 
 
 def _inline(text: str) -> str:
-    """Plain text in Markdown, not at a line's start: marks lose their meaning."""
+    """Escape plain text for Markdown, not at the start of a line."""
     text = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*|~$]|\](?=[(\[:]))", r"\\\1", text)
-    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # inside a word it marks nothing
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # inside a word it is not markup
 
 
 def _escaped(text: str) -> str:
-    """As _inline, also for the marks that count at a line's start: # - + = [ and 1. among them."""
+    """Escape plain text at the start of a line, where # - + = [ and 1. are markup too."""
     text = re.sub(r"^([0-9]+)(?=[.)](?: |$))", r"\1\\", _inline(text))
     return re.sub(r"^(?=[#=+\[-])", r"\\", text)
 
 
 # --- HTML
 
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1c2024; background: #fff;
-  margin: 0 auto; padding: 1.5rem 1.5rem 4rem; max-width: 84rem; }
-h1 { font-size: 1.8rem; line-height: 1.2; margin: .5rem 0 1rem; }
-h2 { font-size: 1.4rem; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 2px solid #d5dae0; }
-h3 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-p, ul { max-width: 60rem; }
-li { margin: .2rem 0; }
-nav { background: #f3f5f8; padding: .6rem 1rem; border-radius: 6px; }
-nav a { margin-right: 1.5rem; }
-a { color: #0b5c9e; }
-.wide { overflow-x: auto; margin: .75rem 0 1.25rem; }
-table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e3e7eb; }
-th { border-bottom: 2px solid #9aa5b1; vertical-align: bottom; background: #f8f9fb; }
-th.number, td.number { text-align: right; white-space: nowrap; }
-td:not(.number) { overflow-wrap: anywhere; min-width: 5rem; max-width: 34rem; }
-td:first-child:not(.number), td.number:first-child + td:not(.number) { min-width: 13rem; }
-tbody tr:nth-child(even) { background: #fafbfc; }
-tbody tr:hover { background: #eef4fa; }
-tr.strong td { font-weight: 650; background: #fff5e0; }
-img { display: block; max-width: 100%; height: auto; margin: .75rem 0 1.25rem; }
-@media print { body { max-width: none; padding: 0; } .wide { overflow: visible; } img { break-inside: avoid; } }
-"""
-
 
 def html(title: str, blocks: Sequence[Block]) -> str:
-    """The page as one HTML 5 document with nothing outside itself: style and pictures are in it."""
-    body = "\n".join(_html_blocks(blocks))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    """Return the page as one HTML 5 document that refers to nothing outside itself: style and pictures are in it."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
     )
+    environment.filters |= {
+        "kind": lambda block: type(block).__name__,
+        "one_line": _one_line,
+        "numeric_columns": _numeric_columns,
+        "shown_size": _shown_size,
+        "base64": lambda png: base64.b64encode(png).decode("ascii"),
+    }
+    return environment.get_template("page.html").render(title=title, blocks=blocks)
 
 
-def _html_blocks(blocks: Sequence[Block]) -> Iterator[str]:
-    for number, block in enumerate(blocks):
-        yield _html_block(block, number)
-        if isinstance(block, Heading) and block.level == 1:
-            yield _navigation(blocks)
-
-
-def _navigation(blocks: Sequence[Block]) -> str:
-    links = [
-        f'<a href="#s{number}">{_text(block.text)}</a>'
-        for number, block in enumerate(blocks)
-        if isinstance(block, Heading) and block.level == 2
-    ]
-    return f"<nav>{' '.join(links)}</nav>"
-
-
-def _html_block(block: Block, number: int) -> str:
-    match block:
-        case Heading(level, text):
-            return f'<h{level} id="s{number}">{_text(text)}</h{level}>'
-        case Paragraph(text):
-            return f"<p>{_text(text)}</p>"
-        case Bullets(items):
-            return "<ul>\n" + "\n".join(f"<li>{_text(item)}</li>" for item in items) + "\n</ul>"
-        case Table():
-            return _html_table(block)
-        case Picture(_, png, alt):
-            width, height = struct.unpack(">II", png[16:24])  # of the IHDR chunk, which is always the first
-            data = base64.b64encode(png).decode("ascii")
-            size = f'width="{width // 2}" height="{height // 2}"'
-            return f'<img {size} alt="{_text(alt)}" src="data:image/png;base64,{data}">'
-
-
-def _html_table(table: Table) -> str:
-    kinds = [' class="number"' if numeric else "" for numeric in _numeric_columns(table)]
-    head = "".join(
-        f'<th scope="col"{kind}>{_text(cell)}</th>' for kind, cell in zip(kinds, table.header, strict=True)
-    )
-    lines = []
-    for number, row in enumerate(table.rows):
-        cells = "".join(f"<td{kind}>{_text(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
-        kind = ' class="strong"' if number in table.strong else ""
-        lines.append(f"<tr{kind}>{cells}</tr>")
-    rows = "\n".join(lines)
-    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>'
-
-
-def _text(text: str) -> str:
-    return entities.escape(_one_line(text))
+def _shown_size(png: bytes) -> tuple[int, int]:
+    """Return the width and height at which a picture is shown, half of its pixels."""
+    width, height = struct.unpack(">II", png[16:24])  # of the IHDR chunk, which is always the first
+    return width // 2, height // 2

@@ -1,7 +1,7 @@
-"""The report's figures, drawn with matplotlib's objects (no pyplot, so no state is left behind) into PNG bytes.
+"""Draw the report's figures as PNG bytes, with matplotlib's objects (no pyplot, which has global state).
 
-Colours are Okabe and Ito's (2008), told apart by colour-blind readers, and never carry a meaning alone: shapes,
-positions and words repeat it. Pictures have twice the pixels that they are shown in.
+Colours are Okabe and Ito's (2008), which colour-blind readers can distinguish; shapes, positions or words always
+repeat what a colour means. Pictures have twice the pixels at which they are shown.
 """
 
 import io
@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -23,19 +23,19 @@ from matplotlib.transforms import Bbox
 from rag.evaluate.statistics import Comparison
 from rag.report.numbers import duration, shortened
 
-Standing = Literal["baseline", "better", "worse", "open"]  # open: no significant difference
+Significance = Literal["baseline", "better", "worse", "open"]  # open: no significant difference
 
 _BLUE, _ORANGE, _GREEN, _VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 _SKY, _PURPLE, _YELLOW, _GREY, _INK = "#56B4E9", "#CC79A7", "#F0E442", "#7A828A", "#1c2024"
-_LOOK: Mapping[Standing, tuple[str, str, str]] = {  # colour, marker, what it means
+_LOOK: Mapping[Significance, tuple[str, str, str]] = {  # colour, marker, legend
     "baseline": (_INK, "D", "baseline"),
     "better": (_BLUE, "^", "significantly better than the baseline"),
     "worse": (_VERMILION, "v", "significantly worse"),
     "open": (_GREY, "o", "no significant difference"),
 }
-_PARTS = (_SKY, _ORANGE, _PURPLE, _VERMILION, _YELLOW, _GREY)  # of a loss, in the order given
-PALETTE = (_BLUE, _VERMILION, _GREEN, _ORANGE, _PURPLE, _SKY)  # of series that mean nothing by their colour
-_STYLE = {
+_CAUSES = (_SKY, _ORANGE, _PURPLE, _VERMILION, _YELLOW, _GREY)  # of errors, in the order given
+PALETTE = (_BLUE, _VERMILION, _GREEN, _ORANGE, _PURPLE, _SKY)  # of series in any order
+_STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a label's $ is a $
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -56,24 +56,24 @@ _ANGLES, _RINGS, _FURTHER = (
     12,
     9,
     0.15,
-)  # where a point's label may stand, and what each ring further off costs
+)  # positions of a point's label, and the cost of each ring further away
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One system's mean of the main measure with its interval, and the median seconds of a query, if known."""
+    """One system's mean of the main metric with its interval, and the median seconds of a query (NaN: not timed)."""
 
     label: str
     mean: float
     low: float
     high: float
-    standing: Standing
-    query_s: float | None = None
-    sample: bool = False  # measured on fewer queries than others: its mean does not compare by itself
+    significance: Significance
+    query_s: float = math.nan
+    sample: bool = False  # evaluated on fewer queries than others: its mean is not comparable by itself
 
 
 def png(height: float, draw: Callable[[Figure], None], width: float = _WIDTH) -> bytes:
-    """What `draw` puts on a figure of that height in inches."""
+    """Return what `draw` draws on a figure of this height and width in inches."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
         FigureCanvasAgg(figure)
@@ -84,7 +84,7 @@ def png(height: float, draw: Callable[[Figure], None], width: float = _WIDTH) ->
 
 
 def _names(axes: Axes, labels: Sequence[str]) -> None:
-    """One row for each label, the first on top."""
+    """Label the rows of the y axis, the first at the top."""
     axes.set_yticks(range(len(labels)), [shortened(label, _LONGEST) for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -92,21 +92,21 @@ def _names(axes: Axes, labels: Sequence[str]) -> None:
 
 
 def forest(marks: Sequence[Mark], measure: str, confidence: float) -> bytes:
-    """Each system's mean and interval on one axis, in the order given: PNG bytes."""
+    """Draw each system's mean and interval on one axis, in the order given: a forest plot, as PNG bytes."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for standing, (colour, marker, meaning) in _LOOK.items():
-            chosen = [(row, mark) for row, mark in enumerate(marks) if mark.standing == standing]
+        for significance, (colour, marker, legend) in _LOOK.items():
+            chosen = [(row, mark) for row, mark in enumerate(marks) if mark.significance == significance]
             if not chosen:
                 continue
             for row, mark in chosen:
                 axes.plot([mark.low, mark.high], [row, row], color=colour, lw=2.2, solid_capstyle="butt")
                 _point(axes, mark.mean, row, marker, colour, mark.sample)
-            axes.plot([], [], marker, color=colour, label=meaning)
+            axes.plot([], [], marker, color=colour, label=legend)
         _sample_legend(axes, marks)
         for mark in marks:
-            if mark.standing == "baseline":
+            if mark.significance == "baseline":
                 axes.axvline(mark.mean, color=_INK, lw=0.9, ls=(0, (4, 3)), zorder=1)
         _names(axes, [mark.label for mark in marks])
         axes.set_xlabel(f"{measure}, mean and {confidence:.0%} interval")
@@ -131,10 +131,10 @@ def _sample_legend(axes: Axes, marks: Sequence[Mark]) -> None:
 
 
 def front(marks: Sequence[Mark], *, lower: bool = False) -> list[int]:
-    """Positions of the marks that no other beats: none is as fast and better, or as good and faster.
+    """Return the positions of the marks on the Pareto front: no other is as fast and better, or as good and faster.
 
-    Better is higher, or with `lower` lower. Means over different queries do not compare, so a mark on a sample neither
-    beats another nor counts.
+    Better is higher, or with `lower` lower. Means over different queries are not comparable, so marks on a sample are
+    left out.
     """
     whole, sign = [mark for mark in marks if not mark.sample], -1 if lower else 1
 
@@ -150,7 +150,10 @@ def front(marks: Sequence[Mark], *, lower: bool = False) -> list[int]:
 
 
 def pareto(marks: Sequence[Mark], measure: str, confidence: float, *, lower: bool = False) -> bytes:
-    """Mean measure (better when higher, or `lower`) against the median seconds of a query, of every mark: PNG bytes."""
+    """Draw the mean metric (better when higher, or `lower`) against the median seconds of a query, as PNG bytes.
+
+    Every mark has its `query_s`.
+    """
     best = set(front(marks, lower=lower))
 
     def draw(figure: Figure) -> None:
@@ -160,7 +163,7 @@ def pareto(marks: Sequence[Mark], measure: str, confidence: float, *, lower: boo
         for position, mark in enumerate(marks):
             colour = _GREEN if position in best else _GREY
             axes.plot([mark.query_s] * 2, [mark.low, mark.high], color=colour, lw=1.2, alpha=0.55, zorder=1)
-            shape = "D" if mark.standing == "baseline" else "o"
+            shape = "D" if mark.significance == "baseline" else "o"
             _point(axes, mark.query_s, mark.mean, shape, colour, mark.sample)
         axes.set_xscale("log")
         _log_seconds(axes, [mark.query_s for mark in marks])
@@ -177,7 +180,7 @@ def pareto(marks: Sequence[Mark], measure: str, confidence: float, *, lower: boo
 
 
 def _log_seconds(axes: Axes, seconds: Sequence[float]) -> None:
-    """Limits with room for labels on both sides, and ticks in words: 10 ms, 1 s."""
+    """Set limits with room for labels on both sides, and ticks with units: 10 ms, 1 s."""
     low, high = math.log10(min(seconds)), math.log10(max(seconds))
     margin = max(0.35, 0.12 * (high - low))
     axes.set_xlim(10 ** (low - margin), 10 ** (high + margin))
@@ -188,9 +191,9 @@ def _log_seconds(axes: Axes, seconds: Sequence[float]) -> None:
 
 
 def _label_points(figure: Figure, axes: Axes, marks: Sequence[Mark], line: Sequence[tuple]) -> None:
-    """Put each label where it hides least: beside its point, or further off with a line to it, the best first.
+    """Draw each label where it hides least: next to its point, or further away with a line to it, the best first.
 
-    `line` is the corners of the Pareto front in the order drawn.
+    `line` has the corners of the Pareto front in the order drawn.
     """
     figure.draw_without_rendering()  # settles the layout
     figure.set_layout_engine("none")  # and keeps it
@@ -212,7 +215,7 @@ def _label_points(figure: Figure, axes: Axes, marks: Sequence[Mark], line: Seque
             _spot(points[position], box, angle, away) for away in range(_RINGS) for angle in range(_ANGLES)
         ]
         hidden = [_hidden(spot, taken, strokes, inside) for spot in spots]
-        costs = [cost + _FURTHER * (place // _ANGLES) for place, cost in enumerate(hidden)]
+        costs = [cost + _FURTHER * (position // _ANGLES) for position, cost in enumerate(hidden)]
         spot = spots[chosen := int(np.argmin(costs))]
         text.set_position((spot.x0, spot.y0 - box.y0 + points[position][1]))
         taken.append(spot)
@@ -221,7 +224,7 @@ def _label_points(figure: Figure, axes: Axes, marks: Sequence[Mark], line: Seque
 
 
 def _spot(point: np.ndarray, box: Bbox, angle: int, away: int) -> Bbox:
-    """A label's box in one of the directions from its point: right first, then turning away to both sides."""
+    """Return a label's box in one of the directions from its point: right first, then turning to both sides."""
     turn = (angle + 1) // 2 * (1 if angle % 2 else -1) * math.tau / _ANGLES
     reach = (9 + 11 * away) * _DPI / 72
     x = point[0] + reach * math.cos(turn) + (math.cos(turn) - 1) / 2 * box.width
@@ -230,7 +233,7 @@ def _spot(point: np.ndarray, box: Bbox, angle: int, away: int) -> Bbox:
 
 
 def _hidden(spot: Bbox, taken: Sequence[Bbox], strokes: Sequence[Bbox], inside: Bbox) -> float:
-    """How much a label there would hide: other labels and points most, then lines; never outside the axes."""
+    """Return the cost of what a label there would hide: labels and points most, then lines; never outside the axes."""
     if not (inside.x0 <= spot.x0 and spot.x1 <= inside.x1 and inside.y0 <= spot.y0 and spot.y1 <= inside.y1):
         return 1000.0
     return 10.0 * spot.count_overlaps(taken) + 0.6 * spot.count_overlaps(strokes)
@@ -239,10 +242,12 @@ def _hidden(spot: Bbox, taken: Sequence[Bbox], strokes: Sequence[Bbox], inside: 
 def _leader(axes: Axes, point: np.ndarray, spot: Bbox) -> None:
     end = (float(np.clip(point[0], spot.x0, spot.x1)), float(np.clip(point[1], spot.y0, spot.y1)))
     line = {"arrowstyle": "-", "color": _GREY, "lw": 0.7, "shrinkA": 0, "shrinkB": 4}
-    axes.annotate("", point, end, xycoords="figure pixels", textcoords="figure pixels", arrowprops=line)
+    axes.annotate(
+        "", (point[0], point[1]), end, xycoords="figure pixels", textcoords="figure pixels", arrowprops=line
+    )
 
 
-# --- query by query, and where quality is lost
+# --- query by query, and the error breakdown
 
 
 def win_loss(
@@ -252,9 +257,9 @@ def win_loss(
     *,
     lower: bool = False,
 ) -> bytes:
-    """A small panel for each system: its differences to the baseline on common queries, sorted: PNG bytes.
+    """Draw a small panel for each system: its sorted differences to the baseline on common queries, as PNG bytes.
 
-    Higher is won; with `lower` the other way round, and the differences are drawn with the other sign.
+    A query with a higher value is won; with `lower` it is lost, and the differences are drawn with the opposite sign.
     """
     if lower:
         panels = {
@@ -291,16 +296,18 @@ def _panel(axes: Axes, label: str, values: np.ndarray, found: Comparison) -> Non
     axes.set_xticks([])
     axes.grid(axis="x", visible=False)
     axes.set_title(shortened(label, 30), fontsize=8.5, pad=4)
-    note = {"fontsize": 8, "transform": axes.transAxes}
+    note: dict[str, Any] = {"fontsize": 8, "transform": axes.transAxes}
     axes.text(0.98, 0.96, f"{found.wins} won", color=_BLUE, ha="right", va="top", **note)
     axes.text(0.5, 0.96, f"{found.ties} same", color=_GREY, ha="center", va="top", **note)
     axes.text(0.02, 0.04, f"{found.losses} lost", color=_VERMILION, ha="left", va="bottom", **note)
 
 
-def losses(rows: Sequence[tuple[str, float, Mapping[str, float]]], measure: str, ceiling: float) -> bytes:
-    """One stacked bar for each (label, score, loss by cause): they add up to the ceiling: PNG bytes.
+def error_breakdown(
+    rows: Sequence[tuple[str, float, Mapping[str, float]]], measure: str, ceiling: float
+) -> bytes:
+    """Draw one stacked bar for each (label, score, error by cause), which add up to the ceiling, as PNG bytes.
 
-    A cause that helped is a negative loss: it stands left of zero, and the bar ends that much beyond the ceiling.
+    A cause that helped is negative: it is drawn left of zero, and the bar ends that much beyond the ceiling.
     """
     causes = list(dict.fromkeys(cause for _, _, parts in rows for cause in parts))
 
@@ -310,7 +317,7 @@ def losses(rows: Sequence[tuple[str, float, Mapping[str, float]]], measure: str,
         series = [(f"{measure} reached", _BLUE, [score for _, score, _ in rows])]
         for number, cause in enumerate(causes):
             amounts = [parts.get(cause, 0.0) for _, _, parts in rows]
-            series.append((f"lost: {cause}", _PARTS[number % len(_PARTS)], amounts))
+            series.append((f"lost: {cause}", _CAUSES[number % len(_CAUSES)], amounts))
         for name, colour, amounts in series:
             widths = np.asarray(amounts, float)
             start = np.where(widths >= 0, right, left)

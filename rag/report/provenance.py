@@ -1,4 +1,4 @@
-"""What each row of a report is, what it cost, and on what it ran: from the runs' ledgers and configurations."""
+"""The settings of each row of a report, its costs, and the machine it ran on."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -7,11 +7,11 @@ from rag.report.numbers import LONGEST, MISSING, byte_size, duration, plain, rat
 from rag.report.page import Block, Heading, Paragraph, Table
 from rag.report.results import Run
 
-_NOISE = {"path", "dir", "output", "runs"}  # last words of settings that say where, not what
-_MOMENTARY = {"load_average", "peak_memory_bytes"}  # of an environment: the ledger tells what matters of it
-_USUAL = 0.7  # of the rows: a setting that more of them have is a column of its own
+_PATHS = {"path", "dir", "output", "runs"}  # last words of settings that are paths and change no result
+_MOMENTARY = {"load_average", "peak_memory_bytes"}  # of an environment: they change from moment to moment
+_USUAL = 0.7  # share of the rows: a setting that more of them have is a column
 _WIDEST = 6  # such columns
-_MOST = 3  # different values of one thing in the environment that are all told
+_MOST = 3  # different values of one property of the environment that are all listed
 _COSTS = {
     "index build": ("index_build_s", duration),
     "index size": ("index_bytes", byte_size),
@@ -26,8 +26,8 @@ _COSTS = {
 
 
 def costs(table: Leaderboard) -> Iterator[Block]:
-    """What each run cost, from its ledger; columns that no run can fill are left out."""
-    counted = [run for run in table.runs if run.ledger]
+    """Yield the table of costs; columns that no run can fill are left out."""
+    counted = [run for run in table.runs if run.costs]
     columns = {
         title: [MISSING if (x := cost(run, key)) is None else shown(x) for run in counted]
         for title, (key, shown) in _COSTS.items()
@@ -37,34 +37,34 @@ def costs(table: Leaderboard) -> Iterator[Block]:
         return
     reused = [_reused(run) for run in counted]
     rows = [
-        [table.name(run), *cells, kept]
-        for run, kept, *cells in zip(counted, reused, *columns.values(), strict=True)
+        [table.name(run), *cells, cached]
+        for run, cached, *cells in zip(counted, reused, *columns.values(), strict=True)
     ]
     yield Heading(3, "Cost")
-    yield Table(["system", *columns, "kept from earlier runs"], rows)
+    yield Table(["system", *columns, "cached from earlier runs"], rows)
 
 
 def cost(run: Run, key: str) -> float | int | None:
-    """A figure of the run's ledger; None where it has none."""
-    value = (run.ledger or {}).get(key)
+    """Return a figure of the run's costs; None where it has none."""
+    value = (run.costs or {}).get(key)
     return value if isinstance(value, float | int) and not isinstance(value, bool) else None
 
 
 def _reused(run: Run) -> str:
-    stages = run.ledger["stages"].items()
+    stages = (run.costs or {})["stages"].items()
     return ", ".join(f"{name} {s['reused']:,} of {s['items']:,}" for name, s in stages if s["reused"])
 
 
-# --- what each row is
+# --- settings
 
 
-def separating(table: Leaderboard) -> Iterator[Block]:
-    """The settings that not all rows share: a column for each that most rows have, the rest in words."""
-    settings = [_telling(run.settings) for run in table.runs]
+def differing_settings(table: Leaderboard) -> Iterator[Block]:
+    """Yield the table of settings that differ: a column for each that most rows have, one for all others."""
+    settings = [_without_paths(run.settings) for run in table.runs]
     known = [row for row in settings if row]
     if not known:
         return
-    yield Heading(3, "What separates the rows")
+    yield Heading(3, "Settings that differ")
     keys = dict.fromkeys(key for row in known for key in row)
     differing = [key for key in keys if len({row.get(key) for row in known}) > 1]
     if not differing:
@@ -81,17 +81,17 @@ def separating(table: Leaderboard) -> Iterator[Block]:
     yield Table(["#", "label", *usual, *(["its other settings"] if own else [])], rows)
 
 
-def _telling(settings: Mapping[str, object]) -> dict[str, str]:
-    """Settings as text by name, without those that say where things lie."""
+def _without_paths(settings: Mapping[str, object]) -> dict[str, str]:
+    """Return settings as text by name, without paths."""
     return {
         key: plain(value)
         for key, value in settings.items()
-        if key.rpartition(".")[2] not in _NOISE and not key.startswith("hydra.")
+        if key.rpartition(".")[2] not in _PATHS and not key.startswith("hydra.")
     }
 
 
 def _shown(key: str, values: Sequence[str | None]) -> list[str]:
-    """The values of one setting, made short where that leaves them different; "" for a row without it."""
+    """Return the values of one setting, shortened where they stay different; "" for a row without it."""
     texts = [None if value is None else " ".join(value.split()) or '""' for value in values]
     short = [
         text and (text.rpartition(".")[2] if key.endswith("_target_") else shortened(text, LONGEST))
@@ -100,14 +100,14 @@ def _shown(key: str, values: Sequence[str | None]) -> list[str]:
     return [text or "" for text in (short if len(set(short)) == len(set(texts)) else texts)]
 
 
-# --- on what it ran
+# --- environment
 
 
 def environment(runs: Sequence[Run]) -> Iterator[Block]:
-    """What the runs' ledgers say they ran on; where they differ, every value."""
+    """Yield the table of the machines that the runs' costs record; where they differ, every value."""
     found: dict[str, set[str]] = {}
     for run in runs:
-        for name, value in (run.ledger or {}).get("environment", {}).items():
+        for name, value in (run.costs or {}).get("environment", {}).items():
             if name not in _MOMENTARY:
                 found.setdefault(name, set()).add(_plain(value))
     if found:

@@ -1,8 +1,8 @@
-"""Result folders of evaluations, read back and checked: what a report is made of.
+"""Read and check the result folders of evaluations.
 
-A folder holds metrics.json (or failure.json) and, beside it, per_query.jsonl; config.yaml, losses.json,
-tuning.json and costs.json when the evaluation had something to say there. Whatever does not read as that is
-named in one sentence: a report over half-read results would be worse than none.
+A folder holds metrics.json and per_query.jsonl, or failure.json; and where the evaluation wrote them config.yaml,
+error_breakdown.json, tuning.json and costs.json. A file that does not fit its schema is an error that names it: a
+report over half of the results would be worse than none.
 """
 
 import os
@@ -15,7 +15,9 @@ from rag.evaluate import result_files as files
 from rag.runtime.records import Record, fitted_record, parse_yaml, parsed_json, read_record, reason
 from rag.types import UserError
 
-PerQuery = Mapping[str, Mapping[str, float | None]]  # measure -> query id -> value; None: not defined there
+PerQuery = Mapping[str, Mapping[str, float | None]]  # metric -> query id -> value; None: not defined there
+
+_FORMER_NAMES = ("ledger.json", "losses.json")  # of costs.json and error_breakdown.json
 
 
 @dataclass(frozen=True)
@@ -23,22 +25,22 @@ class Run:
     """One finished evaluation: a row of the report."""
 
     label: str
-    folder: Path  # where it was read; the file itself for one given by hand without metrics
+    folder: Path  # where it is; the file itself for per-query values given without metrics
     per_query: PerQuery
     dataset: str = "queries given by hand"
-    fingerprint: str = ""
-    queries: int = 0  # in the dataset, as the evaluation says
+    fingerprint: str = ""  # of the dataset
+    queries: int = 0  # of the dataset
     limit: int | None = None  # a seeded sample of so many queries
     seed: int | None = None  # the sample's
     key: str = ""  # content key of the whole evaluation; "" when unknown
     means: Mapping[str, float | None] = field(default_factory=dict)
-    intervals: Mapping[str, Sequence[float] | None] = field(default_factory=dict)  # measure -> [low, high]
+    intervals: Mapping[str, Sequence[float] | None] = field(default_factory=dict)  # metric -> [low, high]
     statistics: Mapping[str, float | int] = field(default_factory=dict)  # confidence, resamples, seed
     warnings: Sequence[str] = ()
-    losses: Mapping | None = None
+    error_breakdown: Mapping | None = None
     tuning: Mapping | None = None
-    ledger: Mapping | None = None
-    settings: Mapping[str, object] = field(default_factory=dict)  # the configuration, with dotted names
+    costs: Mapping | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)  # of the configuration, by dotted names
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,25 @@ class Failure:
 
 
 def read(paths: Sequence[Path]) -> tuple[list[Run], list[Failure]]:
-    """All results at and below `paths`, in the natural order of their names; the same folder only once.
+    """Read all results at and below `paths`, in the natural order of their names, each folder once.
 
-    A path is a folder, or by hand one file: metrics.json, failure.json, or per-query values on their own.
-    Raises UserError for a path without results, and for a file that is not what its name says.
+    Args:
+        paths: Folders, or files: metrics.json, failure.json, or per-query values on their own.
+
+    Returns:
+        The finished evaluations, each once and with labels that differ, and the failed ones.
+
+    Raises:
+        UserError: for a path without results, and for a file that does not fit its schema.
     """
-    places = list(dict.fromkeys(place for path in paths for place in _places(path)))
-    results = [_read(place) for place in places]
+    sources = list(dict.fromkeys(source for path in paths for source in _sources(path)))
+    results = [_read(source) for source in sources]
     runs = [result for result in results if isinstance(result, Run)]
-    return _unlike(runs), [result for result in results if isinstance(result, Failure)]
+    return _unique(runs), [result for result in results if isinstance(result, Failure)]
 
 
-def _places(path: Path) -> list[Path]:
-    """The result folders at and below a folder; for a file the folder it is part of, or itself."""
+def _sources(path: Path) -> list[Path]:
+    """Return the result folders at and below a folder; for a file the folder it is part of, or the file."""
     if path.is_file():
         whole = path.name in ("metrics.json", "failure.json") or (
             path.name == "per_query.jsonl" and (path.parent / "metrics.json").exists()
@@ -78,25 +86,25 @@ def _places(path: Path) -> list[Path]:
 
 
 def _natural(path: Path) -> list[list[tuple[int, int, str]]]:
-    """Sorts job 2 before job 10."""
+    """Return a sort key that puts job 2 before job 10."""
     return [
         [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in re.split(r"([0-9]+)", part)]
         for part in path.parts
     ]
 
 
-def _unlike(runs: Sequence[Run]) -> list[Run]:
-    """Without the repetitions of one evaluation, which its key tells; labels made different with the folder."""
+def _unique(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs without repetitions of one cache key, and add the folder to labels that are equal."""
     first: dict[str, Run] = {}
     for run in runs:
         first.setdefault(run.key or str(run.folder), run)
     alike: dict[tuple[str, str, str], list[Run]] = {}
     for run in first.values():
         alike.setdefault((run.dataset, run.fingerprint, run.label), []).append(run)
-    return [_told_apart(run, alike[run.dataset, run.fingerprint, run.label]) for run in first.values()]
+    return [_relabelled(run, alike[run.dataset, run.fingerprint, run.label]) for run in first.values()]
 
 
-def _told_apart(run: Run, alike: Sequence[Run]) -> Run:
+def _relabelled(run: Run, alike: Sequence[Run]) -> Run:
     if len(alike) == 1:
         return run
     shared = os.path.commonpath([other.folder for other in alike])
@@ -106,18 +114,21 @@ def _told_apart(run: Run, alike: Sequence[Run]) -> Run:
 # --- reading
 
 
-def _read(place: Path) -> Run | Failure:
-    if place.is_file():
-        name = place.parent.name if place.name == "per_query.jsonl" else place.stem
-        return Run(label=name, folder=place, per_query=_per_query(place))
-    if not (place / "metrics.json").exists():
-        failed = read_record(place / "failure.json", files.Failed, files.REMEDY)
-        return Failure(label=failed.label, folder=place, error=failed.error)
-    metrics = read_record(place / "metrics.json", files.Metrics, files.REMEDY)
+def _read(source: Path) -> Run | Failure:
+    if source.is_file():
+        name = source.parent.name if source.name == "per_query.jsonl" else source.stem
+        return Run(label=name, folder=source, per_query=_per_query(source))
+    if not (source / "metrics.json").exists():
+        failed = read_record(source / "failure.json", files.FailureRecord, files.REMEDY)
+        return Failure(label=failed.label, folder=source, error=failed.error)
+    for name in _FORMER_NAMES:
+        if (source / name).exists():
+            raise UserError(f"{source / name} was written by an earlier version: {files.REMEDY}.")
+    metrics = read_record(source / "metrics.json", files.Metrics, files.REMEDY)
     dataset = metrics.dataset
     return Run(
         label=metrics.label,
-        folder=place,
+        folder=source,
         key=metrics.key,
         dataset=dataset.name,
         fingerprint=dataset.fingerprint,
@@ -128,11 +139,11 @@ def _read(place: Path) -> Run | Failure:
         intervals={name: pair for name, pair in metrics.intervals.items() if pair},
         statistics=metrics.statistics.model_dump(),
         warnings=tuple(metrics.warnings),
-        per_query=_per_query(place / "per_query.jsonl"),
-        losses=_if_there(place / "losses.json", files.ErrorBreakdown),
-        tuning=_if_there(place / "tuning.json", files.TuningRecord),
-        ledger=_if_there(place / "costs.json", files.Costs),
-        settings=_settings(place / "config.yaml"),
+        per_query=_per_query(source / "per_query.jsonl"),
+        error_breakdown=_if_there(source / "error_breakdown.json", files.ErrorBreakdown),
+        tuning=_if_there(source / "tuning.json", files.TuningRecord),
+        costs=_if_there(source / "costs.json", files.Costs),
+        settings=_settings(source / "config.yaml"),
     )
 
 
@@ -141,7 +152,7 @@ def _if_there(path: Path, schema: type[Record]) -> dict | None:
 
 
 def _text(path: Path) -> str:
-    """The file's text. Raises UserError when it cannot be read, or holds nothing."""
+    """Return the file's text. Raise UserError when it cannot be read or is empty."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -154,7 +165,7 @@ def _text(path: Path) -> str:
 
 
 def _per_query(path: Path) -> dict[str, dict[str, float | None]]:
-    """Measure -> query id -> value, in the file's order. Raises UserError for a line that is not that."""
+    """Return metric -> query id -> value, in the file's order. Raise UserError for a line that does not fit."""
     columns: dict[str, dict[str, float | None]] = {}
     seen: set[str] = set()
     for number, line in enumerate(_text(path).split("\n"), 1):
@@ -165,7 +176,7 @@ def _per_query(path: Path) -> dict[str, dict[str, float | None]]:
         if row.query in seen:
             raise UserError(f"{where} gives query {row.query!r} a second time.")
         seen.add(row.query)
-        for measure, value in row.model_extra.items():
+        for measure, value in (row.model_extra or {}).items():
             columns.setdefault(measure, {})[row.query] = value
     if not columns:
         raise UserError(f"{path} names no measure: give a file of per-query values.")
@@ -176,7 +187,7 @@ def _per_query(path: Path) -> dict[str, dict[str, float | None]]:
 
 
 def _settings(path: Path) -> dict[str, object]:
-    """A configuration's leaves under dotted names; lists are leaves. Raises UserError for what is no YAML."""
+    """Return a configuration's leaves under dotted names; a list is a leaf. Raise UserError for a file not in YAML."""
     if not path.exists():
         return {}
     try:

@@ -1,23 +1,25 @@
-"""Retrieval: a question in, ranked hits out. The protocol of a retriever."""
+"""Retrieval: questions in, ranked hits out. This is the protocol of a retriever."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+from rag.retrieve.collection import Collection
 from rag.types import Hit
-
-if TYPE_CHECKING:
-    from rag.retrieve.collection import Collection
 
 
 @runtime_checkable
 class Retriever(Protocol):
-    """A frozen dataclass that finds passages for questions."""
+    """A frozen dataclass that finds passages for questions.
+
+    It may have `lowest`, the lowest score that it can give, for fusion.theoretical_min_max, and `inner(k)`, the methods
+    and depths that it searches for the same questions, for the plan of an evaluation.
+    """
 
     @property
     def uses(self) -> tuple[str, ...]:
-        """Which of "embedder" and "generator" the results depend on, beside the passages."""
+        """Return which of "embedder" and "generator" the results depend on, beside the passages."""
         ...
 
-    def search(self, collection: "Collection", questions: Sequence[str], k: int) -> list[list[Hit]]:
-        """At most k hits for each question, best first, ties to the passage that was ingested first."""
+    def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
+        """Return at most k hits for each question, best first; the passage that was ingested first wins a tie."""
         ...

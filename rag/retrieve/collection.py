@@ -1,7 +1,7 @@
-"""What retrieval methods search: passages with their vectors, postings and models, each made when first needed.
+"""The collection that retrieval methods search: chunks with their vectors, postings and models.
 
-A method is a frozen dataclass of options, so that its fields are its meaning: it can be compared, hashed into a key
-and written in YAML. All that is large or loaded lives here instead, and is shared by the methods that use it.
+A method is a frozen dataclass of options, so that it can be compared, made into a cache key and written in YAML. All
+that is large is here, made when it is first needed and shared by the methods that use it. N is the number of chunks.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,9 +21,6 @@ from rag.index.lexical.analyzer import Analyzer
 from rag.index.lexical.postings import LexicalIndex
 from rag.index.memory import MemoryIndex
 from rag.index.store import Index
-from rag.retrieve import Retriever
-from rag.retrieve.rerank import Reranker
-from rag.retrieve.transform import Transform
 from rag.runtime.cache_key import content_key
 from rag.runtime.clock import Clock
 from rag.runtime.import_closure import code_version
@@ -32,7 +29,14 @@ from rag.types import Chunk, Hit
 
 
 class Collection:
-    """Passages and the models that methods may use; results are kept on disk where there is a memo."""
+    """An index and the models that methods may use; with a memo the methods' results are cached on disk.
+
+    Args:
+        index: the chunks and their vectors.
+        embedder: the one that made the vectors of the index.
+        generator: returns the language model; called when a method first needs it.
+        memo: where results are cached; None computes everything.
+    """
 
     def __init__(
         self,
@@ -41,32 +45,31 @@ class Collection:
         generator: Callable[[], Generator] | None = None,
         memo: Memo | None = None,
     ):
-        """`embedder` is the one that made the index's vectors; `generator` is called when a method first needs one."""
         self.index, self.embedder, self._generator, self.memo = index, embedder, generator, memo
         self._dense: dict[VectorSearch, VectorIndex] = {}
         self._lexical: dict[Analyzer, LexicalIndex] = {}
-        self._row_of: dict[str, int] = {}  # of the chunks that were handed out
-        self.build_s = 0.0  # seconds spent on making vectors and postings ready to be searched
+        self.build_s = 0.0  # seconds spent on building vector indexes and postings
 
     def fresh(self) -> "Collection":
-        """The same passages and models with nothing kept and no index built: for measuring what a search costs."""
+        """Return a collection of the same index and models with nothing cached or built, to measure a search."""
         embedder = self.embedder.uncached if isinstance(self.embedder, CachedEmbedder) else self.embedder
         return Collection(self.index, embedder, self._generator)
 
     @property
     def nbytes(self) -> int:
-        """Of the vectors and postings in use."""
-        return sum(index.nbytes for index in (*self._dense.values(), *self._lexical.values()))
+        """Return the bytes of the vector indexes and postings in use."""
+        dense = sum(index.nbytes for index in self._dense.values())
+        return dense + sum(index.nbytes for index in self._lexical.values())
 
     @cached_property
     def generator(self) -> Generator:
-        """The language model. Raises RuntimeError when the collection was made without one."""
+        """Return the language model. Raises RuntimeError when the collection was made without one."""
         if self._generator is None:
             raise RuntimeError("this collection has no generator, and a method asks for one")
         return self._generator()
 
     def dense(self, options: VectorSearch) -> VectorIndex:
-        """The passages' vectors, ready to be searched in the way of these options."""
+        """Return the vector index that these options build of the chunks' vectors."""
         self.index.recheck()
         if options not in self._dense:
             with self._building():
@@ -74,101 +77,55 @@ class Collection:
         return self._dense[options]
 
     def lexical(self, analyzer: Analyzer) -> LexicalIndex:
-        """The passages' postings under an analyzer: those kept with the index, or built from the texts."""
+        """Return the chunks' postings under an analyzer: those stored with the index, or built from the texts."""
         self.index.recheck()
         if analyzer not in self._lexical:
             with self._building():
-                kept = self.index.lexical
-                if kept is None or kept.analyzer != analyzer:
-                    kept = LexicalIndex.build([chunk.text for chunk in self.chunks()], analyzer)
-                self._lexical[analyzer] = kept
+                stored = self.index.lexical
+                if stored is None or stored.analyzer != analyzer:
+                    stored = LexicalIndex.build([chunk.text for chunk in self.chunks()], analyzer)
+                self._lexical[analyzer] = stored
         return self._lexical[analyzer]
 
     @contextmanager
     def _building(self) -> Iterator[None]:
-        """Count the block as making an index, not as part of the search that first needs it."""
+        """Count the block as building an index, not as part of the search that first needs it."""
         begin = Clock.now()
-        with self.memo.apart() if self.memo else nullcontext():
+        with self.memo.uncounted() if self.memo else nullcontext():
             yield
         self.build_s += (Clock.now() - begin).working
 
     def chunks(self) -> list[Chunk]:
-        """All of the index's chunks, in the order of their numbers."""
+        """Return all chunks of the index, in the order of their rows."""
         return self.index.chunks(range(len(self.index)))
 
-    def row(self, chunk: Chunk) -> int:
-        """The number of one of the index's chunks. Raises KeyError for another chunk."""
-        row = self._row_of.get(chunk.id)
-        if row is not None:
-            return row
-        rows = self.rows_of([chunk.document_id])
-        same = (self._spans[rows, 1:] == (chunk.start, chunk.end)).all(axis=1)
-        if not same.any():
-            raise KeyError(chunk.id)
-        return int(rows[same.argmax()])
-
     def rows_of(self, document_ids: Iterable[str]) -> Int[np.ndarray, "n"]:
-        """The numbers of these documents' chunks, ascending; none for an id that the index does not have."""
-        places = [self._places[name] for name in set(document_ids) if name in self._places]
+        """Return the rows of these documents' chunks, ascending; none for an id that the index does not have."""
+        numbers = [
+            self._document_numbers[name] for name in set(document_ids) if name in self._document_numbers
+        ]
         order, documents = self._by_document
-        begins, ends = (np.searchsorted(documents, places, side) for side in ("left", "right"))
+        begins, ends = (np.searchsorted(documents, numbers, side) for side in ("left", "right"))
         runs = [order[begin:end] for begin, end in zip(begins, ends, strict=True)]
         return np.sort(np.concatenate([*runs, np.empty(0, np.int64)]))
 
     @cached_property
-    def _spans(self) -> Int[np.ndarray, "N 3"]:
-        return self.index.spans()
-
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.index.document_ids())}
+    def _document_numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.index.document_ids())}
 
     @cached_property
     def _by_document(self) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
-        """The chunks' numbers in the order of their documents' numbers, and these."""
-        order = np.argsort(self._spans[:, 0], kind="stable")
-        return order, self._spans[order, 0]
+        """Return the rows of the chunks, sorted by the number of their document, and these numbers."""
+        documents = self.index.spans()[:, 0]
+        order = np.argsort(documents, kind="stable")
+        return order, documents[order]
 
     def hits(self, rows: Sequence[int] | np.ndarray, scores: Sequence[float] | np.ndarray) -> list[Hit]:
-        """Rows and their scores as hits."""
-        chunks = self.index.chunks(rows)
-        for row, chunk in zip(rows, chunks, strict=True):
-            self._row_of.setdefault(chunk.id, int(row))
-        return [Hit(chunk, float(score)) for chunk, score in zip(chunks, scores, strict=True)]
+        """Return the chunks of these rows as hits."""
+        found = zip(self.index.chunks(rows), scores, rows, strict=True)
+        return [Hit(chunk, float(score), int(row)) for chunk, score, row in found]
 
-    def search(self, method: Retriever, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        """method.search, kept: at most k hits for each question, best first."""
-
-        def compute(questions: Sequence[str]) -> list[list[tuple[int, float]]]:
-            return [self._packed(hits) for hits in method.search(self, questions, k)]
-
-        found = self.keep(f"search {type(method).__name__}", (method, k), questions, compute)
-        return [self._unpacked(rows) for rows in found]
-
-    def rerank(
-        self, method: Reranker, questions: Sequence[str], hits: Sequence[Sequence[Hit]]
-    ) -> list[list[Hit]]:
-        """method.rerank, kept."""
-
-        def compute(items: Sequence) -> list[list[tuple[int, float]]]:
-            questions, packed = zip(*items, strict=True)
-            return [
-                self._packed(best)
-                for best in method.rerank(self, questions, [self._unpacked(rows) for rows in packed])
-            ]
-
-        items = [[question, self._packed(found)] for question, found in zip(questions, hits, strict=True)]
-        found = self.keep(f"rerank {type(method).__name__}", method, items, compute, batch=16)
-        return [self._unpacked(rows) for rows in found]
-
-    def expand(self, method: Transform, questions: Sequence[str]) -> list[list[str]]:
-        """method.expand, kept."""
-        name = f"transform {type(method).__name__}"
-        # What a transform writes does not depend on the passages, so other corpora share it.
-        texts = self.keep(name, method, questions, lambda q: method.expand(self, q), batch=16, passages=False)
-        return [written or [] for written in texts]
-
-    def keep(
+    def cached_map(
         self,
         stage: str,
         method: Any,
@@ -178,36 +135,38 @@ class Collection:
         batch: int = 64,
         passages: bool = True,
     ) -> list[Any]:
-        """compute(items), kept under what `method`, a frozen dataclass or a tuple with some, means here.
+        """Return `compute(items)`, each batch from the cache where it is there.
 
-        Items and results are JSON-able. `passages`: whether the results depend on the passages.
+        Args:
+            stage: the name under which the cost is counted.
+            method: a frozen dataclass, or a tuple with some: the options that the results depend on.
+            items: JSON-able, and so are the results.
+            compute: maps a batch of items to their results.
+            batch: items that are computed and cached together.
+            passages: whether the results depend on the passages of the index.
+
+        Returns:
+            A result for each item; None for those that are not cached where the memo is dry.
         """
         if self.memo is None:
             return compute(items)
-        return self.memo.map(stage, self.meaning(method, passages), items, compute, batch)
+        return self.memo.map(stage, self.cache_key(method, passages), items, compute, batch)
 
-    def meaning(self, method: Any, passages: bool = True) -> str:
-        """A key of all that a method's results depend on: options, models, passages, code."""
+    def cache_key(self, method: Any, passages: bool = True) -> str:
+        """Return a key of all that a method's results depend on: its options, models and code, and the passages."""
         models = sorted({name for part in _dataclasses(method) for name in getattr(part, "uses", ())})
         versions = {name: model_version(self._model(name)) for name in models}
-        passages_are = self.index.fingerprint if passages else None
-        return content_key(method, versions, passages_are, code_version(method, type(self)))
+        corpus = self.index.fingerprint if passages else None
+        return content_key(method, versions, corpus, code_version(method, type(self)))
 
     def _model(self, name: str) -> Any:
-        """The embedder or the generator itself, whatever keeps its results."""
+        """Return the embedder or the generator without the cache around it."""
         model = getattr(self, name)
         return model.uncached if isinstance(model, CachedEmbedder) else model
 
-    def _packed(self, hits: Sequence[Hit]) -> list[tuple[int, float]]:
-        return [(self.row(hit.chunk), hit.score) for hit in hits]
-
-    def _unpacked(self, rows: Sequence[Sequence] | None) -> list[Hit]:
-        """Hits of what _packed made; none of what a dry memo did not compute."""
-        return self.hits(*zip(*rows, strict=True)) if rows else []
-
 
 def _dataclasses(value: Any) -> Iterator[Any]:
-    """Every dataclass in a value of dataclasses, tuples and dicts, itself included."""
+    """Yield every dataclass in a value of dataclasses, tuples and dicts, itself included."""
     if is_dataclass(value):
         yield value
         for field in fields(value):

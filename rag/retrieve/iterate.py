@@ -1,7 +1,7 @@
-"""Search in steps: the model reads what was found and asks for what is missing (multi-hop questions).
+"""Iterative retrieval for multi-hop questions: the model reads the passages and asks a follow-up question.
 
-After Self-Ask (Press et al. 2022), whose follow-up questions these are, and IRCoT (Trivedi et al. 2022), which
-shows the model all that was found so far.
+The follow-up questions are those of Self-Ask (Press et al. 2022). As in IRCoT (Trivedi et al. 2022) the model is shown
+the best passages of all searches so far.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,18 @@ from rag.index.fusion import Fusion, ReciprocalRank
 from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate
 from rag.retrieve import Retriever
+from rag.retrieve.cached import cached_search
 from rag.retrieve.collection import Collection
+from rag.retrieve.search import fuse_searches
 from rag.retrieve.transform.instruction import Instruction
-from rag.retrieve.transform.written import lines, normal, without_echoes
+from rag.retrieve.transform.parse import lines, normal, without_echoes
 from rag.runtime.options import Count, Filled
 from rag.types import Hit, Message, Source, UserError
 
 
 @dataclass(frozen=True)
-class _Writing:
-    """What the follow-up to a conversation depends on, beside the conversation."""
+class _FollowUpSettings:
+    """The options that the follow-up to a conversation depends on."""
 
     sampling: Sampling
     max_new_tokens: int
@@ -35,18 +37,19 @@ class _Writing:
 
 @dataclass(frozen=True, kw_only=True)
 class Iterative(Instruction):
-    """A retriever that searches for the question, then for follow-up questions; what each finds is fused.
+    """Search for the question, then for follow-up questions that the model writes, and fuse the results.
 
-    After a search the model sees the question and the `passages` best so far, of `max_context_tokens` at most,
-    where the prompt says {context}. It writes a follow-up question, which is searched next, or `finished` when
-    it has what it needs. The search also ends where the model writes nothing new, where the prompt does not fit
-    its context, and after `max_steps` searches. A question that was searched once keeps the retriever's scores.
+    After a search the model is shown the question and the `passages` best hits so far, at most `max_context_tokens` of
+    them, in place of {context}. It writes a follow-up question, which is searched next, or `finished`. The search ends
+    there, where the model writes nothing new, where the prompt exceeds the model's context, and after `max_steps`
+    searches. A question that was searched once keeps the retriever's scores.
 
-    Raises UserError for a prompt without {context}, for counts below 1, and as Instruction does.
+    Raises:
+        UserError: for a prompt without {context}, for counts below 1, and as Instruction does.
     """
 
     retriever: Retriever
-    max_steps: Count = 3  # searches for a question, its own included
+    max_steps: Count = 3  # searches for a question, the first included
     passages: Count = 3
     max_context_tokens: Count = 512
     passage: str = "{text}"
@@ -69,56 +72,56 @@ class Iterative(Instruction):
         return PromptTemplate(self.user, self.passage, self.system, self.separator)
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        """At most k hits for each question, best first, ties to the passage that was ingested first."""
+        """Return at most k hits for each question, best first."""
         asked = [[question] for question in questions]
         found: list[list[list[Hit]]] = [[] for _ in questions]
         going = list(range(len(questions)))
         for step in range(self.max_steps):
             texts = [asked[i][-1] for i in going]
-            for i, hits in zip(
-                going, collection.search(self.retriever, texts, max(k, self.depth)), strict=True
-            ):
+            hits_of_texts = cached_search(collection, self.retriever, texts, max(k, self.depth))
+            for i, hits in zip(going, hits_of_texts, strict=True):
                 found[i].append(hits)
             if step + 1 < self.max_steps:
-                going = self._asked_further(collection, going, asked, found)
+                going = self._ask_further(collection, going, asked, found)
             if not going:
                 break
-        return [hits[:k] for hits in self._fused(collection, found)]
+        return [hits[:k] for hits in fuse_searches(self.fusion, found, self.retriever)]
 
-    def _asked_further(
+    def _ask_further(
         self,
         collection: Collection,
         going: Sequence[int],
         asked: list[list[str]],
         found: Sequence[Sequence[Sequence[Hit]]],
     ) -> list[int]:
-        """The questions that have a follow-up, which is now the last of `asked`."""
-        best = self._fused(collection, [found[i] for i in going])
+        """Append a follow-up question to `asked` where the model writes one; return the questions that have one."""
+        best = fuse_searches(self.fusion, [found[i] for i in going], self.retriever)
         conversations = [
-            self._shown(collection, asked[i][0], hits[: self.passages])
+            self._prompt(collection, asked[i][0], hits[: self.passages])
             for i, hits in zip(going, best, strict=True)
         ]
+        replies = self._cached_write(collection, conversations)
         further = []
-        for i, messages, written in zip(
-            going, conversations, self._written(collection, conversations), strict=True
-        ):
+        for i, messages, written in zip(going, conversations, replies, strict=True):
             if follow_up := self._follow_up(written, messages, asked[i]):
                 asked[i].append(follow_up)
                 further.append(i)
         return further
 
-    def _written(self, collection: Collection, conversations: Sequence[Sequence[Message]]) -> list[list[str]]:
-        """`write`, kept a few at a time: the search around it is kept only when its last step is done."""
+    def _cached_write(
+        self, collection: Collection, conversations: Sequence[Sequence[Message]]
+    ) -> list[list[str]]:
+        """Return `write`, cached a few at a time: the search around it is cached only when its last step is done."""
 
         def compute(items: Sequence) -> list[list[str]]:
             return self.write(collection, [[Message(*message) for message in item] for item in items])
 
-        writing = _Writing(self.sampling, self.max_new_tokens, self.stop, self.seed)
+        settings = _FollowUpSettings(self.sampling, self.max_new_tokens, self.stop, self.seed)
         items = [[[message.role, message.content] for message in messages] for messages in conversations]
-        return collection.keep("follow-up", writing, items, compute, batch=16, passages=False)
+        return collection.cached_map("follow-up", settings, items, compute, batch=16, passages=False)
 
-    def _shown(self, collection: Collection, question: str, hits: Sequence[Hit]) -> list[Message]:
-        """The prompt with as many of the passages as its budget holds, the best first."""
+    def _prompt(self, collection: Collection, question: str, hits: Sequence[Hit]) -> list[Message]:
+        """Return the prompt with as many of the passages as its budget holds, the best first."""
 
         def render(source: Source) -> str:
             return prompt.render_passage(self.template, source)
@@ -130,20 +133,8 @@ class Iterative(Instruction):
     def _follow_up(
         self, written: Sequence[str], messages: Sequence[Message], asked: Sequence[str]
     ) -> str | None:
-        """What the model asks, unless it is finished or asks nothing new."""
+        """Return the follow-up question; None where the model is finished or asks nothing new."""
         if not written or self.finished in written[0]:
             return None
         texts = lines(without_echoes(written[0], messages))
         return texts[0] if texts and normal(texts[0]) not in map(normal, asked) else None
-
-    def _fused(self, collection: Collection, found: Sequence[Sequence[Sequence[Hit]]]) -> list[list[Hit]]:
-        """For each question its searches' hits as one ranking."""
-        rankings = [
-            [[(collection.row(hit.chunk), hit.score) for hit in hits] for hits in steps] for steps in found
-        ]
-        low = getattr(self.retriever, "lowest", None)
-        fused = map(dict, self.fusion.fuse_batch(rankings, None if low is None else [low]))
-        return [
-            steps[0] if len(steps) == 1 else collection.hits(list(scores), list(scores.values()))
-            for steps, scores in zip(found, fused, strict=True)
-        ]

@@ -1,21 +1,20 @@
 """Retrieval methods: dense, lexical, and those made of others: hybrid, reranked, transformed.
 
-Each is a frozen dataclass of options whose `search` asks the collection for what is heavy. Methods nest, and each
-level is searched through `collection.search`, so that an arm of a hybrid is the same kept result as the arm alone.
+Each is a frozen dataclass of options. Methods nest, and each level is searched with `cached_search`, so that an arm of
+a hybrid and the same arm alone share one cached result.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from rag.index.dense.binary import Binary
+from rag.index.dense import VectorSearch
 from rag.index.dense.exact import Exact
-from rag.index.dense.int8 import Int8Scan
-from rag.index.dense.matryoshka import Matryoshka
 from rag.index.fusion import Fusion, ReciprocalRank
 from rag.index.lexical.analyzer import Analyzer
 from rag.index.lexical.weighting import BM25Weights, TfIdfWeights
 from rag.retrieve import Retriever
+from rag.retrieve.cached import cached_expand, cached_rerank, cached_search
 from rag.retrieve.collection import Collection
 from rag.retrieve.rerank import Reranker
 from rag.retrieve.transform import Transform
@@ -25,9 +24,9 @@ from rag.types import Hit, UserError
 
 @dataclass(frozen=True)
 class Dense:
-    """Cosine search over the embedder's vectors: exact, or as `index` says."""
+    """Search by the cosine of the embedder's vectors: exact, or as `index` says."""
 
-    index: Exact | Int8Scan | Binary | Matryoshka = field(default_factory=Exact)
+    index: VectorSearch = field(default_factory=Exact)
 
     uses: ClassVar[tuple[str, ...]] = ("embedder",)
     lowest: ClassVar[float] = -1.0  # that a score can be
@@ -55,9 +54,9 @@ class Lexical:
 
 @dataclass(frozen=True)
 class Hybrid:
-    """Several methods' results made one by a fusion; each arm gives its `depth` best.
+    """Search with several methods, the arms, and fuse the `depth` best of each.
 
-    The arms stand in the order of their names, and so do a fusion's weights.
+    The arms are in the order of their names, and so are a fusion's weights.
     """
 
     arms: Mapping[str, Retriever] = field(default_factory=lambda: {"dense": Dense(), "lexical": Lexical()})
@@ -76,22 +75,24 @@ class Hybrid:
 
     @property
     def lower_bounds(self) -> list[float] | None:
-        """The lowest score that each arm can give; None where that is not known of all."""
-        lower_bounds = [getattr(arm, "lowest", None) for arm in self.arms.values()]
-        return None if None in lower_bounds else lower_bounds
+        """Return the lowest score that each arm can give; None where that is not known of all."""
+        lowest = [getattr(arm, "lowest", None) for arm in self.arms.values()]
+        known = [bound for bound in lowest if bound is not None]
+        return known if len(known) == len(lowest) else None
 
     def inner(self, k: int) -> list[tuple[Retriever, int]]:
-        """What is searched for the same questions, and how deep."""
+        """Return the methods that are searched for the same questions, each with its depth."""
         return [(arm, max(k, self.depth)) for arm in self.arms.values()]
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        arms = [collection.search(arm, questions, depth) for arm, depth in self.inner(k)]
-        return _fused(collection, list(zip(*arms, strict=True)), self.fusion, self.lower_bounds, k)
+        arms = [cached_search(collection, arm, questions, depth) for arm, depth in self.inner(k)]
+        fused = fuse(self.fusion, list(zip(*arms, strict=True)), self.lower_bounds)
+        return [hits[:k] for hits in fused]
 
 
 @dataclass(frozen=True)
 class Reranked:
-    """The reranker's order of the retriever's `depth` best; the rest follows as it was, with scores below."""
+    """Let a reranker order the retriever's `depth` best; the rest follows in its old order, with scores below."""
 
     retriever: Retriever
     reranker: Reranker
@@ -105,27 +106,27 @@ class Reranked:
         return tuple(dict.fromkeys((*self.retriever.uses, *self.reranker.uses)))
 
     def inner(self, k: int) -> list[tuple[Retriever, int]]:
-        """What is searched for the same questions, and how deep."""
+        """Return the method that is searched for the same questions, with its depth."""
         return [(self.retriever, max(k, self.depth))]
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
         [(retriever, depth)] = self.inner(k)
-        found = collection.search(retriever, questions, depth)
-        best = collection.rerank(self.reranker, questions, [hits[: self.depth] for hits in found])
+        found = cached_search(collection, retriever, questions, depth)
+        best = cached_rerank(collection, self.reranker, questions, [hits[: self.depth] for hits in found])
         return [[*top, *_below(top, hits[self.depth :])][:k] for top, hits in zip(best, found, strict=True)]
 
 
 def _below(top: Sequence[Hit], rest: Sequence[Hit]) -> list[Hit]:
-    """The rest with its scores moved below the last of the top."""
+    """Return the rest with its scores moved below the last of the top."""
     if not top or not rest:
         return list(rest)
     shift = top[-1].score - 1.0 - rest[0].score
-    return [Hit(hit.chunk, hit.score + shift) for hit in rest]
+    return [replace(hit, score=hit.score + shift) for hit in rest]
 
 
 @dataclass(frozen=True)
 class Transformed:
-    """A search for the texts that the transform writes in place of each question, their results fused."""
+    """Search for the texts that a transform writes in place of each question, and fuse what they find."""
 
     retriever: Retriever
     transform: Transform
@@ -140,35 +141,37 @@ class Transformed:
         return tuple(dict.fromkeys((*self.retriever.uses, *self.transform.uses)))
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        texts = collection.expand(self.transform, questions)
+        texts = cached_expand(collection, self.transform, questions)
         flat = [text for written in texts for text in written]
-        found = iter(collection.search(self.retriever, flat, max(k, self.depth)))
+        found = iter(cached_search(collection, self.retriever, flat, max(k, self.depth)))
         arms = [[next(found) for _ in written] for written in texts]
-        lowest = getattr(self.retriever, "lowest", None)
-        fused = _fused(collection, arms, self.fusion, None if lowest is None else [lowest], k)
-        return [hits[0][:k] if len(hits) == 1 else mixed for hits, mixed in zip(arms, fused, strict=True)]
+        return [hits[:k] for hits in fuse_searches(self.fusion, arms, self.retriever)]
 
 
-def _fused(
-    collection: Collection,
-    arms: Sequence[Sequence[Sequence[Hit]]],
-    fusion: Fusion,
-    lower_bounds: Sequence[float] | None,
-    k: int,
+def fuse_searches(
+    fusion: Fusion, searches: Sequence[Sequence[Sequence[Hit]]], retriever: Retriever
 ) -> list[list[Hit]]:
-    """For each question the k best of its arms' hits."""
-    rankings = [
-        [[(collection.row(hit.chunk), hit.score) for hit in hits] for hits in question] for question in arms
-    ]
-    results = fusion.fuse_batch(rankings, lower_bounds)
-    return [
-        collection.hits([row for row, _ in found[:k]], [score for _, score in found[:k]]) for found in results
-    ]
+    """Fuse the hits of one retriever's searches for each question; one search alone keeps its scores."""
+    lowest = getattr(retriever, "lowest", None)
+    fused = fuse(fusion, searches, None if lowest is None else [lowest])
+    return [list(arms[0]) if len(arms) == 1 else hits for arms, hits in zip(searches, fused, strict=True)]
+
+
+def fuse(
+    fusion: Fusion, arms: Sequence[Sequence[Sequence[Hit]]], lower_bounds: Sequence[float] | None
+) -> list[list[Hit]]:
+    """Return all hits of each question's arms as one ranking, with the scores of the fusion."""
+    rankings = [[[(hit.row, hit.score) for hit in hits] for hits in question] for question in arms]
+    results = []
+    for question, ranking in zip(arms, fusion.fuse_batch(rankings, lower_bounds), strict=True):
+        hit_of = {hit.row: hit for hits in question for hit in hits}
+        results.append([replace(hit_of[row], score=score) for row, score in ranking])
+    return results
 
 
 @dataclass(frozen=True)
 class Search:
-    """A method over a collection, for the pipeline: the k best passages for a question."""
+    """Search a collection with a method, for the pipeline: the k best passages for a question."""
 
     collection: Collection
     method: Retriever
@@ -178,11 +181,11 @@ class Search:
         check_fields(self)
 
     def __call__(self, question: str) -> list[Hit]:
-        """At most k hits, best first."""
-        [hits] = self.collection.search(self.method, [question], self.k)
+        """Return at most k hits, best first."""
+        [hits] = cached_search(self.collection, self.method, [question], self.k)
         return hits
 
     @property
     def score_threshold(self) -> float | None:
-        """The score from which a hit is likely to be about the question; None where that is not known."""
+        """Return the score from which a hit is likely to be about the question; None where that is not known."""
         return self.collection.embedder.score_threshold if isinstance(self.method, Dense) else None

@@ -1,1 +1,1 @@
-"""What every stage needs of the machine: the cache and its keys, checksums, clocks, option types, JSON schemas."""
+"""Services for every stage: the cache and its keys, checksums, clocks, option types, JSON schemas, array sizes."""

@@ -1,8 +1,9 @@
-"""The door to the cache: an entry is used if it is what was written, and made again, with a notice, if it is not.
+"""The cache on disk: use an entry if it is as it was written, and make it again, with a notice, if it is damaged.
 
-A file ends with its checksum (rag.runtime.checksums). A folder holds a file of its files' checksums, which ends with its own.
-So a changed byte, a cut file and a missing one are found before anything is computed with them. Each entry is compared
-once a process, when it is first opened. Where nothing has to be made, nothing is written: a read-only cache will do.
+A file ends with its checksum (rag.runtime.checksums). A folder contains a file with the checksums of its other files,
+which ends with its own checksum. So changed bytes, truncated files and missing files are found before anything is
+computed with them. Each file is verified once in a process, when it is first opened. Where nothing has to be made,
+nothing is written, so a read-only cache works too.
 """
 
 import json
@@ -17,12 +18,13 @@ import numpy as np
 import xxhash
 
 from rag.runtime import eviction
-from rag.runtime.checksums import Damaged, check_sealed, read_sealed, seal, stamp
+from rag.runtime.checksums import Damaged, append_checksum, read_verified, verify_file
 from rag.runtime.files import (
     atomic_file,
     atomic_folder,
     entry_lock,
     entry_name,
+    file_stamp,
     make_private_folder,
     notice,
     write_errors,
@@ -34,13 +36,13 @@ from rag.types import UserError
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
-_BLOCK = 1 << 18  # bytes read at once
-CHECKSUMS = ".checksums"  # the file of a folder that holds those of the others
-_REMEMBERED = 1 << 16  # files that are known to have been compared
+CHECKSUMS = ".checksums"  # the file in a folder with the checksums of its other files
+_BLOCK = 1 << 18  # bytes that are hashed at once
+_MAX_VERIFIED = 1 << 16  # verified files that a process remembers
 
 
 class _Checksums(Record):
-    """XXH3-128 of a folder's files, as hex digits, by their paths in it."""
+    """The XXH3-128 checksums of a folder's files, as hex digits, by their paths in the folder."""
 
     files: dict[str, str]
 
@@ -48,17 +50,23 @@ class _Checksums(Record):
 def get_or_make(
     path: Path, make: Callable[[], None], read: Callable[[Path], T], lock: Path | None = None
 ) -> T:
-    """What `read(path)` gives, after `make()` where nothing is there or what is there is damaged.
+    """Return `read(path)`; where the entry is missing or damaged, call `make()` first.
 
-    `read` raises FileNotFoundError where nothing is there, and Damaged. `make` puts a whole file or folder at `path`
-    in place of what is there (`write`, `write_folder`); it runs once, however many processes ask: they wait for the
-    lock of `lock`, or of `path`. Raises UserError when the cache cannot be written, and what `make` raises.
+    Args:
+        path: the entry, a file or folder.
+        make: puts a whole entry at `path` (with `write` or `write_folder`), and replaces a damaged one. It is called
+            once, however many processes ask: the others wait for the lock.
+        read: returns the value of the entry. It raises FileNotFoundError where there is none, and Damaged.
+        lock: the path whose lock is taken; None takes that of `path`.
+
+    Raises:
+        UserError: the cache cannot be written. What `make` raises is passed on.
     """
-    if (known := get(path, read, quiet=True)) is not None:
-        return known
+    if (value := get(path, read, quiet=True)) is not None:
+        return value
     with entry_lock(lock or path):
-        if (known := get(path, read)) is not None:  # another process may have made it while this one waited
-            return known
+        if (value := get(path, read)) is not None:  # another process made it while this one waited
+            return value
         make()
         try:
             return read(path)
@@ -69,7 +77,7 @@ def get_or_make(
 
 
 def get(path: Path, read: Callable[[Path], T], *, quiet: bool = False) -> T | None:
-    """What `read(path)` gives; None where nothing is there, and, with a notice unless `quiet`, where it is damaged."""
+    """Return `read(path)`, or None where the entry is missing or damaged; damage prints a notice unless `quiet`."""
     try:
         return read(path)
     except FileNotFoundError:
@@ -84,33 +92,33 @@ def get(path: Path, read: Callable[[Path], T], *, quiet: bool = False) -> T | No
 
 
 def write(path: Path, content: bytes) -> None:
-    """Put a file with its checksum at `path`. Raises UserError when it cannot be written."""
+    """Write a file and its checksum. Raises UserError when it cannot be written."""
     with write_errors(path):
         make_private_folder(path.parent)
         with atomic_file(path) as file:
             os.fchmod(file.fileno(), 0o600)
             file.write(content)
-            seal(file, entry_name(path))
-        eviction.written(path)
+            append_checksum(file, entry_name(path))
+        eviction.record_write(path)
 
 
 def read_record(path: Path, schema: type[R]) -> R:
-    """The record in a JSON file that `write` wrote; errors as `once` wants them."""
-    return _record(path, entry_name(path), schema)
+    """Return the record in a JSON file that `write` wrote. Raises FileNotFoundError and Damaged."""
+    return _read_record(path, entry_name(path), schema)
 
 
-def _record(path: Path, name: str, schema: type[R]) -> R:
-    content = read_sealed(path, name)
+def _read_record(path: Path, name: str, schema: type[R]) -> R:
+    content = read_verified(path, name)
     try:
         record = schema.model_validate(parse_json(content))
-    except ValueError as error:  # pydantic's ValidationError among them
+    except ValueError as error:  # includes pydantic's ValidationError
         raise Damaged(f"{path} holds something else than what was written") from error
-    eviction.used(path)
+    eviction.record_use(path)
     return record
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The array in a .npy file that `write` wrote, memory-mapped; errors as `once` wants them."""
+    """Return the array in a .npy file that `write` wrote, memory-mapped. Raises FileNotFoundError and Damaged."""
     verified_path(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -120,38 +128,42 @@ def read_array(path: Path) -> np.ndarray:
 
 
 def verified_path(path: Path) -> Path:
-    """The path of a file that `write` wrote, after it was compared; errors as `once` wants them."""
-    eviction.used(path)
-    _check(path, stamp(path))
+    """Verify a file that `write` wrote, and return its path. Raises FileNotFoundError and Damaged."""
+    eviction.record_use(path)
+    _verify_once(path, file_stamp(path))
     return path
 
 
-@lru_cache(_REMEMBERED)
-def _check(path: Path, _: tuple[int, ...]) -> None:
-    check_sealed(path, entry_name(path))
+@lru_cache(_MAX_VERIFIED)
+def _verify_once(path: Path, _: tuple[int, ...]) -> None:
+    verify_file(path, entry_name(path))
 
 
 # --- folders
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Put a folder at `path`, with what `fill(folder)` writes and its checksums.
+    """Write a folder with the files that `fill(folder)` writes into it, and their checksums.
 
-    Raises UserError when it cannot be written, and what `fill` raises; an OSError counts as the cache's.
+    Raises:
+        UserError: the folder cannot be written; an OSError of `fill` counts as that too. Other errors are passed on.
     """
     with write_errors(path):
         make_private_folder(path.parent)
         with atomic_folder(path, replace=True) as folder:
             folder.chmod(0o700)
             fill(folder)
-            seal_folder(folder, entry_name(path))
-        eviction.written(path)
+            write_checksums(folder, entry_name(path))
+        eviction.record_write(path)
 
 
-def seal_folder(folder: Path, name: str, without: Collection[str] = ()) -> None:
-    """Write the checksums of a folder's files, but for those that are compared in another way, into it.
+def write_checksums(folder: Path, name: str, without: Collection[str] = ()) -> None:
+    """Write the checksums of a folder's files into it.
 
-    `name` is the `entry_name` that the folder is going to have.
+    Args:
+        folder: the folder.
+        name: the `entry_name` of the path where the folder will be.
+        without: files that are verified in another way.
     """
     names = sorted(
         path.relative_to(folder).as_posix()
@@ -161,35 +173,35 @@ def seal_folder(folder: Path, name: str, without: Collection[str] = ()) -> None:
     files = _checksums(folder, [name for name in names if name not in without])
     with atomic_file(folder / CHECKSUMS) as file:
         file.write(json.dumps({"files": files}).encode())
-        seal(file, name)
+        append_checksum(file, name)
 
 
 def check_folder(folder: Path) -> Path:
-    """The path of a folder, after its files were compared with their checksums; errors as `once` wants them."""
+    """Verify the files of a folder, and return its path. Raises FileNotFoundError and Damaged."""
     if not folder.is_dir():
         raise FileNotFoundError(folder)
     try:
-        files = _record(folder / CHECKSUMS, entry_name(folder), _Checksums).files
+        files = _read_record(folder / CHECKSUMS, entry_name(folder), _Checksums).files
         sums = _checksums(folder, list(files))
     except FileNotFoundError as error:
         raise Damaged(f"{error.filename} is missing") from error
     for name, wanted in files.items():
         if sums[name] != wanted:
             raise Damaged(f"{folder / name} has changed since it was written")
-    eviction.used(folder)
+    eviction.record_use(folder)
     return folder
 
 
 def _checksums(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """XXH3-128 of these files as hex digits, a share of the files for each core."""
-    shares = [names[i :: cores()] for i in range(cores())]
+    """Return the XXH3-128 of these files as hex digits; each core hashes a part of the files."""
+    parts = [names[i :: cores()] for i in range(cores())]
     with ThreadPoolExecutor(cores()) as pool:
-        sums = pool.map(lambda share: {name: _checksum(folder / name) for name in share}, shares)
+        sums = pool.map(lambda part: {name: _checksum(folder / name) for name in part}, parts)
         return {name: checksum for some in sums for name, checksum in some.items()}
 
 
 def _checksum(path: Path) -> str:
-    """Read in blocks that stay in the processor's cache, which is faster than a memory map."""
+    """Hash in blocks that stay in the processor's cache, which is faster than a memory map."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK):

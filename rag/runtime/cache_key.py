@@ -7,17 +7,20 @@ import struct
 
 
 def content_key(*parts: object) -> str:
-    """SHA-256 (64 hex digits) of a canonical, typed encoding of the parts.
+    """Return the SHA-256 (64 hex digits) of a canonical, typed encoding of the parts.
 
-    Takes None, bool, int, float, str, bytes, lists and tuples (alike), dicts (in any order) and dataclasses
-    (by their class's name and fields), nested at will; 1, 1.0, "1" and True all differ, as do -0.0 and 0.0.
-    Raises TypeError for anything else: a path or an array must first be turned into what identifies it.
+    The parts may be None, bool, int, float, str, bytes, lists and tuples (which count as equal), dicts (in any order)
+    and dataclasses (by the class's name and the fields), nested at will. 1, 1.0, "1" and True all differ, as do -0.0
+    and 0.0.
+
+    Raises:
+        TypeError: a part is of another type. A path or an array must first be turned into a value that identifies it.
     """
     return hashlib.sha256(_encode(parts)).hexdigest()
 
 
 def _encode(value: object) -> bytes:
-    """Tag, payload length, payload: no two different values share an encoding."""
+    """Encode a value as tag, payload length, payload: two different values never share an encoding."""
     tag, payload = _tagged(value)
     return tag + struct.pack(">Q", len(payload)) + payload
 
@@ -30,7 +33,7 @@ def _tagged(value: object) -> tuple[bytes, bytes]:
             return b"b", b"1" if value else b"0"
         case int():
             return b"i", str(int(value)).encode()
-        case float():  # one NaN, whatever its payload bits
+        case float():  # all NaNs are encoded as one
             return b"f", struct.pack(">d", math.nan if math.isnan(value) else value)
         case str():
             return b"s", str(value).encode("utf-8", "surrogatepass")

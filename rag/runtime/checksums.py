@@ -1,16 +1,17 @@
-"""Checksums of files (XXH3), so that a byte that changed on the disk is never computed with.
+"""Checksums of files (XXH3), so that nothing is computed with bytes that have changed on the disk.
 
-An index is compared piece by piece, each before its first use, because a query may touch little of a large file. A file
-of the cache is compared as a whole when it is opened; its checksum is its own last bytes, so that it is written in one
-step with what it covers:
+The files of an index are verified piece by piece, each piece before its first use, because a query may need little of a
+large file. A file of the cache is verified as a whole when it is opened. Its checksum is at its end (the trailer), so
+that the content and its checksum are written in one step:
 
     content | magic, 8 bytes | length of the content, 8 bytes | XXH3-128 of content, magic, length and name, 16 bytes
 
-The name is that of the entry, so that a file in the place of another one is damage too. numpy, a dynamic linker and a
-memory map read such a file as if its end were not there.
+The name is that of the cache entry, so that a file copied over another one is damage too. numpy, a dynamic linker and a
+memory map ignore the trailer.
 
-XXH3 finds damage by chance, not by intent; whoever may write to a folder may also write its checksums.
+XXH3 finds accidental damage, not attacks: whoever may write to a folder may also write its checksums.
 Source: Y. Collet, xxhash.com; github.com/Cyan4973/xxHash, doc/xxhash_spec.md.
+Letters: P pieces.
 """
 
 import mmap
@@ -25,86 +26,89 @@ import numpy as np
 import xxhash
 from jaxtyping import UInt64
 
-PIECE = 1 << 16  # bytes of a file that have one checksum
+from rag.runtime.files import file_stamp
+
+PIECE = 1 << 16  # bytes of a piece, which has one checksum
 
 _MAGIC = b"ragseal\1"
 _TRAILER = 32  # bytes
 
 
 class Damaged(Exception):
-    """A file is not what was written. The message begins with its name and says how it differs."""
+    """A file is not as it was written. The message begins with its path and says how it differs."""
 
 
 def piece_checksums(path: Path) -> UInt64[np.ndarray, "P"]:
-    """XXH3-64 of each piece of a file, of PIECE bytes each but for the last."""
+    """Return the XXH3-64 of each piece of a file; pieces have PIECE bytes, and the last may have fewer."""
     with memory_map(path) as content:
         return _checksums(content, range(pieces(len(content))))
 
 
 def pieces(size: int) -> int:
-    """How many checksums a file of so many bytes has."""
+    """Return how many pieces a file of `size` bytes has."""
     return -(-size // PIECE)
 
 
 def check_size(path: Path, size: int) -> None:
-    """Raise Damaged when a file is missing or is not of so many bytes."""
+    """Raise Damaged when a file is missing or does not have `size` bytes."""
     if not path.is_file():
         raise Damaged(f"{path} is missing")
     if (found := path.stat().st_size) != size:
         raise Damaged(f"{path} has {found} bytes instead of {size}")
 
 
-def stamp(path: Path) -> tuple[int, ...]:
-    """What tells that a file was written to or replaced. Raises FileNotFoundError."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
 class CheckedFile:
-    """A file in memory of which each piece is compared with its checksum before it is first used."""
+    """A memory-mapped file; `check` verifies the pieces that are about to be used, each once."""
 
     def __init__(self, path: Path, size: int, checksums: UInt64[np.ndarray, "P"]):
-        """`size` in bytes and `checksums` are what the file had when it was written.
+        """Map a file into memory, without verifying it.
 
-        Raises Damaged when the file is missing or has another size, and ValueError for another number of checksums.
+        Args:
+            path: the file.
+            size: its bytes when it was written.
+            checksums: its `piece_checksums` when it was written.
+
+        Raises:
+            Damaged: the file is missing or has another size.
+            ValueError: the number of checksums does not fit the size.
         """
         if len(checksums) != pieces(size):
             raise ValueError(f"{size} bytes have {pieces(size)} checksums, not {len(checksums)}")
         check_size(path, size)
         self.path, self._checksums = path, checksums
         self.content = _map(path)
-        self._compared = np.zeros(len(checksums), bool)
-        self._stamp = stamp(path)
+        self._verified = np.zeros(len(checksums), bool)
+        self._stamp = file_stamp(path)
 
     def recheck(self) -> None:
-        """Compare again what was compared before, if somebody has written to the file since. Raises Damaged."""
+        """Verify the verified pieces again if the file was written to since then. Raises Damaged."""
         try:
-            now = stamp(self.path)
-        except FileNotFoundError:  # what is mapped of it stays as it is
+            now = file_stamp(self.path)
+        except FileNotFoundError:  # the mapped pages stay as they are
             return
         if now == self._stamp:
             return
         check_size(self.path, len(self.content))
-        known = np.flatnonzero(self._compared)
-        self._compared[:] = False
-        self._compare(known)
+        verified = np.flatnonzero(self._verified)
+        self._verified[:] = False
+        self._verify(verified)
         self._stamp = now
 
     def check(self, start: int = 0, stop: int | None = None) -> None:
-        """Compare the pieces that hold the bytes from `start` to `stop` (the end). Raises Damaged."""
+        """Verify the pieces with the bytes from `start` to `stop` (None: the end of the file). Raises Damaged."""
         stop = len(self.content) if stop is None else stop
         if start >= stop:
             return
         first, end = start // PIECE, pieces(stop)
-        if not self._compared[first:end].all():
-            self._compare(first + np.flatnonzero(~self._compared[first:end]))
+        if not self._verified[first:end].all():
+            self._verify(first + np.flatnonzero(~self._verified[first:end]))
 
-    def _compare(self, numbers: np.ndarray) -> None:
+    def _verify(self, numbers: np.ndarray) -> None:
         wrong = _checksums(self.content, numbers) != self._checksums[numbers]
         if wrong.any():
-            place = int(numbers[wrong][0]) * PIECE
-            raise Damaged(f"{self.path} has changed since it was written (behind byte {place})")
-        self._compared[numbers] = True
+            start = int(numbers[wrong][0]) * PIECE
+            raise Damaged(f"{self.path} has changed since it was written (behind byte {start})")
+        self._verified[numbers] = True
 
 
 def _checksums(content: memoryview, numbers: range | np.ndarray) -> UInt64[np.ndarray, "P"]:
@@ -113,16 +117,16 @@ def _checksums(content: memoryview, numbers: range | np.ndarray) -> UInt64[np.nd
 
 
 def _map(path: Path) -> memoryview:
-    """The bytes of a file, mapped into memory. The map lives as long as a view of it does."""
+    """Map the bytes of a file into memory, for as long as a view of them exists."""
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
+        if os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped
             return memoryview(b"")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 @contextmanager
 def memory_map(path: Path) -> Iterator[memoryview]:
-    """The bytes of a file while the block runs, mapped into memory."""
+    """Map the bytes of a file into memory while the block runs."""
     content = _map(path)
     try:
         yield content
@@ -133,40 +137,46 @@ def memory_map(path: Path) -> Iterator[memoryview]:
             whole.close()
 
 
-# --- files that end with their own checksum
+# --- files that end with their checksum
 
 
-def seal(file: IO[bytes], name: str = "") -> None:
-    """Write the checksum of a file behind its content. `file` is open for writing at its end."""
+def append_checksum(file: IO[bytes], name: str = "") -> None:
+    """Write the trailer with the checksum at the end of a file.
+
+    Args:
+        file: the file, open for writing at its end.
+        name: the name of the cache entry, which the checksum covers too.
+    """
     file.flush()
     with memory_map(Path(file.name)) as content:
         file.write(_trailer(content, name))
 
 
-def check_sealed(path: Path, name: str = "") -> int:
-    """Read a file that `seal` ended, and compare. Returns the length of its content in bytes.
+def verify_file(path: Path, name: str = "") -> None:
+    """Verify a file that `append_checksum` ended.
 
-    Raises FileNotFoundError where there is none, and Damaged where it is not what was written.
+    Raises:
+        FileNotFoundError: there is no such file.
+        Damaged: the file is not as it was written.
     """
     with memory_map(path) as data:
-        return _length(data, path, name)
+        _verify_trailer(data, path, name)
 
 
-def read_sealed(path: Path, name: str = "") -> bytes:
-    """The content of a file that `seal` ended; errors as in `check_sealed`."""
+def read_verified(path: Path, name: str = "") -> bytes:
+    """Return the content of a file that `append_checksum` ended. Raises as `verify_file` does."""
     data = path.read_bytes()
-    return data[: _length(memoryview(data), path, name)]
+    _verify_trailer(memoryview(data), path, name)
+    return data[:-_TRAILER]
 
 
-def _length(data: memoryview, path: Path, name: str) -> int:
-    """The length of the content, after it was compared. Raises Damaged."""
+def _verify_trailer(data: memoryview, path: Path, name: str) -> None:
     length = len(data) - _TRAILER
     if length < 0:
         raise Damaged(f"{path} is cut short")
     with data[:length] as content:
         if bytes(data[length:]) != _trailer(content, name):
             raise Damaged(f"{path} has changed since it was written")
-    return length
 
 
 def _trailer(content: memoryview, name: str) -> bytes:

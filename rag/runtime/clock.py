@@ -1,4 +1,4 @@
-"""The clock: seconds by the wall, and those of them in which JAX made or loaded programs."""
+"""Measure wall-clock seconds, and the seconds of them in which JAX compiled or loaded programs."""
 
 import bisect
 import functools
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 
 class Intervals:
-    """The union of intervals of time that are told in any order: `seconds` is how long at least one of them lasted."""
+    """The union of intervals of time that are added in any order; `seconds` is the length of the union."""
 
     def __init__(self) -> None:
-        self._starts: list[float] = []  # of disjoint intervals, ascending, as their ends are
+        self._starts: list[float] = []  # of disjoint intervals, ascending; so are their ends
         self._ends: list[float] = []
         self.seconds = 0.0
 
     def add(self, start: float, end: float) -> None:
-        """Add an interval; one that ends before it starts counts nothing."""
+        """Add an interval; one that ends before it starts is ignored."""
         if end <= start:
             return
         first, last = bisect.bisect_left(self._ends, start), bisect.bisect_right(self._starts, end)
@@ -32,42 +32,42 @@ class Intervals:
 
 @functools.cache
 def _compile_clock() -> Intervals:
-    """The intervals of time that JAX has spent making or loading programs since the first call.
+    """Return the intervals of time that JAX has spent compiling or loading programs since the first call.
 
-    JAX reports tracing, lowering and compiling (which fetches from the compilation cache, where it can) at their ends,
-    with how long they took. They nest: what is computed at once while a function is traced is itself traced, lowered
-    and compiled, inside the tracing of the other. Each event is an interval that ends now, and overlaps count once.
-    Those of all threads are in one union: two threads that compile at once spend the time once.
+    JAX reports the duration of tracing, lowering and compiling (or of loading from the compilation cache) when they
+    end. These nest: a computation that runs while a function is traced is itself traced, lowered and compiled. Each
+    event is added as an interval that ends now, so that overlaps count once. The intervals of all threads are in one
+    union: when two threads compile at the same time, that time counts once.
     """
     import jax
 
     since, lock, clock = time.perf_counter(), threading.Lock(), Intervals()
 
-    def add(event: str, seconds: float, **_: object) -> None:
+    def add(event: str, duration_secs: float, **_: object) -> None:
         if event.startswith("/jax/core/compile/"):
             now = time.perf_counter()
             with lock:
-                clock.add(max(since, now - seconds), now)
+                clock.add(max(since, now - duration_secs), now)
 
     jax.monitoring.register_event_duration_secs_listener(add)
     return clock
 
 
 def compile_seconds() -> float:
-    """Seconds spent making or loading programs so far, from the first call on; never more than have passed since then.
+    """Return the seconds spent compiling or loading programs since the first call of this function.
 
-    Take differences, of `Clock` where the rest of the time is asked for too.
+    Only differences of it are meaningful; use those of `Clock` where the rest of the time is needed too.
     """
     return _compile_clock().seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Seconds by the wall, and those of them that went into making or loading programs: `Clock.now() - begin`.
+    """Wall-clock seconds, and the seconds of them spent compiling or loading programs: use `Clock.now() - begin`.
 
-    A difference is never negative and never holds more compiling than time: that another thread began to compile
-    before `begin`, and that two clocks round differently, is cut off here and nowhere else. While one thread compiles,
-    another's work counts as compiling too.
+    A difference is never negative and never has more compiling than wall-clock time, although another thread may have
+    begun to compile before `begin` and the two clocks round differently: this is the only place that corrects for both.
+    While one thread compiles, the work of another thread counts as compiling too.
     """
 
     wall: float = 0.0
@@ -75,11 +75,12 @@ class Clock:
 
     @staticmethod
     def now() -> "Clock":
+        """Return the current time."""
         return Clock(time.perf_counter(), compile_seconds())
 
     @property
     def working(self) -> float:
-        """The seconds without those of compiling."""
+        """Return the seconds that were not spent compiling."""
         return self.wall - self.compiling
 
     def __add__(self, other: "Clock") -> "Clock":

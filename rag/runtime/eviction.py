@@ -1,14 +1,15 @@
-"""The size of the cache: what is in it, when each entry was last used, and which go when it grows beyond its limit.
+"""Limit the size of the cache: when it grows beyond the limit, the least recently used entries are removed.
 
-An entry is a file or a folder that appears whole and goes whole. Those that were used longest ago go first, and
-weights, which come from the network, after all others. A process that has an entry open keeps what it mapped; one that
-looks for it later finds nothing there and makes it again. Only names that the cache itself gives are entries, so that
-a folder of the user's own that is called `results` stays, whatever RAG_CACHE is set to.
+An entry is a file or a folder that is added and removed as a whole. Weights, which come from the network, are removed
+only after all others. A process that has mapped an entry into memory can still read it; a process that looks for it
+later does not find it and makes it again. Only names that the cache itself gives are entries, so a user's own folder
+with the name `results` is never removed, whatever RAG_CACHE is set to.
 """
 
 import math
 import os
 import re
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -19,7 +20,7 @@ from rag.runtime.files import cache_root, discard, notice
 from rag.types import UserError
 
 _KEY = "[0-9a-f]{64}"
-# The names on the way from the cache folder to the entries of each kind, which is the first folder.
+# Patterns of the names below each folder of the cache (the kind of its entries), down to the entries.
 _NAMES = {
     "chunk_kv": (rf"{_KEY}\.npy",),
     "code": (rf"{_KEY}\.json",),
@@ -34,16 +35,20 @@ _NAMES = {
     "xla": ("[0-9a-f]{16}", rf".+-{_KEY}-cache"),
 }
 KINDS = tuple(_NAMES)
-WEIGHTS = "weights"  # the last to go
-_LEFT_BEHIND = r"\..+\.[0-9a-f]{32}\.tmp"  # by a killed process: rag.runtime.files's unfinished files
+WEIGHTS = "weights"  # removed last
+_UNFINISHED = (
+    r"\..+\.[0-9a-f]{32}\.tmp"  # temporary names of rag.runtime.files, left behind by a killed process
+)
 
 _GB = 10**9
 _DEFAULT_GB = 20.0
-_LOOK_EVERY = 1 / 20  # of the limit, in bytes that this process wrote: to look at all entries takes a while
-_IN_USE_S = 60  # what was used so lately stays: somebody may be about to open it
-_HOUR_S, _DAY_S = 3600, 86_400
+_SCAN_AFTER = 1 / 20  # all entries are scanned (which is slow) after a process wrote this share of the limit
+_IN_USE_S = 600  # an entry used more recently is never removed: a process may be about to open it
+_RECORD_AFTER_S = 60  # a use is recorded if the last record is older
+_DAY_S = 86_400
 
-_unseen = math.inf  # bytes that this process wrote since it last looked at all entries
+_used: set[Path] = set()  # folders that this process used: it may open files in them again
+_written_bytes = math.inf  # that this process wrote since its last scan; the first write scans
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +57,12 @@ class Entry:
 
     kind: str
     path: Path
-    nbytes: int  # of a file with several hard links its share
-    used: float  # seconds since the epoch
+    nbytes: int  # the size of a file with several hard links is divided by their number
+    used: float  # time of the last use, in seconds since the epoch
 
 
-def limit() -> int:
-    """The bytes that the cache may hold: RAG_CACHE_GB, by default 20. Raises UserError where that is no such number."""
+def size_limit() -> int:
+    """Return how many bytes the cache may hold: RAG_CACHE_GB GB, by default 20. Raises UserError for other values."""
     text = os.environ.get("RAG_CACHE_GB") or str(_DEFAULT_GB)
     with suppress(ValueError):
         if 0 < float(text) < math.inf:
@@ -67,61 +72,73 @@ def limit() -> int:
     )
 
 
-def used(path: Path) -> None:
-    """Record that an entry was used, to the hour, where the cache can be written."""
+def record_use(path: Path) -> None:
+    """Record that an entry was used, in its mtime, to the minute.
+
+    This process does not evict a folder that it has used. The mtime stays where the cache cannot be written.
+    """
     with suppress(OSError):
-        if time.time() - path.stat().st_mtime > _HOUR_S:
+        found = path.stat()
+        if stat.S_ISDIR(found.st_mode):
+            _used.add(path)
+        if time.time() - found.st_mtime > _RECORD_AFTER_S:
             os.utime(path)
 
 
-def written(path: Path) -> None:
-    """Take note of an entry that was written, and remove others where the cache has grown beyond its limit."""
-    global _unseen
-    root, most = cache_root(), limit()
+def record_write(path: Path) -> None:
+    """Record that an entry was written, and evict others if the cache has grown beyond its limit."""
+    global _written_bytes
+    root, most = cache_root(), size_limit()
     if not path.is_relative_to(root):
         return
-    _unseen += _size(path)
-    if _unseen < most * _LOOK_EVERY:
+    _written_bytes += _size(path)
+    if _written_bytes < most * _SCAN_AFTER:
         return
-    _unseen = 0
-    if gone := evict(most, path):
+    _written_bytes = 0
+    if removed := evict(most, path):
         notice(
-            f"The cache {root} was larger than {most / _GB:g} GB (RAG_CACHE_GB): {len(gone)} entries of "
-            f"{sum(entry.nbytes for entry in gone) / _GB:.2g} GB that were used longest ago are removed."
+            f"The cache {root} was larger than {most / _GB:g} GB (RAG_CACHE_GB): {len(removed)} entries of "
+            f"{sum(entry.nbytes for entry in removed) / _GB:.2g} GB that were used longest ago are removed."
         )
 
 
-def evict(most: int, kept: Path) -> list[Entry]:
-    """Remove the entries that were used longest ago until no more than `most` bytes are left; return them.
+def evict(most: int, protected: Path) -> list[Entry]:
+    """Remove the least recently used entries until at most `most` bytes are left, and return them.
 
-    `kept` stays, and so does what was used within the last minute.
+    Not removed are the entry `protected`, or the one that contains it, folders that this process has used, and what
+    any process has used within the last ten minutes.
     """
     found = sorted(entries(), key=lambda entry: (entry.kind == WEIGHTS, entry.used))
-    total, gone = sum(entry.nbytes for entry in found), []
+    total = sum(entry.nbytes for entry in found)
+    removed: list[Entry] = []
     for entry in found:
         if total <= most:
             break
-        if entry.path == kept or kept.is_relative_to(entry.path) or time.time() - entry.used < _IN_USE_S:
+        if (
+            protected.is_relative_to(entry.path)
+            or entry.path in _used
+            or time.time() - entry.used < _IN_USE_S
+        ):
             continue
         with suppress(OSError):  # a cache that cannot be written
             discard(entry.path)
             total -= entry.nbytes
-            gone.append(entry)
-    return gone
+            removed.append(entry)
+    return removed
 
 
 def entries(kinds: Iterable[str] = KINDS) -> list[Entry]:
-    """All entries of these kinds."""
+    """Return all entries of these kinds."""
     root, found = cache_root(), []
     for kind in kinds:
         for path in _below(root / kind, _NAMES[kind]):
-            with suppress(FileNotFoundError):  # gone meanwhile
+            with suppress(FileNotFoundError):  # removed meanwhile
                 found.append(Entry(kind, path, _size(path), _last_use(path)))
     return found
 
 
 def _below(folder: Path, names: tuple[str, ...]) -> Iterator[Path]:
-    """The paths whose names match, and what a killed process left unfinished."""
+    """Yield the paths whose names match, and unfinished files that a killed process left behind over a day ago."""
     try:
         listed = list(os.scandir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -130,21 +147,25 @@ def _below(folder: Path, names: tuple[str, ...]) -> Iterator[Path]:
         path = Path(item.path)
         if item.is_symlink() or item.name.endswith(".lock"):
             continue
-        if re.fullmatch(_LEFT_BEHIND, item.name):
+        if re.fullmatch(_UNFINISHED, item.name):
             if time.time() - item.stat().st_mtime > _DAY_S:
                 yield path
         elif re.fullmatch(names[0], item.name) and len(names) == 1:
-            if folder.name != WEIGHTS or Path(f"{path}.lock").exists():  # else placed by hand
+            if (
+                folder.name != WEIGHTS or Path(f"{path}.lock").exists()
+            ):  # without a lock file they were placed by hand
                 yield path
         elif re.fullmatch(names[0], item.name) and item.is_dir():
             yield from _below(path, names[1:])
 
 
 def _last_use(path: Path) -> float:
-    """The last use that was recorded; of a file also the last reading that the system knows of, as for JAX's own."""
+    """Return the recorded last use; for a file also its atime, because JAX's own entries record no use."""
     found = path.stat()
     stamp = found.st_mtime if path.is_dir() else max(found.st_mtime, found.st_atime)
-    return stamp if stamp < time.time() + _IN_USE_S else 0.0  # of a clock that was wrong: the first to go
+    return (
+        stamp if stamp < time.time() + _IN_USE_S else 0.0
+    )  # in the future because of a wrong clock: removed first
 
 
 def _size(path: Path) -> int:

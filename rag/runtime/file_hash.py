@@ -1,61 +1,44 @@
-"""SHA-256 of files, remembered between processes."""
+"""SHA-256 of files, cached between processes."""
 
 import contextlib
 import hashlib
-import os
 import time
 from pathlib import Path
 
 from rag.runtime.cache_key import content_key
-from rag.runtime.files import atomic_file, cache_root, entry_name, make_private_folder, notice
+from rag.runtime.files import cache_root, entry_name, file_stamp
+from rag.types import UserError
 
 _READ_BYTES = 1 << 20
-# A file changed this recently could change again under the same mtime on a coarse clock: don't remember it.
+# A file that changed less than 2 s ago could change again with the same mtime on a coarse clock: it is not cached.
 _RACY_NS = 2_000_000_000
 
 
 def file_sha256(path: str | Path, *, fresh: bool = False) -> str:
-    """SHA-256 of a file's bytes (64 hex digits), remembered by path, size, mtime, ctime and inode.
+    """Return the SHA-256 of a file's bytes (64 hex digits), cached by path, size, mtime, ctime and inode.
 
-    A large file is read once; a changed or replaced one is read again, and with `fresh` any is. Raises OSError when it
-    cannot be read.
+    A file is read again only after it was changed or replaced, or with `fresh`. Raises OSError when it cannot be read.
     """
-    from rag.runtime.checksums import (
-        seal,  # here: it needs numpy, for which a typo on a command line should not wait
-    )
+    # Imported here because they need numpy, and a typing error on a command line should be reported without waiting.
+    from rag.runtime import cache
+    from rag.runtime.checksums import read_verified
 
     path = Path(path).resolve()
-    before = path.stat()
-    memory = cache_root() / "sha256" / f"{content_key(str(path), *_stamp(before), before.st_ino)}.sha256"
-    if not fresh and (known := _remembered_digest(memory)) is not None:
-        return known
+    before = file_stamp(path)
+    entry = cache_root() / "sha256" / f"{content_key(str(path), *before)}.sha256"
+    if (
+        not fresh
+        and (cached := cache.get(entry, lambda entry: read_verified(entry, entry_name(entry)))) is not None
+    ):
+        return cached.decode()
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
-    changed_ns = max(before.st_mtime_ns, before.st_ctime_ns)
-    if _stamp(path.stat()) == _stamp(before) and time.time_ns() - changed_ns > _RACY_NS:
-        # A cache that cannot be written (read-only, full) costs the next start a reading, and no more.
-        with contextlib.suppress(OSError):
-            make_private_folder(memory.parent)
-            with atomic_file(memory) as file:
-                file.write(digest.hexdigest().encode())
-                seal(file, entry_name(memory))
+    changed_ns = max(before.mtime_ns, before.ctime_ns)
+    if file_stamp(path) == before and time.time_ns() - changed_ns > _RACY_NS:
+        with contextlib.suppress(
+            UserError
+        ):  # if the cache cannot be written, the next process reads the file again
+            cache.write(entry, digest.hexdigest().encode())
     return digest.hexdigest()
-
-
-def _remembered_digest(memory: Path) -> str | None:
-    from rag.runtime.checksums import Damaged, read_sealed
-
-    try:
-        return read_sealed(memory, entry_name(memory)).decode()
-    except FileNotFoundError:
-        return None
-    except (Damaged, OSError) as error:
-        notice(f"{error}: the file whose digest it holds is read again.")
-        return None
-
-
-def _stamp(found: os.stat_result) -> tuple[int, int, int]:
-    """What tells that a file was written to; the mtime alone can be set to what it was."""
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns

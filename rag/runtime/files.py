@@ -1,11 +1,13 @@
-"""Content keys, locks and atomic files: the one cache that every stage shares.
+"""The cache folder, locks, and files and folders that appear whole or not at all.
 
-Four rules keep it honest. A key is made of contents, never of names, so a stale result cannot be found. A
-file or folder appears whole or not at all, so a killed process leaves nothing that looks finished. Writers of
-one entry take its lock, so two processes never do the same work into the same place. What is read is trusted, native
-code among it, so the folder is the user's own and nobody else may write to it.
+Four rules make the cache safe:
 
-Entries are read and made through rag.runtime.cache, which compares their checksums; rag.runtime.eviction keeps their size in bounds.
+- A cache key is made of contents, never of names, so an outdated result cannot be found (rag.runtime.cache_key).
+- A file or folder appears whole or not at all, so a killed process leaves nothing that looks finished.
+- Writers of one entry take its lock, so two processes never do the same work.
+- What is read is trusted, native code too, so the folder belongs to the user and nobody else may write to it.
+
+Entries are read and made with rag.runtime.cache, which verifies checksums; rag.runtime.eviction limits their size.
 """
 
 import contextlib
@@ -18,7 +20,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from rag.types import UserError
 
@@ -26,16 +28,20 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def cache_root() -> Path:
-    """The cache folder, made on demand: $RAG_CACHE, or ~/.cache/rag-jax. Raises UserError as `own_folder` does."""
+    """Return the cache folder, $RAG_CACHE or ~/.cache/rag-jax, made if needed. Raises as `private_folder` does."""
     chosen = os.environ.get("RAG_CACHE")
     return private_folder(Path(os.path.expanduser(chosen)) if chosen else Path.home() / ".cache" / "rag-jax")
 
 
 def private_folder(path: Path, setting: str = "RAG_CACHE") -> Path:
-    """The folder, behind links, made for the user alone (0700) where there is none.
+    """Return a folder's path with links resolved; a missing folder is made for the user alone (mode 0700).
 
-    Raises UserError, which names the `setting` that chooses another, when it cannot be made, belongs to another user,
-    or may be written to by others.
+    Args:
+        path: the folder.
+        setting: the setting that chooses another folder, which errors name.
+
+    Raises:
+        UserError: the folder cannot be made, belongs to another user, or others may write to it.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -57,7 +63,7 @@ def private_folder(path: Path, setting: str = "RAG_CACHE") -> Path:
 
 
 def private_file(path: Path) -> Path:
-    """The path of a file that nobody but the user may write to. Raises UserError for another."""
+    """Return the path of a file; raise UserError if anybody but the user may write to it."""
     found = path.stat()
     if found.st_uid != os.geteuid() or found.st_mode & _OTHERS_WRITE:
         raise UserError(
@@ -67,35 +73,51 @@ def private_file(path: Path) -> Path:
 
 
 def notice(text: str) -> None:
-    """Tell a person on stderr, in one line, what went another way than expected."""
+    """Print one line to stderr about something unexpected that is no error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def entry_name(path: Path) -> str:
-    """What an entry of the cache is called, with the folder that it is in; part of its checksum."""
+    """Return the name of a cache entry with that of its folder; the entry's checksum covers it."""
     return f"{path.parent.name}/{path.name}"
 
 
 @contextlib.contextmanager
 def write_errors(path: Path | None = None) -> Iterator[None]:
-    """Make an OSError in the block, which writes to the cache, a UserError that says what to do about it.
+    """Turn an OSError in the block, which writes to the cache, into a UserError that says what to do.
 
-    `path` is what is written, where that may lie outside of the cache folder.
+    Args:
+        path: the path that is written; needed only where it may be outside of the cache folder.
     """
     try:
         yield
     except OSError as error:  # numpy's short writes have no strerror
         root = cache_root()
-        outside = path is not None and not path.is_relative_to(root)
-        where = f"the folder {path.parent}" if outside else f"the cache folder {root}"
-        remedy = "choose another folder" if outside else "set RAG_CACHE to another folder"
+        where, remedy = f"the cache folder {root}", "set RAG_CACHE to another folder"
+        if path is not None and not path.is_relative_to(root):
+            where, remedy = f"the folder {path.parent}", "choose another folder"
         raise UserError(
             f"cannot write to {where} ({error.strerror or error}); make room and permission there, or {remedy}"
         ) from error
 
 
+class FileStamp(NamedTuple):
+    """The attributes of a file by which a write or a replacement is noticed; the mtime alone can be set back."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+def file_stamp(path: Path) -> FileStamp:
+    """Return the stamp of a file as it is now. Raises FileNotFoundError."""
+    found = path.stat()
+    return FileStamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
 def make_folder(path: Path, mode: int = 0o777) -> None:
-    """Make a folder, and those above it, where they are not there, and flush their names to the disk."""
+    """Make a folder and its missing parents, and flush their names to the disk."""
     if path.is_dir():
         return
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -107,16 +129,16 @@ def make_folder(path: Path, mode: int = 0o777) -> None:
 
 
 def make_private_folder(path: Path) -> None:
-    """Make a folder of the cache for the user alone: what is read there is trusted."""
+    """Make a folder of the cache for the user alone, because files in it are trusted."""
     make_folder(path, 0o700)
 
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path` + ".lock" against other processes and threads; waits for it.
+    """Hold an exclusive lock on the file `path` + ".lock" against other processes and threads, after waiting for it.
 
-    Not reentrant. The kernel releases it when the holder dies. The lock file stays: removing it would let two
-    waiters lock two different files of the same name.
+    It is not reentrant. The kernel releases it when the holder dies. The lock file is never removed: otherwise two
+    waiting processes could lock two different files of the same name.
     """
     lock = Path(f"{path}.lock")
     make_folder(lock.parent)
@@ -127,7 +149,7 @@ def locked(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def entry_lock(path: str | Path) -> Iterator[None]:
-    """`locked` for a file of the cache: UserError when the lock cannot be made; the block's errors stay its own."""
+    """Hold the lock of a cache entry. Raises UserError when it cannot be made; errors of the block are passed on."""
     with contextlib.ExitStack() as stack:
         with write_errors(Path(path)):
             make_private_folder(Path(path).parent)
@@ -137,18 +159,22 @@ def entry_lock(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file that appears at `path` whole when the block ends, or not at all if it raises.
+    """Open a file that appears at `path` whole when the block ends, or not at all if the block raises.
 
-    Replaces an existing file; makes the parent folders. `mode` is "wb" or "w" (UTF-8, newlines as written).
+    An existing file is replaced, and parent folders are made.
+
+    Args:
+        path: the file.
+        mode: "wb", or "w" for UTF-8 text without newline translation.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"atomic_file writes whole files, mode 'w' or 'wb', not {mode!r}")
     path = Path(path)
     make_folder(path.parent)
-    temporary = _beside(path)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    temporary = _temporary(path)
+    encoding, newline = (None, None) if mode == "wb" else ("utf-8", "")
     try:
-        with open(temporary, mode.replace("w", "x"), **text) as file:
+        with open(temporary, mode.replace("w", "x"), encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -161,16 +187,20 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` when the block ends, or is removed if it raises.
+    """Yield a temporary folder that becomes `path` when the block ends, or is removed if the block raises.
 
-    What is at `path` already is removed at the end with `replace`; without it FileExistsError is raised, at the start
-    or the end.
+    Args:
+        path: the folder.
+        replace: what exists at `path` is removed at the end.
+
+    Raises:
+        FileExistsError: `path` exists at the start or at the end, and `replace` is false.
     """
     path = Path(path)
     make_folder(path.parent)
     if not replace:
         _must_not_exist(path)
-    temporary = _beside(path)
+    temporary = _temporary(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -194,14 +224,15 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or folder, if it is there, so that nobody finds half of it: it is renamed first."""
-    away = _beside(path)
+    """Remove a file or folder if it exists. It is renamed first, so that nobody finds half of it."""
+    renamed = _temporary(path)
     with contextlib.suppress(FileNotFoundError):
-        os.rename(path, away)
-        shutil.rmtree(away) if away.is_dir() and not away.is_symlink() else away.unlink()
+        os.rename(path, renamed)
+        shutil.rmtree(renamed) if renamed.is_dir() and not renamed.is_symlink() else renamed.unlink()
 
 
-def _beside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
+    """Return a new hidden name in the same folder, which rag.runtime.eviction recognises if it is left behind."""
     return path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
 
 

@@ -1,93 +1,65 @@
-"""The version of the code behind a result: of a module and of all that it imports, read and never run.
+"""Compute code versions: keys of the code of a module and of all modules that it imports, read and never run.
 
-A kept result is found again only under the code that made it. That code is the import closure of the stage's modules:
-what they import, and what those import, to the end. It is read from the files, so nobody has to list it, and a module
-that is imported late counts as much as one that is imported first.
+A cached result is found again only if the code that computed it has not changed. That code is the import closure of
+the stage's modules: the modules that they import, the modules that those import, and so on. It is read from the
+source files, so nobody has to list it, and a module that is imported late counts as much as one imported first.
 
-Followed are `import` and `from ... import` wherever they stand (in a function and below `if TYPE_CHECKING` too: what
-an annotation names is what a stage is handed at run time), relative ones, those of submodules, the `__init__` of every
-package on the way, and `importlib.import_module` or `__import__` of a literal name. What is imported by a computed
-name or found through sys.modules is not seen, and neither are files that code reads. A module names such files:
+Followed are `import` and `from ... import` anywhere (in functions, and below `if TYPE_CHECKING` too, because a stage is
+passed objects of the annotated classes at run time), relative imports, imports of submodules, the `__init__` of every
+parent package, and `importlib.import_module` or `__import__` with a literal name. Not seen are imports of a computed
+name or through sys.modules, and files that the code reads. A module declares such files itself:
 
     RAG_SOURCES = ("kernels/*.cc", "words.txt")  # files, as patterns below the module's own folder
     RAG_ENVIRONMENT = ("RAG_NATIVE",)  # environment variables that change results
 
-Each source counts by what it does: comments, docstrings and layout do not (docstrings do where a module of the
-closure asks for __doc__). A package that was installed from an index counts by its version, and by the versions of
-what it requires; one that was installed from a folder or a repository is read like the user's own. The standard
-library counts by Python's version. A module that is not there counts as missing, so that its arrival is noticed.
+Comments, docstrings and layout of a source do not count (docstrings do where a module of the closure asks for
+__doc__). A package that was installed from an index counts by its version and the versions of what it requires; one
+that was installed from a folder or a repository is read like the user's own code. The standard library counts by
+Python's version. A missing module counts as missing, so that the version changes when it is added.
 
-A module is read once a process, when its version is first asked for, and again when it was loaded again. So an edit
-between the import of a module and that moment would be taken for the code that runs: don't edit while a run starts.
+A module is read once in a process, when its version is first asked for, and again after it was reloaded. So an edit
+between the import of a module and that moment would be taken for the code that runs: do not edit while a run starts.
 """
 
 import hashlib
-import json
 import os
 import sys
-import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from rag.runtime import cache
 from rag.runtime.cache_key import content_key
-from rag.runtime.files import cache_root
-from rag.runtime.packages import distributions_of, with_required
-from rag.runtime.records import Record
-from rag.runtime.source_code import SourceCode, _opaque, parsed
+from rag.runtime.module_finder import OUR_PACKAGE, Location, ModuleFinder
+from rag.runtime.source_code import ParsedSources, SourceCode, compiled_module
 from rag.types import UserError
 
-_OURS = __name__.partition(".")[0]  # read wherever it lies: its version says too little
 _PYTHON = "python {}.{}".format(*sys.version_info)
-_STANDARD = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib"))
-_REMEMBERED = 5000  # files whose contents are remembered between processes
-
-
-class _Sources(Record):
-    """What is remembered between processes: the fields of each source, by the SHA-256 of its text."""
-
-    sources: dict[str, list[Any]]
-
-
-class _Place(NamedTuple):
-    """Where a module is: a file, or none of a namespace package; folders if it is a package."""
-
-    file: str | None
-    folders: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _ReadModule:
-    """A module that was read."""
+class _ModuleCode:
+    """The code of one module, and the modules that it imports."""
 
     source: SourceCode
-    imports: tuple[tuple[str, bool], ...]  # absolute names; False: perhaps an attribute and no module
-    files: tuple[tuple[str, str], ...]  # its other sources and their hashes
+    imports: tuple[
+        tuple[str, bool], ...
+    ] = ()  # absolute names; False: it may be an attribute instead of a module
+    files: tuple[tuple[str, str], ...] = ()  # name and SHA-256 of the files in its RAG_SOURCES
 
 
-class Code:
-    """Modules by name, each read when it is first asked for.
-
-    Found as Python would find them; with `folders` what lies in those comes first, whatever is loaded.
-    """
+class CodeReader:
+    """Reads modules, each when it is first asked for. Modules in `folders` come before all others (ModuleFinder)."""
 
     def __init__(self, folders: Sequence[str] = ()):
-        self._folders = list(folders)
-        self._modules: dict[
-            str, tuple[object, _ReadModule | None]
-        ] = {}  # with what was loaded when it was read
-        self._outer: dict[str, frozenset[str] | None] = {}  # what `_outside` found ...
-        self._owned: dict[str, bool] = {}  # ... and `_own`
-        self._texts: dict[str, SourceCode] | None = None  # by the SHA-256 of their bytes
-        self._news = False  # whether there are texts that the next process would read anew
+        self._finder = ModuleFinder(folders)
+        self._sources = ParsedSources()
+        # By name, with the loaded module's spec at the time of reading: reloading a module makes another spec.
+        self._modules: dict[str, tuple[object, _ModuleCode | None]] = {}
 
     def version(self, *names: str) -> str:
-        """A key of the code of these modules and of all that they reach. Raises UserError as `closure` does."""
+        """Return a key of the code of these modules and of all that they import. Raises UserError as `closure` does."""
         modules, others = self.closure(*names)
         documented = any(module.source.reads_docstrings for module in modules.values())
         parts = [
@@ -101,105 +73,72 @@ class Code:
         ]
         return content_key(parts, sorted(others))
 
-    def closure(self, *names: str) -> tuple[dict[str, _ReadModule], set[str]]:
-        """The modules that are read, by name, and in words what else counts.
+    def closure(self, *names: str) -> tuple[dict[str, _ModuleCode], set[str]]:
+        """Return the import closure of these modules.
 
-        Raises UserError for a module without a file (of a notebook), and for one that cannot be read.
+        Returns:
+            The modules that are read, by name, and the versions of packages that are not read.
+
+        Raises:
+            UserError: a module has no file (in a notebook), or its file cannot be read.
         """
-        modules: dict[str, _ReadModule] = {}
-        others, seen, todo = {_PYTHON}, set(), [(name, True) for name in names]
-        while todo:
-            name, required = todo.pop()
+        modules: dict[str, _ModuleCode] = {}
+        others, seen, pending = {_PYTHON}, set(), [(name, True) for name in names]
+        while pending:
+            name, required = pending.pop()
             if (name, required) in seen:
                 continue
             seen.add((name, required))
-            if (outside := self._outside(name.partition(".")[0])) is not None:
-                others.update(outside)
+            if (versions := self._finder.versions(name)) is not None:
+                others.update(versions)
             elif (module := self._module(name)) is not None:
                 modules[name] = module
-                todo += [(parent, True) for parent in _parents(name)]
-                todo += module.imports
+                pending += [(parent, True) for parent in _parents(name)]
+                pending += module.imports
             elif required:
                 others.add(f"no {name}")
-        self._remember()
+        self._sources.save()
         return modules, others
 
-    def _outside(self, top: str) -> frozenset[str] | None:
-        """What a top-level module counts as that is not read; None for one that is."""
-        if top not in self._outer:
-            self._outer[top] = self._counted(top)
-        return self._outer[top]
+    def is_read(self, name: str) -> bool:
+        """Return whether a module is read, and not identified by the version of its package."""
+        return self._finder.versions(name) is None
 
-    def _counted(self, top: str) -> frozenset[str] | None:
-        if top == _OURS or self._own(top):
-            return None
-        place = _loaded(top) or _found(top, None)
-        file = place and (place.file or next(iter(place.folders), None))
-        if top in sys.stdlib_module_names and (file is None or file.startswith(_STANDARD)):
-            return frozenset()
-        if file is None:
-            return None
-        folder = Path(place.folders[0] if place.folders else file).parent
-        found = distributions_of(top, str(folder))
-        return with_required(found) if found else None
-
-    def _own(self, top: str) -> bool:
-        """Whether it lies in this object's folders."""
-        if self._folders and top not in self._owned:
-            self._owned[top] = PathFinder.find_spec(top, self._folders) is not None
-        return self._owned.get(top, False)
-
-    def _module(self, name: str) -> _ReadModule | None:
-        """The module of this name; None where there is none."""
-        loaded = None if self._own(name.partition(".")[0]) else sys.modules.get(name)
-        token = getattr(loaded, "__spec__", None) or loaded  # another one after the module was loaded again
-        if name not in self._modules or self._modules[name][0] is not token:
-            place = self._place(name)
-            if place == _Place(None, ()):
+    def _module(self, name: str) -> _ModuleCode | None:
+        """Return the code of a module, or None where there is no such module."""
+        loaded = None if self._finder.in_folders(name) else sys.modules.get(name)
+        spec = getattr(loaded, "__spec__", None) or loaded
+        if name not in self._modules or self._modules[name][0] is not spec:
+            location = self._finder.location(name)
+            if location == Location(None, ()):
                 raise UserError(
                     f"The code of {name!r} is in no file, as in a notebook or at a prompt, so its results cannot be "
                     "known by it: put it into a .py file, and import it from there."
                 )
-            self._modules[name] = token, None if place is None else self._read(name, place)
+            self._modules[name] = spec, None if location is None else self._read(name, location)
         return self._modules[name][1]
 
-    def _place(self, name: str) -> _Place | None:
-        own = self._own(name.partition(".")[0])
-        if not own and (place := _loaded(name)) is not None:
-            return place
-        parent = name.rpartition(".")[0]
-        if not parent:
-            return _found(name, self._folders if own else None)
-        above = self._place(parent)
-        return _found(name, list(above.folders)) if above is not None and above.folders else None
-
-    def _read(self, name: str, place: _Place) -> _ReadModule:
-        if place.file is None:  # a namespace package
-            return _ReadModule(SourceCode("", "", False, (), (), ()), (), ())
+    def _read(self, name: str, location: Location) -> _ModuleCode:
+        if location.file is None:  # a namespace package
+            return _ModuleCode(SourceCode("", "", False, (), (), ()))
         try:
-            data = Path(place.file).read_bytes()
+            data = Path(location.file).read_bytes()
         except OSError as error:
-            raise UserError(f"Cannot read the code in {place.file} ({error.strerror}): mend that.") from error
-        if not place.file.endswith((".py", ".pyw")):
-            return _ReadModule(_opaque(data), (), ())
-        source = self._source(data, place.file)
-        package = name if place.folders else name.rpartition(".")[0]
+            raise UserError(
+                f"Cannot read the code in {location.file} ({error.strerror}): mend that."
+            ) from error
+        if not location.file.endswith((".py", ".pyw")):
+            return _ModuleCode(compiled_module(data))
+        source = self._sources.get(data, location.file)
+        package = name if location.folders else name.rpartition(".")[0]
         if name == "__main__":  # of `python -m package.module`
             package = sys.modules[name].__package__ or ""
         imports = [(package, True)] if package else []
-        imports += self._imported(source.imports, package)
-        return _ReadModule(source, tuple(imports), tuple(_digests(Path(place.file), source.files)))
+        imports += self._absolute(source.imports, package)
+        return _ModuleCode(source, tuple(imports), tuple(_digests(Path(location.file), source.files)))
 
-    def _source(self, data: bytes, file: str) -> SourceCode:
-        if self._texts is None:
-            self._texts = _remembered()
-        key = hashlib.sha256(data).hexdigest()
-        if key not in self._texts:
-            self._texts[key] = parsed(data, file)
-            self._news = True
-        return self._texts[key]
-
-    def _imported(self, imports: Sequence[Sequence], package: str) -> Iterator[tuple[str, bool]]:
+    def _absolute(self, imports: Sequence[Sequence], package: str) -> Iterator[tuple[str, bool]]:
+        """Yield the absolute names of what a module of this package imports, and whether each must be a module."""
         for dots, name, members in imports:
             if dots:
                 parents = package.split(".")[: len(package.split(".")) - dots + 1]
@@ -208,55 +147,20 @@ class Code:
                 continue
             yield name, True
             for member in members:
-                if member == "*" and (place := self._place_inside(name)):
-                    yield from ((f"{name}.{found}", False) for found in _submodules(place))
-                elif member != "*":
+                if member != "*":
                     yield f"{name}.{member}", False
-
-    def _place_inside(self, name: str) -> _Place | None:
-        return None if self._outside(name.partition(".")[0]) is not None else self._place(name)
-
-    def _remember(self) -> None:
-        """Keep what was read for the next process; without it that one reads anew."""
-        if self._news:
-            self._news, latest = False, _remembered(quiet=True) | self._texts
-            kept = {"sources": dict(list(latest.items())[-_REMEMBERED:])}
-            with suppress(UserError):  # a cache that cannot be written
-                cache.write(_memory(), json.dumps(kept).encode())
+                elif self.is_read(name) and (location := self._finder.location(name)):
+                    yield from ((f"{name}.{submodule}", False) for submodule in location.submodules())
 
 
 def _parents(name: str) -> list[str]:
-    """The packages around a module."""
+    """Return the packages that contain a module."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
-def _loaded(name: str) -> _Place | None:
-    """Where a module that is loaded came from."""
-    if (module := sys.modules.get(name)) is None:
-        return None
-    return _Place(getattr(module, "__file__", None), tuple(getattr(module, "__path__", ())))
-
-
-def _found(name: str, folders: list[str] | None) -> _Place | None:
-    """Where Python would find a module, top-level where there are no folders; nothing is imported for it."""
-    for finder in sys.meta_path:
-        if hasattr(finder, "find_spec") and (spec := finder.find_spec(name, folders)) is not None:
-            return _Place(
-                spec.origin if spec.has_location else None, tuple(spec.submodule_search_locations or ())
-            )
-    return None
-
-
-def _submodules(place: _Place) -> Iterator[str]:
-    for folder in place.folders:
-        for path in sorted(Path(folder).glob("*")):
-            if path.is_dir() or (path.suffix == ".py" and path.stem != "__init__"):
-                yield path.stem
-
-
 def _digests(module: Path, patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(name, SHA-256) of the files that a module names as its RAG_SOURCES."""
+    """Yield the name and SHA-256 of each file that matches the RAG_SOURCES of a module."""
     for pattern in patterns:
         files = sorted(path for path in module.parent.glob(pattern) if path.is_file())
         if not files:
@@ -268,68 +172,64 @@ def _digests(module: Path, patterns: Sequence[str]) -> Iterator[tuple[str, str]]
             yield file.relative_to(module.parent).as_posix(), digest
 
 
-def _memory() -> Path:
-    """The file in which sources are remembered, for this Python (whose syntax trees are its own) and this code."""
-    return cache_root() / "code" / f"{content_key(sys.version, Path(__file__).read_bytes())}.json"
+# --- the code version of values
+
+_READER = CodeReader()
 
 
-def _remembered(*, quiet: bool = False) -> dict[str, SourceCode]:
-    kept = cache.get(_memory(), partial(cache.read_record, schema=_Sources), quiet=quiet)
-    return {key: SourceCode(*values) for key, values in kept.sources.items()} if kept else {}
+def code_version(*values: Any) -> str:
+    """Return a key of the code behind values: of their classes, of functions, and of all that the values contain.
 
-
-# --- from values to modules
-
-_CODE = Code()
-
-
-def code_version(*things: Any) -> str:
-    """A key of the code behind any values: of their classes, of functions, of all that is inside them.
-
-    Inside are the items of a list, tuple or dict, the fields of a dataclass, the arguments of a partial and the
-    attributes of an object of the user's own class; of a class also its bases count. Raises UserError as
-    `Code.closure` does.
+    A value contains the items of a list, tuple or dict, the fields of a dataclass, the arguments of a partial and the
+    attributes of an object of a user's class. The base classes of a class count too. Raises UserError as
+    `CodeReader.closure` does, and for an object of a class whose module was reloaded.
     """
     seen: set[int] = set()
-    return _CODE.version(*sorted({name for thing in things for name in _modules_of(thing, seen)}))
+    return _READER.version(*sorted({name for value in values for name in _modules_of(value, seen)}))
 
 
-def _modules_of(thing: Any, seen: set[int]) -> Iterator[str]:
-    if id(thing) in seen:  # objects may hold one another
+def _modules_of(value: Any, seen: set[int]) -> Iterator[str]:
+    """Yield the names of the modules behind a value; `seen` holds the ids of visited objects, which may form cycles."""
+    if id(value) in seen:
         return
-    seen.add(id(thing))
-    match thing:
+    seen.add(id(value))
+    match value:
         case None | str() | bytes() | bool() | int() | float():
             return
         case type():
-            _check_current(thing)
-            yield from (kind.__module__ for kind in thing.__mro__ if kind.__module__ != "builtins")
+            _check_not_reloaded(value)
+            yield from (kind.__module__ for kind in value.__mro__ if kind.__module__ != "builtins")
             return
         case list() | tuple():
-            yield from _each(thing, seen)
+            yield from _modules_of_all(value, seen)
         case dict():
-            yield from _each(thing.values(), seen)
+            yield from _modules_of_all(value.values(), seen)
         case partial():
-            yield from _each((thing.func, *thing.args, *thing.keywords.values()), seen)
+            yield from _modules_of_all((value.func, *value.args, *value.keywords.values()), seen)
             return
-        case _ if is_dataclass(thing):
-            yield from _each((getattr(thing, field.name) for field in fields(thing)), seen)
-        case _ if hasattr(thing, "__code__"):  # a function, or the method of something
-            yield thing.__module__
-            yield from _modules_of(type(getattr(thing, "__self__", None)), seen)
-        case _ if _is_users(type(thing)):
-            yield from _each(getattr(thing, "__dict__", {}).values(), seen)
-    yield from _modules_of(type(thing), seen)
+        case _ if is_dataclass(value):
+            yield from _modules_of_all((getattr(value, field.name) for field in fields(value)), seen)
+        case _ if hasattr(value, "__code__"):  # a function or a bound method
+            yield value.__module__
+            yield from _modules_of(type(getattr(value, "__self__", None)), seen)
+        case _ if _is_user_class(type(value)):
+            yield from _modules_of_all(getattr(value, "__dict__", {}).values(), seen)
+    yield from _modules_of(type(value), seen)
 
 
-def _is_users(kind: type) -> bool:
-    """Whether a class is of a module that is read, and not of this package, whose own classes name what they hold."""
+def _modules_of_all(values: Iterable[Any], seen: set[int]) -> Iterator[str]:
+    for value in values:
+        yield from _modules_of(value, seen)
+
+
+def _is_user_class(kind: type) -> bool:
+    """Return whether a class is the user's own. The classes of this package import the modules of what they hold."""
     top = kind.__module__.partition(".")[0]
-    return top not in (_OURS, "builtins") and _CODE._outside(top) is None
+    return top not in (OUR_PACKAGE, "builtins") and _READER.is_read(top)
 
 
-def _check_current(kind: type) -> None:
-    """UserError for a class of a module that was loaded again since: the code that runs is no longer in its file."""
+def _check_not_reloaded(kind: type) -> None:
+    """Raise UserError for a class whose module was reloaded: the code that runs is no longer in its file."""
     found: Any = sys.modules.get(kind.__module__)
     for name in kind.__qualname__.split("."):
         found = getattr(found, name, None)
@@ -338,8 +238,3 @@ def _check_current(kind: type) -> None:
         raise UserError(
             f"{'.'.join(named)} was loaded again after this one was made: make it anew, as its file now says."
         )
-
-
-def _each(things: Iterable[Any], seen: set[int]) -> Iterator[str]:
-    for thing in things:
-        yield from _modules_of(thing, seen)

@@ -1,4 +1,4 @@
-"""This machine and process: cores, CPU flags, peak memory, and the environment record of every result."""
+"""Describe this machine and process: cores, CPU flags, peak memory, and the environment record of every result."""
 
 import contextlib
 import functools
@@ -11,19 +11,21 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-# Instruction sets that decide how fast array code can be; the rest of a processor's flags is noise.
+# Parts of the names of SIMD and matrix instruction sets, on which the speed of array code depends.
 _SIMD = ("sse4", "ssse3", "avx", "fma", "f16c", "amx", "neon", "asimd", "sve", "i8mm", "bf16", "dotprod")
 
 
 def environment() -> dict[str, object]:
-    """The record that every JSON of ours carries: what ran, on what, how busy it was."""
+    """Return the environment record of a result: commit, versions, processor, device, load, peak memory, date."""
     import jax
 
+    name, flags = _cpu()
     return {
         **_revision(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
-        **_cpu(),
+        "cpu": name,
+        "cpu_flags": list(flags),
         "cores": cores(),
         "device": jax.devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -35,7 +37,7 @@ def environment() -> dict[str, object]:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held, since the last forget_peak_memory() where there is one."""
+    """Return the peak memory of this process in bytes, since the last forget_peak_memory() if there was one."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -45,7 +47,7 @@ def peak_memory_bytes() -> int:
 
 
 def _peak_device_memory() -> dict[str, int]:
-    """The most that this process has held on an accelerator; nothing where the device does not tell, as a CPU."""
+    """Return the peak memory of this process on an accelerator, or {} for a device that does not report it (a CPU)."""
     import jax
 
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -53,17 +55,15 @@ def _peak_device_memory() -> dict[str, int]:
 
 
 def forget_peak_memory() -> None:
-    """Let the peak begin at what is held now, where the system can (Linux); elsewhere it stays the process's."""
+    """Reset the peak memory to the memory in use now. Only Linux can; elsewhere this does nothing."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _revision() -> dict[str, object]:
-    """The commit of this checkout and whether it was changed since; both None for an installed copy."""
+    """Return the commit of this checkout and whether files differ from it; both None for an installed copy."""
     root = Path(__file__).resolve().parents[2]
-    if not (
-        root / ".git"
-    ).exists():  # else git would answer for whatever repository we are installed inside of
+    if not (root / ".git").exists():  # else git would describe a repository that contains the installation
         return {"commit": None, "dirty": None}
     commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
     changes = _output("git", "-C", str(root), "status", "--porcelain")
@@ -72,12 +72,12 @@ def _revision() -> dict[str, object]:
 
 @functools.cache
 def cpu_flags() -> tuple[str, ...]:
-    """The processor's SIMD instruction sets, in the operating system's words, lower case."""
-    return tuple(_cpu()["cpu_flags"])
+    """Return the processor's SIMD instruction sets, by the operating system's names, in lower case."""
+    return _cpu()[1]
 
 
-def _cpu() -> dict[str, object]:
-    """The processor's name and its SIMD instruction sets: from Linux's /proc, else from macOS's sysctl."""
+def _cpu() -> tuple[str, tuple[str, ...]]:
+    """Return the processor's name and its SIMD instruction sets, from Linux's /proc or macOS's sysctl."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -87,17 +87,17 @@ def _cpu() -> dict[str, object]:
         facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
         name = facts.get("model name") or platform.machine()
         words = (facts.get("flags") or facts.get("Features") or "").split()  # x86, ARM
-    simd = sorted({word.lower() for word in words if any(part in word.lower() for part in _SIMD)})
-    return {"cpu": name, "cpu_flags": simd}
+    simd = {word.lower() for word in words if any(part in word.lower() for part in _SIMD)}
+    return name, tuple(sorted(simd))
 
 
 def cores() -> int:
-    """Cores that this process may use, which a container may limit."""
+    """Return how many cores this process may use; a container may limit them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, or None where it is missing or fails."""
+    """Return what a command prints, or None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:

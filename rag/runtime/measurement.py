@@ -1,10 +1,11 @@
-"""Measured figures: seconds of a call, spreads of a figure, and counted work (bytes and operations)."""
+"""Records of measurements: seconds of a call, the spread of a value, and counted work (bytes and operations)."""
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
-# Figures of a row: the memory that one call reads from, and how fast; by the first rag.bench.peak_throughput chooses the second's roof.
+# Column names: the memory that one call reads, and the rate. rag.bench.peak_throughput needs the first to choose the
+# peak bandwidth that the second is compared with.
 WORKING_SET, READ_RATE = "working set MB", "GB/s read"
 
 
@@ -18,17 +19,17 @@ class Timing:
     repeats: int
 
     def times(self, factor: float | int) -> "Spread":
-        """The seconds in another unit, as in `ms=timing.times(1000)`."""
+        """Return the seconds in another unit, as in `ms=timing.times(1000)`."""
         return Spread(factor * self.median, factor * self.minimum, factor * self.maximum)
 
     def rate(self, work: float | int) -> "Spread":
-        """How much of `work`, which one call does, is done in a second."""
+        """Return how much work is done in a second, where one call does `work`."""
         return Spread(work / self.median, work / self.maximum, work / self.minimum)
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A figure that was taken several times: its median, the least and the most."""
+    """A value that was measured several times: the median, the minimum and the maximum."""
 
     median: float
     low: float
@@ -36,6 +37,7 @@ class Spread:
 
     @staticmethod
     def of(values: Sequence[float | int]) -> "Spread":
+        """Return the spread of measured values."""
         return Spread(float(statistics.median(values)), float(min(values)), float(max(values)))
 
 
@@ -44,10 +46,11 @@ Figure = float | int | Spread
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a computation does: the bytes that it reads, and operations by type, a multiply-add being two.
+    """The work of a computation: the bytes that it reads, and its operations by type (a multiply-add is two).
 
-    `working_set` is the memory that is read from, less than `nbytes` where it is read several times; of a sum it is the
-    larger of the two. The types are those of the multiplication, whatever the operands are stored in.
+    `working_set` is the size of the memory that is read; it is less than `nbytes` where memory is read several times.
+    The working set of a sum is the larger of the two. The types are those in which numbers are multiplied, whatever
+    type they are stored in.
     """
 
     nbytes: int = 0
@@ -62,7 +65,7 @@ class Work:
         return replace(summed, working_set=max(self.working_set, other.working_set))
 
     def rates(self, timing: Timing) -> dict[str, Figure]:
-        """The figures of a row for a call that does this, what it does nothing of left out; each names its type."""
+        """Return the columns of a table row for a call that does this work; work of zero is left out."""
         figures: dict[str, Figure] = {}
         if self.nbytes:
             figures |= {WORKING_SET: self.working_set / 1e6, READ_RATE: timing.rate(self.nbytes / 1e9)}

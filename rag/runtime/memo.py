@@ -1,12 +1,13 @@
-"""Results of stages kept on disk by what they mean, so that a sweep never computes the same thing twice.
+"""Cache the results of stages on disk, so that a sweep never computes the same result twice.
 
-A stage is a function of items: questions to hits, conversations to answers. Its results are kept in batches, each a
-file that is written whole: a killed run loses one batch at most, and a second process waits for a batch that the
-first is computing, then finds it done. The key of a batch is made of the stage's meaning (its settings, the
-fingerprints of what it reads, its code) and of the items themselves; names, paths and thread counts are not in it.
+A stage is a function of items, for example from questions to hits, or from conversations to answers. Its results are
+cached in batches. Each batch is one file, written as a whole: a killed run loses at most one batch, and a second
+process that needs a batch which the first is computing waits and then reads it. The cache key of a batch contains the
+stage's settings, the fingerprints of its inputs, its code, and the items themselves, but no names, paths or numbers of
+threads.
 
-Batches are cut by position, so that a resumed run computes exactly the batches that the killed one would have:
-results that depend on their batch in the last bit of a float are the same bit again.
+Batches are cut by position, so that a resumed run computes exactly the batches that the killed run would have
+computed: results whose last bit depends on their batch are the same to the bit.
 """
 
 import json
@@ -25,16 +26,16 @@ from rag.runtime.records import Record
 
 @dataclass(slots=True)
 class Cost:
-    """What a stage took: seconds as they were measured when each batch was computed, in this run or before."""
+    """What a stage cost: seconds as measured when each batch was computed, in this run or an earlier one."""
 
-    seconds: float = 0.0  # without the stages inside it and without compiling
+    seconds: float = 0.0  # without the stages that it calls and without compiling
     compile_s: float = 0.0
     items: int = 0
-    reused: int = 0  # of `items`: found on disk
+    reused: int = 0  # of `items`: those read from disk
 
 
 class _Batch(Record):
-    """What is kept of a batch."""
+    """The file of a batch."""
 
     seconds: float
     compile_s: float
@@ -42,35 +43,46 @@ class _Batch(Record):
 
 
 class Memo:
-    """Batches of results below `folder`. With `dry` nothing is computed: what is missing is counted, and is None."""
+    """A cache of the results of stages.
+
+    Attributes:
+        costs: the cost of each stage, by its name.
+    """
 
     def __init__(self, folder: Path, *, dry: bool = False):
+        """Use the batches in `folder`. With `dry` nothing is computed: missing results are counted, and are None."""
         self._folder, self._dry = folder, dry
         self.costs: dict[str, Cost] = {}
-        self._inner: list[Clock] = []  # spent in other stages by each stage that is running, outermost first
+        self._inner: list[Clock] = []  # of each running stage, outermost first: time in stages that it called
 
     def map(
         self,
         stage: str,
-        meaning: str,
+        key: str,
         items: Sequence[Any],
         compute: Callable[[Sequence[Any]], Sequence[Any]],
         batch: int = 64,
     ) -> list[Any]:
-        """compute(items), a batch at a time, each taken from disk if it is there.
+        """Return `compute(items)`, computed batch by batch; batches that are on disk are read instead.
 
-        `meaning` identifies all that the results depend on beside the items and the code of `compute`; items and
-        results are JSON-able.
+        Args:
+            stage: the name of the stage, under which its cost is recorded.
+            key: identifies everything that the results depend on beside the items and the code of `compute`.
+            items: the inputs, of types that JSON has.
+            compute: returns one result for each item, of types that JSON has.
+            batch: how many items a batch has.
         """
-        begin, results, meaning = Clock.now(), [], content_key(meaning, code_version(compute))
+        begin = Clock.now()
+        results: list[Any] = []
+        key = content_key(key, code_version(compute))
         for start in range(0, len(items), batch):
-            results += self._batch(stage, meaning, items[start : start + batch], compute)
+            results += self._batch(stage, key, items[start : start + batch], compute)
         if self._inner:
             self._inner[-1] += Clock.now() - begin
         return results
 
-    def _batch(self, stage: str, meaning: str, items: Sequence[Any], compute: Callable) -> list[Any]:
-        folder = self._folder / stage / meaning
+    def _batch(self, stage: str, key: str, items: Sequence[Any], compute: Callable) -> list[Any]:
+        folder = self._folder / stage / key
         path = folder / f"{content_key(list(items))}.json"
         cost = self.costs.setdefault(stage, Cost())
         cost.items += len(items)
@@ -80,17 +92,19 @@ class Memo:
             cost.reused -= len(items)
 
         if not self._dry:
-            kept = cache.get_or_make(path, make, _read, lock=folder / "batch")
-        elif (kept := cache.get(path, _read)) is None:
+            cached = cache.get_or_make(path, make, _read, lock=folder / "batch")
+        elif (found := cache.get(path, _read)) is not None:
+            cached = found
+        else:
             return [None] * len(items)
         cost.reused += len(items)
-        cost.seconds += kept.seconds
-        cost.compile_s += kept.compile_s
-        return kept.results
+        cost.seconds += cached.seconds
+        cost.compile_s += cached.compile_s
+        return cached.results
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Keep what happens in the block out of the time of the stage that is running, if one is."""
+    def uncounted(self) -> Iterator[None]:
+        """Do not count the time of the block as time of the running stage, if there is one."""
         begin = Clock.now()
         yield
         if self._inner:
@@ -114,5 +128,5 @@ def _read(path: Path) -> _Batch:
 
 
 def model_version(model: Any) -> str:
-    """A key of what a model makes of its input: its fingerprint, and its code (rag.runtime.import_closure.code_version)."""
+    """Return a cache key of what a model computes: of its fingerprint and its code (rag.runtime.import_closure)."""
     return content_key(model.fingerprint, code_version(model))

@@ -1,48 +1,49 @@
-"""Types of option values with their ranges, and the one check of values against them.
+"""Types of option values with their ranges, and the check of values against them.
 
-An option declares what it takes where it is defined: `size: Count`, `order: Literal["score", "reverse"]`. Pydantic
-checks it, strictly: 1.5 and "1" are no whole numbers, true is not 1, and NaN and infinity are no numbers; a whole
-number is a number too. scripts/settings.py checks configurations by the same declarations.
+An option declares its type where it is defined: `size: Count`, `order: Literal["score", "reverse"]`. Pydantic
+checks it strictly: 1.5 and "1" are not integers, true is not 1, and NaN and infinity are not numbers; an integer is
+accepted as a float. scripts/settings.py checks configurations by the same declarations.
 """
 
 import functools
 import inspect
 import json
+import operator
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from annotated_types import DocInfo, Ge, Gt, Le, Lt, MinLen, Predicate
 
 from rag.types import UserError
 
-_MOST = 2**31 - 1  # of what is counted: sizes and positions are 32-bit numbers in many places
-_SHOWN = 100  # characters of a wrong value in its sentence
+_MAX_COUNT = 2**31 - 1  # sizes and positions are 32-bit integers in many places
+_SHOWN = 100  # characters of a wrong value in its error message
 
-Whole = Annotated[int, Ge(0), Le(_MOST)]
-Count = Annotated[int, Ge(1), Le(_MOST)]
+Whole = Annotated[int, Ge(0), Le(_MAX_COUNT)]
+Count = Annotated[int, Ge(1), Le(_MAX_COUNT)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 Share = Annotated[float, Ge(0), Le(1)]
-Weight = Annotated[float, Ge(0), Le(1e6)]  # only the ratio to others matters
+Weight = Annotated[float, Ge(0), Le(1e6)]  # only its ratio to other weights matters
 Filled = Annotated[str, MinLen(1)]
 Counts = Annotated[Sequence[Count], MinLen(1)]
 
-# Sampling's, which several stages take.
+# Of sampling, which several stages have.
 Temperature = Annotated[float, Ge(0), Le(100)]
 TopP = Annotated[float, Gt(0), Le(1)]
 Penalty = Annotated[float, Gt(0), Le(1e6)]
 
 
 def is_question(text: str) -> bool:
-    """Whether there is anything but white space in a text."""
+    """Return whether a text has a character that is not white space."""
     return bool(text.strip())
 
 
 def is_date(text: str) -> bool:
-    """Whether a text is a day of the calendar in ISO 8601, such as 2026-01-31."""
+    """Return whether a text is a date in ISO 8601, such as 2026-01-31."""
     try:
         date.fromisoformat(text)
     except ValueError:
@@ -53,30 +54,34 @@ def is_date(text: str) -> bool:
 Date = Annotated[str, Predicate(is_date), DocInfo("a date, as 2026-01-31")]
 Question = Annotated[str, Predicate(is_question), DocInfo("a question that is not empty")]
 
-F = TypeVar("F", bound=Callable)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def check_fields(options: Any) -> None:
-    """Check the fields of a frozen dataclass, in its __post_init__; lists become tuples, 1 a float where one is asked.
+    """Check the fields of a frozen dataclass, from its __post_init__.
 
-    Raises UserError for the first value that is not as declared. Fields that take objects are not looked at.
+    Lists become tuples, and integers become floats where the field is a float. Fields of other than plain types
+    (`is_plain`) are not checked. Raises UserError for the first value that is not of the declared type.
     """
-    for name, parameter in parameters_of(type(options)).items():
+    kind: Callable = type(options)
+    for name, parameter in parameters_of(kind).items():
         if is_plain(parameter.annotation):
-            place = f"{type(options).__name__}.{name}"
-            object.__setattr__(options, name, convert(place, getattr(options, name), parameter.annotation))
+            full_name = f"{kind.__name__}.{name}"
+            value = convert(full_name, getattr(options, name), parameter.annotation)
+            object.__setattr__(options, name, value)
 
 
-def checked(function: F) -> F:
-    """Decorate a function, or the __init__ of a class, so that it checks its arguments as check_fields does."""
-    place = function.__qualname__.removesuffix(".__init__")
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function, or the __init__ of a class, so that it checks its arguments as `check_fields` does."""
+    function_name = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
         given = inspect.signature(function).bind(*args, **kwargs)
         for name, value in given.arguments.items():
             if is_plain(hint := parameters_of(function)[name].annotation):
-                given.arguments[name] = convert(f"{place}.{name}", value, hint)
+                given.arguments[name] = convert(f"{function_name}.{name}", value, hint)
         return function(*given.args, **given.kwargs)
 
     return call
@@ -84,10 +89,10 @@ def checked(function: F) -> F:
 
 @functools.cache
 def parameters_of(target: Callable) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a class or function, by name, with their annotations evaluated.
+    """Return the parameters of a class or function, by name, with their annotations evaluated.
 
-    An annotation that cannot be evaluated, such as a name that is imported for type checkers alone, counts as none.
-    What is written in C may not tell its parameters: it takes any.
+    An annotation that cannot be evaluated, such as a name that is imported only for type checkers, counts as none. A
+    function in C may not list its parameters: it then counts as taking any.
     """
     try:
         parameters = inspect.signature(target).parameters
@@ -105,13 +110,15 @@ def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:
         return annotation
     try:
         return eval(annotation, names)
-    except Exception:  # of any kind: it is a user's expression
+    except Exception:  # of any kind: the expression is a user's
         return inspect.Parameter.empty
 
 
 def _names_around(target: Callable) -> dict[str, Any]:
-    """The names that the annotations of a class or function see."""
-    functions = [target.__init__, target.__new__] if isinstance(target, type) else [target]
+    """Return the global names that are visible to the annotations of a class or function."""
+    functions = [target]
+    if isinstance(target, type):
+        functions = [getattr(target, name) for name in ("__init__", "__new__")]
     for function in map(inspect.unwrap, functions):
         while isinstance(function, functools.partial):
             function = inspect.unwrap(function.func)
@@ -121,7 +128,7 @@ def _names_around(target: Callable) -> dict[str, Any]:
 
 
 def convert(name: str, value: object, hint: object) -> object:
-    """The value as the plain type `hint` has it. Raises UserError, one sentence with `name`, for one that is not."""
+    """Return a value converted to the plain type `hint`. Raises UserError, with `name`, for a value of another type."""
     from pydantic import ValidationError
 
     try:
@@ -132,7 +139,7 @@ def convert(name: str, value: object, hint: object) -> object:
 
 
 def type_error(name: str, value: object, asked: str, takes_text: bool = False) -> str:
-    """The sentence for a value that is not what is asked for."""
+    """Return the error message for a value of the wrong type; `asked` describes the right type."""
     as_text = takes_text and isinstance(value, int | float)
     hint = f"; as text write {name}='\"{spelled(value)}\"'" if as_text else ""
     return f"{name}={spelled(value)} will not do: it must be {asked}{hint}."
@@ -146,28 +153,30 @@ def _validator(hint: Any) -> Any:
 
 
 def _of_lists(hint: Any) -> Any:
-    """The same plain type, but its tuples may be given as lists: YAML has no tuples."""
+    """Return the same plain type, but with tuples that may be given as lists, because YAML has no tuples."""
     from pydantic import Strict
 
-    origin, members = get_origin(hint), get_args(hint)
+    origin: Any = get_origin(hint)
     if origin is Annotated:
-        return Annotated[_of_lists(members[0]), *members[1:]]
+        kind, *limits = get_args(hint)
+        return Annotated[_of_lists(kind), *limits]
+    members = tuple(map(_of_lists, get_args(hint)))
     if origin is tuple:
-        return Annotated[tuple[*map(_of_lists, members)], Strict(False)]
+        return Annotated[origin[members], Strict(False)]
     if origin in (Union, types.UnionType):
-        return Union[*map(_of_lists, members)]
-    return origin[*map(_of_lists, members)] if origin in (list, Sequence, Mapping) else hint
+        return functools.reduce(operator.or_, members)
+    return origin[members] if origin in (list, Sequence, Mapping) else hint
 
 
 def is_plain(hint: Any) -> bool:
-    """Whether a type is of plain values through and through: numbers, text, choices, and lists and mappings of them."""
+    """Return whether a type is made only of numbers, text, paths, choices, and lists and mappings of these."""
     if get_origin(hint) in (Annotated, list, tuple, Sequence, Mapping, Union, types.UnionType):
         return bool(_members(hint)) and all(map(is_plain, _members(hint)))
     return get_origin(hint) is Literal or hint in (int, float, bool, str, Path, None, types.NoneType)
 
 
 def _members(hint: Any) -> list[Any]:
-    """The types that a type is made of."""
+    """Return the types that a type is made of."""
     if get_origin(hint) is Annotated:
         return [get_args(hint)[0]]
     return [kind for kind in get_args(hint) if kind is not ...]
@@ -180,8 +189,8 @@ def _takes_text(hint: Any) -> bool:
 
 
 def wanted(name: str, hint: Any) -> str:
-    """What a plain type asks of the setting `name`, to stand behind "it must be"."""
-    limits: tuple[Any, ...] = ()
+    """Describe a plain type for the error message of the setting `name`, as the words after "it must be"."""
+    limits: list[Any] = []
     if get_origin(hint) is Annotated:
         hint, *limits = get_args(hint)
     for limit in limits:
@@ -201,8 +210,8 @@ def wanted(name: str, hint: Any) -> str:
         return _either(map(spelled, get_args(hint)))
     if get_origin(hint) in (list, tuple, Sequence):
         if get_origin(hint) is tuple and ... not in get_args(hint):
-            each = [wanted(name, kind) for kind in _members(hint)]
-            return f"a list of {len(each)}: {', '.join(each)}"
+            words = [wanted(name, kind) for kind in _members(hint)]
+            return f"a list of {len(words)}: {', '.join(words)}"
         [kind] = _members(hint)
         each = wanted(f"{name}.0", kind)
         return (
@@ -212,11 +221,11 @@ def wanted(name: str, hint: Any) -> str:
         return "settings by name"
     if hint in (int, float):
         return _number(hint, limits)
-    words = {bool: "true or false", str: "text", Path: "a path", None: "null", types.NoneType: "null"}
-    return words[hint] + " that is not empty" * filled
+    names = {bool: "true or false", str: "text", Path: "a path", None: "null", types.NoneType: "null"}
+    return names[hint] + " that is not empty" * filled
 
 
-def _either(words) -> str:
+def _either(words: Iterable[str]) -> str:
     *most, last = words
     return f"{', '.join(most)} or {last}" if most else last
 
@@ -247,7 +256,7 @@ def _number(kind: type, limits: Sequence[Any]) -> str:
 
 
 def spelled(value: object) -> str:
-    """A value as a person would type it; text that would be taken for something else stands in quotes."""
+    """Return a value as a user would type it; text that could be taken for another type is quoted."""
     match value:
         case str():
             text = json.dumps(value, ensure_ascii=False) if _ambiguous(value) else value.replace("\n", "\\n")
@@ -257,7 +266,7 @@ def spelled(value: object) -> str:
             text = f"{{{','.join(f'{key}:{spelled(item)}' for key, item in value.items())}}}"
         case None | bool():
             text = json.dumps(value)
-        case int() if abs(value) >= 10**_SHOWN:  # Python writes no number of thousands of digits
+        case int() if abs(value) >= 10**_SHOWN:  # Python cannot print an integer of thousands of digits
             text = f"{'-' * (value < 0)}a number of more than {_SHOWN} digits"
         case _:
             text = str(value)
@@ -275,6 +284,6 @@ def _ambiguous(text: str) -> bool:
 
 
 class ArgumentsOf(NamedTuple):
-    """Metadata of a mapping whose entries are arguments of `target`: Annotated[Mapping[str, Any], ArgumentsOf(f)]."""
+    """Metadata of a mapping whose items are arguments of `target`: Annotated[Mapping[str, Any], ArgumentsOf(f)]."""
 
     target: Callable

@@ -1,7 +1,7 @@
-"""Which installed package a module belongs to, and its version, from the folders that pip leaves beside the packages.
+"""Find the installed package of a module and its version, from the .dist-info folders that pip writes.
 
-importlib.metadata says the same, in a quarter of a second; here only the names of folders are read, and of a few
-packages the list of their files and what they require.
+importlib.metadata returns the same, but takes a quarter of a second; here only the names of folders are read, and for
+a few packages the list of their files and their requirements.
 """
 
 import os
@@ -24,10 +24,10 @@ class Distribution(NamedTuple):
 
 @cache
 def _installed(folder: str) -> Mapping[str, Distribution]:
-    """The distributions in a folder of sys.path, by name."""
+    """Return the distributions in a folder of sys.path, by name."""
     try:
         entries = sorted(os.listdir(folder or "."))
-    except OSError:  # sys.path may name what is not there
+    except OSError:  # sys.path may contain missing folders
         return {}
     found = {}
     for entry in entries:
@@ -43,10 +43,10 @@ def _normal(name: str) -> str:
 
 @cache
 def distributions_of(top: str, folder: str) -> tuple[Distribution, ...]:
-    """The distributions that a top-level module in this folder is of.
+    """Return the distributions to which a top-level module in this folder belongs.
 
-    None where there is none, and where one was installed from a folder or a repository: then its version says too
-    little of what it holds.
+    The result is empty where one of them was installed from a folder or a repository, because then its version says
+    too little about its code.
     """
     installed = _installed(folder)
     named = installed.get(_normal(top))
@@ -56,7 +56,7 @@ def distributions_of(top: str, folder: str) -> tuple[Distribution, ...]:
 
 
 def _holds(distribution: Distribution, top: str) -> bool:
-    """Whether a distribution's list of files has the top-level module."""
+    """Return whether a distribution's list of files contains the top-level module."""
     with suppress(OSError):
         record = Path(distribution.folder, "RECORD").read_bytes()
         return re.search(rb"^%s[/.]" % re.escape(top.encode()), record, re.MULTILINE) is not None
@@ -65,20 +65,20 @@ def _holds(distribution: Distribution, top: str) -> bool:
 
 @cache
 def with_required(distributions: tuple[Distribution, ...]) -> frozenset[str]:
-    """The names and versions of distributions and of all that they require, as far as that is installed."""
-    found, todo = set(distributions), list(distributions)
-    while todo:
-        for name in _requirements(todo.pop()):
+    """Return the names and versions of distributions and of all their installed requirements."""
+    found, pending = set(distributions), list(distributions)
+    while pending:
+        for name in _requirements(pending.pop()):
             required = next((there for path in sys.path if (there := _installed(path).get(name))), None)
             if required is not None and required not in found:
                 found.add(required)
-                todo.append(required)
+                pending.append(required)
     return frozenset(f"{one.name} {one.version}" for one in found)
 
 
 @cache
 def _requirements(distribution: Distribution) -> list[str]:
-    """The names that a distribution's metadata requires without an extra."""
+    """Return the names of the packages that a distribution requires without extras."""
     try:
         text = Path(distribution.folder, "METADATA").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,7 +1,7 @@
-"""JSON read back by a schema, and YAML: what was written by an earlier run, another program, or a hand.
+"""Read JSON files by a schema, and YAML; earlier runs, other programs or people may have written them.
 
-A schema is a pydantic model. JSON is read as its standard has it: no NaN, no Infinity, no name twice in one object.
-What does not fit is told in one sentence: the file, the place in it, and what to do.
+A schema is a pydantic model. JSON is parsed strictly by its standard: no NaN, no Infinity, no repeated name in objects.
+Errors are one sentence: the file, the position in it, and what to do.
 """
 
 import json
@@ -17,30 +17,30 @@ from rag.types import UserError
 
 R = TypeVar("R", bound="Record")
 
-_SHOWN = 200  # characters of another program's reason
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of one half of a character, which may stand alone
+_SHOWN = 200  # characters of another program's error message
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate, which may be unpaired
 
 
 class Record(BaseModel):
-    """A JSON object of known fields: types are not converted, and a field that is not declared is an error.
+    """A JSON object of known fields: types are not converted, and an unknown field is an error.
 
-    A number is finite: JSON spells infinity too, as 1e999.
+    Numbers must be finite: in JSON, 1e999 is infinity.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class OpenRecord(Record):
-    """A JSON object of which some fields are known; others are kept as they are."""
+    """A JSON object that may have unknown fields, which are stored unchecked."""
 
     model_config = ConfigDict(extra="allow")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError, with the reason, for anything else, nesting too deep included."""
+    """Return the value of a JSON text. Raises ValueError with the reason if it is not JSON or is nested too deeply."""
     try:
         value = json.loads(text, parse_constant=_no_number, object_pairs_hook=_without_repetition)
-        if _HALF.search(text if isinstance(text, str) else text.decode(errors="replace")):
+        if _SURROGATE.search(text if isinstance(text, str) else text.decode(errors="replace")):
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError as error:
@@ -50,7 +50,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML as our configurations are written: names are text and stand once; no aliases and no tags."""
+    """A loader of simple YAML: names are strings and occur once in a mapping; no aliases and no tags."""
 
     def compose_node(self, parent, index):
         event = self.peek_event()
@@ -66,7 +66,7 @@ class _Yaml(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text without aliases, tags and repeated names. Raises ValueError for anything else."""
+    """Return the value of a YAML text. Raises ValueError if it is not YAML, or has aliases, tags or repeated names."""
     try:
         return yaml.load(text, _Yaml)  # a SafeLoader
     except yaml.YAMLError as error:
@@ -76,16 +76,22 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_record(path: Path, schema: type[R], remedy: str) -> R:
-    """The record in a JSON file.
+    """Return the record in a JSON file.
 
-    `remedy` says what to do, and ends the sentence. Raises FileNotFoundError and NotADirectoryError where there is no
-    such file, UserError for one that cannot be read or does not fit the schema.
+    Args:
+        path: the file.
+        schema: the class of the record.
+        remedy: what the user should do about an error; it is the end of the error message.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        UserError: the file cannot be read or does not fit the schema.
     """
     return fitted_record(path, read_json(path, remedy), schema, remedy)
 
 
 def fitted_record(name: object, value: Any, schema: type[R], remedy: str) -> R:
-    """The record that a parsed value is. Raises UserError, which begins with `name`, where it does not fit."""
+    """Return a parsed value as a record. Raises UserError, which begins with `name`, if it does not fit the schema."""
     try:
         return schema.model_validate(value)
     except ValidationError as error:
@@ -93,7 +99,7 @@ def fitted_record(name: object, value: Any, schema: type[R], remedy: str) -> R:
 
 
 def read_json(path: Path, remedy: str) -> Mapping[str, Any]:
-    """The JSON object in a file; errors as in `read_record`."""
+    """Return the JSON object in a file. Raises as `read_record` does."""
     try:
         return parsed_json(path, path.read_text(encoding="utf-8"), remedy)
     except (FileNotFoundError, NotADirectoryError):
@@ -105,10 +111,10 @@ def read_json(path: Path, remedy: str) -> Mapping[str, Any]:
 
 
 def parsed_json(name: object, text: str | bytes, remedy: str) -> Mapping[str, Any]:
-    """The JSON object that a text is. Raises UserError, which begins with `name`, where it is none."""
+    """Return the JSON object in a text. Raises UserError, which begins with `name`, if the text is something else."""
     try:
         value = parse_json(text)
-    except ValueError as error:  # UnicodeDecodeError among them
+    except ValueError as error:  # includes UnicodeDecodeError
         raise UserError(f"{name} is not JSON ({reason(error)}): {remedy}.") from error
     if not isinstance(value, dict):
         raise UserError(f"{name} holds no JSON object: {remedy}.")
@@ -116,29 +122,29 @@ def parsed_json(name: object, text: str | bytes, remedy: str) -> Mapping[str, An
 
 
 def reason(error: BaseException) -> str:
-    """What another program says of its failure, to stand in a sentence: one line of printable characters, cut short."""
+    """Return another program's error message as a part of a sentence: one printable line, at most 200 characters."""
     words = " ".join("".join(c if c.isprintable() else " " for c in str(error)[: 4 * _SHOWN]).split())
     return words[:_SHOWN].rstrip(" .") or type(error).__name__
 
 
 def misfit(error: ValidationError) -> str:
-    """The first place that does not fit a schema, and why, in words."""
+    """Return the first position that does not fit a schema, and why, as a part of a sentence."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(map(str, first["loc"]))
+    position = ".".join(map(str, first["loc"]))
     match first["type"]:
         case "missing":
-            return f"it has no {place!r}"
+            return f"it has no {position!r}"
         case "extra_forbidden":
-            return f"it has {place!r}, which is unknown"
+            return f"it has {position!r}, which is unknown"
         case "value_error":
-            return f"{place}: {first['ctx']['error']}"
-    return f"{place or 'it'}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+            return f"{position}: {first['ctx']['error']}"
+    return f"{position or 'it'}: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
 def stays_inside(name: str) -> bool:
-    """Whether the path of a file that is named in another one lies below that one's folder."""
-    place = PurePosixPath(name)
-    return not place.is_absolute() and ".." not in place.parts and "\0" not in name
+    """Return whether a relative path, which another file contains, stays below that file's folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def _no_number(constant: str) -> None:
@@ -146,9 +152,9 @@ def _no_number(constant: str) -> None:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands twice in one object")
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"{name!r} stands twice in one object")
+        fields[name] = value
     return fields

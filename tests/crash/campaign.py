@@ -1,4 +1,4 @@
-"""Trials by the hundreds in a process of its own, which is watched: one that dies or hangs in a trial is a result too.
+"""Run hundreds of trials in a process that this one watches: a crash or a hang of that process is a result too.
 
     python -m tests.crash.kills 2000     or damage_index, damage_cache, power_loss, syncs, full_disk
 
@@ -20,18 +20,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-_SILENT_S = 180  # a process that says nothing for so long hangs; importing and compiling included
-_SHOWN, _LAST = 8, 400  # faults that a failing test tells of, and characters of each: the last
+_SILENT_S = (
+    180  # a process that prints nothing for so long counts as a hang; it includes importing and compiling
+)
+_SHOWN, _LAST = 8, 400  # the number of faults that a failing test prints, and the last characters of each
 
 # Outcomes of a trial: the old state or the new one stands, the answer is the same or is refused by name, ...
 GOOD = frozenset({"old", "new", "same", "refused", "needed"})
 FAULTS = frozenset({
-    "lost",  # what was there cannot be read, or what was written is gone
-    "wrong",  # silently
+    "lost",  # the old data cannot be read, or the written data is missing
+    "wrong",  # a wrong answer without an error
     *("traceback", "crash", "hang"),
-    "unnamed",  # refused without naming the file
+    "unnamed",  # an error that does not name the file
     "not one sentence",
-    "rubbish",  # left behind in the index by the next writer too
+    "rubbish",  # files that the next writer did not remove from the index
     "not needed",
 })  # fmt: skip
 LOUD = ("traceback", "crash", "hang")
@@ -39,7 +41,7 @@ LOUD = ("traceback", "crash", "hang")
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One trial: its number, its outcome, what was done, and what came of it."""
+    """The result of one trial."""
 
     number: int
     outcome: str
@@ -49,7 +51,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Summary:
-    """A campaign's trials."""
+    """The results of a campaign."""
 
     trials: Sequence[Trial]
 
@@ -58,7 +60,7 @@ class Summary:
         return Counter(trial.outcome for trial in self.trials)
 
     def check(self, faults: Sequence[str]) -> None:
-        """Fail the test where a trial ended in one of these faults, or in an outcome that is not known."""
+        """Fail the test if a trial ended in one of these faults. Raises ValueError for an unknown outcome."""
         if unknown := self.counts.keys() - GOOD - FAULTS:
             raise ValueError(f"a trial's outcome is {min(unknown)!r}")
         if found := [trial for trial in self.trials if trial.outcome in faults]:
@@ -70,18 +72,18 @@ class Summary:
 
 
 def tell(trials: Iterable[Trial]) -> None:
-    """Print trials as they end, for the watching process."""
+    """Print the results of trials, one line each, for the watching process."""
     for trial in trials:
         print(json.dumps([trial.number, trial.outcome, trial.done, trial.detail]), flush=True)
 
 
 def begin(number: int, done: str) -> None:
-    """Say what is about to be tried, in case that nothing more is said."""
+    """Print what is about to be tried, in case the process dies or hangs."""
     print(json.dumps([number, "begun", done, ""]), flush=True)
 
 
 def main(trials: Callable[[int, int, Path], Iterator[Trial]]) -> None:
-    """What a campaign's module runs: trials(first, count, folder) by the command line."""
+    """Run `trials(first, count, folder)` with the arguments of the command line; each campaign's module calls this."""
     from tests.crash.trap import Unavailable
 
     count, first = (int(argument) for argument in (*sys.argv[1:], "0")[:2])
@@ -93,12 +95,18 @@ def main(trials: Callable[[int, int, Path], Iterator[Trial]]) -> None:
 
 
 def run(name: str, count: int, before: Sequence[str] = (), behind: Sequence[str] = ()) -> Summary:
-    """The trials of tests/crash/<name>.py; `before` and `behind` are more words of the command line.
+    """Run the trials of tests/crash/<name>.py and return their results.
 
-    Skips the test where the machine cannot do this. A process that ends in the midst of a trial is started again
-    behind it.
+    The test is skipped where the machine cannot do this. After a crash or a hang the process is started again with the
+    next trial.
+
+    Args:
+        name: the campaign's module.
+        count: the number of trials.
+        before: words of the command line before the interpreter.
+        behind: words of the command line after the arguments.
     """
-    memory = Path("/dev/shm")  # where it is there: thousands of small folders are made and removed
+    memory = Path("/dev/shm")  # if it exists, because thousands of small folders are made and removed
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         return Summary(_watched(name, count, before, behind, os.environ | {"TMPDIR": folder}))
 
@@ -132,7 +140,7 @@ def _watched(
 
 
 def _lines(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[str | tuple[int | None, str]]:
-    """A process's lines, then its exit code, None if it was silent for too long, and what it wrote to stderr."""
+    """Yield the lines of a process, then its exit code (None if it printed nothing for too long) and its stderr."""
     lines: queue.Queue[str | None] = queue.Queue()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What can happen to a stored file: a bit or byte flips, a range becomes zeros, it is cut, grows or is lost."""
+"""Damage stored files: flip bits or bytes, fill a range with zeros, truncate, append, remove."""
 
 import os
 import random
@@ -17,14 +17,14 @@ _SECTOR, _PAGE = 512, 4096  # bytes
 
 
 def warm_up() -> None:
-    """Take programs and the native library from the machine's own cache, before one of the trials' is entered."""
+    """Load compiled programs and the native library from the machine's own cache, before a trial's cache is used."""
     compilation_cache.enable_compilation_cache()
     native.available()
     workloads.warm_up()
 
 
 def linked(source: Path, target: Path) -> None:
-    """Copy a folder without copying bytes: `replace` gives a file bytes of its own."""
+    """Copy a folder by hard links; `replace` gives one file a copy of its own."""
     shutil.copytree(source, target, copy_function=os.link)
 
 
@@ -34,7 +34,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def damage(draw: random.Random, files: Sequence[Path]) -> tuple[str, list[Path]]:
-    """Damage one of the files, or swap two. Returns what was done, and to which; their content differs now."""
+    """Damage one of the files, or swap two, so that their content differs. Return what was done, and the files."""
     while True:
         path, kind = draw.choice(files), draw.choice(_KINDS)
         content = path.read_bytes()
@@ -55,7 +55,7 @@ def damage(draw: random.Random, files: Sequence[Path]) -> tuple[str, list[Path]]
 
 
 def _damaged(draw: random.Random, kind: str, content: bytes) -> tuple[int, bytes]:
-    """(where, the content with that damage), which may by chance be the same."""
+    """Return the position and the damaged content, which may by chance be the same content."""
     if kind == "longer":
         return len(content), content + draw.randbytes(draw.choice([1, 8, 100, _PAGE]))
     at = draw.randrange(len(content)) if content else 0
@@ -72,19 +72,19 @@ def _damaged(draw: random.Random, kind: str, content: bytes) -> tuple[int, bytes
 
 
 def or_error(call: Callable[[], Any]) -> Any:
-    """What the call returns, or the exception that it ends in."""
+    """Return what the call returns, or the exception that it raises."""
     try:
         return call()
-    except Exception as error:  # whichever it is, the verdict tells
+    except Exception as error:  # of any kind: the verdict reports it
         return error
 
 
 def verdict(
     wanted: Sequence[object], found: Sequence[object], damaged: Sequence[Path], done: str
 ) -> tuple[str, str, str]:
-    """(outcome, what was done, detail) from answers, of which each may be an exception instead.
+    """Return (outcome, what was done, detail) for answers, each of which may be an exception instead.
 
-    "same" where all are as wanted, "refused" where some are UserErrors that name a damaged file; else a fault.
+    The outcome is "same" if all are as wanted, "refused" if some are UserErrors that name a damaged file, else a fault.
     """
     refusals = [one for one in found if isinstance(one, UserError)]
     bugs = [one for one in found if isinstance(one, BaseException) and not isinstance(one, UserError)]

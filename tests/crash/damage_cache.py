@@ -1,4 +1,4 @@
-"""Damage to any file of the cache, after which the same is asked for again: it is the same, or refused by name."""
+"""Damage any file of the cache and ask for the same result again: it is the same, or an error names the file."""
 
 import gc
 import itertools
@@ -14,7 +14,7 @@ from rag.embed import vector_cache
 from rag.embed.bert import BertEmbedder
 from rag.embed.vector_cache import CachedEmbedder
 from rag.runtime import file_hash, import_closure
-from tests import tiny_encoder
+from tests import tiny_models
 from tests.crash import campaign, workloads
 from tests.crash.campaign import Trial
 from tests.crash.damage import damage, linked, or_error, verdict, warm_up
@@ -24,7 +24,7 @@ _TEXTS = tuple(" ".join(workloads._WORDS[i : i + 1 + i % 5]) for i in range(10))
 
 
 class Stopped(Hashed):
-    """Hashed, interrupted in its third batch."""
+    """An embedder that raises in its third batch."""
 
     def __init__(self):
         self._calls = itertools.count(1)
@@ -37,7 +37,7 @@ class Stopped(Hashed):
 
 @dataclass(frozen=True)
 class Subject:
-    """A kind of cached files: how they come to be, what asks for them, and the answer."""
+    """A kind of cached files: a function that makes them, one that uses them, and the right answer."""
 
     name: str
     home: Path
@@ -55,7 +55,7 @@ def _embed() -> list[bytes]:
 
 
 def _stop_embedding() -> None:
-    """Leave two batches of three, and the plan of all."""
+    """Write two of three batches of vectors, and the plan."""
     embedder = CachedEmbedder(Hashed())
     embedder.uncached = Stopped()
     try:
@@ -71,21 +71,21 @@ def _read_passages(dtype: str) -> dict[str, bytes]:
 
 
 def _version() -> str:
-    return import_closure.Code().version("rag.types", "rag.runtime.options")
+    return import_closure.CodeReader().version("rag.types", "rag.runtime.options")
 
 
 def subjects(folder: Path) -> list[Subject]:
     warm_up()
     vector_cache._BATCH = 4
     made = workloads.jobs(random.Random(2), 6, 20)
-    weights = tiny_encoder.write_checkpoint(folder / "encoder")
+    weights = tiny_models.write_encoder(folder / "encoder")
     for file in [*weights.iterdir()]:
         os.utime(file, (1000, 1000))
-    file_hash._RACY_NS = 0  # a file's digest is remembered at once
+    file_hash._RACY_NS = 0  # the digest of a file is cached at once
 
     def evaluate() -> Any:
         for job in made:
-            job.done()
+            job.run()
         return dict(workloads.look_at_results(made, Path(os.environ["RAG_CACHE"]).parent))
 
     def encode() -> bytes:
@@ -120,7 +120,7 @@ def _subject(folder: Path, name: str, make: Callable[[], Any], ask: Callable[[],
 def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
     made = subjects(folder)
     gc.collect()
-    gc.freeze()  # what a trial leaves is then found quickly
+    gc.freeze()  # makes the collection after each trial quick
     for number in range(first, count):
         draw = random.Random(f"damage to the cache {number}")
         subject, home = made[number % len(made)], folder / f"trial {number}"
@@ -130,7 +130,7 @@ def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
         enter(home)
         campaign.begin(number, done)
         yield Trial(number, *verdict([subject.wanted], [or_error(subject.ask)], damaged, done))
-        gc.collect()  # what is mapped
+        gc.collect()  # frees memory maps
         shutil.rmtree(home)
 
 

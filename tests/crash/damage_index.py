@@ -1,4 +1,4 @@
-"""Damage to any file of an index, of which questions are then asked by several methods."""
+"""Damage any file of an index, and search it with several methods."""
 
 import gc
 import random
@@ -14,11 +14,12 @@ from rag.embed.bert import BertEmbedder
 from rag.index import store
 from rag.ingest.chunk.fixed import FixedChunker
 from rag.retrieve import Retriever
+from rag.retrieve.cached import cached_search
 from rag.retrieve.collection import Collection
 from rag.retrieve.rerank.maxsim import MaxSim
 from rag.retrieve.rerank.mmr import MMR
 from rag.retrieve.search import Dense, Hybrid, Lexical, Reranked
-from tests import tiny_encoder
+from tests import tiny_models
 from tests.crash import campaign
 from tests.crash.campaign import Trial
 from tests.crash.damage import damage, linked, or_error, verdict, warm_up
@@ -33,7 +34,7 @@ _BEST = 4
 
 @dataclass(frozen=True)
 class Subject:
-    """An index, how it is asked, and what it answers undamaged."""
+    """An index, the methods that search it, and their results without damage."""
 
     name: str
     path: Path
@@ -43,7 +44,7 @@ class Subject:
 
 
 def ask(path: Path, embedder: Embedder, methods: Sequence[Retriever]) -> list[object]:
-    """Each method's answers, or the exception that it ended in."""
+    """Return each method's results, or the exception that it raised."""
     opened = or_error(lambda: store.Index.open(path))
     if isinstance(opened, Exception):
         return [opened] * len(methods)
@@ -55,7 +56,7 @@ def ask(path: Path, embedder: Embedder, methods: Sequence[Retriever]) -> list[ob
 
 
 def _answers(collection: Collection, method: Retriever) -> list[object]:
-    found = collection.search(method, _QUESTIONS, _BEST)
+    found = cached_search(collection, method, _QUESTIONS, _BEST)
     return [
         (hit.chunk, hit.score, collection.index.document_text(hit.chunk.document_id))
         for hits in found
@@ -64,11 +65,11 @@ def _answers(collection: Collection, method: Retriever) -> list[object]:
 
 
 def subjects(folder: Path) -> list[Subject]:
-    """An index of a tiny encoder's vectors and one of counted words, both with postings, of several pieces each."""
+    """Return an index of a tiny encoder and one of word counts, both with postings and of several pieces."""
     warm_up()
     enter(folder)
     corpus = write_corpus(folder / "corpus", random.Random(1), 45, 900)
-    encoder = BertEmbedder(str(tiny_encoder.write_checkpoint(folder / "weights")))
+    encoder = BertEmbedder(str(tiny_models.write_encoder(folder / "weights")))
     late = Reranked(_WORDS, MaxSim(), depth=6)
     made = []
     for name, embedder, methods in (
@@ -87,7 +88,7 @@ def subjects(folder: Path) -> list[Subject]:
 def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
     made = subjects(folder)
     gc.collect()
-    gc.freeze()  # what a trial leaves is then found quickly
+    gc.freeze()  # makes the collection after each trial quick
     for number in range(first, count):
         draw = random.Random(f"damage to an index {number}")
         subject, place = made[number % len(made)], folder / f"trial {number}"
@@ -96,12 +97,12 @@ def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
         done, damaged = damage(draw, files)
         done = f"{subject.name}: {done}"
         if damaged[0].name == "manifest.json":
-            damaged.append(place)  # without its manifest it is the folder that is named
+            damaged.append(place)  # without a manifest the error names the folder
         campaign.begin(number, done)
         yield Trial(
             number, *verdict(subject.wanted, ask(place, subject.embedder, subject.methods), damaged, done)
         )
-        gc.collect()  # what is mapped
+        gc.collect()  # frees memory maps
         shutil.rmtree(place)
 
 

@@ -1,6 +1,6 @@
-"""Damage to the native library in the cache, which is then loaded and called in a process of its own.
+"""Damage the native library in the cache, then load and call it in a new process.
 
-Its results are those of the undamaged one, or it is not used.
+Its results are those of the undamaged library, or it is not used.
 """
 
 import random
@@ -20,8 +20,8 @@ from tests.crash.workloads import enter
 
 
 def _call(home: Path) -> bytes | None:
-    """What a product by int8 weights comes to; None where there is no native library."""
-    from rag import native  # which starts JAX: not in the process that forks
+    """Return a product with int8 weights, or None if there is no native library."""
+    from rag import native  # it starts JAX, which the process that forks must not do
 
     enter(home)
     if not native.available():
@@ -33,16 +33,18 @@ def _call(home: Path) -> bytes | None:
 
 
 def _used(home: Path) -> str | None:
-    """The file name of the library that `_call` uses."""
-    from rag import native
+    """Return the file name of the library that `_call` uses."""
+    from rag.native import build
 
     enter(home)
-    return path.name if (path := native._library()) else None
+    return path.name if (path := build.library()) else None
 
 
 def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
     home = folder / "home"
-    if (built := files.cache_root() / "native").exists():  # the machine's own, since building takes long
+    if (
+        built := files.cache_root() / "native"
+    ).exists():  # copied from the machine's own cache, because building is slow
         shutil.copytree(built, home / "cache" / "native")
     wanted, used = (forked(partial(call, home)).result for call in (_call, _used))
     for number in range(first, count if wanted is not None else first):

@@ -1,6 +1,6 @@
-"""A disk without room, from any call of scripts/ingest.py on, or from any byte of a file system of 300 KiB.
+"""Fill the disk: from each call of scripts/ingest.py on, or at each free size of a file system of 300 KiB.
 
-The old state stays, one sentence says so, and the exit code is 2.
+The old state stays, the error is one sentence, and the exit code is 2.
 
     python -m tests.crash.full_disk 100 0 FOLDER    with FOLDER on a small file system of its own
 """
@@ -29,11 +29,11 @@ from tests.crash.trap import Ended, forked, trapped
 from tests.crash.workloads import CHUNKER, Workload, enter, look_at_index, write_corpus
 
 _SCRIPTS = ROOT / "scripts"
-_MOST = 96 << 10  # bytes left at the last trial, more than the index takes
+_MOST = 96 << 10  # free bytes in the last trial, more than the index takes
 
 
 def ingest(corpus: Path, home: Path) -> tuple[int, str]:
-    """scripts/ingest.py as it would be started: (exit code, what it wrote to stderr)."""
+    """Run scripts/ingest.py as a script; return its exit code and stderr."""
     enter(home)
     os.chdir(home.parent)
     sys.argv = [
@@ -50,7 +50,7 @@ def ingest(corpus: Path, home: Path) -> tuple[int, str]:
 
 
 def call(corpus: Path, home: Path) -> tuple[int, str]:
-    """What `ingest` runs: (exit code, sentence) as the script would make them of a UserError."""
+    """Call what `ingest` runs; return the exit code and error message that the script would give."""
     enter(home)
     try:
         pipeline.ingest(corpus, home / "index", CHUNKER, BagOfWords(), Analyzer(stemmer="english"))
@@ -60,7 +60,7 @@ def call(corpus: Path, home: Path) -> tuple[int, str]:
 
 
 def outcome(case: Case, home: Path, ended: Ended) -> tuple[str, str]:
-    """(outcome, detail) of a run of `ingest` that may have had no room."""
+    """Return (outcome, detail) of a run of `ingest` on a disk that may have been full."""
     code, told = (None, "") if ended.result is None else ended.result
     found = or_error(lambda: case.workload.look(home))
     if found != (case.new if code == 0 else case.old):
@@ -79,7 +79,7 @@ def outcome(case: Case, home: Path, ended: Ended) -> tuple[str, str]:
 
 
 def _case(folder: Path, draw: random.Random, size: tuple[int, int]) -> tuple[Case, Path]:
-    """An index of one corpus that another is to replace; and the other."""
+    """Return an index of one corpus, and another corpus whose index will replace it."""
     corpora = [write_corpus(folder / name, draw, *size) for name in ("first", "second")]
     workload = Workload(
         "ingest again",
@@ -103,7 +103,7 @@ def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
 
 
 def _refused(first: int, count: int, folder: Path) -> Iterator[Trial]:
-    """No room from a call on, for every call in turn: of the script in one of ten trials, else of what it calls."""
+    """Yield trials with a full disk from each call on; one in ten runs the script, the others what it calls."""
     numbers = itertools.count()
     for seed in itertools.count():
         draw, place = random.Random(seed), folder / str(seed)
@@ -132,7 +132,7 @@ def _refused(first: int, count: int, folder: Path) -> Iterator[Trial]:
 
 
 def _small(first: int, count: int, folder: Path, small: Path) -> Iterator[Trial]:
-    """So many bytes of a small file system left, from none up to more than the index takes."""
+    """Yield trials with different free sizes of a small file system, from none to more than the index takes."""
     case, corpus = _case(folder, random.Random(3), (8, 120))
     home = small / "home"
     for number in range(first, count):

@@ -1,7 +1,7 @@
-"""kill -9 at every call by which ingest, add, prefill and a sweep change files; half of the writes are torn in two.
+"""Kill ingest, add, prefill and a sweep with -9 at every call that changes files; half of the writes are torn in two.
 
-After each kill a reader finds the old state or the new one, and the writer, started again, ends with the new one and
-leaves no rubbish.
+After each kill a reader finds the old state or the new one. The writer, started again, ends with the new state and
+leaves no other files.
 """
 
 import itertools
@@ -27,7 +27,7 @@ _RANDOM = re.compile(r"[0-9a-f]{32}|segment-\d{6}-[0-9a-f]{8}")  # parts of name
 
 @dataclass(frozen=True)
 class Case:
-    """A workload with its homes of before and after, and what a reader finds in each."""
+    """A workload with its homes before and after it, and what a reader finds in each."""
 
     workload: Workload
     before: Path
@@ -38,7 +38,7 @@ class Case:
 
     @staticmethod
     def of(workload: Workload, folder: Path) -> "Case":
-        """Run the workload undisturbed, below `folder`; in this process first, which so warms up."""
+        """Run the workload undisturbed in `folder`, first in this process, so that this process is warmed up."""
         before, after, counted = (folder / workload.name / name for name in ("before", "after", "counted"))
         before.mkdir(parents=True)
         workload.before(before)
@@ -51,9 +51,9 @@ class Case:
         return Case(workload, before, after, workload.look(before), workload.look(after), ended.result[1])
 
     def fault(self, home: Path, *, ended: bool = False) -> str | None:
-        """What a reader of this home finds that is neither the old state nor the new one, which it must be if `ended`.
+        """Return what is wrong in this home, or None. A reader must find the old or the new state; if `ended`, the new.
 
-        None where all is well. May raise whatever a reader raises.
+        It may raise whatever a reader raises.
         """
         found = self.workload.look(home)
         if not self.workload.whole:
@@ -66,7 +66,7 @@ class Case:
         return f"wrong: {[name for name, value in found.items() if value != self.new.get(name)]}"
 
     def rubbish(self, home: Path) -> list[str]:
-        """Names below the index that no undisturbed writer leaves; those of the cache go by its size limit."""
+        """Return names in the index that no undisturbed writer leaves; the cache has a size limit instead."""
         left = sorted((_names(home) - _names(self.after)).elements())
         return [name for name in left if name.startswith("index/")]
 
@@ -77,13 +77,13 @@ def _names(home: Path) -> Counter:
 
 
 def judge(case: Case, home: Path, *, ended: bool = False) -> tuple[str, str]:
-    """(outcome, detail) of a home that a writer was stopped in: what is read, and what the next writer makes of it."""
-    with mock.patch("os.fsync"):  # what is written from here on need not outlive this
+    """Return (outcome, detail) for a home in which a writer was stopped, from a reader and from the next writer."""
+    with mock.patch("os.fsync"):  # files written from here on are not needed after a power cut
         try:
             return _judged(case, home, ended)
         except UserError as error:
             return "lost", str(error)
-        except Exception:  # whatever it is, it is a traceback for a person
+        except Exception:  # of any kind: a user would get a traceback
             return "traceback", traceback.format_exc()
 
 
@@ -120,7 +120,7 @@ def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
 
 
 def _killed(case: Case, home: Path, at: int, torn: bool, done: str) -> tuple[str, str, str]:
-    """(outcome, what was done, detail) of one kill."""
+    """Kill once; return (outcome, what was done, detail)."""
     shutil.copytree(case.before, home)
     try:
         ended = trapped(partial(case.workload.write, home), home, die_at=at, torn=torn)

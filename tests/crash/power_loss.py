@@ -1,4 +1,4 @@
-"""Power cuts: the runs of kills.py recorded, and every disk that they may leave judged as after a kill."""
+"""Cut the power: record the runs of kills.py, and judge every disk that they may leave as after a kill."""
 
 import itertools
 import random
@@ -18,7 +18,7 @@ _EACH = 400  # power cuts of one draw of corpora
 
 
 def record(case: Case, home: Path) -> Recording:
-    """The workload's run, from its old state."""
+    """Record a run of the workload from its old state."""
     shutil.copytree(case.before, home)
     before = snapshot(home)
     events = recorded(partial(case.workload.write, home), home)
@@ -27,7 +27,7 @@ def record(case: Case, home: Path) -> Recording:
 
 
 def cut(case: Case, disk: Disk, home: Path, ended: bool) -> tuple[str, str]:
-    """(outcome, detail) of a disk after a power cut; `ended` is whether the writer had said that it was done."""
+    """Return (outcome, detail) for a disk after a power cut; `ended`: the writer had reported that it was done."""
     home.mkdir()
     try:
         disk.write(home)

@@ -1,8 +1,8 @@
-"""What a disk may hold after the power was cut: a recorded run replayed with what was not yet durable missing.
+"""Compute what a disk may hold after a power cut: replay a recorded run without steps that were not yet durable.
 
-A file's bytes are durable once the file is synced, a name once the folder that holds it is. Of what is not, any part
-may be missing, in any order: POSIX promises no more, and file systems differ. Bytes that are missing may have left
-the file shorter, or zeros in it. A rename is one step. Syncing a file does not make its name durable.
+A file's bytes are durable once the file is synced; a name is durable once its folder is synced. Of all other steps any
+part may be missing, in any order: POSIX promises no more, and file systems differ. Missing bytes may leave the file
+shorter, or zeros in it. A rename is one step. Syncing a file does not make its name durable.
 """
 
 import random
@@ -15,7 +15,7 @@ from tests.crash.trap import Event
 
 @dataclass
 class Disk:
-    """Folders and files by numbers of our own: the system's inode numbers are used again."""
+    """Folders and files by our own numbers, because the system uses inode numbers again."""
 
     folders: dict[int, dict[str, int]] = field(default_factory=lambda: {0: {}})  # 0 is the root
     files: dict[int, bytes] = field(default_factory=dict)
@@ -24,7 +24,7 @@ class Disk:
         return Disk({node: dict(names) for node, names in self.folders.items()}, dict(self.files))
 
     def tree(self, node: int = 0, prefix: str = "") -> Iterator[tuple[str, bytes | None]]:
-        """Every path with its content, None for a folder, in the order of names."""
+        """Return every path with its content (None for a folder), in the order of names."""
         for name, inner in sorted(self.folders[node].items()):
             if inner in self.folders:
                 yield prefix + name, None
@@ -33,7 +33,7 @@ class Disk:
                 yield prefix + name, self.files[inner]
 
     def write(self, folder: Path) -> None:
-        """Make these files below an empty folder."""
+        """Write these files into an empty folder."""
         for path, content in self.tree():
             if content is None:
                 (folder / path).mkdir()
@@ -43,20 +43,20 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A recorded call in terms of the disk."""
+    """A recorded call, by the numbers of a Disk."""
 
     kind: str  # "name": puts and removes names; "write", "truncate" or "fsync"
     node: int  # the file or folder
-    put: tuple[int, str] | None = None  # a folder's number and a name there
+    put: tuple[int, str] | None = None  # the number of a folder, and a name in it
     removed: tuple[int, str] | None = None
     offset: int = 0
     data: bytes = b""
     site: str = ""
-    said: str = ""  # for a person
+    said: str = ""  # a description for people
 
     @property
     def needs(self) -> frozenset[int]:
-        """What must be synced before this is durable."""
+        """Return what must be synced to make this step durable."""
         if self.kind != "name":
             return frozenset({self.node})
         return frozenset(place[0] for place in (self.put, self.removed) if place is not None)
@@ -78,28 +78,28 @@ class Step:
 
 
 class Recording:
-    """A run in steps, and the disk that it began with."""
+    """The steps of a run, and the disk at its start."""
 
     def __init__(self, start: Disk, steps: Sequence[Step]):
         self.start, self.steps = start, list(steps)
-        for step in steps:  # every node is somewhere from the start; without a name nobody sees it
+        for step in steps:  # every node exists from the start, but is invisible without a name
             if step.kind == "name" and step.put is not None and step.node not in start.folders:
                 start.files.setdefault(step.node, b"")
 
     @property
     def sites(self) -> list[str]:
-        """The lines of the project that sync, in the order of their first call."""
+        """Return the lines of the project that sync, in the order of their first call."""
         return list(dict.fromkeys(_line(step) for step in self.steps if step.kind == "fsync"))
 
     def without(self, site: str) -> "Recording":
-        """The run as it would have been without the syncs of a line."""
+        """Return the run without the syncs of one line."""
         steps = (
             replace(s, kind="nothing") if s.kind == "fsync" and _line(s) == site else s for s in self.steps
         )
         return Recording(self.start.copy(), list(steps))
 
     def loose(self, point: int) -> frozenset[int]:
-        """Which of the first `point` steps are not durable behind them."""
+        """Return which of the first `point` steps are not durable after them."""
         done = self.steps[:point]
         synced = {step.node: i for i, step in enumerate(done) if step.kind == "fsync"}
         changes = ((i, step) for i, step in enumerate(done) if step.kind in ("name", "write", "truncate"))
@@ -108,10 +108,10 @@ class Recording:
     def states(
         self, draw: random.Random, drawn: int, than: "Recording | None" = None
     ) -> Iterator[tuple[bool, str, Disk]]:
-        """(whether the run had ended, what is missing, the disk) after power cuts everywhere; each state once.
+        """Yield (whether the run had ended, missing steps, the disk) for power cuts after every step, each state once.
 
-        Missing is, of what is not durable, everything, nothing, each step alone, all but one, and `drawn` drawn sets.
-        With `than` only those steps can be missing that are durable in that run, and only states with such are given.
+        Of the steps that are not durable, these are missing: all, none, each one alone, all but one, and `drawn` random
+        sets. With `than` only steps that are durable in that other run can be missing, and at least one is.
         """
         seen = set()
         for point in reversed(range(len(self.steps) + 1)):
@@ -126,7 +126,7 @@ class Recording:
                     yield key[0], self._told(point, missing, zeros), disk
 
     def drawn(self, draw: random.Random) -> tuple[bool, str, Disk]:
-        """One of `states`, drawn; one in four is of a power cut after the end."""
+        """Draw one of `states`; in one of four the power is cut after the end."""
         point = len(self.steps) if draw.random() < 0.25 else draw.randint(0, len(self.steps))
         missing, zeros = draw.choice(list(_choices(sorted(self.loose(point)), draw, 4)))
         return point == len(self.steps), self._told(point, missing, zeros), self._disk(point, missing, zeros)
@@ -154,14 +154,14 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _line(step: Step) -> str:
-    """The innermost line of the project that asked for a sync."""
+    """Return the innermost line of the project that asked for a sync."""
     return step.site.partition(" < ")[0]
 
 
 def _choices(
     loose: Sequence[int], draw: random.Random, drawn: int
 ) -> Iterator[tuple[frozenset[int], frozenset[int]]]:
-    """(steps that are missing, writes of zeros) of those that are not durable."""
+    """Return (missing steps, steps that write zeros) of those that are not durable."""
     every, none = frozenset(loose), frozenset()
     yield none, none
     yield every, none
@@ -179,7 +179,7 @@ def _choices(
 
 
 def recording(root: Path, events: Sequence[Event], before: "Snapshot") -> Recording:
-    """The steps of recorded calls below `root`, which was as `before` says."""
+    """Return the steps of recorded calls below `root`, whose files were `before` at first."""
     nodes, live = dict(before.nodes), before.disk.copy()
     steps: list[Step] = []
 
@@ -229,14 +229,14 @@ def recording(root: Path, events: Sequence[Event], before: "Snapshot") -> Record
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A folder's files, and the numbers that we give to the system's inodes."""
+    """The files of a folder, and our numbers of the system's inodes."""
 
     disk: Disk
     nodes: dict[int, int]
 
 
 def snapshot(root: Path) -> Snapshot:
-    """What is below a folder now, all of it durable."""
+    """Return the files below a folder now, all of them durable."""
     disk, nodes = Disk(), {root.stat().st_ino: 0}
 
     def enter(folder: Path, node: int) -> None:

@@ -1,9 +1,9 @@
-"""Is every sync of the project needed? Power cuts again, after runs from which the syncs of one line are left out.
+"""Test whether every sync of the project is needed, by power cuts after runs without the syncs of one line.
 
-A trial is a line: "needed" where without it some workload leaves a disk that is at fault, "not needed" where none does.
-All that the other syncs leave open is on these disks, so that a fault is this line's own.
+A trial is a line. It is "needed" if without it some workload leaves a faulty disk, else "not needed". Only steps that
+this line makes durable are missing on these disks, so that a fault is caused by this line.
 
-    python -m tests.crash.syncs 100 0 all    tells it of every workload
+    python -m tests.crash.syncs 100 0 all    reports it for every workload
 """
 
 import random
@@ -40,7 +40,7 @@ def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
 
 
 def _fault(case: Case, run: Recording, site: str, home: Path) -> str | None:
-    """The first fault without the syncs of a line; None where there is none."""
+    """Return the first fault without the syncs of a line, or None."""
     for ended, said, disk in run.without(site).states(random.Random(site), _DRAWN, than=run):
         outcome, detail = cut(case, disk, home, ended)
         if outcome in _FAULTS:

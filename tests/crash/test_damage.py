@@ -1,4 +1,4 @@
-"""Damaged files: an answer is the one of the undamaged files, or a sentence that names the file."""
+"""With damaged files an answer is the same as with undamaged files, or an error names the file."""
 
 import pytest
 
@@ -31,5 +31,5 @@ def test_damage_to_the_cache_is_never_computed_with(cache, faults):
 
 @pytest.mark.long
 def test_damage_to_the_native_library_is_never_run():
-    """A process a trial, and now and then a compiler: not for the suite."""
+    """It needs one process a trial, and sometimes a compiler, so it is not in the suite."""
     campaign.run("damage_native", 200).check(["wrong", *campaign.LOUD, "unnamed"])

@@ -1,4 +1,4 @@
-"""A full disk at any point of scripts/ingest.py: the old state stays, one sentence says so, and the exit code is 2."""
+"""When the disk is full at any point of scripts/ingest.py, the old state stays, and the error is one sentence."""
 
 import shutil
 import subprocess
@@ -14,13 +14,13 @@ FAULTS = [("lost",), (*campaign.LOUD, "not one sentence"), ("rubbish",)]
 
 @pytest.fixture(scope="module")
 def refused() -> Summary:
-    """No room from a call on, for every call of the writer in turn."""
+    """Run with a full disk from each call of the writer on."""
     return campaign.run("full_disk", 1000 if trials.LONG else 20)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    """So many bytes left of a tmpfs of 300 KiB, which is mounted for this process alone."""
+    """Run with different numbers of free bytes on a tmpfs of 300 KiB, mounted only for this process."""
     folder = tmp_path_factory.mktemp("small")
     if shutil.which("unshare") is None:
         pytest.skip("there is no unshare to mount a small file system with")
@@ -39,7 +39,7 @@ def test_no_room_for_any_call(refused, faults):
 
 
 def test_a_small_file_system_holds_some(small):
-    """So that both ways of ending were tried."""
+    """Both outcomes were tried."""
     assert 0 < small.counts["new"] < len(small.trials)
 
 

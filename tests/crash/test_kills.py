@@ -1,4 +1,4 @@
-"""Writers that are killed: nothing is lost, nothing is mixed, and the next writer tidies up."""
+"""When a writer is killed, nothing is lost, states are not mixed, and the next writer cleans up."""
 
 import pytest
 

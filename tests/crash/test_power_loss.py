@@ -1,4 +1,4 @@
-"""Power cuts, by replaying recorded runs: what was said to be done is there, and every sync in rag/ is needed."""
+"""After a power cut, reported work is on the disk, and every sync in rag/ is needed. Recorded runs are replayed."""
 
 import random
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_a_power_cut_leaves_the_old_state_or_the_new(cut, faults):
 
 
 def test_every_sync_is_needed(without_syncs):
-    """So the removal of any of them fails this suite: each is left out in turn, and a disk at fault is found."""
+    """Without any single one of them a faulty disk is found, so that removing one fails this suite."""
     without_syncs.check(["not needed", "crash", "hang"])
     assert len(without_syncs.trials) >= 5
 
@@ -47,7 +47,7 @@ CREATE, WRITE, SYNC, RENAME, SYNC_FOLDER = (
 
 
 def disks(tmp_path: Path, *events: Event, ended: bool = False) -> list[dict[str, bytes | None]]:
-    """What may be on a disk that held one file, "old", before; with `ended` once the run was over."""
+    """Return what may be on a disk that held one file, "old", before; with `ended` after the end of the run."""
     (tmp_path / "file").write_bytes(b"old")
     found = snapshot(tmp_path)
     start = Snapshot(found.disk, {1: 0})

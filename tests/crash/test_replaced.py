@@ -1,4 +1,4 @@
-"""An index that another writer replaces while it is open: it stays as it was when it was opened."""
+"""An open index does not change when another writer replaces it."""
 
 import random
 
@@ -24,6 +24,6 @@ def test_an_open_index_answers_after_it_was_replaced(tmp_path):
 
 
 def _answers(index: Index) -> list[list[Hit]]:
-    """By each method, with the embedder restored and nothing asked before."""
+    """Return the answers of each method, with a restored embedder and no earlier search."""
     collection = Collection(index, index.restore(BagOfWords()))
     return [Search(collection, method)("ab cd ef") for method in _METHODS]

@@ -1,6 +1,6 @@
-"""Processes whose file system calls are counted, recorded, killed or refused (trap.c), forked from this one.
+"""Fork processes whose file system calls are counted or recorded, or fail or kill the process (trap.c).
 
-A forked process can do no more with JAX than import it, so what runs here computes with numpy alone.
+A forked process can only import JAX, not use it, so the functions that run here compute with numpy alone.
 """
 
 import ctypes
@@ -23,29 +23,29 @@ Kind = Literal["create", "write", "truncate", "fsync", "rename", "link", "unlink
 _KINDS: tuple[Kind, ...] = ("create", "write", "truncate", "fsync", "rename", "link", "unlink", "mkdir")
 _NOTE = len(_KINDS) + 1
 _HEAD = struct.Struct("<4I2Q")
-_HANGS_S = 60  # a writer or a reader that takes longer hangs
+_HANGS_S = 60  # a process that takes longer counts as a hang
 
 
 class Unavailable(Exception):
-    """This machine cannot trap system calls; says why."""
+    """This machine cannot trap system calls. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A call that changed something, as trap.c recorded it."""
+    """A call that changed a file or folder, as trap.c recorded it."""
 
     kind: Kind
     path: str
     other: str  # where rename and link put it
     inode: int
-    offset: int  # of a write, or the length that a file is cut to
+    offset: int  # of a write, or the length to which a file is truncated
     data: bytes
-    site: str  # of an fsync: the lines of the project that asked for it, the innermost first
+    site: str  # of an fsync: the lines of the project that called it, the innermost first
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a forked process ended: by its result, by an exception, or by a signal."""
+    """How a forked process ended: with a result, an exception, or a signal."""
 
     result: Any = None
     error: BaseException | None = None
@@ -59,7 +59,7 @@ class Ended:
 
 @cache
 def library() -> ctypes.CDLL:
-    """trap.c, compiled for this process. Raises Unavailable where there is no compiler or it is another system."""
+    """Compile trap.c for this process and load it. Raises Unavailable without a compiler, or on another system."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise Unavailable("there is no C compiler")
@@ -76,7 +76,7 @@ def library() -> ctypes.CDLL:
 
 
 def forked(run: Callable[[], Any]) -> Ended:
-    """What becomes of `run` in a process of its own; its result and its exception must be picklable."""
+    """Run a function in a forked process; its result and its exception must be picklable."""
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
@@ -99,7 +99,7 @@ def forked(run: Callable[[], Any]) -> Ended:
 def _picklable(error: BaseException) -> BaseException:
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # an exception's own constructor may want anything
+    except Exception:  # the constructor of an exception may need other arguments
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
@@ -113,10 +113,18 @@ def trapped(
     full_at: int = 0,
     log: int = -1,
 ) -> Ended:
-    """`forked`, with the calls below `root` trapped; the result is `run`'s and the number of calls.
+    """Run a function in a forked process with its calls below `root` trapped.
 
-    The process dies at call `die_at`, after half of its bytes if `torn`; from call `full_at` on the disk is full. Calls
-    count from 1, and 0 is never. Records go to the open file `log`.
+    Args:
+        run: the function.
+        root: the folder whose calls are trapped.
+        die_at: the process is killed at this call, counted from 1; 0: never.
+        torn: half of the bytes of that call are written before.
+        full_at: from this call on the disk is full; 0: never.
+        log: the descriptor of an open file for records of the calls; -1: none.
+
+    Returns:
+        The end of the process, with the result of `run` and the number of calls.
     """
     loaded, folder = library(), os.fsencode(root.resolve())
 
@@ -134,7 +142,7 @@ def trapped(
 
 
 def _noting(loaded: ctypes.CDLL, fsync: Callable[[int], None]) -> Callable[[int], None]:
-    """os.fsync that tells the log which lines of the project asked for it."""
+    """Return an os.fsync that writes to the log which lines of the project called it."""
 
     def noted(descriptor: int) -> None:
         loaded.crash_note(_site().encode())
@@ -154,7 +162,7 @@ def _site() -> str:
 
 
 def recorded(run: Callable[[], Any], root: Path) -> list[Event]:
-    """The calls of `run`, which must succeed, that changed something below `root`, in their order."""
+    """Return the calls of `run` that changed something below `root`, in their order. `run` must succeed."""
     with tempfile.TemporaryFile() as log:
         ended = trapped(run, root, log=log.fileno())
         if ended.result is None:

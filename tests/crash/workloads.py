@@ -1,7 +1,7 @@
-"""What is killed: ingest, add, prefill and a sweep, small, in numpy alone, and each with a reader of what it wrote.
+"""Small workloads that are killed (ingest, add, prefill, a sweep), in numpy alone, each with a reader of its files.
 
-A home is a folder with an index in `index` and a cache in `cache`. All that a workload does is the same each time, down
-to the bits of vectors, which depend on the batch that they were computed in.
+A home is a folder with an index in `index` and a cache in `cache`. A workload is deterministic, down to the bits of
+vectors, which depend on the batch in which they were computed.
 
 Letters: L layers, K kv heads, T tokens, D head dim, E embedding dim.
 """
@@ -28,8 +28,9 @@ from rag.evaluate import statistics
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.experiment import EvaluationOptions, Experiment
 from rag.evaluate.statistics import Statistics
-from rag.generate.kv import chunk as chunk_kv
-from rag.generate.kv.chunk import ChunkKVCache, ChunkKVOptions
+from rag.generate.kv import chunk_cache
+from rag.generate.kv.chunk_cache import ChunkKVCache
+from rag.generate.kv.prompt_parts import split_prompt
 from rag.index import store
 from rag.index.lexical.analyzer import Analyzer
 from rag.index.lexical.weighting import BM25Weights
@@ -39,7 +40,7 @@ from rag.prompt import PromptTemplate, render
 from rag.retrieve.search import Lexical
 from rag.runtime.import_closure import code_version
 from rag.types import Context, Document, Hit, Source
-from tests.tiny_tokenizers import byte_level
+from tests.tiny_models import byte_level
 
 Found = Mapping[str, Any]  # what a reader finds, by name
 
@@ -51,19 +52,17 @@ _ENVIRONMENT = {"commit": "0" * 40}
 
 @dataclass(frozen=True)
 class Workload:
-    """A writer, the state that it begins with, and what a reader of its home must find."""
+    """A writer, its initial state, and what a reader of its home must find."""
 
     name: str
     before: Callable[[Path], None]  # makes the old state in an empty home
     write: Callable[[Path], None]
     look: Callable[[Path], Found]
-    whole: (
-        bool  # a reader finds all of the old or all of the new state, else no more than parts of the new one
-    )
+    whole: bool  # a reader finds exactly the old or the new state; otherwise it may find parts of the new one
 
 
 class Hashed:
-    """An embedder of hashes: a text's vector depends on its batch too, as much as a rounding error would."""
+    """An embedder by hashes; a text's vector also depends on its batch, by about a rounding error."""
 
     dim, score_threshold = 8, None
     fingerprint, spec = "hashed", {"kind": "hashed", "dim": 8}
@@ -85,7 +84,7 @@ class Hashed:
         return self
 
     def save(self, folder: Path) -> None:
-        """Nothing was learned."""
+        """Write nothing, because nothing was learned."""
 
     def restore(self, folder: Path) -> "Hashed":
         return self
@@ -112,7 +111,7 @@ class Cosine:
 
 
 def enter(home: Path) -> None:
-    """Let this process work in a home, and nothing in it start programs or JAX."""
+    """Make this process use a home, and prevent it from starting programs or JAX."""
     os.environ["RAG_CACHE"] = str(home / "cache")
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("rag.") and hasattr(module, "environment"):
@@ -120,7 +119,7 @@ def enter(home: Path) -> None:
 
 
 def warm_up() -> None:
-    """Let this process remember the code behind results, from the machine's own cache if it is there."""
+    """Compute code versions in this process, with the machine's own cache of sources if it exists."""
     code_version(Hashed(), Cosine(), BagOfWords, BertEmbedder, Experiment)
 
 
@@ -141,7 +140,7 @@ def _ingest(corpus: Path, embedder: Any, home: Path, *, add: bool = False) -> No
 
 
 def look_at_index(embedder: Any, home: Path) -> Found:
-    """All that an index holds, and what it answers; nothing where there is none."""
+    """Return the contents of an index and its answers, or nothing if there is no index."""
     enter(home)
     if not store.exists(home / "index"):
         return {}
@@ -181,7 +180,7 @@ _TEMPLATE = PromptTemplate(user="{context} {question}", passage="{text}", system
 
 
 def _read(packed: None, tokens: np.ndarray) -> np.ndarray:
-    """In place of the decoder: keys and values [B, L, 2, K, T, D] that depend on each token and its position."""
+    """Return keys and values [B, L, 2, K, T, D] that depend on each token and its position, in place of a decoder."""
     shape = (len(tokens), 2, 2, 1, tokens.shape[1], 8)
     waves = np.sin(np.arange(2 * 2 * 8).reshape(2, 2, 1, 1, 8) + 1)
     places = np.asarray(tokens)[:, None, None, None, :, None] + np.arange(tokens.shape[1])[:, None] / 7
@@ -189,26 +188,23 @@ def _read(packed: None, tokens: np.ndarray) -> np.ndarray:
 
 
 def chunk_reader(dtype: str = "float16") -> ChunkKVCache:
-    """Of a decoder that is not there: `fill` computes by `_read`."""
-    chunk_kv.prefill_passages = _read
+    """Return a chunk reader without a decoder, whose `fill` calls `_read`."""
+    chunk_cache.prefill_passages = _read
     engine = SimpleNamespace(model=SimpleNamespace(config=_CONFIG), packed=None)
-    return ChunkKVCache(engine, byte_level(), "f" * 64, ChunkKVOptions(dtype=dtype))
+    return ChunkKVCache(engine, byte_level(), "f" * 64, None, dtype)
 
 
 def prompts(texts: Sequence[str]) -> list[list]:
-    """A prompt for each text, shown alone."""
+    """Return a prompt for each text, as the only passage."""
     shown = (Context((Source(1, "a", 0, len(text), 1.0, text),), tokens=0) for text in texts)
     return [render(_TEMPLATE, "", context) for context in shown]
 
 
 def passages_of(reader: ChunkKVCache, texts: Sequence[str]) -> Found:
-    """The passages that are in the store."""
+    """Return the passages in the store."""
     entries = {}
     for messages in prompts(texts):
-        parts = chunk_kv.split_prompt(reader._tokenizer, messages)
-        entries |= dict.fromkeys(
-            [((), parts.beginning), *((parts.beginning, ids) for _, ids in parts.passages)]
-        )
+        entries |= dict.fromkeys(split_prompt(reader._tokenizer, messages).entries())
     found = {str(entry): reader.store.load(*entry) for entry in entries}
     return {name: kv.tobytes() for name, kv in found.items() if kv is not None}
 
@@ -227,7 +223,7 @@ def _look_at_passages(texts: Sequence[str], home: Path) -> Found:
 
 
 def jobs(draw: random.Random, count: int, longest: int) -> list[Experiment]:
-    """Two evaluations, by words and by vectors, of one dataset."""
+    """Return two evaluations of one dataset: lexical and dense."""
     statistics.intervals = lambda values, options: np.stack(
         [values.min(0), values.max(0)], axis=1
     )  # without JAX
@@ -260,15 +256,15 @@ def jobs(draw: random.Random, count: int, longest: int) -> list[Experiment]:
 def _sweep(made: Sequence[Experiment], home: Path) -> None:
     enter(home)
     for job in made:
-        job.done()
+        job.run()
 
 
-RESULTS = ("metrics.json", "per_query.jsonl", "run.trec")  # the ledger tells seconds, which differ
+RESULTS = ("metrics.json", "per_query.jsonl", "run.trec")  # costs has seconds, which differ
 
 
 def look_at_results(made: Sequence[Experiment], home: Path) -> Found:
     enter(home)
-    done = [(i, job.kept) for i, job in enumerate(made) if job.kept.exists()]
+    done = [(i, job.result_folder) for i, job in enumerate(made) if job.result_folder.exists()]
     return {f"{i}/{name}": (folder / name).read_bytes() for i, folder in done for name in RESULTS}
 
 
@@ -276,12 +272,12 @@ def look_at_results(made: Sequence[Experiment], home: Path) -> Found:
 
 
 def workloads(folder: Path, seed: int) -> list[Workload]:
-    """Those of one draw; their corpora are written into `folder`. Seed 0 is the smallest."""
+    """Return the workloads of one seed, and write their corpora into `folder`. Seed 0 has the smallest."""
     warm_up()
     draw = random.Random(seed)
     count, longest = (3, 30) if seed == 0 else (draw.randint(2, 12), draw.choice([20, 60, 600]))
     first = write_corpus(folder / "first", draw, count, longest)
-    second = write_corpus(folder / "second", draw, count + 1, longest)  # the same names, other texts
+    second = write_corpus(folder / "second", draw, count + 1, longest)  # with the same names and other texts
     texts = [" ".join(draw.choices(_WORDS, k=draw.randint(2, 12))) for _ in range(count + 2)]
     made = jobs(draw, 2 * count, longest)
     bag, hashed = partial(look_at_index, BagOfWords), partial(look_at_index, Hashed)

@@ -1,4 +1,4 @@
-"""Vectors in the order of the texts, whatever runs beside them; and the cosine of counted words."""
+"""Vectors come in the order of the texts and do not depend on other texts; the cosine of word counts."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from rag.runtime.memo import model_version
 from rag.runtime.shapes import round_up_text
 from rag.types import UserError
 from tests.reference import ENCODER_TOLERANCE, counter_cosine
-from tests.tiny_encoder import tiny_tensors, write_checkpoint, write_sentence_files
+from tests.tiny_models import encoder_tensors, write_encoder, write_sentence_files
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TEXTS = [
@@ -36,7 +36,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+    return write_encoder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +53,7 @@ def embedder(folder):
 
 @pytest.fixture
 def batches(monkeypatch):
-    """Shapes of the batches that run."""
+    """Return a list to which the shape of every batch is added."""
     shapes, run = [], bert.embed
 
     def spy(model, tokens, lengths, *, pooling):
@@ -120,7 +120,7 @@ def test_long_texts_are_cut(folder, embedder, batches):
 
 
 def test_pooling_and_prompts_of_the_checkpoint(tmp_path, embedder):
-    folder = write_checkpoint(tmp_path / "tiny")
+    folder = write_encoder(tmp_path / "tiny")
     write_sentence_files(folder, {"pooling_mode": "cls"}, normalize=False)
     own = BertEmbedder(str(folder))
     assert own.spec["pooling"] == {"mode": "cls", "normalize": True, "max_length": 50}
@@ -137,8 +137,8 @@ def test_pooling_and_prompts_of_the_checkpoint(tmp_path, embedder):
 
 
 def test_the_fingerprint_is_of_the_contents(tmp_path, embedder):
-    assert BertEmbedder(str(write_checkpoint(tmp_path / "copy"))).fingerprint == embedder.fingerprint
-    others = write_checkpoint(tmp_path / "others", tiny_tensors(seed=1))
+    assert BertEmbedder(str(write_encoder(tmp_path / "copy"))).fingerprint == embedder.fingerprint
+    others = write_encoder(tmp_path / "others", encoder_tensors(seed=1))
     assert BertEmbedder(str(others)).fingerprint != embedder.fingerprint
     assert len(embedder.fingerprint) == 64
     assert json.loads(json.dumps(embedder.spec)) == embedder.spec
@@ -239,7 +239,7 @@ def test_weights_in_fewer_bits(folder, embedder, dtype):
     assert 0.98 < cosines.min() < 0.9999999
     assert less.fingerprint != embedder.fingerprint
     assert less.spec["dtype"] == dtype
-    assert model_version(less) != model_version(embedder)  # what kept vectors are found by
+    assert model_version(less) != model_version(embedder)  # the key of cached vectors
 
 
 def test_an_unknown_dtype_is_told(folder):
@@ -294,7 +294,7 @@ def test_unknown_words_lengthen_a_question():
     np.testing.assert_array_equal(bag.encode_queries(["x y z"]), [[0, 0]])
 
 
-def test_the_vocabulary_is_kept(tmp_path):
+def test_the_vocabulary_is_saved_and_restored(tmp_path):
     bag = BagOfWords().fit([*SEED, "naïve 🤖 \udcff"[:8]])
     bag.save(tmp_path)
     restored = BagOfWords().restore(tmp_path)

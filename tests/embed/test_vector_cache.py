@@ -1,4 +1,4 @@
-"""Kept vectors: the embedder's own, computed once each, resumed in the batches that were planned."""
+"""Cached vectors equal the embedder's own, are computed once, and are resumed in the planned batches."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from tests.damage import WAYS
 
 
 class Lengths:
-    """A vector of a text's length and the size of the batch it was in: a rounding error one can see."""
+    """It embeds a text as its length and the size of its batch, which stands for a rounding error."""
 
     dim = 2
     score_threshold = 0.5
@@ -182,7 +182,7 @@ def test_what_is_known_is_not_looked_for_on_the_disk(tmp_path, monkeypatch):
     embedder.encode(texts[::-1])
     embedder.missing(texts)
     assert looks == []
-    monkeypatch.setattr(vector_cache.entries, "read_array", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(vector_cache.cache, "read_array", lambda path: pytest.fail("read again"))
     assert embedder.encode(texts)[:, 0].tolist() == [len(text) for text in texts]
 
 

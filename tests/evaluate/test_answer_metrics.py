@@ -1,4 +1,4 @@
-"""Measures of answers, worked by hand; SQuAD's own script, written out, as the oracle of EM and F1."""
+"""Metrics of answers, worked by hand; SQuAD's own script, written out, as the oracle of EM and F1."""
 
 import re
 import string
@@ -8,23 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rag.evaluate.metrics.answers import (
-    MEASURES,
-    contains,
-    exact_match,
-    f1,
-    lower_is_better,
-    measure,
-    normalized,
-    rouge_l,
-)
+from rag.evaluate.metrics import ANSWER_METRICS, lower_is_better, measure_answer
+from rag.evaluate.metrics.answers import JudgedAnswer, contains, exact_match, f1, normalized, rouge_l
 from rag.types import UserError
 
 
-def measured(answer="", gold=(), abstained=False, answerable=True, cited=(), relevant=()):
-    return measure(
-        answer=answer, gold=gold, abstained=abstained, answerable=answerable, cited=cited, relevant=relevant
-    )
+def measured(answer="", **judged):
+    return measure_answer(JudgedAnswer(answer, **judged))
 
 
 def squad_tokens(text: str) -> list[str]:
@@ -96,7 +86,7 @@ def test_rouge_l_by_hand(answer, gold, expected):
 
 def test_every_measure_is_named_and_the_best_gold_answer_counts_for_each():
     scores = measured("Paris, France", gold=["in Paris", "Paris France", "Lyon"])
-    assert tuple(scores) == MEASURES
+    assert tuple(scores) == ANSWER_METRICS
     assert (scores["EM"], scores["F1"], scores["contains"], scores["ROUGE-L"]) == (1.0, 1.0, 1.0, 1.0)
     scores = measured("in the city of Paris", gold=["Paris", "city hall of Lyon"])
     assert scores["EM"] == 0.0
@@ -136,7 +126,7 @@ def test_citations_by_hand(cited, relevant, precision, recall):
 def test_each_rate_of_abstention_is_about_its_own_kind_of_question(abstained, answerable):
     gold = ["documents"] if answerable else []
     scores = measured("The documents do not say.", gold=gold, abstained=abstained, answerable=answerable)
-    assert tuple(scores) == MEASURES
+    assert tuple(scores) == ANSWER_METRICS
     assert scores["abstention recall"] == (None if answerable else float(abstained))
     assert scores["false abstention"] == (float(abstained) if answerable else None)
     if answerable:  # an abstention has no words, though its sentence has
@@ -145,7 +135,7 @@ def test_each_rate_of_abstention_is_about_its_own_kind_of_question(abstained, an
 
 
 def test_only_false_abstention_is_better_when_lower():
-    lower = [name for name in MEASURES if lower_is_better(name)]
+    lower = [name for name in ANSWER_METRICS if lower_is_better(name)]
     assert lower == ["false abstention"]
     assert lower_is_better("retrieved/false abstention")
     assert not lower_is_better("retrieved/abstention recall") and not lower_is_better("nDCG@10")

@@ -16,19 +16,20 @@ import pytest
 import sensitivity
 import yaml
 from hydra import compose, initialize_config_dir
-from launch import CONF, quote_overrides
+from launch import CONF
 from omegaconf import OmegaConf
+from quoting import quote_overrides
 
 from rag.bench import peak_throughput
 from rag.bench.timing import Row
-from rag.evaluate.experiment import ABOUT
-from rag.evaluate.metrics import answers as answer_metrics
+from rag.evaluate.metrics import ANSWER_METRICS, METRICS
 from rag.evaluate.metrics import retrieval as retrieval_metrics
 from rag.evaluate.metrics.spans import is_span_measure
+from rag.evaluate.summary import RESERVED_KEYS
 from rag.report import results
 from rag.runtime.measurement import Spread
 from rag.types import UserError
-from tests.tiny import write_checkpoint
+from tests.tiny_models import write_decoder
 
 MAYBE = (float, type(None))
 
@@ -74,8 +75,8 @@ ENVIRONMENT = {
     "date": str,
 }
 RETRIEVAL = dict.fromkeys(retrieval_metrics.DEFAULT_MEASURES, MAYBE)
-READ = {f"{c}/{name}": MAYBE for c in ("oracle", "retrieved") for name in answer_metrics.MEASURES}
-READ |= {"retrieved/gold log-likelihood": MAYBE}
+ANSWERED = {f"{c}/{name}": MAYBE for c in ("oracle", "retrieved") for name in ANSWER_METRICS}
+ANSWERED |= {"retrieved/gold log-likelihood": MAYBE}
 INTERVAL = ([float], type(None))
 
 
@@ -97,7 +98,7 @@ def metrics_shape(measures: dict) -> dict:
     }
 
 
-LEDGER = {
+COSTS = {
     "generator": (str, type(None)),
     "stages": Each({"seconds": float, "items": int, "reused": int}),
     "index_build_s": float,
@@ -127,14 +128,14 @@ ANSWER = {
     "log_likelihood": MAYBE,
     "question": str,
     "gold": [str],
-} | dict.fromkeys(answer_metrics.MEASURES, MAYBE)
+} | dict.fromkeys(ANSWER_METRICS, MAYBE)
 CAUSES = dict.fromkeys(("retrieval miss", "truncation", "distraction", "reader"), float)
-LOSSES = {
+ERROR_BREAKDOWN = {
     "measure": str,
     "n": int,
     "ceiling": float,
     "scores": {"oracle": float, "retrieved": float},
-    "losses": CAUSES,
+    "errors": CAUSES,
     "intervals": dict.fromkeys(CAUSES, INTERVAL),
 }
 TUNING = {
@@ -148,7 +149,7 @@ TUNING = {
 }
 MOVEMENTS = Each({"mean": MAYBE, "change": MAYBE, "largest": MAYBE})
 CHANGES = {"axis": str, "setting": str, "changed": [str], "movements": MOVEMENTS}
-CERTIFICATE = {
+SENSITIVITY = {
     "verdict": str,
     "variations": Each(object),
     "dataset": {"name": str, "fingerprint": str, "queries": int},
@@ -183,7 +184,7 @@ BENCH = {
     "bench": str,
     "command": str,
     "load_before": [float],
-    "machine": ENVIRONMENT | {"roofs": Each(float)},
+    "machine": ENVIRONMENT | {"peaks": Each(float)},
     "rows": [{"case": str, "ours": FIGURES, "peers": Each(FIGURES), "ratio": Each((float, int))}],
 }
 
@@ -197,7 +198,7 @@ def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("home")
     for folder in ("decoder", "beir/qrels", "documents", "cache", "read", "tuned"):
         (home / folder).mkdir(parents=True)
-    write_checkpoint(home / "decoder")
+    write_decoder(home / "decoder")
     texts = {"seal": "a seal eats fish", "gull": "a gull nests on cliffs", "whale": "a whale eats krill"}
     corpus = [{"_id": name, "text": text} for name, text in texts.items()]
     queries = [
@@ -246,10 +247,17 @@ def test_the_files_of_an_evaluation(home, run):
     run(eval_script, "read", f"dataset.path={home / 'beir'}", *options)
     folder = home / "read"
     assert {path.name for path in folder.iterdir()} == {
-        *("metrics.json", "per_query.jsonl", "run.trec", "costs.json", "answers.jsonl", "losses.json"),
+        *(
+            "metrics.json",
+            "per_query.jsonl",
+            "run.trec",
+            "costs.json",
+            "answers.jsonl",
+            "error_breakdown.json",
+        ),
         *("config.yaml", "overrides.yaml"),
     }
-    found, measures = strict((folder / "metrics.json").read_text()), RETRIEVAL | READ
+    found, measures = strict((folder / "metrics.json").read_text()), RETRIEVAL | ANSWERED
     assert misfit(found, metrics_shape(measures)) == ""
     assert {name: found[name] for name in measures} == found["means"]  # one number a measure, at the top
     assert 0 < found["nDCG@10"] <= 1 and found["retrieved/citation precision"] is None  # nothing was cited
@@ -265,18 +273,20 @@ def test_the_files_of_an_evaluation(home, run):
         query, q0, document, rank, score, tag = line.split("\t")
         assert (q0, tag) == ("Q0", "rag") and int(rank) >= 1 and isinstance(float(score), float)
         assert query.startswith("q ") and document in ("seal", "gull", "whale")
-    assert misfit(strict((folder / "costs.json").read_text()), LEDGER) == ""
+    assert misfit(strict((folder / "costs.json").read_text()), COSTS) == ""
     replies = lines(folder / "answers.jsonl")
     for condition, shape in {"oracle": ANSWER, "retrieved": ANSWER | {"gold log-likelihood": MAYBE}}.items():
         chosen = [reply for reply in replies if reply["condition"] == condition]
         assert misfit(chosen, [shape]) == "" and len(chosen) == 4
-    assert misfit(strict((folder / "losses.json").read_text()), LOSSES) == ""
+    assert misfit(strict((folder / "error_breakdown.json").read_text()), ERROR_BREAKDOWN) == ""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["dataset"]["path"] == str(home / "beir") and config["ablation"]["k"] == 1
     assert "ablation.k=1" in yaml.safe_load((folder / "overrides.yaml").read_text())
     [read], _ = results.read([folder])  # by its own schemas
     assert (
-        read.means == found["means"] and read.losses["measure"] == "F1" and read.settings["ablation.k"] == 1
+        read.means == found["means"]
+        and read.error_breakdown["measure"] == "F1"
+        and read.settings["ablation.k"] == 1
     )
 
 
@@ -286,15 +296,15 @@ def test_the_files_of_a_tuned_evaluation(home, run):
     assert misfit(strict((home / "tuned" / "tuning.json").read_text()), TUNING) == ""
     assert misfit(strict((home / "tuned" / "metrics.json").read_text()), metrics_shape(RETRIEVAL)) == ""
     [read], _ = results.read([home / "tuned"])
-    assert read.tuning["family"] == "bm25" and read.ledger["query_p50_s"] > 0
+    assert read.tuning["family"] == "bm25" and read.costs["query_p50_s"] > 0
 
 
-def test_the_certificate(home, run):
+def test_the_files_of_a_sensitivity_measurement(home, run):
     few = ("answers=1", "answer_batches=[2]", "answer_dtypes=[bfloat16]", "vector_dtypes=[float16]")
-    options = (*(f"certificate.{one}" for one in few), "answer.max_new_tokens=2")
+    options = (*(f"sensitivity.{one}" for one in few), "answer.max_new_tokens=2")
     run(sensitivity, "", f"dataset.path={home / 'beir'}", *options)
     found = strict((home / "sensitivity.json").read_text())
-    assert misfit(found, CERTIFICATE) == ""
+    assert misfit(found, SENSITIVITY) == ""
     assert found["lists"] and found["answers"]
     assert (home / "verdict.txt").read_text() == found["verdict"] + "\n"
 
@@ -346,10 +356,10 @@ def test_a_schema_refuses_what_is_not_so():
         assert misfit(wrong, shape)
 
 
-def test_no_measure_is_called_what_metrics_json_says_beside():
-    """Which names there are is decided by patterns; all that stands beside the measures is no name of one."""
-    for name in ABOUT:
+def test_no_metric_has_the_name_of_another_key_of_metrics_json():
+    """Names with cut-offs are decided by patterns; none of the other keys of metrics.json is such a name."""
+    for name in RESERVED_KEYS:
         with pytest.raises(UserError, match="There is no measure"):
             retrieval_metrics.check([name])
         assert not is_span_measure(name) and "/" not in name
-    assert not ABOUT & {*retrieval_metrics.DEFAULT_MEASURES, *answer_metrics.MEASURES}
+    assert not RESERVED_KEYS & {*retrieval_metrics.DEFAULT_MEASURES, *(metric.name for metric in METRICS)}

@@ -149,6 +149,38 @@ def test_queries_that_are_documents_make_self_hits(write):
     assert not load_beir(write(queries=[chance, QUERIES[1]], qrels=["d1\td2\t1", "q2\td2\t1"])).drop_self_hits
 
 
+def test_one_query_that_ends_like_the_document_of_its_number_is_chance(write):
+    """Otherwise the document that answers would be taken from every query, and every measure be 0."""
+    end = {"_id": "d1", "text": "twice."}
+    relevant = load_beir(write(queries=[end, QUERIES[1]], qrels=["d1\td1\t1", "q2\td2\t1"]))
+    assert not relevant.drop_self_hits  # it is judged to answer
+    part_of_a_word = {"_id": "d1", "text": "ice."}
+    assert not load_beir(
+        write(queries=[part_of_a_word, QUERIES[1]], qrels=["d1\td2\t1", "q2\td2\t1"])
+    ).drop_self_hits
+    other = {"_id": "d2", "text": "Where do gulls sleep?"}
+    one_of_two = load_beir(write(queries=[end, other], qrels=["d1\td2\t1", "d2\td1\t1"]))
+    assert not one_of_two.drop_self_hits and not one_of_two.problems
+
+
+@pytest.mark.parametrize("grade", ["10001", "-10001", "4294967296", "9" * 18])
+def test_grades_that_trec_eval_cannot_count_are_told(write, grade):
+    with pytest.raises(UserError, match="use grades up to 10,000"):
+        load_beir(write(qrels=[f"q1\td1\t{grade}", "q2\td2\t1"]))
+
+
+@pytest.mark.parametrize("grade", ["1_0", "٣", "1.0", "9" * 19, ""])
+def test_grades_are_plain_whole_numbers(write, grade):
+    with pytest.raises(UserError, match="qrels"):
+        load_beir(write(qrels=[f"q1\td1\t{grade}", "q2\td2\t1"]))
+
+
+def test_an_id_that_trec_eval_would_cut_is_told(write):
+    cut = {"_id": "q\0b", "text": "What turns?"}
+    with pytest.raises(UserError, match=r"has U\+0000 in the id 'q\\x00b'"):
+        load_beir(write(queries=[cut, *QUERIES]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

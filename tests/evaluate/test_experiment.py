@@ -1,4 +1,4 @@
-"""Whole evaluations with counted words and a stand-in reader: results, keys, plans, and where quality is lost."""
+"""Whole evaluations with a bag of words and a fake generator: results, keys, plans, and the error breakdown."""
 
 import json
 from dataclasses import replace
@@ -8,10 +8,10 @@ import pytest
 
 from rag.context import ContextOptions
 from rag.embed.bag_of_words import BagOfWords
-from rag.evaluate import ablation
-from rag.evaluate.ablation import CONTEXT_KINDS, ERRORS, ContextAblation
+from rag.evaluate.ablation import CONDITIONS, ContextAblation, Reply
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.datasets.questions import Evidence
+from rag.evaluate.error_breakdown import ERRORS, error_parts
 from rag.evaluate.experiment import EvaluationOptions, Experiment
 from rag.evaluate.statistics import Statistics
 from rag.evaluate.tuning.grids import BM25Grid, ConvexGrid, Tuning
@@ -70,15 +70,15 @@ class LastEater:
     def prompt_tokens(self, messages):
         return sum(self.count(message.content) for message in messages)
 
-    def generate(self, conversations, sampling, max_new_tokens, seeds, stop):
-        self.asked += len(conversations)
-        return [self._answer(messages[-1].content) for messages in conversations]
+    def generate(self, requests):
+        self.asked += len(requests)
+        return [self._answer(request.messages[-1].content) for request in requests]
 
     def _answer(self, prompt):
         passages = [line for line in prompt.splitlines() if " eats " in line and not line.startswith("Q:")]
         return passages[-1].split(" eats ")[1].split()[0] if passages else "unknown"
 
-    def stream(self, messages, sampling, max_new_tokens, seed, stop):
+    def stream(self, request):
         raise NotImplementedError
 
     def log_likelihood(self, pairs):
@@ -119,7 +119,7 @@ def read(folder, name):
 def test_a_job_leaves_its_figures_and_their_uncertainty():
     folder = job(
         dataset=dataset(qrels={"q0": {"seal": 1}, "q1": {"seal": 1}}, queries={"q0": "seal", "q1": "whale"})
-    ).done()
+    ).run()
     metrics = read(folder, "metrics.json")
     assert metrics["means"]["MRR@10"] == pytest.approx(0.5)
     low, high = metrics["intervals"]["MRR@10"]
@@ -128,18 +128,18 @@ def test_a_job_leaves_its_figures_and_their_uncertainty():
         "fingerprint": metrics["dataset"]["fingerprint"], "queries": 2, "limit": None, "seed": 0,
     }  # fmt: skip
     assert [row["MRR@10"] for row in read(folder, "per_query.jsonl")] == [1.0, 0.0]
-    ledger = read(folder, "costs.json")
-    assert ledger["stages"]["search Lexical"]["items"] == 2
-    assert ledger["query_n"] == 2
-    assert ledger["index_bytes"] > 0
+    costs = read(folder, "costs.json")
+    assert costs["stages"]["search Lexical"]["items"] == 2
+    assert costs["query_n"] == 2
+    assert costs["index_bytes"] > 0
     assert "environment" not in metrics
 
 
 def test_a_job_is_done_once(monkeypatch):
-    first = job().done()
+    first = job().run()
     stamp = (first / "metrics.json").stat().st_mtime_ns
-    monkeypatch.setattr(Experiment, "_run", None)
-    again = job().done()
+    monkeypatch.setattr(Experiment, "_result_files", None)
+    again = job().run()
     assert again == first
     assert (again / "metrics.json").stat().st_mtime_ns == stamp
 
@@ -163,13 +163,13 @@ def test_a_key_follows_what_results_depend_on(change):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_damaged_result_is_put_together_again(way, capsys):
-    done = job().done()
+    done = job().run()
     names = sorted(path.name for path in done.iterdir())
     before = (done / "metrics.json").read_bytes()
     for name in names:
         WAYS[way](done / name)
         assert job().plan()[0] == ("result", 1, 0)
-        assert job().done() == done and (done / "metrics.json").read_bytes() == before
+        assert job().run() == done and (done / "metrics.json").read_bytes() == before
         assert f"{done / name} " in capsys.readouterr().err
         assert job().plan() == [("result", 1, 1)]
     assert sorted(path.name for path in done.iterdir()) == names
@@ -177,14 +177,14 @@ def test_a_damaged_result_is_put_together_again(way, capsys):
 
 def test_a_key_ignores_what_results_do_not_depend_on():
     assert job(dataset=dataset(name="another name")).key == job().key
-    assert job(prompt=CLOSED).key == job().key  # nothing is read
+    assert job(prompt=CLOSED).key == job().key  # no question is answered
     asking = ContextAblation(["retrieved"])
     assert job(LastEater(), ablation=asking, prompt=CLOSED).key != job(LastEater(), ablation=asking).key
 
 
 def test_a_plan_says_what_would_run_and_what_is_there():
     assert job().plan()[:2] == [("result", 1, 0), ("chunk", 6, 0)]
-    job().done()
+    job().run()
     assert job().plan() == [("result", 1, 1)]
     assert ("answer", 14, 0) in job(LastEater(), ablation=ContextAblation(["retrieved", "oracle"])).plan()
     deeper = {
@@ -196,7 +196,7 @@ def test_a_plan_says_what_would_run_and_what_is_there():
 
 def test_a_plan_of_a_method_names_the_stages_inside_it():
     both = Hybrid({"dense": Dense(), "lexical": Lexical()})
-    job(evaluation=EvaluationOptions(depth=99)).done()  # the lexical arm, as deep as the hybrid asks for it
+    job(evaluation=EvaluationOptions(depth=99)).run()  # the lexical arm, as deep as the hybrid asks for it
     plan = {
         stage: (items, reused)
         for stage, items, reused in job(method=both, evaluation=EvaluationOptions(depth=99)).plan()
@@ -208,12 +208,12 @@ def test_a_plan_of_a_method_names_the_stages_inside_it():
 
 def test_tuning_reports_queries_it_was_not_tuned_on():
     arms = Hybrid({"dense": Dense(), "lexical": Lexical()})
-    folder = job(method=arms, tuning=Tuning(ConvexGrid(("min_max",), steps=2), folds=2)).done()
+    folder = job(method=arms, tuning=Tuning(ConvexGrid(("min_max",), steps=2), folds=2)).run()
     tuned = read(folder, "tuning.json")
     assert tuned["nested"] == pytest.approx(read(folder, "metrics.json")["means"]["nDCG@10"])
     assert tuned["optimism"] == pytest.approx(tuned["naive"] - tuned["nested"])
     assert sum(fold["queries"] for fold in tuned["folds"]) == 6
-    folder = job(tuning=Tuning(BM25Grid(k1=(0.5, 1.5), b=(0.0, 1.0)), folds=3)).done()
+    folder = job(tuning=Tuning(BM25Grid(k1=(0.5, 1.5), b=(0.0, 1.0)), folds=3)).run()
     assert read(folder, "tuning.json")["family"] == "bm25"
 
 
@@ -227,42 +227,43 @@ def test_tuning_reports_queries_it_was_not_tuned_on():
 )
 def test_what_cannot_be_tuned_is_told(change):
     with pytest.raises(UserError, match="tuning"):
-        job(LastEater(), **change).done()
+        job(LastEater(), **change).run()
 
 
 # --- context ablation
 
 
-def test_every_condition_is_read_and_the_loss_is_split():
+def test_every_condition_is_answered_and_the_errors_are_split_by_cause():
     """k=1: q0's document is ranked first; for the other half of the questions another one is."""
     queries = {"q0": "seal", "q1": "whale gull gull gull", "q2": "gull"}
     some = dataset(queries=queries, qrels={"q0": {"seal": 1}, "q1": {"whale": 1}, "q2": {"gull": 1}})
     reader = LastEater()
-    everything = job(reader, dataset=some, ablation=ContextAblation(CONTEXT_KINDS, k=1), method=Lexical())
-    folder = everything.done()
+    everything = job(reader, dataset=some, ablation=ContextAblation(CONDITIONS, k=1), method=Lexical())
+    folder = everything.run()
     means = read(folder, "metrics.json")["means"]
     assert means["oracle/F1"] == 1.0
     assert means["closed_book/F1"] == 0.0
     assert means["random/F1"] == 0.0
     assert means["retrieved/F1"] == pytest.approx(2 / 3)
     assert means["retrieved/gold log-likelihood"] > means["closed_book/gold log-likelihood"] == -9.0
-    losses = read(folder, "losses.json")
-    assert losses["losses"] == {
+    breakdown = read(folder, "error_breakdown.json")
+    assert breakdown["errors"] == {
         "retrieval miss": pytest.approx(1 / 3),
         "truncation": 0,
         "distraction": 0,
         "reader": 0,
     }
-    assert losses["ceiling"] - losses["scores"]["retrieved"] == pytest.approx(sum(losses["losses"].values()))
+    missed = breakdown["ceiling"] - breakdown["scores"]["retrieved"]
+    assert missed == pytest.approx(sum(breakdown["errors"].values()))
     rows = read(folder, "answers.jsonl")
-    assert len(rows) == 4 * len(CONTEXT_KINDS)  # the unanswerable question too
+    assert len(rows) == 4 * len(CONDITIONS)  # the unanswerable question too
     abstained = {row["query"] for row in rows if row["condition"] == "retrieved" and row["abstained"]}
     assert abstained == {"u0"}  # no passage shares a word with it
     assert means["retrieved/abstention recall"] == 1.0
     assert means["retrieved/false abstention"] == 0.0
     assert means["random/abstention recall"] == 0.0  # of u0, which is answered from any passage
     asked = reader.asked
-    replace(everything, statistics=Statistics(resamples=300)).done()
+    replace(everything, statistics=Statistics(resamples=300)).run()
     assert reader.asked == asked  # another key, the same answers
 
 
@@ -271,29 +272,29 @@ def test_a_passage_that_does_not_fit_is_truncation_and_one_among_others_distract
     some = dataset(queries=queries, qrels={"q0": {"seal": 1}}, unjudged={}, unanswerable=frozenset())
     options = ContextOptions(order="reverse", max_tokens=7)
     both = ContextAblation(["oracle", "retrieved"], k=2)
-    found = read(job(LastEater(), dataset=some, ablation=both).done(), "losses.json")["losses"]
-    cut = read(job(LastEater(), dataset=some, ablation=both, context=options).done(), "losses.json")["losses"]
+    found = read(job(LastEater(), dataset=some, ablation=both).run(), "error_breakdown.json")["errors"]
+    cut = read(job(LastEater(), dataset=some, ablation=both, context=options).run(), "error_breakdown.json")[
+        "errors"
+    ]
     # "whale" ties with "seal" and stands before it: q0's own passage is the one that goes
     assert sum(found.values()) == pytest.approx(1 - read_f1(job(LastEater(), dataset=some, ablation=both)))
-    assert {name for name, loss in cut.items() if loss} <= {"truncation"}
+    assert {name for name, error in cut.items() if error} <= {"truncation"}
 
 
 def read_f1(one: Experiment) -> float:
-    return read(one.done(), "metrics.json")["means"]["retrieved/F1"]
+    return read(one.run(), "metrics.json")["means"]["retrieved/F1"]
 
 
-def test_losses_sum_to_what_is_missing_question_by_question():
+def test_errors_sum_to_what_is_missing_question_by_question():
     rng = np.random.default_rng(0)
     replies, scores = [], {}
     for i in range(200):
         found, shown = bool(rng.integers(2)), bool(rng.integers(2))
         for condition in ("oracle", "retrieved"):
-            reply = ablation.Reply(
-                f"q{i}", condition, "", False, True, (), (), 0, 0, found, found and shown, None
-            )
+            reply = Reply(f"q{i}", condition, "", False, True, (), (), 0, 0, found, found and shown, None)
             replies.append(reply)
             scores[f"q{i}", condition] = float(rng.random())
-    parts = ablation.error_breakdown(replies, scores)
+    parts = error_parts(replies, scores)
     total = np.sum([parts[name] for name in ERRORS], axis=0)
     wanted = [1 - scores[f"q{i}", "retrieved"] for i in range(200)]
     np.testing.assert_allclose(total, wanted)
@@ -313,10 +314,10 @@ def test_evidence_decides_which_passage_is_relevant():
         chunker=FixedChunker(4),
         ablation=ContextAblation(["oracle", "retrieved"], k=1),
     )
-    folder = one.done()
+    folder = one.run()
     assert read(folder, "metrics.json")["means"]["oracle/EM"] == 1.0
     assert (
-        read(folder, "losses.json")["losses"]["retrieval miss"] == 1.0
+        read(folder, "error_breakdown.json")["errors"]["retrieval miss"] == 1.0
     )  # another passage of the right document
     assert "TokenRecall@512t" in read(folder, "metrics.json")["means"]
 
@@ -329,10 +330,10 @@ def test_evidence_across_the_border_of_chunks_is_found_in_their_union():
         evidence={"q0": (Evidence("d", text.index("seal"), text.index("fish") + 4),)},
     )  # fmt: skip
     both = ContextAblation(["oracle", "retrieved"], k=2)
-    folder = job(LastEater(), dataset=some, chunker=FixedChunker(5), ablation=both).done()
+    folder = job(LastEater(), dataset=some, chunker=FixedChunker(5), ablation=both).run()
     assert [row["found"] and row["shown"] for row in read(folder, "answers.jsonl")] == [True, True]
     assert read(folder, "metrics.json")["means"]["oracle/EM"] == 1.0
-    assert read(folder, "losses.json")["losses"]["retrieval miss"] == 0.0
+    assert read(folder, "error_breakdown.json")["errors"]["retrieval miss"] == 0.0
 
 
 @pytest.mark.parametrize("min_score", [0.99, "auto"])
@@ -341,9 +342,9 @@ def test_a_threshold_holds_for_the_shuffled_passages_too(min_score):
     options = ContextOptions(min_score=min_score)
     contexts = ContextAblation(["retrieved", "shuffled", "oracle"])
     one = job(LastEater(), embedder=embedder, method=Dense(), context=options, ablation=contexts)
-    rows = read(one.done(), "answers.jsonl")
+    rows = read(one.run(), "answers.jsonl")
     assert all(row["abstained"] for row in rows if row["condition"] != "oracle")
-    assert read(one.done(), "losses.json")["losses"]["retrieval miss"] == 1.0
+    assert read(one.run(), "error_breakdown.json")["errors"]["retrieval miss"] == 1.0
     other = job(
         LastEater(),
         embedder=BagOfWords(score_threshold=0.1),
@@ -359,9 +360,7 @@ def test_one_question_too_long_for_the_model_is_told_and_loses_no_other():
     some = dataset(
         queries=queries, qrels={"q0": {"seal": 1}, "q1": {"whale": 1}}, unjudged={}, unanswerable=frozenset()
     )
-    folder = job(
-        LastEater(), dataset=some, ablation=ContextAblation(["closed_book", "retrieved"], k=1)
-    ).done()
+    folder = job(LastEater(), dataset=some, ablation=ContextAblation(["closed_book", "retrieved"], k=1)).run()
     rows = {(row["query"], row["condition"]): row for row in read(folder, "answers.jsonl")}
     assert rows["q0", "retrieved"]["answer"] == "fish"
     assert not rows["q1", "retrieved"]["fits"]
@@ -383,7 +382,7 @@ def test_one_question_too_long_for_the_model_is_told_and_loses_no_other():
         lambda: EvaluationOptions(measures=["nDGC"]),
         lambda: EvaluationOptions(span_measures=["TokenRecall"]),
         lambda: EvaluationOptions(depth=0),
-        lambda: job(dataset=dataset(corpus=(Document("a", "a", ""),), qrels={"q0": {"a": 1}})).done(),
+        lambda: job(dataset=dataset(corpus=(Document("a", "a", ""),), qrels={"q0": {"a": 1}})).run(),
     ],
 )
 def test_what_cannot_be_evaluated_is_told(make):
@@ -398,5 +397,5 @@ def test_a_cut_off_beyond_the_corpus_and_odd_questions_are_evaluated():
         dataset=dataset(queries=odd, qrels={query: {"seal": 1} for query in odd}),
         method=Hybrid({"dense": Dense(), "lexical": Lexical()}),
         evaluation=EvaluationOptions(depth=1000, measures=["nDCG@1000", "Recall@1000"], probes=1),
-    ).done()
+    ).run()
     assert read(folder, "metrics.json")["means"]["Recall@1000"] >= 0.5

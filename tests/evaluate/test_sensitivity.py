@@ -1,4 +1,4 @@
-"""The certificate: variations that change results are counted as a plain computation counts them, others show zeros."""
+"""Numerical sensitivity: changes are counted as a plain computation counts them; where nothing changes, all are 0."""
 
 import json
 import math
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import sensitivity as script
 from hydra import compose, initialize_config_dir
-from launch import CONF, quote_overrides
+from launch import CONF
+from quoting import quote_overrides
 from settings import build
 
 from rag.context import ContextOptions
@@ -16,15 +17,11 @@ from rag.embed import Embedder
 from rag.embed.bag_of_words import BagOfWords
 from rag.embed.bert import BertEmbedder
 from rag.evaluate.datasets import Dataset
-from rag.evaluate.reduced_precision import ReducedPrecisionEmbedder, reduce_precision
-from rag.evaluate.sensitivity import (
-    MetricChange,
-    SensitivityOptions,
-    SensitivityReport,
-    SystemUnderTest,
-    measure_sensitivity,
-)
-from rag.generate import local, prefill_batches, scheduler
+from rag.evaluate.sensitivity.measure import measure_sensitivity
+from rag.evaluate.sensitivity.options import SensitivityOptions, SystemUnderTest
+from rag.evaluate.sensitivity.reduced_precision import ReducedPrecisionEmbedder, reduce_precision
+from rag.evaluate.sensitivity.report import MetricChange, SensitivityReport
+from rag.generate import batched, prefill_batches, scheduler
 from rag.generate.local import LocalGenerator
 from rag.ingest.chunk.whole import WholeChunker
 from rag.pipeline import AnswerOptions, Reader
@@ -32,7 +29,7 @@ from rag.prompt import PromptTemplate
 from rag.retrieve.search import Dense, Hybrid, Lexical
 from rag.runtime import shapes
 from rag.types import Document, UserError
-from tests import tiny, tiny_encoder
+from tests import tiny_models
 from tests.typecheck import unchecked
 
 WORDS = "seal whale gull krill fish ice cliff storm tide moss reef wind".split()
@@ -61,7 +58,7 @@ def dataset(count: int = 12, questions: int = 7) -> Dataset:
 
 
 class Points:
-    """Random unit vectors by text; `reads` is how much of a text they depend on, as of a careless batching."""
+    """Random unit vectors by text; they depend on its first `reads` characters, as with a faulty batching."""
 
     dim, score_threshold, spec = 4, None, {"kind": "points"}
 
@@ -107,18 +104,12 @@ class Moody:
     def prompt_tokens(self, messages):
         return sum(self.count(message.content) for message in messages)
 
-    def generate(self, conversations, sampling, max_new_tokens, seeds, stop):
-        self.calls.append(len(conversations))
-        text = "stand" if self.dtype == "bfloat16" else "stand still" if len(conversations) == 1 else "run"
-        return [text] * len(conversations)
+    def generate(self, requests):
+        self.calls.append(len(requests))
+        text = "stand" if self.dtype == "bfloat16" else "stand still" if len(requests) == 1 else "run"
+        return [text] * len(requests)
 
-    def stream(self, messages, sampling, max_new_tokens, seed, stop):
-        raise NotImplementedError
-
-    def log_likelihood(self, pairs):
-        raise NotImplementedError
-
-    def text_log_likelihood(self, pairs):
+    def stream(self, request):
         raise NotImplementedError
 
 
@@ -178,7 +169,7 @@ def check_against(row, before: list[list[int]], after: list[list[int]]) -> None:
 
 
 def test_what_depends_on_its_batch_is_caught():
-    """An embedder that reads less of a text in small batches: the certificate agrees with plain numpy."""
+    """An embedder that uses less of a text in small batches: the counts agree with plain numpy."""
     vary = SensitivityOptions(k=4, measure="nDCG@4", vector_dtypes=(), **FEW)
     made = measure_sensitivity(
         subject(Points(), embedder_of_batch=lambda n: Points(n if n < 100 else None)), vary
@@ -248,7 +239,7 @@ def test_a_rounded_embedder_is_one():
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> str:
-    return str(tiny_encoder.write_checkpoint(tmp_path_factory.mktemp("encoder")))
+    return str(tiny_models.write_encoder(tmp_path_factory.mktemp("encoder")))
 
 
 def test_our_encoder_does_not_depend_on_its_batch(encoder):
@@ -282,7 +273,7 @@ def test_axes_that_cannot_matter_are_named(tmp_path, monkeypatch):
     assert [row.axis for row in made.lists] == ["search_batches"] * 3
     assert all(row.changed == () and row.score_difference == 0 for row in made.lists)
     assert made.skipped == ("tokens_per_batch and vector_dtypes are left out: the method uses no vectors.",)
-    assert list(tmp_path.iterdir()) == []  # no result was kept, and so none can have been found
+    assert list(tmp_path.iterdir()) == []  # nothing was cached, so nothing cached was used
 
 
 def test_a_sample_of_the_questions_and_nothing_varied():
@@ -350,7 +341,7 @@ def test_movement_is_over_the_queries_that_have_values():
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("decoder")
-    tiny.write_checkpoint(folder)
+    tiny_models.write_decoder(folder)
     return str(folder)
 
 
@@ -373,7 +364,7 @@ def test_our_generator_does_not_depend_on_its_batch(decoder):
 
 @pytest.mark.parametrize("small", [False, True], ids=["as it is", "caches too small"])
 def test_answers_that_need_another_size_of_cache_are_tried(decoder, small, monkeypatch):
-    """A scheduler that gives prompts read together the cache of the shortest is found out."""
+    """A scheduler that gives prompts prefilled together the cache of the shortest is detected."""
     if small:
 
         def planned(requests, new_tokens, *rest):
@@ -382,8 +373,8 @@ def test_answers_that_need_another_size_of_cache_are_tried(decoder, small, monke
                 shortest = min(lengths[i] for i in group.members)
                 yield replace(group, capacity=shapes.round_up_cache(shortest + new_tokens))
 
-        monkeypatch.setattr(local, "plan", lambda *about: list(planned(*about)))
-        monkeypatch.setattr(scheduler, "check_room", lambda *_: None)
+        monkeypatch.setattr(batched, "plan_batches", lambda *about: list(planned(*about)))
+        monkeypatch.setattr(scheduler, "check_capacity", lambda *_: None)
     vary = replace(ANSWERS, answers=20, answer_batches=(), answer_budgets=2, answer_dtypes=())
     about = replace(subject(BagOfWords()), dataset=dataset(24, 20))
     made = measure_sensitivity(replace(about, generator=lambda: LocalGenerator(decoder, "float32")), vary)
@@ -441,7 +432,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_script_prints_tables_and_writes_the_certificate(decoder, folder, monkeypatch, capsys):
+def test_the_script_prints_tables_and_writes_the_report(decoder, folder, monkeypatch, capsys):
     monkeypatch.setenv("RAG_CACHE", str(folder / "cache"))
     monkeypatch.setattr(script, "run_dir", lambda: folder)
     few = ("sensitivity.answers=1", "sensitivity.answer_batches=[2]", "sensitivity.answer_dtypes=[bfloat16]",
@@ -481,7 +472,7 @@ def test_the_script_prints_tables_and_writes_the_certificate(decoder, folder, mo
 def test_settings_of_the_wrong_type_are_named(wrong):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("sensitivity", ["dataset=sample", f"sensitivity.{wrong}"])
-    with pytest.raises(UserError, match=f"certificate.{wrong.partition('=')[0]}"):
+    with pytest.raises(UserError, match=f"sensitivity.{wrong.partition('=')[0]}"):
         build(config.sensitivity)
 
 
@@ -492,7 +483,7 @@ def test_the_makers_follow_what_a_target_takes():
     assert not script.takes(config.generator, "dtype")
 
 
-def test_a_certificate_is_plain_values():
+def test_a_report_is_plain_values():
     made = measure_sensitivity(subject(Points()), SensitivityOptions(k=2, measure="MAP", **FEW))
     assert isinstance(made, SensitivityReport)
     record = strict(json.dumps(made.summary(), allow_nan=False))

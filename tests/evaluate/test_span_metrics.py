@@ -11,9 +11,7 @@ from rag.evaluate.datasets.questions import Evidence
 from rag.evaluate.metrics.spans import (
     DEFAULT_SPAN_MEASURES,
     DocumentTokens,
-    Overlap,
     is_span_measure,
-    precision_omega,
     span_measures,
 )
 from rag.types import Chunk, Document, Hit, UserError
@@ -36,7 +34,7 @@ def words(text):
 
 
 def hit(document, start, end):
-    return Hit(Chunk(f"{start}-{end}", document, "p", start, end, TEXTS[document][start:end]), 0.5)
+    return Hit(Chunk(f"{start}-{end}", document, "p", start, end, TEXTS[document][start:end]), 0.5, 0)
 
 
 def tokens():
@@ -103,30 +101,6 @@ def test_measures_equal_counting_every_character_and_token(ranked, evidence):
         assert values[name] == pytest.approx(expected(ranked, evidence, name), abs=1e-12), name
 
 
-@given(st.data(), st.lists(spans(), min_size=1, max_size=5))
-def test_precision_omega_equals_counting_every_character(data, evidence):
-    chunks = {}
-    for document, text in TEXTS.items():
-        starts = sorted(data.draw(st.sets(st.integers(0, len(text) - 1), max_size=8)))
-        ends = sorted(
-            data.draw(st.sets(st.integers(1, len(text)), min_size=len(starts), max_size=len(starts)))
-        )
-        chunks[document] = [(a, max(a + 1, b)) for a, b in zip(starts, ends, strict=True)]
-        chunks[document] = [
-            c for i, c in enumerate(chunks[document]) if all(c[1] > e for _, e in chunks[document][:i])
-        ]
-    relevant = {place for span in evidence for place in characters_of(*span)}
-    held = [
-        (document, a, b)
-        for document, of in chunks.items()
-        for a, b in of
-        if any(document == d and a <= end and b >= start for d, start, end in evidence)
-    ]
-    retrieved = {place for span in held for place in characters_of(*span)}
-    omega = precision_omega(chunks, [Evidence(*span) for span in evidence])
-    assert omega == pytest.approx(len(relevant & retrieved) / len(relevant | retrieved), abs=1e-12)
-
-
 # --- by hand
 
 
@@ -149,7 +123,6 @@ def test_a_budget_cuts_the_last_chunk_at_a_token():
 
 def test_nothing_retrieved_finds_nothing():
     assert set(span_measures([], [Evidence("a", 0, 5)], tokens(), NAMES).values()) == {0.0}
-    assert precision_omega({}, [Evidence("a", 0, 5)]) == 0.0
 
 
 def test_a_query_without_evidence_has_no_measure():
@@ -165,8 +138,6 @@ def test_names():
             measured([hit("a", 0, 5)], [Evidence("a", 0, 5)], name)
     values = span_measures([hit("a", 0, 5)], [Evidence("a", 0, 5)], tokens())
     assert values == dict.fromkeys(DEFAULT_SPAN_MEASURES, 1.0)
-    with pytest.raises(ValueError, match="no measure of an overlap"):
-        Overlap(1, 1, 1).value("F1")
 
 
 def test_documents_are_tokenised_once_and_only_if_asked_about():
@@ -195,7 +166,7 @@ def test_text_without_tokens_and_tokens_out_of_order():
 def test_many_spans_are_swept_in_one_pass():
     text = "ab " * 20_000
     document = Document("a", "a", text)
-    hits = [Hit(Chunk("", "a", "a", i, i + 6, text[i : i + 6]), 1.0) for i in range(0, len(text) - 3, 3)]
+    hits = [Hit(Chunk("", "a", "a", i, i + 6, text[i : i + 6]), 1.0, i) for i in range(0, len(text) - 3, 3)]
     evidence = [Evidence("a", i, i + 1) for i in range(0, len(text), 2)]  # quadratic would not come back
     values = span_measures(
         hits, evidence, DocumentTokens([document], words), ["CharRecall@99999", "TokenIoU@9t"]

@@ -16,7 +16,6 @@ from rag.evaluate.statistics import (
     _widened_normal_quantile,
     compare,
     detectable,
-    detectable_alone,
     holm,
     intervals,
     randomisation,
@@ -237,15 +236,6 @@ def test_the_detectable_difference_has_the_power_asked_for(n):
     critical = stats.t.ppf(0.975, n - 1)
     power = stats.nct.sf(critical, n - 1, noncentral) + stats.nct.cdf(-critical, n - 1, noncentral)
     assert power == pytest.approx(0.8, abs=0.01)
-
-
-def test_a_single_system_supposes_a_second_of_equal_spread():
-    rng = np.random.default_rng(2)
-    ours, theirs = rng.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], size=20_000).T
-    (expected,) = detectable((ours - theirs)[:, None])
-    (guess,) = detectable_alone(ours[:, None], correlation=0.6)
-    assert guess == pytest.approx(expected, rel=0.02)
-    assert detectable_alone(ours[:, None])[0] > guess
 
 
 def test_warnings_name_the_measures_and_stay_silent_when_all_is_well():

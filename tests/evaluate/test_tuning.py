@@ -12,9 +12,11 @@ from rag.embed.bag_of_words import BagOfWords
 from rag.evaluate import retrieval
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.metrics import retrieval as retrieval_metrics
-from rag.evaluate.tuning import grids
-from rag.evaluate.tuning.cross_validation import Judged, Measure, nested_cross_validation
-from rag.evaluate.tuning.grids import BM25Grid, ConvexGrid, ReciprocalRankGrid, Tuning, tune_bm25, tune_fusion
+from rag.evaluate.tuning.bm25 import tune_bm25
+from rag.evaluate.tuning.cross_validation import nested_cross_validation
+from rag.evaluate.tuning.fusion import fusion_points, fusion_values, tune_fusion
+from rag.evaluate.tuning.grids import BM25Grid, ConvexGrid, ReciprocalRankGrid, Tuning
+from rag.evaluate.tuning.ranking_metric import JudgedCandidates, RankingMetric
 from rag.index.fusion import Convex, score_table
 from rag.index.lexical.analyzer import Analyzer
 from rag.index.lexical.postings import LexicalIndex
@@ -65,9 +67,9 @@ def fused_oracle(arms: list, point: dict, low: float) -> dict[str, float]:
 
 def point_values(grid, rankings: dict, qrels: dict, name: str, lower_bounds=None) -> np.ndarray:
     tables = [score_table(rankings[query]) for query in sorted(qrels)]
-    measure = Measure.named(name)
-    judged = Judged.of([table.ids for table in tables], [qrels[q] for q in sorted(qrels)], measure)
-    return grids._fusion_values(grid, tables, judged, lower_bounds, measure)
+    metric = RankingMetric.named(name)
+    judged = JudgedCandidates.of([table.ids for table in tables], [qrels[q] for q in sorted(qrels)], metric)
+    return fusion_values(grid, tables, judged, lower_bounds, metric)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def point_values(grid, rankings: dict, qrels: dict, name: str, lower_bounds=None
 @pytest.mark.parametrize("measure", ["nDCG@3", "MRR@10"])
 def test_every_point_has_the_measure_of_the_ranking_by_the_formula(grid, measure):
     rankings, qrels = some_rankings(25, 2)
-    points = grids._fusion_points(grid, 2)
+    points = fusion_points(grid, 2)
     values = point_values(grid, rankings, qrels, measure, lower_bounds=[-2.0])
     name, _, cutoff = measure.partition("@")
     for (i, query), (j, point) in product(enumerate(sorted(qrels)), enumerate(points)):
@@ -96,7 +98,7 @@ def test_every_point_has_the_measure_of_the_search_at_it(measure):
     rankings, qrels = some_rankings(20, 3, seed=1)
     grid, lower_bounds = ConvexGrid(steps=2), [-1.0, 6.0, 13.0]
     values = point_values(grid, rankings, qrels, measure, lower_bounds)
-    for j, point in enumerate(grids._fusion_points(grid, 3)):
+    for j, point in enumerate(fusion_points(grid, 3)):
         found = Convex(**point).fuse_batch([rankings[q] for q in sorted(qrels)], lower_bounds)
         run = {q: dict(ranking) for q, ranking in zip(sorted(qrels), found, strict=True)}
         _, per_query = retrieval_metrics.evaluate(qrels, run, [measure])
@@ -105,12 +107,12 @@ def test_every_point_has_the_measure_of_the_search_at_it(measure):
 
 
 def test_points_are_the_whole_grid_and_the_nearest_to_equal_weights_stands_first():
-    points = grids._fusion_points(ReciprocalRankGrid(constants=[1, 2], steps=4, depths=[5, 10]), 2)
+    points = fusion_points(ReciprocalRankGrid(constants=[1, 2], steps=4, depths=[5, 10]), 2)
     assert len(points) == 2 * 4 * 5
     assert points[0] == {"constant": 1.0, "depths": [5, 5], "weights": [0.5, 0.5]}
     assert {tuple(p["weights"]) for p in points} == {(i / 4, 1 - i / 4) for i in range(5)}
-    assert len(grids._fusion_points(ConvexGrid(steps=4), 3)) == 4 * 15
-    assert "depths" not in grids._fusion_points(ConvexGrid(), 2)[0]
+    assert len(fusion_points(ConvexGrid(steps=4), 3)) == 4 * 15
+    assert "depths" not in fusion_points(ConvexGrid(), 2)[0]
 
 
 def test_a_passage_counts_for_its_document():
@@ -134,7 +136,7 @@ def test_no_query_is_judged_by_what_it_helped_to_choose():
     grid = ReciprocalRankGrid(constants=[1.3, 60.7], steps=5)  # no two sums are equal but for rounding
     tuned = tune_fusion(rankings, qrels, Tuning(grid, "nDCG@3", folds=4, seed=2))
     values = point_values(grid, rankings, qrels, "nDCG@3")
-    points, row = grids._fusion_points(grid, 2), {q: i for i, q in enumerate(sorted(qrels))}
+    points, row = fusion_points(grid, 2), {q: i for i, q in enumerate(sorted(qrels))}
     assert sorted(q for fold in tuned.folds for q in fold.queries) == sorted(qrels)
     assert sorted(len(fold.queries) for fold in tuned.folds) == [5, 6, 6, 6]
     for fold in tuned.folds:

@@ -27,9 +27,8 @@ MODULES = {
             return float(len(text))
         """,
     "my_reranker": """
-        from dataclasses import dataclass
+        from dataclasses import dataclass, replace
         from typing import ClassVar
-        from rag.types import Hit
 
         @dataclass(frozen=True)
         class Longest:
@@ -38,7 +37,8 @@ MODULES = {
             def rerank(self, collection, questions, hits):
                 from my_scores import score  # late, as by someone who saves time at the start
 
-                scored = [[Hit(h.chunk, score(q, h.chunk.text)) for h in found] for q, found in zip(questions, hits)]
+                pairs = zip(questions, hits)
+                scored = [[replace(h, score=score(q, h.chunk.text)) for h in found] for q, found in pairs]
                 return [sorted(found, key=lambda hit: -hit.score) for found in scored]
         """,
     "my_chunker": """
@@ -113,13 +113,13 @@ def job(modules) -> Experiment:
 
 
 def figure(some: Experiment) -> float:
-    return json.loads((some.done() / "metrics.json").read_text())["means"]["nDCG@10"]
+    return json.loads((some.run() / "metrics.json").read_text())["means"]["nDCG@10"]
 
 
 def stages(some: Experiment) -> dict[str, int]:
-    """How many items of each stage the job found on disk, of those that it asked for."""
-    ledger = json.loads((some.done() / "costs.json").read_text())
-    return {name: stage["reused"] for name, stage in ledger["stages"].items()}
+    """Return how many items of each stage were cached."""
+    costs = json.loads((some.run() / "costs.json").read_text())
+    return {name: stage["reused"] for name, stage in costs["stages"].items()}
 
 
 NEGATED = ("float(len(text))", "-float(len(text))")
@@ -134,7 +134,7 @@ NEGATED = ("float(len(text))", "-float(len(text))")
     ],
     ids=["scores", "reranker", "chunker"],
 )  # fmt: skip
-def test_results_of_changed_code_are_computed_anew_and_no_others(mine, edits, recomputed):
+def test_results_of_changed_code_are_computed_again_and_no_others(mine, edits, recomputed):
     first = job(mine())
     before = figure(first)
     changed = job(mine(**edits))
@@ -155,7 +155,7 @@ def test_unchanged_code_is_not_run_again(mine, monkeypatch):
     again = job(modules)
     assert again.key == first.key
     assert again.plan() == [("result", 1, 1)]
-    monkeypatch.setattr(Experiment, "_run", lambda *_: pytest.fail("this was computed before"))
+    monkeypatch.setattr(Experiment, "_result_files", lambda *_: pytest.fail("this was computed before"))
     assert figure(again) == before
 
 

@@ -1,7 +1,8 @@
-"""Passages read once and put together: against a plain reading, and against rotations by complex numbers."""
+"""Precomputed chunk KV caches, assembled: against a plain prefill, and against rotations by complex numbers."""
 
 import io
 from dataclasses import replace
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +10,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rag.generate.engine import Decoding, Engine, pad_prompts
-from rag.generate.kv import chunk as chunk_kv
+from rag.generate import Request, join_text
+from rag.generate.decode_state import pad_prompts
+from rag.generate.engine import Engine
+from rag.generate.kv import chunk_cache
 from rag.generate.kv.blend import blend
-from rag.generate.kv.chunk import ChunkKVCache, ChunkKVOptions, split_prompt
+from rag.generate.kv.chunk import ChunkKVOptions, ChunkPrefill
+from rag.generate.kv.prompt_parts import split_prompt
 from rag.generate.local import LocalGenerator
 from rag.generate.scoring import log_probs
-from rag.models.checkpoint import pack
 from rag.models.llama import checkpoint as llama_checkpoint
 from rag.models.llama import model as llama
 from rag.models.llama.model import KVCache, Llama, forward
-from rag.ops.sampling import Sampling
+from rag.models.placement import pack
 from rag.prompt import PromptTemplate, render
 from rag.runtime import cache as disk_cache
 from rag.types import Context, Message, Source, UserError
 from tests.damage import WAYS
-from tests.tiny import CONFIG, write_checkpoint
+from tests.tiny_models import DECODER, write_decoder
 from tests.typecheck import unchecked
 
 TEMPLATE = PromptTemplate(
@@ -40,7 +43,7 @@ HALF = (
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(folder)
+    write_decoder(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAG_CACHE", str(tmp_path_factory.mktemp("cache")))
         model, tokenizer = llama_checkpoint.load(folder)
@@ -50,7 +53,7 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture
 def reader(loaded, tmp_path):
-    return lambda **options: ChunkKVCache(*loaded, "f" * 64, ChunkKVOptions(str(tmp_path / "kv"), **options))
+    return lambda **options: ChunkPrefill(*loaded, "f" * 64, ChunkKVOptions(str(tmp_path / "kv"), **options))
 
 
 def asked(*passages, question="Who dug it?", history=(), template=TEMPLATE):
@@ -65,6 +68,10 @@ def difference(one: KVCache, other: KVCache, slots: slice) -> float:
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in parts)
 
 
+def started(prefill, messages, new_tokens):
+    return prefill.start(Request(messages, max_new_tokens=new_tokens))
+
+
 def full(engine, ids):
     return forward(engine.model, jnp.asarray([ids]), jnp.zeros(1, jnp.int32))[1]
 
@@ -77,54 +84,56 @@ def test_a_prompt_in_parts(loaded):
     shown = [tokenizer.decode(ids) for _, ids in parts.passages]
     assert shown == [" " + text for text in PASSAGES]
     assert all(tuple(parts.ids[at : at + len(ids)]) == ids for at, ids in parts.passages)
-    beginning = tokenizer.decode(parts.beginning, skip_special=False)
-    assert beginning == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nRead:\n"
-    assert parts.shared == len(parts.beginning)
+    prefix = tokenizer.decode(parts.prefix, skip_special=False)
+    assert prefix == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nRead:\n"
+    assert parts.shared == len(parts.prefix)
 
 
-def test_neither_question_nor_history_nor_path_changes_what_is_kept(loaded):
+def test_neither_question_nor_history_nor_path_changes_what_is_cached(loaded):
     _, tokenizer = loaded
     first = split_prompt(tokenizer, asked(*PASSAGES))
     turns = (Message("user", "Hi there"), Message("assistant", "Hello."))
     later = split_prompt(tokenizer, asked(*PASSAGES[::-1], question="Why?", history=turns))
-    assert later.beginning == first.beginning
-    assert 0 < later.shared < len(later.beginning)
+    assert later.prefix == first.prefix
+    assert 0 < later.shared < len(later.prefix)
     assert {ids for _, ids in later.passages} == {ids for _, ids in first.passages}
     question_first = replace(TEMPLATE, user="{question} by {context}")
     some, other = (
         split_prompt(tokenizer, asked(PASSAGES[0], question=q, template=question_first)) for q in ("A", "B")
     )
-    assert some.beginning == other.beginning
+    assert some.prefix == other.prefix
 
 
 def test_the_first_passage_is_exact(loaded, reader):
     engine, _ = loaded
-    template = replace(TEMPLATE, passage="{text}")  # nothing stands between the beginning and it
-    ids, state = reader().start(asked(PASSAGES[0], template=template), 16)
-    plain = engine.prefill([ids], 16)
+    template = replace(TEMPLATE, passage="{text}")  # nothing stands between the prefix and it
+    ids, state = started(reader(), asked(PASSAGES[0], template=template), 16)
+    plain = engine.prefill(ids, 16)
     assert difference(state.cache, plain.cache, slice(0, len(ids))) < HALF
     assert np.array_equal(state.token, plain.token)
-    texts = [[t for [ts] in Decoding(engine, s, Sampling()) for t in ts] for s in (state, plain)]
+    texts = [list(chain(*engine.stream(some))) for some in (state, plain)]
     assert texts[0] == texts[1] and len(texts[0]) > 1
 
 
 def rotated(k, positions):
-    """Keys [1, K, T, D] turned to positions, the pairs (i, i + D/2) as complex numbers."""
+    """Keys [1, K, T, D] rotated to positions, the pairs (i, i + D/2) as complex numbers."""
     half = k.shape[-1] // 2
     numbers = np.asarray(k[..., :half], np.float64) + 1j * np.asarray(k[..., half:], np.float64)
-    turned = numbers * np.exp(1j * positions[:, None] * CONFIG.rope_theta ** (-np.arange(half) / half))
+    turned = numbers * np.exp(1j * positions[:, None] * DECODER.rope_theta ** (-np.arange(half) / half))
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float16", 5e-3), ("int8", 0.1)])
-def test_a_passage_is_turned_to_its_place(loaded, reader, dtype, tolerance):
+def test_keys_are_rotated_to_the_passages_position(loaded, reader, dtype, tolerance):
     engine, tokenizer = loaded
     parts = split_prompt(tokenizer, asked(*PASSAGES))
-    cache, fresh = reader(dtype=dtype).assembled(parts, engine.capacity(len(parts.ids), 8))
+    prefill = reader(dtype=dtype)
+    cache = prefill.cache.assemble(parts, engine.capacity(len(parts.ids), 8))
+    fresh = prefill._fresh(parts)
     at, ids = parts.passages[2]
-    start = len(parts.beginning)
-    alone = full(engine, [*parts.beginning, *ids])
-    for layer in range(CONFIG.num_hidden_layers):
+    start = len(parts.prefix)
+    alone = full(engine, [*parts.prefix, *ids])
+    for layer in range(DECODER.num_hidden_layers):
         keys = rotated(alone.keys[layer][:, :, start:], np.full(len(ids), at - start))
         values = alone.values[layer][:, :, start:]
         scale = float(np.abs(keys).max())
@@ -141,34 +150,33 @@ def test_a_passage_is_turned_to_its_place(loaded, reader, dtype, tolerance):
 
 
 @pytest.mark.parametrize("options", [{"recompute": 1000}, {"blend_share": 1.0}])
-def test_all_read_anew_is_a_plain_reading(loaded, reader, options):
+def test_recomputing_everything_is_a_plain_prefill(loaded, reader, options):
     engine, _ = loaded
-    ids, state = reader(**options).start(asked(*PASSAGES), 8)
-    plain = engine.prefill([ids], 8)
+    ids, state = started(reader(**options), asked(*PASSAGES), 8)
+    plain = engine.prefill(ids, 8)
     assert difference(state.cache, plain.cache, slice(0, len(ids))) < HALF
     assert np.array_equal(state.token, plain.token)
-    _, mixed = reader().start(asked(*PASSAGES), 8)
+    _, mixed = started(reader(), asked(*PASSAGES), 8)
     assert difference(mixed.cache, plain.cache, slice(0, len(ids))) > 10 * HALF
 
 
 def test_recomputing_takes_the_first_tokens_of_each_later_passage(loaded, reader):
-    engine, tokenizer = loaded
+    _, tokenizer = loaded
     template = replace(TEMPLATE, passage="{text}")
     parts = split_prompt(tokenizer, asked(*PASSAGES, template=template))
-    size = engine.capacity(len(parts.ids), 8)
-    without, some = (reader(recompute=n).assembled(parts, size)[1] for n in (0, 3))
+    without, some = (reader(recompute=n)._fresh(parts) for n in (0, 3))
     begins = [at for at, _ in parts.passages][1:]
     assert sorted({*some} - {*without}) == [at + i for at in begins for i in range(3)]
 
 
-def test_blending_reads_anew_what_differs_most():
-    """Three layers: the second shows the differences, the third tells which tokens were read anew."""
-    model = Llama(replace(CONFIG, num_hidden_layers=3), nnx.Rngs(3))
+def test_blending_recomputes_what_differs_most():
+    """Three layers: the second shows the differences, the third tells which tokens were recomputed."""
+    model = Llama(replace(DECODER, num_hidden_layers=3), nnx.Rngs(3))
     model = jax.tree.map(lambda a: a * 3 if a.ndim == 2 else a, model)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 256, 40)
     plain = forward(model, jnp.asarray(ids[None]), jnp.zeros(1, jnp.int32))[1]
-    noise = rng.uniform(0.1, 2.0, 40)[:, None]  # how far off each kept token is
+    noise = rng.uniform(0.1, 2.0, 40)[:, None]  # how far off each cached token is
     off = [
         [
             jnp.asarray(np.asarray(a) + noise * np.sign(rng.standard_normal(a.shape)), jnp.float32)
@@ -177,11 +185,11 @@ def test_blending_reads_anew_what_differs_most():
         for part in (plain.keys, plain.values)
     ]
     old = KVCache(tuple(off[0]), tuple(off[1])).resized(64)
-    kept, candidates = np.arange(64) < 35, (np.arange(64) < 35) & (np.arange(64) >= 5)
+    reused, candidates = np.arange(64) < 35, (np.arange(64) < 35) & (np.arange(64) >= 5)
     tokens = jnp.asarray(pad_prompts([ids.tolist()], 64))
     before = [np.asarray(a) for a in (old.keys[2], old.values[2])]
-    new, last = blend(pack(model), old, tokens, np.int32(40), kept, candidates, count=16, layers=2)
-    assert last.shape == (1, CONFIG.hidden_size)
+    new, last = blend(pack(model), old, tokens, np.int32(40), reused, candidates, count=16, layers=2)
+    assert last.shape == (1, DECODER.hidden_size)
     first = [KVCache(some.keys[:2], some.values[:2]) for some in (new, plain)]
     assert difference(*first, slice(0, 40)) < 1e-4
     changed = [
@@ -194,34 +202,34 @@ def test_blending_reads_anew_what_differs_most():
     assert changed == sorted([*most, *range(35, 40)])
 
 
-def test_what_is_kept_is_not_computed_again(loaded, reader, monkeypatch):
+def test_what_is_cached_is_not_computed_again(loaded, reader, monkeypatch):
     ours = reader()
     chats = [asked(*PASSAGES[:2]), asked(PASSAGES[2], PASSAGES[0], question="Why?")]
     seen = []
-    done = ours.fill(chats, seen.append)
-    assert (len(done.sizes), done.computed, seen[-1]) == (4, 4, 4)  # the beginning is one of them
-    files = sorted(ours.store.folder.glob("*.npy"))
+    done = ours.cache.fill(chats, seen.append)
+    assert (len(done.sizes), done.computed, seen[-1]) == (4, 4, 4)  # the prefix is one of them
+    files = sorted(ours.cache.store.folder.glob("*.npy"))
     assert {file: nbytes for file, (_, nbytes) in done.sizes.items()} == {f: f.stat().st_size for f in files}
     assert {tokens for tokens, _ in done.sizes.values()} >= {1 + len(text) for text in PASSAGES}
     files[1].unlink()  # as if killed before it
-    assert ours.fill(chats).computed == 1
+    assert ours.cache.fill(chats).computed == 1
 
     def computed(*_):
-        raise AssertionError("a passage that is kept is computed again")
+        raise AssertionError("a cached passage is computed again")
 
-    monkeypatch.setattr(chunk_kv, "prefill_passages", computed)
-    assert ours.fill(chats).computed == 0
-    assert len(ours.start(chats[1], 4)[0]) > 40
+    monkeypatch.setattr(chunk_cache, "prefill_passages", computed)
+    assert ours.cache.fill(chats).computed == 0
+    assert len(started(ours, chats[1], 4)[0]) > 40
     with pytest.raises(AssertionError):
-        ours.start(asked("Another passage."), 4)
+        started(ours, asked("Another passage."), 4)
 
 
-def test_another_model_another_beginning_and_another_dtype_are_kept_apart(loaded, reader, tmp_path):
+def test_another_model_prefix_or_dtype_has_files_of_its_own(loaded, reader, tmp_path):
     paths = {
-        reader().store.path((1,), (2,)),
-        reader().store.path((), (1, 2)),
-        reader(dtype="int8").store.path((1,), (2,)),
-        ChunkKVCache(*loaded, "e" * 64, ChunkKVOptions(str(tmp_path / "kv"))).store.path((1,), (2,)),
+        reader().cache.store.path((1,), (2,)),
+        reader().cache.store.path((), (1, 2)),
+        reader(dtype="int8").cache.store.path((1,), (2,)),
+        ChunkPrefill(*loaded, "e" * 64, ChunkKVOptions(str(tmp_path / "kv"))).cache.store.path((1,), (2,)),
     }
     assert len(paths) == 4
 
@@ -238,51 +246,53 @@ def as_another(path):
 def test_a_damaged_file_is_computed_again(loaded, reader, dtype, way, capsys):
     chat = asked(PASSAGES[0])
     ours = reader(dtype=dtype)
-    ids, intact = ours.start(chat, 4)
+    ids, intact = started(ours, chat, 4)
     capsys.readouterr()
-    files = sorted(ours.store.folder.glob("*.npy"))
+    files = sorted(ours.cache.store.folder.glob("*.npy"))
     before = [file.read_bytes() for file in files]
     for file in files:
         (WAYS | {"another": as_another})[way](file)
-        again, state = reader(dtype=dtype).start(chat, 4)
+        again, state = started(reader(dtype=dtype), chat, 4)
         assert again == ids and difference(state.cache, intact.cache, slice(0, len(ids))) == 0
         told = capsys.readouterr().err
         assert (file.name in told and "made again" in told) == (way != "gone") and told.count("\n") < 2
     assert [file.read_bytes() for file in files] == before
     WAYS["middle"](files[0])
-    assert reader(dtype=dtype).fill([chat]).computed == 1
+    assert reader(dtype=dtype).cache.fill([chat]).computed == 1
 
 
-def test_what_is_still_to_be_read_is_counted_before(loaded, reader):
-    ours = reader()
+def test_missing_files_are_counted_before(loaded, reader):
+    ours = reader().cache
     chats = [asked(PASSAGES[0]), asked(*PASSAGES[:2])]
-    unread = ours.unread(chats)
-    assert not any(file.exists() for file in unread)
+    missing = ours.missing(chats)
+    assert not any(file.exists() for file in missing)
     sizes = ours.fill(chats).sizes
-    assert unread == {file: tokens for file, (tokens, _) in sizes.items()}
+    assert missing == {file: tokens for file, (tokens, _) in sizes.items()}
     for tokens, nbytes in sizes.values():  # and a header and a checksum
         assert 0 < nbytes - tokens * ours.store.token_bytes < 300
-    assert ours.unread(chats) == {}
-    assert reader(dtype="int8").store.token_bytes == 2 * 2 * 2 * (8 + 4)  # layers, keys and values, heads
+    assert ours.missing(chats) == {}
+    layers, keys_and_values, kv_heads, head_dim, scale = 2, 2, 2, 8, 4
+    expected = layers * keys_and_values * kv_heads * (head_dim + scale)
+    assert reader(dtype="int8").cache.store.token_bytes == expected
 
 
-def test_likelihoods_behind_what_was_kept(loaded, reader):
+def test_likelihoods_behind_cached_passages(loaded, reader):
     engine, tokenizer = loaded
     chat, gold = asked(*PASSAGES), tokenizer.encode("Falk, in 1742", special=False)
     exact = reader(recompute=1000)
     [expected] = log_probs(engine.model, [(exact.prompt(chat), gold)])
-    np.testing.assert_allclose(exact.log_probs(chat, gold), expected, rtol=HALF, atol=HALF)
-    mixed = reader().log_probs(chat, gold)
+    np.testing.assert_allclose(exact.log_probs([(chat, gold)])[0], expected, rtol=HALF, atol=HALF)
+    [mixed, empty] = reader().log_probs([(chat, gold), (chat, [])])
     assert mixed.shape == expected.shape and np.abs(mixed - expected).max() > 1
-    assert reader().log_probs(chat, []).shape == (0,)
+    assert empty.shape == (0,)
 
 
 def test_a_conversation_without_passages(loaded, reader):
     engine, tokenizer = loaded
     chat = [Message("user", "Hello there")]
-    ids, state = reader().start(chat, 4)
+    ids, state = started(reader(), chat, 4)
     assert ids == tokenizer.chat(chat)
-    assert np.array_equal(state.token, engine.prefill([ids], 4).token)
+    assert np.array_equal(state.token, engine.prefill(ids, 4).token)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +316,7 @@ def generator(tmp_path, monkeypatch):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    write_checkpoint(folder)
+    write_decoder(folder)
     return lambda **options: LocalGenerator(
         str(folder), kv_path=str(tmp_path), **{"dtype": "float32"} | options
     )
@@ -317,7 +327,7 @@ def test_every_kind_of_reuse_writes_an_answer(generator, tmp_path):
     plain = generator()
     prefix = generator(kv_reuse="prefix")
     for chat in (*chats, *chats):
-        streams = [list(some.stream(chat, max_new_tokens=12)) for some in (plain, prefix)]
+        streams = [list(some.stream(Request(chat, max_new_tokens=12))) for some in (plain, prefix)]
         assert streams[0][:-1] == streams[1][:-1] and len(streams[0]) > 1
     assert prefix.fingerprint == plain.fingerprint and not (tmp_path / "chunk_kv").exists()
     exact = generator(kv_reuse="chunk", kv_recompute=1000)
@@ -328,8 +338,9 @@ def test_every_kind_of_reuse_writes_an_answer(generator, tmp_path):
     made = {kind: generator(kv_reuse=kind) for kind in ("chunk", "blend")}
     assert len({some.fingerprint for some in (plain, exact, *made.values())}) == 4
     for some in made.values():
-        alone = ["".join(p for p in some.stream(c, max_new_tokens=8) if isinstance(p, str)) for c in chats]
-        assert some.generate(chats, max_new_tokens=8) == alone and all(alone)
+        requests = [Request(chat, max_new_tokens=8) for chat in chats]
+        streamed = [join_text(some.stream(request)) for request in requests]
+        assert some.generate(requests) == streamed and all(streamed)
     assert len(list((tmp_path / "chunk_kv").glob("*.npy"))) == 4  # one set of files for all of them
 
 
@@ -346,13 +357,13 @@ def test_kinds_that_are_not_there(generator, options, message):
     "options", [{"kv_reuse": "chunk"}, {"kv_reuse": "chunk", "kv_dtype": "int8"}, {"kv_reuse": "blend"}]
 )
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_nobody_reads_slots_that_hold_no_token(generator, options, dtype, monkeypatch):
+def test_unused_slots_change_no_answer(generator, options, dtype, monkeypatch):
     chat = asked(*PASSAGES)
 
     def answer() -> str:
         jax.clear_caches()
         made = generator(dtype=dtype, **options)
-        return "".join(piece for piece in made.stream(chat, max_new_tokens=12) if isinstance(piece, str))
+        return join_text(made.stream(Request(chat, max_new_tokens=12)))
 
     clean = answer()
     monkeypatch.setattr(llama, "UNUSED_SLOT", 1e4)

@@ -8,6 +8,7 @@ Slots of a cache that hold no token are poisoned throughout, with NaN where kern
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rag import native
-from rag.generate.engine import Decoding, Engine
+from rag.generate.engine import Engine
 from rag.generate.kv.prefix import PrefixCache
 from rag.generate.prefill_batches import max_rows, plan_batches
-from rag.generate.scheduler import BatchPrefill, Scheduler, run
-from rag.generate.speculative import DraftLengthPolicy, SpeculativeDecoding
-from rag.models.checkpoint import quantized
+from rag.generate.speculative import DraftLengthPolicy, stream_speculatively
+from rag.models.layers import quantize_weights
 from rag.models.llama import model as llama
 from rag.ops.sampling import Sampling
 from rag.runtime.shapes import round_up_cache, round_up_prompt, round_up_suffix
-from tests.tiny import CONFIG, tiny_model
+from tests.generate.decode import alone, batch, together
+from tests.tiny_models import DECODER, tiny_decoder
 from tests.trials import tries
 
 GREEDY = Sampling()
@@ -80,12 +81,12 @@ def test_a_plan_has_room_for_every_answer(prompts, new_tokens, room):
             widths = {group.prefix + round_up_suffix(len(member) - group.prefix) for member in members}
         else:
             widths = {round_up_prompt(len(member)) for member in members}
-        assert len(widths) == 1 and widths.pop() <= group.capacity  # read together, padded alike
+        assert len(widths) == 1 and widths.pop() <= group.capacity  # prefilled together, padded alike
 
 
 # --- tokens
 
-LONG = replace(CONFIG, max_position_embeddings=2048, vocab_size=320, num_hidden_layers=1)  # compiles quickly
+LONG = replace(DECODER, max_position_embeddings=2048, vocab_size=320, num_hidden_layers=1)  # compiles quickly
 WIDE = replace(LONG, hidden_size=64, intermediate_size=128, head_dim=48)  # which AMX tiles divide
 TEXT = 448  # tokens of a prompt with its answer, padded, as the oracle reads them
 
@@ -109,11 +110,11 @@ CASES = {
 
 def engine_of(name: str, end_ids: tuple[int, ...], steps: int | None) -> Engine:
     if name == "float32":
-        model = tiny_model(config=LONG)
+        model = tiny_decoder(config=LONG)
     elif name == "bfloat16":
-        model = jax.tree.map(lambda a: a.astype(jnp.bfloat16), tiny_model(config=LONG))
+        model = jax.tree.map(lambda a: a.astype(jnp.bfloat16), tiny_decoder(config=LONG))
     else:
-        model = quantized(tiny_model(config=WIDE))
+        model = quantize_weights(tiny_decoder(config=WIDE))
         if name == "int8 native":
             llama.use_native(model)
     return Engine(model, end_ids, steps)
@@ -139,44 +140,30 @@ def shortfalls(engine: Engine, prompt, answer, budget: int) -> list[float]:
     ]
 
 
-def batch(engine: Engine, prompts, budget: int) -> list[list[int]]:
-    return engine.generate(prompts, budget)
-
-
-def continuous(engine: Engine, prompts, budget: int, room: int = 4096, wanted=None) -> list[list[int]]:
-    """With `wanted`, each reader turns away after so many tokens, as a stop string makes it."""
-    requests, made = [(prompt, 0) for prompt in prompts], [[] for _ in prompts]
-
-    def take(i: int, tokens: list[int]) -> bool:
-        made[i].extend(tokens)
-        return wanted is None or len(made[i]) < wanted[i]
-
-    rows = Scheduler(engine, GREEDY, room, len(requests))
-    run(plan_batches(requests, budget, room), BatchPrefill(engine, requests, budget, GREEDY), rows, take)
-    assert rows.busy == 0
-    return made
+def one_by_one(engine: Engine, prompts, budget: int) -> list[list[int]]:
+    return [alone(engine, prompt, budget) for prompt in prompts]
 
 
 def few_rows(engine: Engine, prompts, budget: int) -> list[list[int]]:
-    """Rows that change hands, in a cache that grows."""
+    """Rows that change hands, in a cache that grows; each answer is ended early, as a stop string ends it."""
     wanted = [1 + 5 * i % budget for i in range(len(prompts))]
-    made = continuous(engine, prompts, budget, 800, wanted)
+    made = together(engine, [(prompt, 0) for prompt in prompts], budget, GREEDY, 800, wanted)
     assert all(len(row) >= n or engine.end_ids for row, n in zip(made, wanted, strict=True))
     return [row[:n] for row, n in zip(made, wanted, strict=True)]
 
 
 def cached_prefix(engine: Engine, prompts, budget: int) -> list[list[int]]:
     cache = PrefixCache(engine, 1 << 28)
-    states = (cache.start(prompt, budget) for prompt in prompts)
-    return [[t for [new] in Decoding(engine, state, GREEDY) for t in new] for state in states]
+    return [list(chain(*engine.stream(cache.prefill(prompt, budget)))) for prompt in prompts]
 
 
 def speculative(engine: Engine, prompts, budget: int) -> list[list[int]]:
-    made, policy = [], Eager()
-    for prompt in prompts:
-        state = engine.prefill([prompt], budget)
-        made.append([t for [new] in SpeculativeDecoding(engine, state, list(prompt), policy) for t in new])
-    return made
+    policy = Eager()
+    states = (engine.prefill(prompt, budget) for prompt in prompts)
+    return [
+        list(chain(*stream_speculatively(engine, state, prompt, policy)))
+        for prompt, state in zip(prompts, states, strict=True)
+    ]
 
 
 class Eager(DraftLengthPolicy):
@@ -187,8 +174,8 @@ class Eager(DraftLengthPolicy):
 
 
 WAYS = {
-    "batch": batch,
-    "continuous": continuous,
+    "alone": one_by_one,
+    "continuous": batch,
     "few rows": few_rows,
     "cached prefix": cached_prefix,
     "speculative": speculative,
@@ -232,7 +219,7 @@ def test_every_way_writes_the_tokens_of_plain_greedy_decoding(poisoned):
     )
     @example(prompts=[ids(0, 200), ids(1, 250)], budget=33, ends=(), way="continuous")
     @example(prompts=[ids(n, n) for n in (250, 3, 60, 200, 64, 130)], budget=33, ends=(), way="few rows")
-    @example(prompts=[ids(0, 200), ids(1, 250)], budget=33, ends=(), way="batch")
+    @example(prompts=[ids(0, 200), ids(1, 250)], budget=33, ends=(), way="alone")
     @example(prompts=[ids(2, 60), ids(2, 64), ids(2, 65)], budget=64, ends=(), way="cached prefix")
     @example(prompts=[ids(3, 5) * 12, ids(3, 5) * 25], budget=33, ends=(7, 19, 31), way="speculative")
     def check(prompts, budget, ends, way):

@@ -1,18 +1,21 @@
 """The engine against the plain definition of decoding: feed everything again for each token."""
 
+from itertools import chain
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from rag.generate.engine import Decoding, Engine
-from rag.models.checkpoint import quantized
+from rag.generate.engine import Engine
+from rag.models.layers import quantize_weights
 from rag.models.llama.model import forward, logits
 from rag.ops.sampling import Sampling
 from rag.runtime.shapes import round_up_prompt
 from rag.types import UserError
-from tests.tiny import CONFIG, tiny_model
+from tests.generate.decode import alone, batch, together
+from tests.tiny_models import DECODER, tiny_decoder
 
 whole = jax.jit(forward)
 
@@ -21,7 +24,7 @@ PROMPTS = [[5, 9, 200, 31, 7], [1], list(range(40, 120)), [250, 3, 3, 8, 90, 41]
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model()
+    return tiny_decoder()
 
 
 def by_definition(model, prompt, new_tokens, end_ids=()):
@@ -46,11 +49,11 @@ def expected(model):
 @pytest.mark.parametrize("steps", [1, 4, 32])
 def test_greedy_tokens_alone_equal_the_definition(model, expected, steps):
     engine = Engine(model, (), steps_per_dispatch=steps)
-    assert [engine.generate([prompt], 20)[0] for prompt in PROMPTS] == expected
+    assert [alone(engine, prompt, 20) for prompt in PROMPTS] == expected
 
 
 def test_a_batch_of_different_lengths_gives_the_same_tokens(model, expected):
-    assert Engine(model, ()).generate(PROMPTS, 20) == expected
+    assert batch(Engine(model, ()), PROMPTS, 20) == expected
 
 
 def test_tokens_vary(expected):
@@ -59,7 +62,7 @@ def test_tokens_vary(expected):
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 20])
 def test_the_budget_is_exact(model, expected, budget):
-    made = Engine(model, (), steps_per_dispatch=4).generate(PROMPTS, budget)
+    made = batch(Engine(model, (), steps_per_dispatch=4), PROMPTS, budget)
     assert made == [row[:budget] for row in expected]
 
 
@@ -67,41 +70,29 @@ def test_an_end_token_ends_its_row_alone_and_is_left_out(model, expected):
     end = expected[0][6]
     cut = [row[: row.index(end)] if end in row else row for row in expected]
     assert len(cut[0]) <= 6
-    assert Engine(model, (end,)).generate(PROMPTS, 20) == cut
-
-
-def test_finish_ends_a_row_and_leaves_the_others(model, expected):
-    decoding = Engine(model, (), steps_per_dispatch=2).start(PROMPTS[:2], 20)
-    made = [[], []]
-    for new in decoding:
-        for row, tokens in zip(made, new, strict=True):
-            row.extend(tokens)
-        if len(made[0]) == 5:
-            decoding.finish(0)
-    assert made == [expected[0][:5], expected[1]]
+    assert batch(Engine(model, (end,)), PROMPTS, 20) == cut
 
 
 def test_sampling_depends_on_the_seed_and_not_on_the_batch_or_the_dispatch(model):
-    options = Sampling(temperature=1.0, top_p=0.95)
-    prompts, seeds = PROMPTS[:2], [1, 2]
-    batch = Engine(model, ()).generate(prompts, 12, options, seeds)
-    alone = [
-        Engine(model, (), steps_per_dispatch=1).generate([prompt], 12, options, seeds=[seed])[0]
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
-    assert batch == alone
-    assert Engine(model, ()).generate(prompts, 12, options, seeds=[9, 2])[0] != batch[0]
+    options, requests = (
+        Sampling(temperature=1.0, top_p=0.95),
+        [(tuple(PROMPTS[0]), 1), (tuple(PROMPTS[1]), 2)],
+    )
+    made = together(Engine(model, ()), requests, 12, options)
+    single = Engine(model, (), steps_per_dispatch=1)
+    assert made == [alone(single, prompt, 12, options, seed) for prompt, seed in requests]
+    assert alone(Engine(model, ()), PROMPTS[0], 12, options, seed=9) != made[0]
 
 
 def test_repetition_penalty_forbids_what_was_seen(model):
-    [made] = Engine(model, ()).generate([PROMPTS[0]], 30, Sampling(repetition_penalty=1e6))
+    made = alone(Engine(model, ()), PROMPTS[0], 30, Sampling(repetition_penalty=1e6))
     assert len(set(made)) == len(made)
     assert not set(made) & set(PROMPTS[0])
 
 
 def test_the_cache_is_donated(model):
     engine = Engine(model, ())
-    state = engine.prefill([[1, 2, 3, 4]], 9)
+    state = engine.prefill([1, 2, 3, 4], 9)
     engine.decode(state, Sampling())
     assert state.cache.keys[0].is_deleted()
 
@@ -109,11 +100,11 @@ def test_the_cache_is_donated(model):
 def test_unrolled_steps_write_what_a_loop_writes(model, expected):
     engine = Engine(model, (), steps_per_dispatch=3)
     engine.loop = False
-    assert engine.generate(PROMPTS, 20) == expected
+    assert batch(engine, PROMPTS, 20) == expected
 
 
 def test_an_int8_model_is_the_float_model_of_its_rounded_weights():
-    small, rounded = quantized(tiny_model()), tiny_model()
+    small, rounded = quantize_weights(tiny_decoder()), tiny_decoder()
     for (_, layer), (_, plain) in zip(nnx.iter_modules(small), nnx.iter_modules(rounded), strict=True):
         if getattr(layer, "scale", None) is not None:
             plain.weight = nnx.Param(layer.weight[...] * layer.scale[...][:, None])
@@ -122,31 +113,31 @@ def test_an_int8_model_is_the_float_model_of_its_rounded_weights():
     assert np.abs(got - want).max() < 1e-2 * np.abs(want).max()
     engine = Engine(small, ())
     assert not engine.loop and engine.steps_per_dispatch == 1
-    assert engine.generate(PROMPTS, 8) == [engine.generate([prompt], 8)[0] for prompt in PROMPTS]
+    assert batch(engine, PROMPTS, 8) == [alone(engine, prompt, 8) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("fresh", [[79], [3, 4, 50, 79], list(range(40, 80)), list(range(80))])
-def test_a_resumed_prompt_writes_what_a_prefilled_one_writes(model, expected, fresh):
-    """Whichever tokens are read behind the others: here exact, because the others were read in full."""
+def test_a_prefilled_suffix_gives_the_answer_of_a_whole_prefill(model, expected, fresh):
+    """Whichever tokens are fresh: exact here, because the cache of the others is that of the whole prompt."""
     engine, prompt = Engine(model, ()), PROMPTS[2]
-    cache = engine.prefill([prompt], 20).cache
+    cache = engine.prefill(prompt, 20).cache
     holes = jax.tree.map(lambda a: a.at[:, :, jnp.asarray(fresh)].set(7.0), cache)
-    state = engine.resume(holes, prompt, fresh, 20)
+    state = engine.prefill_suffix(holes, prompt, fresh, 20)
     np.testing.assert_allclose(state.cache.values[1][:, :, :80], cache.values[1][:, :, :80], atol=2e-5)
-    assert [token for [made] in Decoding(engine, state, Sampling()) for token in made] == expected[2]
+    assert list(chain(*engine.stream(state))) == expected[2]
 
 
-def test_a_prompt_is_resumed_up_to_its_last_token_in_a_cache_of_its_size(model):
+def test_a_suffix_ends_with_the_last_token_and_needs_a_cache_of_its_size(model):
     engine = Engine(model, ())
-    cache = engine.prefill([[1, 2, 3]], 5).cache
+    cache = engine.prefill([1, 2, 3], 5).cache
     with pytest.raises(ValueError, match="last token must be fresh"):
-        engine.resume(cache, [1, 2, 3], [1], 5)
+        engine.prefill_suffix(cache, [1, 2, 3], [1], 5)
     with pytest.raises(ValueError, match=r"Engine\.capacity"):
-        engine.resume(cache, [1, 2, 3], [2], 500)
+        engine.prefill_suffix(cache, [1, 2, 3], [2], 500)
 
 
 def test_a_cached_forward_equals_the_whole_one(model):
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 24)), jnp.int32)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, DECODER.vocab_size, (2, 24)), jnp.int32)
     start = jnp.zeros(2, jnp.int32)
     hidden, _ = whole(model, tokens, start)
     _, cache = whole(model, tokens[:, :17], start)
@@ -173,4 +164,4 @@ def test_buckets_hold_their_length_and_are_few():
 )
 def test_what_cannot_be_decoded_is_told(model, prompts, budget, message):
     with pytest.raises(UserError, match=message):
-        Engine(model, ()).generate(prompts, budget)
+        Engine(model, ()).check(prompts, budget)

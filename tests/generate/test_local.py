@@ -1,23 +1,25 @@
-"""Chat messages to streamed text, with a tiny checkpoint read through the real loading code."""
+"""Chat messages to streamed text, with a tiny checkpoint loaded by the real loading code."""
 
 import json
 import shutil
 import time
+from itertools import pairwise
 
 import jax
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rag.generate import scheduler
+from rag.generate import Request, join_text, scheduler
 from rag.generate.engine import Engine
-from rag.generate.kv.chunk import ChunkKVCache
+from rag.generate.kv.chunk_cache import ChunkKVCache
 from rag.generate.local import LocalGenerator
 from rag.generate.stop_text import StoppedText
 from rag.ops.sampling import Sampling
 from rag.runtime.clock import Clock
 from rag.types import Message, Usage, UserError
-from tests.tiny import write_checkpoint
+from tests.generate.decode import alone
+from tests.tiny_models import write_decoder
 from tests.trials import tries
 
 CHATS = [[Message("user", "What is a seal?")], [Message("system", "Be brief."), Message("user", "Why?")]]
@@ -28,22 +30,26 @@ def generator(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAG_CACHE", str(tmp_path_factory.mktemp("cache")))
         folder = tmp_path_factory.mktemp("checkpoint")
-        write_checkpoint(folder)
+        write_decoder(folder)
         generator = LocalGenerator(str(folder), "float32")
         assert generator.context_length == 512  # loads it, while the cache is ours
         return generator
 
 
 def written(generator, chat, **options):
-    *pieces, usage = generator.stream(chat, **options)
+    *pieces, usage = generator.stream(Request(chat, **options))
     assert isinstance(usage, Usage)
     return "".join(pieces), usage
+
+
+def generated(generator, chats, **options):
+    return generator.generate([Request(chat, **options) for chat in chats])
 
 
 def test_the_stream_is_the_decoded_tokens(generator):
     text, usage = written(generator, CHATS[0], max_new_tokens=40)
     prompt = generator.tokenizer.chat(CHATS[0])
-    [tokens] = generator.engine.generate([prompt], 40)
+    tokens = alone(generator.engine, prompt, 40)
     assert text == generator.tokenizer.decode(tokens)
     assert (usage.prompt_tokens, usage.new_tokens) == (len(prompt), len(tokens))
     assert usage.prefill_s > 0
@@ -51,45 +57,59 @@ def test_the_stream_is_the_decoded_tokens(generator):
 
 
 def test_a_batch_gives_what_each_chat_gives_alone(generator):
-    alone = [written(generator, chat, max_new_tokens=24)[0] for chat in CHATS]
-    assert generator.generate(CHATS, max_new_tokens=24) == alone
+    single = [written(generator, chat, max_new_tokens=24)[0] for chat in CHATS]
+    assert generated(generator, CHATS, max_new_tokens=24) == single
 
 
 MANY = [[Message("user", "why? " * n)] for n in (1, 9, 3, 40, 2, 1, 17)]
 
 
 def test_any_number_of_chats_in_batches_within_a_budget(generator, monkeypatch):
-    expected = [generator.generate([chat], max_new_tokens=8)[0] for chat in MANY]
+    expected = [generated(generator, [chat], max_new_tokens=8)[0] for chat in MANY]
     assert len(set(expected)) > 3
-    shapes, vacant = [], scheduler.empty_state
+    shapes, empty_state = [], scheduler.empty_state
 
     def spy(part, rows, capacity):
         shapes.append((rows, capacity))
-        return vacant(part, rows, capacity)
+        return empty_state(part, rows, capacity)
 
-    monkeypatch.setattr(scheduler, "vacant", spy)
+    monkeypatch.setattr(scheduler, "empty_state", spy)
     monkeypatch.setattr(generator, "_tokens_per_batch", 300)
-    assert generator.generate(MANY, max_new_tokens=8) == expected
+    assert generated(generator, MANY, max_new_tokens=8) == expected
     assert len(shapes) > 1  # it grew
     assert all(rows == 1 or rows * capacity <= 300 for rows, capacity in shapes)
-    assert generator.generate([], max_new_tokens=8) == []
+    assert generator.generate([]) == []
 
 
 def test_each_chat_has_its_own_seed_and_their_order_changes_nothing(generator):
     options = {"sampling": Sampling(temperature=1.0), "max_new_tokens": 8}
-    seeds = list(range(len(MANY)))
-    texts = generator.generate(MANY, seeds=seeds, **options)
+    requests = [Request(chat, seed=seed, **options) for seed, chat in enumerate(MANY)]
+    texts = generator.generate(requests)
     assert texts[0] != texts[5]  # the same chat
     assert texts[5] == written(generator, MANY[5], seed=5, **options)[0]
-    backwards = generator.generate(MANY[::-1], seeds=seeds[::-1], **options)
-    assert backwards == texts[::-1]
-    assert generator.generate(MANY[:1], **options) == generator.generate(MANY[:1], seeds=[0], **options)
+    assert generator.generate(requests[::-1]) == texts[::-1]
+
+
+def test_requests_of_one_call_may_have_different_options(generator):
+    draw = Sampling(temperature=1.0)
+    text, _ = written(generator, CHATS[0], max_new_tokens=24)
+    requests = [
+        Request(CHATS[0], max_new_tokens=24),
+        Request(CHATS[1], draw, 12, seed=3),
+        Request(CHATS[0], max_new_tokens=24, stop=(text[9:12],)),
+        Request(CHATS[0], max_new_tokens=5),
+        Request(CHATS[0], draw, 12, seed=3),
+        Request(CHATS[0], max_new_tokens=24),
+    ]
+    expected = [join_text(generator.stream(request)) for request in requests]
+    assert generator.generate(requests) == expected
+    assert len(set(expected)) == 5
 
 
 def test_texts_in_one_call_are_those_of_each_chat_streamed_alone(tmp_path_factory):
     """Of lengths that straddle buckets and caches, with stop texts, whatever is reused or looked up on the way."""
     folder = tmp_path_factory.mktemp("straddling")
-    write_checkpoint(folder)
+    write_decoder(folder)
     lengths = st.builds(
         lambda size, by: size + by, st.sampled_from([30, 60, 124, 188, 316]), st.integers(-26, 4)
     )
@@ -106,37 +126,37 @@ def test_texts_in_one_call_are_those_of_each_chat_streamed_alone(tmp_path_factor
     def check(sizes, budget, room, options, cut):
         chats = [[Message("user", ("why is the sea " * 30)[i : i + size])] for i, size in enumerate(sizes)]
         plain = LocalGenerator(str(folder), "float32", tokens_per_batch=room)
-        alone = LocalGenerator(str(folder), "float32", **options)
-        whole = [written(alone, chat, max_new_tokens=budget)[0] for chat in chats]
+        streaming = LocalGenerator(str(folder), "float32", **options)
+        whole = [written(streaming, chat, max_new_tokens=budget)[0] for chat in chats]
         stops = tuple({text[cut : cut + 2] for text in whole[:2]} - {""})
         for stop in ((), stops):
             ended = [min([text.find(s) for s in stop if s in text], default=len(text)) for text in whole]
             expected = [text[:end] for text, end in zip(whole, ended, strict=True)]
-            assert plain.generate(chats, max_new_tokens=budget, stop=stop) == expected
-            assert [written(alone, c, max_new_tokens=budget, stop=stop)[0] for c in chats] == expected
+            assert generated(plain, chats, max_new_tokens=budget, stop=stop) == expected
+            assert [written(streaming, c, max_new_tokens=budget, stop=stop)[0] for c in chats] == expected
 
     check()
 
 
 def test_the_fingerprint_is_of_the_contents(tmp_path):
-    places = [tmp_path / name for name in ("one", "two", "three")]
-    for place in places:
-        place.mkdir()
-        write_checkpoint(place)
-    config = json.loads((places[2] / "config.json").read_text())
-    (places[2] / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
-    one, two, three = (LocalGenerator(str(place)) for place in places)
+    folders = [tmp_path / name for name in ("one", "two", "three")]
+    for folder in folders:
+        folder.mkdir()
+        write_decoder(folder)
+    config = json.loads((folders[2] / "config.json").read_text())
+    (folders[2] / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
+    one, two, three = (LocalGenerator(str(folder)) for folder in folders)
     assert one.fingerprint == two.fingerprint
     assert (
         one.fingerprint
-        == LocalGenerator(str(places[0]), steps_per_dispatch=1, tokens_per_batch=9).fingerprint
+        == LocalGenerator(str(folders[0]), steps_per_dispatch=1, tokens_per_batch=9).fingerprint
     )
     half, short = (
-        LocalGenerator(str(places[0]), **o) for o in ({"dtype": "bfloat16"}, {"context_length": 64})
+        LocalGenerator(str(folders[0]), **o) for o in ({"dtype": "bfloat16"}, {"context_length": 64})
     )
     assert len({one.fingerprint, three.fingerprint, half.fingerprint, short.fingerprint}) == 4
     assert len(one.fingerprint) == 64
-    assert "_loaded" not in vars(one)  # no weights were read for it
+    assert "_loaded" not in vars(one)  # no weights were loaded for it
 
 
 ASKED = [  # a conversation with two passages, as rag.prompt.render marks them
@@ -156,9 +176,9 @@ SETTINGS = [
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """fresh(**options) -> a generator that has read nothing yet."""
+    """fresh(**options) -> a generator that has cached nothing yet."""
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
-    write_checkpoint(tmp_path)
+    write_decoder(tmp_path)
     return lambda **options: LocalGenerator(str(tmp_path), kv_path=str(tmp_path / "kv"), **options)
 
 
@@ -180,7 +200,9 @@ def test_seconds_are_disjoint_and_programs_are_made_once(fresh, options):
 
 
 @pytest.mark.parametrize("reuse", ["chunk", "blend"])
-@pytest.mark.parametrize("where", ["_read", "_placed"])  # computing passages; taking them from their files
+@pytest.mark.parametrize(
+    "where", ["_compute", "_cache_of"]
+)  # computing passages; assembling them from their files
 def test_passages_belong_to_prefill(fresh, monkeypatch, reuse, where):
     generator = fresh(kv_reuse=reuse)
     written(generator, ASKED, max_new_tokens=3)  # makes the programs
@@ -191,7 +213,7 @@ def test_passages_belong_to_prefill(fresh, monkeypatch, reuse, where):
         return slow(*arguments)
 
     monkeypatch.setattr(ChunkKVCache, where, slowly)
-    shutil.rmtree(generator.chunks.store.folder)
+    shutil.rmtree(generator.prefill.cache.store.folder)
     _, usage = written(generator, ASKED, max_new_tokens=3)
     assert usage.prefill_s >= 0.5
     assert usage.prepare_s == 0
@@ -214,7 +236,7 @@ def test_a_slow_decode_is_no_preparation(fresh, monkeypatch):
 def test_a_template_is_told_the_date_of_the_settings_and_not_that_of_the_clock(tmp_path, monkeypatch):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
     (tmp_path / "dated").mkdir()
-    write_checkpoint(tmp_path / "dated")
+    write_decoder(tmp_path / "dated")
     template = "{{ strftime_now('%d %b %Y, %H:%M') }} {{ messages[0].content }}"
     (tmp_path / "dated" / "chat_template.jinja").write_text(template)
     plain, same, other = (
@@ -237,7 +259,7 @@ def test_a_stop_string_ends_the_text_before_itself(generator):
     stop = text[10:13]
     expected = text[: text.index(stop)]
     assert written(generator, CHATS[0], max_new_tokens=40, stop=(stop,))[0] == expected
-    assert generator.generate(CHATS[:1], max_new_tokens=40, stop=(stop,)) == [expected]
+    assert generated(generator, CHATS[:1], max_new_tokens=40, stop=(stop,)) == [expected]
 
 
 def test_the_seed_decides_the_draw(generator):
@@ -268,6 +290,25 @@ def test_stop_strings_may_span_tokens(stop, expected):
     pieces = list(map(text.push, "abcabd"))
     assert "".join([*pieces, text.finish()]) == expected
     assert text.stopped == (expected != "abcabd")
+
+
+@given(
+    st.text("abcd", max_size=12),
+    st.lists(st.text("abcd", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(0, 12), max_size=4),
+)
+def test_the_text_before_a_stop_string_does_not_depend_on_its_pieces(text, stop, cuts):
+    """Tokens come one by one, several a dispatch, or as many as a draft has."""
+    ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(s) for s in stop)]
+    wanted = (
+        min((text[: ends[0] - len(s)] for s in stop if text[: ends[0]].endswith(s)), key=len)
+        if ends
+        else text
+    )
+    cuts = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    stopped = StoppedText(stop)
+    pieces = [stopped.push(text[a:b]) for a, b in pairwise(cuts)]
+    assert "".join([*pieces, stopped.finish()]) == wanted
 
 
 def test_no_text_is_held_back_longer_than_it_must():

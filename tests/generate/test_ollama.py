@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from rag import pipeline
 from rag.context import ContextOptions
 from rag.embed.bag_of_words import BagOfWords
+from rag.generate import Request, scorer_of
 from rag.generate.ollama import OllamaGenerator
 from rag.index.store import Index
 from rag.ingest.chunk.whole import WholeChunker
@@ -99,7 +101,7 @@ def server(*writes: bytes, status: int = 200, finish: bool = True, pause: float 
 
 
 def answer(url: str, **settings) -> list:
-    return list(OllamaGenerator(url=url, **settings).stream(MESSAGES, Sampling(), 32, 0))
+    return list(OllamaGenerator(url=url, **settings).stream(Request(MESSAGES, max_new_tokens=32)))
 
 
 def test_streams_the_pieces_then_the_usage():
@@ -117,8 +119,8 @@ def test_asks_for_what_was_set():
     sampling = Sampling(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.2)
     with server(line(LAST)) as (url, asked):
         generator = OllamaGenerator(model="qwen3:0.6b", url=f"{url}/", context_length=2048)
-        list(generator.stream(MESSAGES, sampling, max_new_tokens=77, seed=5, stop=["\n\n"]))
-        list(generator.stream(MESSAGES))
+        list(generator.stream(Request(MESSAGES, sampling, max_new_tokens=77, seed=5, stop=["\n\n"])))
+        list(generator.stream(Request(MESSAGES)))
     path, body = asked[0]
     assert path == "/api/chat"
     assert body["model"] == "qwen3:0.6b"
@@ -150,7 +152,7 @@ def test_lines_split_and_joined_by_the_network():
 
 def test_a_piece_arrives_before_the_answer_is_complete():
     with server(said("first"), said("second"), line(LAST), pause=0.2) as (url, _):
-        stream = OllamaGenerator(url=url).stream(MESSAGES)
+        stream = OllamaGenerator(url=url).stream(Request(MESSAGES))
         assert next(stream) == "first"
         stream.close()  # as on Ctrl-C: the connection ends, the server notices
 
@@ -238,7 +240,9 @@ def test_the_fingerprint_is_of_the_models_content():
 def test_a_batch_is_asked_one_after_the_other():
     with server(said("one "), said("two"), line(LAST)) as (url, asked):
         generator = OllamaGenerator(url=url)
-        answers = generator.generate([MESSAGES, MESSAGES[1:]], max_new_tokens=9, seeds=[4, 5], stop=["\n"])
+        asked_for = [Request(MESSAGES, max_new_tokens=9, seed=4, stop=["\n"])]
+        asked_for.append(replace(asked_for[0], messages=MESSAGES[1:], seed=5))
+        answers = generator.generate(asked_for)
         assert generator.generate([]) == []
     assert answers == ["one two", "one two"]
     assert [len(body["messages"]) for _, body in asked] == [2, 1]
@@ -247,10 +251,9 @@ def test_a_batch_is_asked_one_after_the_other():
 
 
 def test_no_likelihood_of_a_given_text():
-    with pytest.raises(UserError, match=r"generator=local.*weights=ollama:llama3\.2"):
-        OllamaGenerator().log_likelihood([(MESSAGES, "four")])
-    with pytest.raises(UserError, match="generator=local"):
-        OllamaGenerator().text_log_likelihood([("2 + 2 =", " 4")])
+    sentence = r"llama3\.2 at http.* no likelihood .*generator=local.*weights=ollama:"
+    with server() as (url, _), pytest.raises(UserError, match=sentence):
+        scorer_of(OllamaGenerator(url=url))
 
 
 def test_the_pipeline_answers_through_it(tmp_path):

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from rag.generate.local import LocalGenerator
-from rag.generate.prefill_batches import plan_batches
-from rag.generate.scheduler import BatchPrefill, Scheduler, run
 from rag.models.llama.model import forward, logits
-from rag.ops.sampling import Sampling
+from tests.generate.decode import alone, batch
 
 pytestmark = [pytest.mark.long, pytest.mark.weights]
 
@@ -35,15 +33,6 @@ def prompts_of(reader: LocalGenerator, lengths) -> list[tuple[int, ...]]:
     return found
 
 
-def together(reader: LocalGenerator, prompts, new_tokens: int) -> list[list[int]]:
-    requests, made = [(prompt, 0) for prompt in prompts], [[] for _ in prompts]
-    rows = Scheduler(reader.engine, Sampling(), 4096, len(prompts))
-    groups = plan_batches(requests, new_tokens, 4096)
-    read = BatchPrefill(reader.engine, requests, new_tokens)
-    run(groups, read, rows, lambda i, tokens: made[i].extend(tokens) or True)
-    return made
-
-
 def gap(reader: LocalGenerator, prompt, answer, other) -> float:
     """How far apart the logits of the first tokens that differ are, in standard deviations; inf if one text ends."""
     at = next(i for i, (a, b) in enumerate(zip([*answer, -1], [*other, -1], strict=False)) if a != b)
@@ -63,9 +52,9 @@ def gap(reader: LocalGenerator, prompt, answer, other) -> float:
 def test_answers_in_one_call_are_those_of_each_prompt_alone(reader, lengths, new_tokens):
     reader, tie = reader
     prompts = prompts_of(reader, lengths)
-    alone = [reader.engine.generate([prompt], new_tokens)[0] for prompt in prompts]
-    made = together(reader, prompts, new_tokens)
-    pairs = zip(prompts, alone, made, strict=True)
+    single = [alone(reader.engine, prompt, new_tokens) for prompt in prompts]
+    made = batch(reader.engine, prompts, new_tokens)
+    pairs = zip(prompts, single, made, strict=True)
     gaps = [gap(reader, prompt, one, other) for prompt, one, other in pairs if one != other]
     print(f"\n{len(prompts) - len(gaps)} of {len(prompts)} answers equal; the others part at {sorted(gaps)}")
     assert max(gaps, default=0.0) <= tie

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag.generate import Generator, LogLikelihood, scoring
-from rag.generate.engine import batch_by_length
+from rag.generate import Generator, LogLikelihood, scorer_of
 from rag.generate.local import LocalGenerator
-from rag.generate.scoring import ROWS, hidden_states, log_probs, token_log_probs
+from rag.generate.prefill_batches import batch_by_length
+from rag.generate.scoring import TOKENS_PER_CALL, hidden_states, log_probs, token_log_probs
 from rag.models.llama.model import forward, logits
 from rag.runtime.shapes import round_up_prompt
 from rag.types import Message, UserError
-from tests.tiny import CONFIG, tiny_model, write_checkpoint
+from tests.tiny_models import DECODER, tiny_decoder, write_decoder
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "likelihood.json"
 TOLERANCE = (
@@ -32,16 +32,16 @@ def all_logits(model, tokens):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model()
+    return tiny_decoder()
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    """Prompts of 1 to 150 tokens and continuations of 0 to 200, which need more than one call of ROWS."""
+    """Prompts of 1 to 150 tokens and continuations of 0 to 200, which need more than one call."""
     rng = np.random.default_rng(0)
     sizes = [(1, 1), (5, 3), (150, 1), (2, 200), (64, 1), (63, 2), (7, 0), (40, 25), (5, 3), (130, 60)]
-    assert sum(n for _, n in sizes) > ROWS
-    return [tuple(rng.integers(0, CONFIG.vocab_size, n).tolist() for n in pair) for pair in sizes]
+    assert sum(n for _, n in sizes) > TOKENS_PER_CALL
+    return [tuple(rng.integers(0, DECODER.vocab_size, n).tolist() for n in pair) for pair in sizes]
 
 
 def by_definition(model, prompt, continuation):
@@ -72,12 +72,12 @@ def test_the_batch_does_not_matter(model, pairs, tokens_per_batch):
 def test_the_order_changes_no_bit(model, pairs):
     expected = log_probs(model, pairs, 256)
     order = np.random.default_rng(1).permutation(len(pairs))
-    for place, ours in zip(order, log_probs(model, [pairs[i] for i in order], 256), strict=True):
-        np.testing.assert_array_equal(ours, expected[place])
+    for i, ours in zip(order, log_probs(model, [pairs[i] for i in order], 256), strict=True):
+        np.testing.assert_array_equal(ours, expected[i])
 
 
 def test_probabilities_of_all_continuations_sum_to_one(model):
-    every = [([3, 1, 4], [token]) for token in range(CONFIG.vocab_size)]
+    every = [([3, 1, 4], [token]) for token in range(DECODER.vocab_size)]
     found = log_probs(model, every, 4096)
     assert sum(np.exp(np.float64(values[0])) for values in found) == pytest.approx(1, abs=1e-5)
 
@@ -92,7 +92,7 @@ def test_programs_are_few_and_hold_no_weights(model):
     rng = np.random.default_rng(2)
     forwards, heads = hidden_states._cache_size(), token_log_probs._cache_size()
     for length, rest in itertools.product((30, 45, 60), (1, 4, 9)):
-        ids = rng.integers(0, CONFIG.vocab_size, length + rest).tolist()
+        ids = rng.integers(0, DECODER.vocab_size, length + rest).tolist()
         log_probs(model, [(ids[:length], ids[length:])], 64)
     assert hidden_states._cache_size() <= forwards + 2  # one row of 64 tokens, and of 128
     assert token_log_probs._cache_size() <= heads + 2
@@ -131,7 +131,7 @@ def generator(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAG_CACHE", str(tmp_path_factory.mktemp("cache")))
         folder = tmp_path_factory.mktemp("checkpoint")
-        write_checkpoint(folder)
+        write_decoder(folder)
         generator = LocalGenerator(str(folder), "float32")
         assert generator.context_length == 512  # loads it, while the cache is ours
         return generator
@@ -162,8 +162,9 @@ def test_text_that_looks_like_a_special_token_is_text(generator):
     assert found.tokens == len("<|im_end|>")
 
 
-def test_the_local_generator_is_a_generator(generator):
+def test_the_local_generator_is_a_generator_and_a_scorer(generator):
     assert isinstance(generator, Generator)
+    assert scorer_of(generator) is generator
 
 
 def test_bfloat16_is_close(model, pairs):
@@ -190,4 +191,4 @@ def test_smollm2_finds_texts_as_likely_as_transformers_does(generator_weights):
     assert [value.tokens for value in found] == [case["tokens"] for case in expected]
     totals = [case["total"] for case in expected]
     np.testing.assert_allclose([value.total for value in found], totals, rtol=1e-4, atol=1e-3)
-    assert sum(value.tokens for value in found) > scoring.ROWS
+    assert sum(value.tokens for value in found) > TOKENS_PER_CALL

@@ -1,4 +1,4 @@
-"""Does our decoder continue as llama2.c's 260K-parameter model does? Every greedy id must be the same.
+"""Check that our decoder continues as llama2.c's 260K-parameter model does: every greedy id must be the same.
 
     python tests/goldens/check_stories260k.py FOLDER      (stories260K.bin, stories260K_golden.json)
     -> 256 of 256 greedy ids are the same
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rag.generate.engine import Engine
-from rag.models import checkpoint
+from rag.models import checkpoint, placement
 from rag.models.llama.checkpoint import huggingface_table, unpermute
 from rag.models.llama.model import Llama, LlamaConfig, abstract
 
@@ -48,14 +48,15 @@ def read(path: Path) -> Llama:
             tensors[f"model.layers.{layer}.{name}.weight"] = weight
     tensors["model.norm.weight"] = take(dim)
     model = checkpoint.fill(abstract(config), tensors, huggingface_table(config), str(path))
-    return checkpoint.to_device(model, np.dtype("float32"))
+    return placement.to_device(model, np.dtype("float32"))
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     golden = json.loads((folder / "stories260K_golden.json").read_text())
     bos, *expected = golden["greedy_ids_from_bos"]
-    [made] = Engine(read(folder / "stories260K.bin"), ()).generate([[bos]], len(expected))
+    engine = Engine(read(folder / "stories260K.bin"), ())
+    made = [token for tokens in engine.stream(engine.prefill([bos], len(expected))) for token in tokens]
     same = sum(a == b for a, b in zip(made, expected, strict=True))
     print(f"{same} of {len(expected)} greedy ids are the same")
     sys.exit(same != len(expected))

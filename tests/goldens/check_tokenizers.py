@@ -12,7 +12,7 @@ from pathlib import Path
 
 from make_tokenizer_goldens import read_metadata
 
-from rag.models.tokenizer.tokenizer import Tokenizer
+from rag.models.tokenizer.gguf import from_metadata
 
 
 def check(gguf: Path) -> int:
@@ -21,7 +21,7 @@ def check(gguf: Path) -> int:
     expected = [
         [int(index) for index in line.split()] for line in Path(f"{gguf}.out").read_text().split("\n")
     ]
-    tokenizer = Tokenizer.from_gguf(read_metadata(gguf))
+    tokenizer = from_metadata(read_metadata(gguf))
     got = [tokenizer.encode(text, special=False) for text in texts]
     wrong = [case for case in zip(texts, expected, got, strict=True) if case[1] != case[2]]
     for text, want, have in wrong:

@@ -1,4 +1,4 @@
-"""What transformers says of sequence classifiers: tests/goldens/tiny_classifiers.npz.
+"""Write the logits of sequence classifiers by transformers to tests/goldens/tiny_classifiers.npz.
 
     python tests/goldens/make_classifier_goldens.py      (needs requirements-bench.txt)
 

@@ -1,4 +1,4 @@
-"""What transformers says of our decoders: tests/goldens/tiny_decoders.npz and smollm2.json.
+"""Write the logits and greedy answers of decoders by transformers to tests/goldens/tiny_decoders.npz and smollm2.json.
 
     python tests/goldens/make_decoder_goldens.py SmolLM2-135M-Instruct.Q4_1.gguf      (needs requirements-bench.txt)
 

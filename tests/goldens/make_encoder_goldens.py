@@ -1,9 +1,9 @@
-"""What transformers and sentence-transformers say of our encoders, in tiny_encoders.npz and minilm.*
+"""Write the outputs of encoders by transformers and sentence-transformers to tiny_encoders.npz and minilm.*
 
     python tests/goldens/make_encoder_goldens.py DIR           needs requirements-bench.txt; DIR holds MiniLM
     python tests/goldens/make_encoder_goldens.py DIR measure   writes nothing, compares ours on 200 texts
 
-tiny_encoders: a random model of each family, its weights, one padded batch and the hidden states it gets.
+tiny_encoders: a random model of each family, its weights, one padded batch and its hidden states.
 minilm: the first 40 of 200 varied texts, and their vectors by sentence-transformers in float32.
 """
 
@@ -68,7 +68,7 @@ SHORT = (
 
 
 def varied_texts(count: int) -> list[str]:
-    """The short ones, then stretches of the sample documents, of 1 to 400 words."""
+    """Return the short texts, then excerpts of the sample documents, of 1 to 400 words."""
     words = " ".join(path.read_text() for path in sorted(DOCUMENTS.iterdir())).split(" ")
     draw, texts = random.Random(0), list(SHORT)
     while len(texts) < count:

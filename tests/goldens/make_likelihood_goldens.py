@@ -1,9 +1,9 @@
-"""What transformers says of the likelihood of given texts: tests/goldens/likelihood.json.
+"""Write the log-likelihoods of given texts by transformers to tests/goldens/likelihood.json.
 
     python tests/goldens/make_likelihood_goldens.py SmolLM2-135M-Instruct.Q4_1.gguf      (needs requirements-bench.txt)
 
 Sums of log-probabilities under the same dequantised GGUF, in float64 from float32 logits: answers in ChatML, and
-plain texts. Prompt and text become tokens apart.
+plain texts. Prompt and text are tokenized separately.
 """
 
 import json

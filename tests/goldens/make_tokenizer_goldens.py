@@ -1,10 +1,10 @@
-"""Token ids of varied strings by llama.cpp, the yardstick for tokenizers built from GGUF metadata.
+"""Compare the token ids of varied strings by llama.cpp with those of tokenizers built from GGUF metadata.
 
     python tests/goldens/make_tokenizer_goldens.py SmolLM2-135M-Instruct.Q4_1.gguf
     python tests/goldens/make_tokenizer_goldens.py SmolLM2-135M-Instruct.Q4_1.gguf --write
 
-Compares 1,000 strings, prints those that differ and a count, and exits with 1 if any does. `--write` keeps
-the first 60 strings with their ids in tokenizer_smollm.json. Needs llama-cpp-python and gguf; the tests need
+Compares 1,000 strings, prints those that differ and a count, and exits with 1 if any does. `--write` writes
+the first 60 strings with their ids to tokenizer_smollm.json. Needs llama-cpp-python and gguf; the tests need
 neither.
 """
 
@@ -59,7 +59,7 @@ _WORDS = [
 
 
 def varied_strings(count: int, seed: int = 0) -> list[str]:
-    """`count` strings: fixed awkward ones, then random mixtures of words, scripts, marks and white space."""
+    """Return `count` strings: fixed difficult ones, then random mixtures of words, scripts, marks and white space."""
     random_ = random.Random(seed)
     strings = list(_FIXED)
     while len(strings) < count:
@@ -75,7 +75,7 @@ def _piece(random_: random.Random) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, object]:
-    """The tokenizer's part of a GGUF file's metadata."""
+    """Return the tokenizer's part of a GGUF file's metadata."""
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields
@@ -93,10 +93,10 @@ def main() -> int:
     options = parser.parse_args()
     from llama_cpp import Llama
 
-    from rag.models.tokenizer.tokenizer import Tokenizer
+    from rag.models.tokenizer.gguf import from_metadata
 
     peer = Llama(str(options.gguf), vocab_only=True, verbose=False)
-    ours = Tokenizer.from_gguf(read_metadata(options.gguf))
+    ours = from_metadata(read_metadata(options.gguf))
     rows, wrong = [], 0
     for text in varied_strings(options.count, options.seed):
         row = {"text": text}

@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 
 from rag.bench.timing import compiled_temp_bytes
+from rag.index import writer
 from rag.index.dense import exact as exact_index
-from rag.index.dense import growing, refine
-from rag.index.dense.exact import DenseIndex, check_vectors
+from rag.index.dense import refine
+from rag.index.dense.exact import DenseIndex
 from rag.types import UserError
 from tests.ops.test_topk import on_cpu, sorted_lengths, topk_operands
 from tests.reference import SEARCH_TOLERANCE, top_k_oracle
 
-# N, Q, k: all scores kept; in blocks of queries; by group maxima, of one block of rows, of several, with rest.
+# N, Q, k: all scores at once; in blocks of queries; by group maxima, of one block of rows, of several, with rest.
 CASES = [
     (0, 3, 5), (0, 40, 5), (1, 1, 1), (3, 1, 10), (31, 5, 4), (2500, 9, 10), (2500, 40, 10), (300, 33, 300),
     (4096, 9, 16), (5003, 33, 2), (12007, 70, 10), (20011, 300, 1),
@@ -159,57 +160,6 @@ def test_equal_vectors_tie(queries):
     assert len(np.unique(scores)) == 1
 
 
-@pytest.mark.parametrize("queries", [4, 40])
-def test_rows_past_the_live_ones_do_not_count(queries):
-    n, k = 4099, 2
-    vectors, questions = _integers(n), _integers(queries + 1000)[:queries]
-    exact = _float64_scores(questions, vectors)
-    for rubbish in (np.nan, 50.0):
-        for live in (1, 2, 8, 31, 2048, 4095, 4098, 4099):
-            spoiled = np.where(np.arange(n)[:, None] < live, vectors, np.float32(rubbish))
-            scores, ids = exact_index.search(spoiled, questions, k, np.int32(live))
-            found = min(k, live)
-            expected = top_k_oracle(exact[:, :live], found)
-            np.testing.assert_array_equal(ids[:, :found], expected[1])
-            np.testing.assert_array_equal(scores[:, :found], expected[0])
-            assert np.all(np.asarray(scores)[:, found:] == -np.inf)
-
-
-def test_growing():
-    """Results are those of an index made at once, and room that is there needs no new program."""
-    vectors, questions = _integers(700), _integers(1003)[:3]
-    index = DenseIndex(vectors[:300])
-    index.add(vectors[300:310])  # doubles the room
-    index.search(questions, 5)
-    programs = exact_index.search._cache_size(), growing._append._cache_size()
-    for live in range(310, 590, 10):
-        index.add(vectors[live : live + 10])
-        assert len(index) == live + 10
-        expected = top_k_oracle(_float64_scores(questions, vectors[: live + 10]), 5)
-        np.testing.assert_array_equal(index.search(questions, 5)[1], expected[1])
-    assert (exact_index.search._cache_size(), growing._append._cache_size()) == programs
-    index.add(vectors[590:])
-    expected = top_k_oracle(_float64_scores(questions, vectors), 5)
-    np.testing.assert_array_equal(index.search(questions, 5)[1], expected[1])
-
-
-def test_growing_leaves_the_callers_array_alone():
-    vectors = _integers(64)
-    before = vectors.copy()
-    index = DenseIndex(vectors)
-    index.add(vectors[:3])
-    index.add(vectors[:0])
-    assert len(index) == 67
-    np.testing.assert_array_equal(vectors, before)
-
-
-def test_growing_from_nothing():
-    index = DenseIndex(np.zeros((0, 4), np.float32))
-    index.add(_integers(5))
-    _, ids = index.search(_integers(1), 9)
-    assert ids.shape == (1, 5)
-
-
 def test_batches_of_all_sizes_share_few_programs():
     index = DenseIndex(_units(50))
     before = exact_index.search._cache_size()
@@ -267,9 +217,9 @@ def test_a_query_of_zeros_takes_the_first_rows():
 
 
 def test_vectors_without_a_cosine_are_told(monkeypatch):
-    monkeypatch.setattr(exact_index, "_CHECKED_ROWS", 16)
-    check_vectors(_units(50))
-    check_vectors(np.zeros((0, 8), np.float32))
+    monkeypatch.setattr(writer, "_CHECKED_ROWS", 16)
+    writer.check_vectors(_units(50))
+    writer.check_vectors(np.zeros((0, 8), np.float32))
     for value, message in (
         (np.nan, "holds NaN"),
         (np.inf, "holds NaN or infinity"),
@@ -278,6 +228,6 @@ def test_vectors_without_a_cosine_are_told(monkeypatch):
         vectors = _units(50)
         vectors[37] = value
         with pytest.raises(UserError, match=f"Vector 37 of 50 {message}"):
-            check_vectors(vectors)
+            writer.check_vectors(vectors)
     with pytest.raises(UserError, match="Vector 0 of 50 has length 3 instead of 1"):
-        check_vectors(3 * _units(50))
+        writer.check_vectors(3 * _units(50))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rag.index import fusion
+from rag.index import fusion, normalizers
 from rag.index.fusion import Convex, Fusion, ReciprocalRank, score_table
 from rag.types import UserError
 
@@ -57,6 +57,11 @@ def plain_reciprocal_rank(rankings, constant, weights) -> dict[str, float]:
     return scores
 
 
+def fuse(method: Fusion, rankings, lower_bounds=None):
+    """The fusion of one query."""
+    return method.fuse_batch([rankings], lower_bounds)[0]
+
+
 def masked(scores: list[float | None]) -> tuple[jax.Array, jax.Array]:
     """A missing score is NaN-like rubbish, which must not matter."""
     return jnp.array([1e30 if s is None else s for s in scores]), jnp.array([s is not None for s in scores])
@@ -75,7 +80,7 @@ def arm_rankings(draw) -> list[list[tuple[str, float]]]:
 @given(arm_rankings(), st.sampled_from(NORMALIZERS))
 def test_convex_is_its_definition(rankings, name):
     weights, lower_bounds = (0.2, 1.0, 0.5)[: len(rankings)], (-1.0,) * len(rankings)
-    fused = Convex(name, weights, lower_bounds).fuse(rankings)
+    fused = fuse(Convex(name, weights, lower_bounds), rankings)
     assert dict(fused) == pytest.approx(plain_convex(name, rankings, weights, lower_bounds), **CLOSE)
     assert [s for _, s in fused] == sorted((s for _, s in fused), reverse=True)
 
@@ -84,13 +89,13 @@ def test_convex_is_its_definition(rankings, name):
 @given(arm_rankings(), st.sampled_from([0, 1, 60, 1000]))
 def test_reciprocal_rank_is_its_definition(rankings, constant):
     weights = (2.0, 1.0, 0.5)[: len(rankings)]
-    fused = ReciprocalRank(constant, weights).fuse(rankings)
+    fused = fuse(ReciprocalRank(constant, weights), rankings)
     assert dict(fused) == pytest.approx(plain_reciprocal_rank(rankings, constant, weights), rel=1e-6)
     assert [s for _, s in fused] == sorted((s for _, s in fused), reverse=True)
 
 
 def test_the_papers_sum():
-    fused = dict(ReciprocalRank().fuse([LEXICAL, DENSE]))
+    fused = dict(fuse(ReciprocalRank(), [LEXICAL, DENSE]))
     assert fused == pytest.approx({"a": 1 / 61 + 1 / 62, "b": 1 / 62, "c": 1 / 63 + 1 / 61, "d": 1 / 63})
 
 
@@ -104,7 +109,7 @@ def test_the_papers_sum():
     ],
 )
 def test_normalisers_by_hand(name, wanted):
-    got = fusion.normalize(name, *masked([9.0, 4.0, 1.0, None]), 0.0)
+    got = normalizers.normalize(name, *masked([9.0, 4.0, 1.0, None]), 0.0)
     for mine, theirs in zip(got, wanted, strict=True):
         if theirs is not None:
             assert float(mine) == pytest.approx(theirs, abs=1e-6)
@@ -118,22 +123,22 @@ def test_normalisers_by_hand(name, wanted):
 )
 @pytest.mark.parametrize("scores", [[7.3, None], [0.1, 0.1, 0.1, None, 0.1], [1e-3] * 9 + [None]])
 def test_one_hit_and_equal_scores(name, found, missing, scores):
-    got = np.asarray(fusion.normalize(name, *masked(scores), 0.0))
+    got = np.asarray(normalizers.normalize(name, *masked(scores), 0.0))
     assert np.array_equal(got, [missing if s is None else found for s in scores])
 
 
 def test_nothing_above_the_theoretical_minimum_is_as_good_as_missing():
-    assert not fusion.theoretical_min_max(*masked([0.0, 0.0, None]), 0.0).any()
+    assert not normalizers.theoretical_min_max(*masked([0.0, 0.0, None]), 0.0).any()
 
 
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_an_empty_arm_gives_zeros(name):
-    assert np.array_equal(fusion.normalize(name, *masked([None] * 4), 0.0), np.zeros(4))
+    assert np.array_equal(normalizers.normalize(name, *masked([None] * 4), 0.0), np.zeros(4))
 
 
 def test_dbsf_clips():
     scores = [100.0] + [0.0] * 40
-    assert float(fusion.dbsf(*masked(scores))[0]) == 1.0
+    assert float(normalizers.dbsf(*masked(scores))[0]) == 1.0
 
 
 METHODS = [ReciprocalRank(), *(Convex(name, lower_bounds=(0.0, -1.0)) for name in NORMALIZERS)]
@@ -141,14 +146,14 @@ METHODS = [ReciprocalRank(), *(Convex(name, lower_bounds=(0.0, -1.0)) for name i
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_empty_arm_leaves_the_other_in_its_order(method):
-    assert [i for i, _ in method.fuse([LEXICAL, []])] == ["a", "b", "c"]
-    assert [i for i, _ in method.fuse([[], DENSE])] == ["c", "a", "d"]
-    assert method.fuse([[], []]) == []
+    assert [i for i, _ in fuse(method, [LEXICAL, []])] == ["a", "b", "c"]
+    assert [i for i, _ in fuse(method, [[], DENSE])] == ["c", "a", "d"]
+    assert fuse(method, [[], []]) == []
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_arms_and_no_queries(method):
-    assert method.fuse([]) == []
+    assert fuse(method, []) == []
     assert method.fuse_batch([]) == []
     assert isinstance(method, Fusion)
 
@@ -160,15 +165,15 @@ def test_one_arm_keeps_its_order(method):
         if isinstance(method, ReciprocalRank)
         else Convex(method.normalizer, lower_bounds=(-1.0,))
     )
-    assert [i for i, _ in one.fuse([DENSE])] == ["c", "a", "d"]
+    assert [i for i, _ in fuse(one, [DENSE])] == ["c", "a", "d"]
 
 
 def test_ties_go_to_the_lower_id_whatever_the_arms_order():
     for arms in ([[("b", 1.0)], [("a", 1.0)]], [[("a", 1.0)], [("b", 1.0)]]):
         for method in METHODS:
-            assert [i for i, _ in method.fuse(arms)] == ["a", "b"], method
+            assert [i for i, _ in fuse(method, arms)] == ["a", "b"], method
     rows = [[(10, 1.0)], [(9, 1.0)]]
-    assert [i for i, _ in ReciprocalRank().fuse(rows)] == [9, 10]
+    assert [i for i, _ in fuse(ReciprocalRank(), rows)] == [9, 10]
 
 
 def test_equal_terms_in_other_arms_tie_exactly():
@@ -179,19 +184,19 @@ def test_equal_terms_in_other_arms_tie_exactly():
     for arm, x, y in ((a, 3, 10), (b, 10, 25), (c, 25, 3)):
         for at, name in sorted([(x, "x"), (y, "y")]):
             arm.insert(at, name)
-    scores = dict(ReciprocalRank().fuse([[(str(n), 0.0) for n in arm] for arm in (a, b, c)]))
+    scores = dict(fuse(ReciprocalRank(), [[(str(n), 0.0) for n in arm] for arm in (a, b, c)]))
     assert scores["x"] == scores["y"]
 
 
 def test_only_the_ratio_of_convex_weights_matters():
-    assert Convex(weights=(1, 3)).fuse([LEXICAL, DENSE]) == Convex(weights=(0.25, 0.75)).fuse(
-        [LEXICAL, DENSE]
+    assert fuse(Convex(weights=(1, 3)), [LEXICAL, DENSE]) == fuse(
+        Convex(weights=(0.25, 0.75)), [LEXICAL, DENSE]
     )
 
 
 def test_a_weight_of_zero_silences_an_arm():
     for method in (ReciprocalRank(weights=(0, 1)), Convex(weights=(0, 1))):
-        fused = dict(method.fuse([LEXICAL, DENSE]))
+        fused = dict(fuse(method, [LEXICAL, DENSE]))
         assert fused["c"] > fused["a"] > fused["b"] == 0.0
 
 
@@ -212,13 +217,13 @@ def test_a_query_does_not_depend_on_its_batch(method):
     together = method.fuse_batch(queries, lower_bounds)
     assert len(together) == 75
     for i in (0, 3, 4, 66, 74):
-        assert together[i] == method.fuse(queries[i], lower_bounds)
+        assert together[i] == fuse(method, queries[i], lower_bounds)
         assert {name for name, _ in together[i]} == {name for arm in queries[i] for name, _ in arm}
 
 
 def test_queries_may_differ_in_their_arms():
     queries = [[LEXICAL], [LEXICAL, DENSE], [LEXICAL, DENSE, DENSE], []]
-    assert ReciprocalRank().fuse_batch(queries) == [ReciprocalRank().fuse(arms) for arms in queries]
+    assert ReciprocalRank().fuse_batch(queries) == [fuse(ReciprocalRank(), arms) for arms in queries]
 
 
 def test_few_programs_serve_many_queries():
@@ -247,25 +252,25 @@ def test_a_table_shows_what_each_arm_says():
 
 
 def test_lows_of_the_option_go_first():
-    given = Convex("theoretical_min_max").fuse([LEXICAL, DENSE], (0.0, -1.0))
-    assert Convex("theoretical_min_max", lower_bounds=(0, -1)).fuse([LEXICAL, DENSE], (-5.0, -5.0)) == given
+    given = fuse(Convex("theoretical_min_max"), [LEXICAL, DENSE], (0.0, -1.0))
+    assert fuse(Convex("theoretical_min_max", lower_bounds=(0, -1)), [LEXICAL, DENSE], (-5.0, -5.0)) == given
 
 
 def test_one_low_serves_any_number_of_arms():
     queries = [[LEXICAL], [LEXICAL, DENSE]]
     one = Convex("theoretical_min_max").fuse_batch(queries, [-1.0])
-    assert one == [Convex("theoretical_min_max").fuse(arms, [-1.0] * len(arms)) for arms in queries]
+    assert one == [fuse(Convex("theoretical_min_max"), arms, [-1.0] * len(arms)) for arms in queries]
 
 
 def test_rounding_below_the_lowest_score_is_no_error():
-    fused = dict(Convex("theoretical_min_max", lower_bounds=(-1.0,)).fuse([[("a", 1.0), ("b", -1.0000001)]]))
+    fused = dict(fuse(Convex("theoretical_min_max", lower_bounds=(-1.0,)), [[("a", 1.0), ("b", -1.0000001)]]))
     assert fused == {"a": 1.0, "b": 0.0}
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, 1e60])
 def test_a_score_that_is_no_number_is_a_bug(score):
     with pytest.raises(ValueError, match="finite"):
-        ReciprocalRank().fuse([[("a", score)]])
+        fuse(ReciprocalRank(), [[("a", score)]])
 
 
 @pytest.mark.parametrize(
@@ -278,15 +283,15 @@ def test_a_score_that_is_no_number_is_a_bug(score):
         (lambda: Convex(weights=()), "fusion.weights"),
         (lambda: Convex(weights=(math.inf, 1)), "weights="),
         (lambda: Convex(lower_bounds=(math.nan,)), "lower_bounds="),
-        (lambda: ReciprocalRank(weights=(1, 1)).fuse([LEXICAL]), "2 numbers for 1 arms"),
-        (lambda: Convex(weights=(1,)).fuse([LEXICAL, DENSE]), "1 numbers for 2 arms"),
-        (lambda: Convex("theoretical_min_max").fuse([LEXICAL, DENSE]), "fusion.lower_bounds"),
+        (lambda: fuse(ReciprocalRank(weights=(1, 1)), [LEXICAL]), "2 numbers for 1 arms"),
+        (lambda: fuse(Convex(weights=(1,)), [LEXICAL, DENSE]), "1 numbers for 2 arms"),
+        (lambda: fuse(Convex("theoretical_min_max"), [LEXICAL, DENSE]), "fusion.lower_bounds"),
         (
-            lambda: Convex("theoretical_min_max", lower_bounds=(0, 0, 0)).fuse([LEXICAL, DENSE]),
+            lambda: fuse(Convex("theoretical_min_max", lower_bounds=(0, 0, 0)), [LEXICAL, DENSE]),
             "3 numbers for 2 arms",
         ),
         (
-            lambda: Convex("theoretical_min_max").fuse([LEXICAL, DENSE], (0.0, 0.0)),
+            lambda: fuse(Convex("theoretical_min_max"), [LEXICAL, DENSE], (0.0, 0.0)),
             "Arm 2 gave the score -0.2",
         ),
     ],

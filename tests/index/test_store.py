@@ -14,19 +14,19 @@ from rag.index import store, writer
 from rag.index.lexical.analyzer import Analyzer
 from rag.index.lexical.weighting import BM25Weights
 from rag.types import UserError
-from tests.tiny_store import (
+from tests.tiny_collections import (
     MANIFEST,
-    Stub,
+    StubEmbedder,
     checked_index,
     holds,
     make_chunks,
     make_documents,
     write_index,
-    write_with_words,
+    write_index_with_postings,
 )
 
 
-class Failing(Stub):
+class Failing(StubEmbedder):
     def save(self, folder: Path) -> None:
         raise OSError("disk full")
 
@@ -70,7 +70,7 @@ def test_more_rows_than_a_record_batch(tmp_path, monkeypatch):
 
 
 def test_nothing_in_it(tmp_path):
-    writer.write_index(tmp_path / "index", [], [], np.zeros((0, 8), np.float32), Stub())
+    writer.write_index(tmp_path / "index", [], [], np.zeros((0, 8), np.float32), StubEmbedder())
     index = checked_index(tmp_path / "index")
     assert (len(index), index.documents, index.vectors.shape) == (0, 0, (0, 8))
 
@@ -87,9 +87,9 @@ def test_unknown_rows_and_documents(tmp_path):
 
 
 def test_what_the_embedder_learned_is_kept(tmp_path):
-    write_index(tmp_path, embedder=Stub(("hello", "world")))
+    write_index(tmp_path, embedder=StubEmbedder(("hello", "world")))
     index = checked_index(tmp_path)
-    assert index.restore(Stub()).words == ("hello", "world")
+    assert index.restore(StubEmbedder()).words == ("hello", "world")
     next(tmp_path.rglob("words.txt")).unlink()
     with pytest.raises(UserError, match=r"words.txt is missing"):
         store.Index.open(tmp_path)
@@ -97,46 +97,46 @@ def test_what_the_embedder_learned_is_kept(tmp_path):
 
 def test_another_embedder_is_refused(tmp_path, monkeypatch):
     write_index(tmp_path)
-    other = Stub(fingerprint="abd")
+    other = StubEmbedder(fingerprint="abd")
     with pytest.raises(UserError, match="built by another embedder, stub with other files or settings than"):
         store.Index.open(tmp_path).restore(other)
-    monkeypatch.setattr(Stub, "spec", {"kind": "another"})
+    monkeypatch.setattr(StubEmbedder, "spec", {"kind": "another"})
     with pytest.raises(UserError, match="built by another embedder, stub: choose that one"):
         store.Index.open(tmp_path).restore(other)
 
 
 def test_replacing_leaves_open_indexes_alone(tmp_path):
     path = tmp_path / "index"
-    _, chunks, vectors = write_index(path, "a", embedder=Stub(("hello", "world")))
+    _, chunks, vectors = write_index(path, "a", embedder=StubEmbedder(("hello", "world")))
     before = store.Index.open(path)
     write_index(path, "bb")
     assert holds(path, "bb")
     assert store.Index.open(path).generation == 2
     assert before.chunks(range(len(before))) == chunks
     np.testing.assert_array_equal(before.vectors, vectors)
-    assert before.restore(Stub()).words == ("hello", "world")
+    assert before.restore(StubEmbedder()).words == ("hello", "world")
     before.close()
     write_index(path, "a")
     assert len(list(path.glob("segment-*"))) == 1
 
 
 def test_postings_are_kept_and_mapped(tmp_path):
-    chunks = write_with_words(tmp_path)
-    kept = checked_index(tmp_path).lexical
-    assert kept.analyzer == Analyzer(stop_words=["of"])
-    [(scores, rows)] = kept.search(["document"], 100, BM25Weights())
+    chunks = write_index_with_postings(tmp_path)
+    lexical = checked_index(tmp_path).lexical
+    assert lexical.analyzer == Analyzer(stop_words=["of"])
+    [(scores, rows)] = lexical.search(["document"], 100, BM25Weights())
     holding = [row for row, chunk in enumerate(chunks) if "document" in chunk.text.split()]
     assert sorted(rows.tolist()) == holding
     assert (scores > 0).all()
-    assert isinstance(kept.postings.rows.base, np.memmap)
+    assert isinstance(lexical.postings.rows.base, np.memmap)
     write_index(tmp_path)
     assert checked_index(tmp_path).lexical is None
 
 
 def test_postings_of_an_index_that_was_replaced(tmp_path):
-    chunks = write_with_words(tmp_path)
+    chunks = write_index_with_postings(tmp_path)
     before = store.Index.open(tmp_path)
-    write_with_words(tmp_path, "bb")
+    write_index_with_postings(tmp_path, "bb")
     assert len(before.lexical) == len(chunks)
 
 
@@ -170,7 +170,7 @@ class Reaper:
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_killed_at_any_step(tmp_path, existing):
-    """Until the manifest is replaced the old index stands, then the new one; the next write succeeds."""
+    """Until the manifest is replaced the old index is valid, then the new one; the next write succeeds."""
     outcomes = []
     for at in range(1, 100):
         path = tmp_path / str(at)
@@ -179,7 +179,7 @@ def test_killed_at_any_step(tmp_path, existing):
         with pytest.MonkeyPatch.context() as patch:
             reaper = Reaper(patch, at)
             with contextlib.suppress(Killed):
-                write_with_words(path, "bb")
+                write_index_with_postings(path, "bb")
         if reaper.calls < at:
             break
         if not existing and not (path / MANIFEST).exists():
@@ -259,17 +259,17 @@ def test_opening_while_it_is_replaced(tmp_path, monkeypatch):
     assert index.chunks([0]) == make_chunks(make_documents("bb"))[:1]
 
 
-def test_opening_while_it_is_made_anew(tmp_path, monkeypatch):
+def test_opening_while_it_is_removed_and_written_again(tmp_path, monkeypatch):
     """Its generation is 1 again."""
     path = tmp_path / "index"
     write_index(path, "a")
     lock = store._shared_lock
 
-    def made_anew_meanwhile(folder):
+    def replaced_meanwhile(folder):
         monkeypatch.setattr(store, "_shared_lock", lock)
         shutil.rmtree(path)
         write_index(path, "bb")
         return lock(folder)
 
-    monkeypatch.setattr(store, "_shared_lock", made_anew_meanwhile)
+    monkeypatch.setattr(store, "_shared_lock", replaced_meanwhile)
     assert store.Index.open(path).chunks([0]) == make_chunks(make_documents("bb"))[:1]

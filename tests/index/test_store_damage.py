@@ -23,16 +23,16 @@ from rag.ingest.chunk.fixed import FixedChunker
 from rag.retrieve.collection import Collection
 from rag.runtime.checksums import PIECE
 from rag.types import Document, UserError, chunk_at
-from tests.tiny_store import (
+from tests.tiny_collections import (
     MANIFEST,
-    Stub,
+    StubEmbedder,
     holds,
     make_chunks,
     make_documents,
     make_vectors,
     segment_of,
     write_index,
-    write_with_words,
+    write_index_with_postings,
 )
 from tests.trials import tries
 
@@ -49,7 +49,7 @@ def test_postings_of_other_passages(tmp_path):
     lexical = LexicalIndex.build(["one"], Analyzer())
     with pytest.raises(ValueError, match="postings of as many, not 1"):
         writer.write_index(
-            tmp_path / "index", documents, chunks, make_vectors(len(chunks)), Stub(), {}, lexical
+            tmp_path / "index", documents, chunks, make_vectors(len(chunks)), StubEmbedder(), {}, lexical
         )
     assert not (tmp_path / "index").exists()
 
@@ -58,7 +58,7 @@ def test_postings_of_other_passages(tmp_path):
     "name", ["documents.arrow", "chunks.arrow", "vectors.npy", "lexical/rows.npy", "checksums"]
 )
 def test_missing_and_shortened_files_are_named_at_once(tmp_path, name):
-    write_with_words(tmp_path)
+    write_index_with_postings(tmp_path)
     file = segment_of(tmp_path) / name
     whole = file.read_bytes()
     for content in (whole[:-1], whole + b"x", b""):
@@ -76,7 +76,7 @@ def everything_used(path: Path) -> tuple:
     [(scores, rows)] = index.lexical.search(["document"], 100, BM25Weights())
     chunks = index.chunks(range(len(index)))
     texts = [index.document_text(document.id) for document in index.all_documents()]
-    words = index.restore(Stub()).words
+    words = index.restore(StubEmbedder()).words
     return chunks, texts, index.vectors.tobytes(), scores.tobytes(), rows.tobytes(), words, len(index.lexical)
 
 
@@ -113,16 +113,16 @@ def undamaged(tmp_path_factory) -> tuple[Path, tuple]:
     chunks = make_chunks(documents)
     lexical = LexicalIndex.build([chunk.text for chunk in chunks], Analyzer())
     vectors = make_vectors(len(chunks), dim=64)
-    writer.write_index(path, documents, chunks, vectors, Stub(("a", "b"), dim=64), {}, lexical)
+    writer.write_index(path, documents, chunks, vectors, StubEmbedder(("a", "b"), dim=64), {}, lexical)
     return path, everything_used(path)
 
 
 def test_only_what_is_used_is_compared(tmp_path):
-    """One damaged text: the others can still be read, and a check of everything finds it."""
+    """One damaged text: the others can still be loaded, and a check of everything finds it."""
     path = tmp_path / "index"
     documents = [Document(f"{i}", f"{i}", f"{i} " * (PIECE // 2), "") for i in range(4)]
     chunks = [chunk_at(document, 0, 2) for document in documents]
-    writer.write_index(path, documents, chunks, make_vectors(4), Stub())
+    writer.write_index(path, documents, chunks, make_vectors(4), StubEmbedder())
     file = segment_of(path) / "documents.arrow"
     content = bytearray(file.read_bytes())
     content[content.index(b"2 2 2 2 ") + 3 * PIECE // 4] ^= 1
@@ -150,8 +150,8 @@ def test_the_files_of_another_index_are_not_taken_for_its_own(tmp_path):
 @pytest.mark.parametrize("change", ["zeros", "shorter"])
 def test_a_file_that_is_changed_while_the_index_is_open(tmp_path, change):
     """In place, as rsync --inplace does: the map shows what is on the disk."""
-    chunks = write_with_words(tmp_path)
-    searched = Collection(store.Index.open(tmp_path), Stub())
+    chunks = write_index_with_postings(tmp_path)
+    searched = Collection(store.Index.open(tmp_path), StubEmbedder())
     searched.dense(Exact())
     searched.index.chunks([0])
     file = segment_of(tmp_path) / "vectors.npy"
@@ -167,7 +167,7 @@ def test_a_file_that_is_changed_while_the_index_is_open(tmp_path, change):
     assert searched.index.chunks([0]) == chunks[:1]
 
 
-def test_an_index_that_was_made_anew_is_another_one(tmp_path):
+def test_an_index_that_was_made_again_is_another_one(tmp_path):
     """Its generation is 1 again; its segment has another name."""
     path = tmp_path / "index"
     write_index(path)
@@ -177,18 +177,18 @@ def test_an_index_that_was_made_anew_is_another_one(tmp_path):
     documents = make_documents("ccc")
     chunks = make_chunks(documents)
     with pytest.raises(UserError, match="Another program changed the index"):
-        writer.write_index(path, documents, chunks, make_vectors(len(chunks)), Stub(), base=base)
+        writer.write_index(path, documents, chunks, make_vectors(len(chunks)), StubEmbedder(), base=base)
     assert holds(path, "bb")
 
 
 def test_any_byte_outside_of_the_texts_may_be_damaged(tmp_path):
-    """What says where the texts lie is read before it can be compared."""
+    """The bytes that say where the texts are must be parsed before they can be compared."""
     write_index(tmp_path)
     file = segment_of(tmp_path) / "documents.arrow"
     whole = file.read_bytes()
-    for place in range(0, len(whole), 3):
+    for byte in range(0, len(whole), 3):
         for change in (0x80, 0x02):
-            file.write_bytes(whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :])
+            file.write_bytes(whole[:byte] + bytes([whole[byte] ^ change]) + whole[byte + 1 :])
             with pytest.raises(UserError, match=r"documents\.arrow"):
                 store.Index.open(tmp_path).all_documents()
 
@@ -200,7 +200,7 @@ def test_a_damaged_index_is_not_added_to(tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"vectors\.npy has changed"):
-        pipeline._opened(tmp_path / "index", FixedChunker(7, 0), Stub())
+        pipeline._opened(tmp_path / "index", FixedChunker(7, 0), StubEmbedder())
     write_index(tmp_path / "index", "bb")  # it can be replaced
     assert holds(tmp_path / "index", "bb")
 
@@ -331,14 +331,14 @@ def test_chunks_that_contradict_their_document(tmp_path, wrong):
     chunks = make_chunks(documents)
     chunks[2] = replace(chunks[2], **{wrong: "something else"})
     with pytest.raises(ValueError, match="chunk '"):
-        writer.write_index(tmp_path / "index", documents, chunks, make_vectors(len(chunks)), Stub())
+        writer.write_index(tmp_path / "index", documents, chunks, make_vectors(len(chunks)), StubEmbedder())
     assert not (tmp_path / "index").exists()
 
 
 def test_bad_input_is_told_before_anything_is_written(tmp_path):
     def write(documents, vectors):
         chunks = make_chunks(documents)
-        writer.write_index(tmp_path / "index", documents, chunks, vectors, Stub())
+        writer.write_index(tmp_path / "index", documents, chunks, vectors, StubEmbedder())
 
     documents = make_documents()
     vectors = make_vectors(len(make_chunks(documents)))
@@ -359,6 +359,6 @@ def test_half_a_character_is_told(tmp_path):
             documents,
             make_chunks(documents, 20),
             make_vectors(1),
-            Stub(),
+            StubEmbedder(),
         )
     assert not (tmp_path / "index" / MANIFEST).exists()

@@ -1,4 +1,4 @@
-"""The indexes beside the exact one: what they find against DenseIndex and float64, proofs, audits, growing."""
+"""The indexes beside the exact one: what they find against DenseIndex and float64, proofs, audits."""
 
 from dataclasses import FrozenInstanceError
 from functools import partial
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rag import native
-from rag.index.dense import VectorIndex, audit, binary, cost, growing, int8, matryoshka
+from rag.index.dense import VectorIndex, audit, binary, cost, int8
 from rag.index.dense import exact as exact_index
 from rag.index.dense.audit import Audit, wilson
 from rag.index.dense.binary import Binary, BinaryIndex
@@ -21,10 +21,6 @@ from tests.ops.test_topk import on_cpu
 from tests.reference import top_k_oracle
 
 OPTIONS = [Exact(), Int8Scan(), Binary(sample=32, k=5), Matryoshka(dims=16)]
-PROGRAMS = [
-    exact_index.search, int8._search, int8._code, binary._search, binary._ranks, matryoshka._search,
-    growing._append,
-]  # fmt: skip
 
 
 def _units(rows: int, dim: int = 48, seed: int = 0) -> np.ndarray:
@@ -99,29 +95,9 @@ def test_small_indexes_are_exact(options, count):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_an_empty_index_grows(options):
+def test_an_empty_index_finds_nothing(options):
     index = options.build(np.zeros((0, 16), np.float32))
     assert index.search(_integers(1, 16), 3)[1].shape == (1, 0)
-    index.add(_integers(20, 16))
-    expected = top_k_oracle(_exact(_integers(1, 16), _integers(20, 16)), 3)
-    np.testing.assert_array_equal(index.search(_integers(1, 16), 3)[1], expected[1])
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-def test_growing_compiles_nothing_and_finds_what_was_added(options, scanning):
-    vectors = _units(9000)
-    index = options.build(vectors[:4000])
-    index.add(vectors[4000:4016])  # doubles the room
-    index.search(vectors[:2], 5)
-    before = [program._cache_size() for program in PROGRAMS]
-    for live in range(4016, 6000, 16):
-        index.add(vectors[live : live + 16])
-        if live % 400 == 16:
-            assert len(index) == live + 16
-            _, ids = index.search(vectors[[live + 3, live + 9]], 5)
-            np.testing.assert_array_equal(ids[:, 0], [live + 3, live + 9])
-    assert [program._cache_size() for program in PROGRAMS] == before
-    np.testing.assert_array_equal(np.asarray(index.search(vectors[:2], 5)[1])[:, 0], [0, 1])
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -177,8 +153,9 @@ def test_the_bound_holds(scale, by_native):
         pytest.skip("no AMX, or no C++ compiler")
     vectors, queries = _units(4096, 64) * np.float32(scale), _units(3, 64, seed=5) * np.float32(7)
     vectors[5] = 0
-    codes, queries, (lengths, slack) = Int8Index(vectors)._written(queries)
-    bounds = np.asarray(int8._bounds(*codes, jnp.asarray(queries), jnp.asarray(lengths), by_native))
+    index = Int8Index(vectors)
+    operands = index._queries(queries)
+    bounds, slack = np.asarray(int8._bounds(index._codes, operands, by_native)), np.asarray(operands.slack)
     best = _exact(queries, vectors).reshape(3, -1, 16).max(axis=2)
     assert np.all(best <= bounds + slack[:, None])
     typical = np.median(bounds - best) / (scale * 7)
@@ -211,15 +188,6 @@ def test_batches_that_the_scan_is_slow_for_are_not_scanned(scanning):
     np.testing.assert_array_equal(ids, DenseIndex(vectors).search(queries, 10)[1])
 
 
-def test_longer_vectors_may_be_added_to_the_int8_index(scanning):
-    """The slack follows the longest row."""
-    vectors, queries = _units(6000), _units(5, seed=3)
-    index = Int8Index(vectors[:4000])
-    index.add(vectors[4000:] * 40)
-    whole = np.concatenate([vectors[:4000], vectors[4000:] * 40])
-    np.testing.assert_array_equal(index.search(queries, 10)[1], DenseIndex(whole).search(queries, 10)[1])
-
-
 # --- the approximate ones -----------------------------------------------------------------------------------
 
 
@@ -228,7 +196,7 @@ def test_the_estimate_is_nearly_without_bias():
     vectors, query = _units(4000, 384) + np.float32(0.05), _units(1, 384, seed=4)[0]
     index = BinaryIndex(vectors)
     estimates = np.asarray(
-        binary._estimates(index._bits.values, index._factors.values, jnp.asarray(query), index._rotation)
+        binary._estimates(index._bits, index._factors, jnp.asarray(query), index._rotation)
     )
     exact = _exact(query[None], vectors - vectors.mean(axis=0))[0]
     error = estimates - exact
@@ -259,7 +227,7 @@ def test_the_recall_that_was_asked_for(recall, scanning):
         [len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), expected.tolist(), strict=True)]
     )
     assert counted >= recall
-    audited = index.audit(queries, 10)
+    audited = audit.audit(index, index.exact, queries, 10)
     assert audited.recall == pytest.approx(counted, abs=2e-3)
     assert audited.at_least < audited.recall
     assert (audited.queries, audited.k) == (200, 10)
@@ -276,27 +244,20 @@ def test_more_recall_takes_more_candidates_and_so_do_more_results():
     assert index.candidates(5) <= index.candidates(50)
 
 
-def test_an_index_that_doubles_is_calibrated_again(monkeypatch, scanning):
-    index = BinaryIndex(_units(2000), Binary(sample=16))
-    sizes = []
+def test_each_number_of_results_is_calibrated_once(monkeypatch, scanning):
+    calibrated = []
     calibrate = BinaryIndex._calibrate
-
-    def counted(self, k):
-        sizes.append(len(self))
-        return calibrate(self, k)
-
-    monkeypatch.setattr(BinaryIndex, "_calibrate", counted)
-    for _ in range(4):
-        index.search(_units(1), 3)
-        index.add(_units(1000, seed=len(index)))
-    assert sizes == [2000, 4000]
+    monkeypatch.setattr(BinaryIndex, "_calibrate", lambda self, k: calibrated.append(k) or calibrate(self, k))
+    index = BinaryIndex(_units(2000), Binary(sample=16, k=10))
+    for k in (3, 10, 3, 10):
+        index.search(_units(1), k)
+    assert calibrated == [10, 3]
 
 
 def test_a_whole_prefix_finds_all_and_a_short_one_less():
     vectors, queries = _units(5000), _units(100, seed=7)
-    recalls = [
-        MatryoshkaIndex(vectors, Matryoshka(dims, 20)).audit(queries, 10).recall for dims in (4, 24, 48)
-    ]
+    indexes = [MatryoshkaIndex(vectors, Matryoshka(dims, 20)) for dims in (4, 24, 48)]
+    recalls = [audit.audit(index, index.exact, queries, 10).recall for index in indexes]
     assert recalls[0] < recalls[1] < recalls[2] == 1.0
 
 
@@ -339,9 +300,8 @@ def test_the_scan_multiplies_integers():
     """The compiled scan holds one int8 x int8 product of all rows, and never their floats."""
     vectors = _units(4096, 64)
     index = Int8Index(vectors)
-    codes = (index._codes.values, index._scales.values, index._errors.values)
     program = jax.jit(partial(int8._bounds, by_native=False))
-    text = program.lower(*codes, vectors[:4], np.ones(4, np.float32)).compile().as_text()
+    text = program.lower(index._codes, index._queries(vectors[:4])).compile().as_text()
     assert "s8[4096,64]" in text
     assert "f32[4096,64]" not in text
 

@@ -1,4 +1,4 @@
-"""Chunkers against what every one of them promises, on texts and tokenisers made to break them."""
+"""Every chunker holds the guarantees of the protocol, on texts and tokenizers made to break them."""
 
 import re
 from itertools import pairwise
@@ -25,17 +25,17 @@ def as_spans(pairs):
 
 
 def words(text):
-    """Like a word tokeniser: white space belongs to no token."""
+    """Return spans like those of a word tokenizer: white space belongs to no token."""
     return as_spans([match.span() for match in re.finditer(r"\S+", text)])
 
 
 def pieces(text):
-    """Like WordPiece: up to three letters a token, every other sign alone, joiners and marks in none."""
+    """Return spans like those of WordPiece: up to three letters a token, other characters alone, marks in none."""
     return as_spans([m.span() for m in re.finditer(r"[^\W_]{1,3}|[^\w\s\u200d\u0301\ufffd]", text)])
 
 
 def bytes_of(text):
-    """Like byte-level BPE: a token holds the space before it, a sign of several bytes is several tokens."""
+    """Return spans like those of byte-level BPE: the space before belongs to a token; long characters are several."""
     spans = []
     for match in re.finditer(r"\s?[a-zA-Z]+|\s?[^a-zA-Z]", text):
         sign = match[0][-1].encode("utf-8", "replace")
@@ -44,7 +44,7 @@ def bytes_of(text):
 
 
 def split_on_spaces(text):
-    """Like the bag of words: what stands between spaces, so a token can cross a line break."""
+    """Return spans like those of the bag of words: the text between spaces, so a token can cross a line break."""
     return as_spans([match.span() for match in re.finditer("[^ ]+", text)])
 
 
@@ -74,7 +74,7 @@ OVERLAPS = {SlidingWindowChunker: 10**9, SemanticChunker: 0}  # of those without
 
 
 def encode(texts):
-    """Unit vectors that differ from text to text: how often each of eight kinds of sign occurs."""
+    """Return unit vectors that differ between texts: how often each of eight kinds of characters occurs."""
     counts = [np.bincount([ord(sign) % 8 for sign in text] or [0], minlength=8) for text in texts]
     vectors = np.array(counts, np.float32) + 1e-3
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

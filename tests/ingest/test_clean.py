@@ -1,4 +1,4 @@
-"""One normal form for text: what goes, what stays, and that cleaning twice changes nothing."""
+"""Cleaning removes the right characters, preserves the others, and changes nothing the second time."""
 
 import unicodedata
 
@@ -76,7 +76,7 @@ def test_of_many_combining_marks_thirty_stay(text):
 
 
 @given(st.text(st.characters(categories=("L", "N", "P", "S"))))
-def test_visible_characters_are_kept(text):
+def test_visible_characters_stay(text):
     assert clean(text) == unicodedata.normalize("NFC", text)
 
 

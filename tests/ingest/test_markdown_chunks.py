@@ -1,4 +1,4 @@
-"""Markdown is divided at its headings, and only there where it has to be."""
+"""Markdown is divided at its headings, and elsewhere only where it must be."""
 
 import re
 

@@ -20,7 +20,7 @@ def words(text):
 
 
 def encode(texts):
-    """Which of three subjects a text tells of, as unit vectors."""
+    """Return unit vectors of which of three subjects each text has."""
     counts = np.array([[text.lower().count(subject) for subject in SUBJECTS] for text in texts], np.float32)
     return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9).astype(np.float32)
 

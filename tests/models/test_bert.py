@@ -19,10 +19,17 @@ from rag.models.bert import model as bert
 from rag.models.bert.model import Bert, Pooling
 from rag.types import UserError
 from tests.reference import ENCODER_TOLERANCE, pooling_oracle
-from tests.tiny_encoder import CONFIG, tiny_tensors, write_checkpoint, write_gguf, write_sentence_files
+from tests.tiny_models import (
+    ENCODER,
+    classifier_arrays,
+    encoder_tensors,
+    write_classifier,
+    write_encoder,
+    write_encoder_gguf,
+    write_sentence_files,
+)
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny_encoders.npz"
-CLASSIFIERS = Path(__file__).parents[1] / "goldens" / "tiny_classifiers.npz"
 FAMILIES = ("bert", "bert_gelu_new", "bert_relu", "roberta")
 MEAN = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False, "word_embedding_dimension": 16}
 
@@ -109,7 +116,7 @@ def test_pooling_of_texts_that_share_a_row():
 def test_the_exact_gelu_is_that_of_erf():
     x = np.linspace(-12, 12, 2001)
     expected = [0.5 * value * math.erfc(-value / math.sqrt(2)) for value in x]
-    config = dataclasses.replace(CONFIG, hidden_size=1, num_attention_heads=1, intermediate_size=1)
+    config = dataclasses.replace(ENCODER, hidden_size=1, num_attention_heads=1, intermediate_size=1)
     layer = jax.tree.map(jnp.ones_like, bert.Intermediate(config, nnx.Rngs(0)))
     layer.dense.bias = nnx.Param(jnp.zeros(1))
     ours = jax.jit(bert._expand, static_argnums=1)(layer, config, jnp.asarray(x, jnp.float32)[None, :, None])[
@@ -120,7 +127,7 @@ def test_the_exact_gelu_is_that_of_erf():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_layers_in_fewer_bits(tmp_path, monkeypatch, dtype):
-    folder = write_checkpoint(tmp_path / "tiny")
+    folder = write_encoder(tmp_path / "tiny")
     model, _, _ = bert_checkpoint.load(folder)
     ids, lengths = (
         jnp.full((40, 8), 9).at[:, 1::2].set(17),
@@ -159,7 +166,7 @@ def test_padding_changes_nothing():
 
 def test_weights_are_an_argument_of_the_program():
     tokens, lengths, pooling = jnp.full((2, 8), 5), jnp.array([[8], [4]]), Pooling("mean", True, 8)
-    first, second = (Bert(CONFIG, nnx.Rngs(seed)) for seed in (0, 1))
+    first, second = (Bert(ENCODER, nnx.Rngs(seed)) for seed in (0, 1))
     vectors = bert.embed(first, tokens, lengths, pooling=pooling)
     programs = bert.embed._cache_size()
     others = bert.embed(second, tokens, lengths, pooling=pooling)
@@ -170,13 +177,13 @@ def test_weights_are_an_argument_of_the_program():
 
 
 def test_a_folder_without_sentence_files(tmp_path):
-    model, tokenizer, settings = bert_checkpoint.load(write_checkpoint(tmp_path / "tiny"))
-    assert settings.config == CONFIG
+    model, tokenizer, settings = bert_checkpoint.load(write_encoder(tmp_path / "tiny"))
+    assert settings.config == ENCODER
     assert settings.pooling == Pooling("mean", True, 70)  # 80 positions, but the tokenizer says 70
     assert (settings.query_prompt, settings.document_prompt, settings.lower_case) == ("", "", False)
     assert tokenizer.encode("ab c") == [2, 5, 32, 7, 3]
     loaded = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
-    for name, array in tiny_tensors().items():
+    for name, array in encoder_tensors().items():
         np.testing.assert_array_equal(loaded[name].get_value(), array)
 
 
@@ -189,16 +196,16 @@ def test_a_folder_without_sentence_files(tmp_path):
     ],
 )
 def test_sentence_files_are_obeyed(tmp_path, pooling, normalize, expected):
-    folder = write_checkpoint(tmp_path / "tiny")
+    folder = write_encoder(tmp_path / "tiny")
     write_sentence_files(folder, pooling, normalize=normalize)
     settings = bert_checkpoint.settings_from_huggingface(folder)
     assert settings.pooling == Pooling(*expected, max_length=50)
     assert settings.query_prompt == "question "
 
 
-def test_bfloat16_weights_are_kept_as_float32(tmp_path):
-    halves = {name: array.astype(ml_dtypes.bfloat16) for name, array in tiny_tensors().items()}
-    folder = write_checkpoint(tmp_path / "half", halves)
+def test_bfloat16_weights_are_stored_as_float32(tmp_path):
+    halves = {name: array.astype(ml_dtypes.bfloat16) for name, array in encoder_tensors().items()}
+    folder = write_encoder(tmp_path / "half", halves)
     for _ in range(2):  # converted, then read back
         model, _, _ = bert_checkpoint.load(folder)
         loaded = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
@@ -207,7 +214,7 @@ def test_bfloat16_weights_are_kept_as_float32(tmp_path):
 
 
 def test_files_that_are_damaged_are_told(tmp_path):
-    folder = write_checkpoint(tmp_path / "tiny")
+    folder = write_encoder(tmp_path / "tiny")
     config = json.loads((folder / "config.json").read_text())
     del config["num_attention_heads"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -216,7 +223,7 @@ def test_files_that_are_damaged_are_told(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
         bert_checkpoint.load(folder)
-    folder = write_checkpoint(tmp_path / "other")
+    folder = write_encoder(tmp_path / "other")
     for damaged in ("[", "{}", "[1]", '[{"path": ""}]'):
         (folder / "modules.json").write_text(damaged)
         with pytest.raises(UserError, match=r"modules\.json (is no list of modules|names no Pooling)"):
@@ -224,7 +231,7 @@ def test_files_that_are_damaged_are_told(tmp_path):
 
 
 def test_what_this_encoder_cannot_do_is_told(tmp_path):
-    folder = write_checkpoint(tmp_path / "tiny")
+    folder = write_encoder(tmp_path / "tiny")
     write_sentence_files(folder, MEAN, modules=("Dense",))
     with pytest.raises(UserError, match="module Dense"):
         bert_checkpoint.load(folder)
@@ -237,7 +244,7 @@ def test_what_this_encoder_cannot_do_is_told(tmp_path):
         ({"hidden_act": "silu"}, "silu"),
     ):
         with pytest.raises(UserError, match=told):
-            bert_checkpoint.load(write_checkpoint(tmp_path / "other", **change))
+            bert_checkpoint.load(write_encoder(tmp_path / "other", **change))
     with pytest.raises(UserError, match=r"neither a GGUF file nor a folder with a config\.json"):
         bert_checkpoint.load(tmp_path)
 
@@ -245,7 +252,7 @@ def test_what_this_encoder_cannot_do_is_told(tmp_path):
 def test_an_encoder_inside_a_model_with_heads(tmp_path):
     """The names of bert-base-uncased: a prefix, gamma and beta, a pooler, pre-training heads, a buffer."""
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-    plain, named = tiny_tensors(), {}
+    plain, named = encoder_tensors(), {}
     for name, array in plain.items():
         ending = next((end for end in old if name.endswith(end)), None)
         named["bert." + (name.removesuffix(ending) + old[ending] if ending else name)] = array
@@ -253,59 +260,41 @@ def test_an_encoder_inside_a_model_with_heads(tmp_path):
     named["bert.pooler.dense.weight"] = np.zeros((16, 16), np.float32)
     named["cls.predictions.transform.LayerNorm.gamma"] = np.zeros(16, np.float32)
     named["cls.predictions.decoder.weight"] = np.zeros((57, 16), np.float32)
-    model, _, _ = bert_checkpoint.load(write_checkpoint(tmp_path / "headed", named))
-    expected, _, _ = bert_checkpoint.load(write_checkpoint(tmp_path / "plain", plain))
+    model, _, _ = bert_checkpoint.load(write_encoder(tmp_path / "headed", named))
+    expected, _, _ = bert_checkpoint.load(write_encoder(tmp_path / "plain", plain))
     jax.tree.map(np.testing.assert_array_equal, model, expected)
 
 
 def test_tensors_must_fit(tmp_path):
     weight = "encoder.layer.1.attention.self.key.weight"
-    tensors = tiny_tensors()
+    tensors = encoder_tensors()
     with pytest.raises(UserError, match=r"1 unknown \(classifier\.weight\)"):
         bert_checkpoint.load(
-            write_checkpoint(tmp_path / "a", tensors | {"classifier.weight": np.zeros((2, 16))})
+            write_encoder(tmp_path / "a", tensors | {"classifier.weight": np.zeros((2, 16))})
         )
     with pytest.raises(UserError, match=f"holds {weight} with shape \\(16, 8\\)"):
-        bert_checkpoint.load(
-            write_checkpoint(tmp_path / "b", tensors | {weight: np.zeros((16, 8), np.float32)})
-        )
+        bert_checkpoint.load(write_encoder(tmp_path / "b", tensors | {weight: np.zeros((16, 8), np.float32)}))
     with pytest.raises(UserError, match=f"1 missing \\({weight}\\)"):
         missing = {name: array for name, array in tensors.items() if name != weight}
-        bert_checkpoint.load(write_checkpoint(tmp_path / "c", missing))
+        bert_checkpoint.load(write_encoder(tmp_path / "c", missing))
 
 
 def test_a_gguf_file_is_the_same_model(tmp_path):
-    tensors = tiny_tensors()
+    tensors = encoder_tensors()
     ours, tokenizer, settings = bert_checkpoint.load(
-        write_gguf(tmp_path / "tiny.gguf", tensors, pooling_type=2)
+        write_encoder_gguf(tmp_path / "tiny.gguf", tensors, pooling_type=2)
     )
-    expected, folder_tokenizer, _ = bert_checkpoint.load(write_checkpoint(tmp_path / "tiny", tensors))
-    assert settings.config == dataclasses.replace(CONFIG, layer_norm_eps=settings.config.layer_norm_eps)
+    expected, folder_tokenizer, _ = bert_checkpoint.load(write_encoder(tmp_path / "tiny", tensors))
+    assert settings.config == dataclasses.replace(ENCODER, layer_norm_eps=settings.config.layer_norm_eps)
     assert settings.config.layer_norm_eps == pytest.approx(1e-12)  # float32 in the file
     assert settings.pooling == Pooling("cls", True, 70)
     assert tokenizer.encode("hello world") == folder_tokenizer.encode("hello world")
     jax.tree.map(np.testing.assert_array_equal, nnx.state(ours), nnx.state(expected))
     with pytest.raises(UserError, match="pooling type 3"):
-        bert_checkpoint.load(write_gguf(tmp_path / "last.gguf", tensors, pooling_type=3))
+        bert_checkpoint.load(write_encoder_gguf(tmp_path / "last.gguf", tensors, pooling_type=3))
 
 
 # --- sequence classification --------------------------------------------------------------------------------
-
-
-def classifier_arrays(family: str) -> dict[str, np.ndarray]:
-    with np.load(CLASSIFIERS) as file:
-        return {
-            name.removeprefix(f"{family}/"): file[name]
-            for name in file.files
-            if name.startswith(f"{family}/")
-        }
-
-
-def write_classifier(folder: Path, family: str, **changes) -> Path:
-    """A golden's weights under the names that transformers saves them with, beside its config.json."""
-    arrays = classifier_arrays(family)
-    tensors = {name.removeprefix("weights/"): a for name, a in arrays.items() if name.startswith("weights/")}
-    return write_checkpoint(folder, tensors, **(json.loads(str(arrays["config"])) | changes))
 
 
 @pytest.mark.parametrize(
@@ -335,18 +324,18 @@ def test_the_passages_token_type_counts(tmp_path):
 
 def test_a_classifiers_tensors_must_fit(tmp_path):
     with pytest.raises(UserError, match=r"no sequence-classification head \(classifier\.weight\)"):
-        bert_checkpoint.load_classifier(write_checkpoint(tmp_path / "encoder"))
+        bert_checkpoint.load_classifier(write_encoder(tmp_path / "encoder"))
     folder = write_classifier(tmp_path / "other", "roberta", model_type="bert")
     with pytest.raises(UserError, match="no sequence-classification head"):
         bert_checkpoint.load_classifier(folder)
-    headless = tiny_tensors() | {
+    headless = encoder_tensors() | {
         "classifier.weight": np.zeros((1, 16), np.float32),
         "classifier.bias": np.zeros(1, np.float32),
     }
     with pytest.raises(UserError, match=r"2 missing \(dense\.bias, dense\.weight\)"):
-        bert_checkpoint.load_classifier(write_checkpoint(tmp_path / "headless", headless))
+        bert_checkpoint.load_classifier(write_encoder(tmp_path / "headless", headless))
     with pytest.raises(UserError, match=r"GGUF file.*Hugging Face folders only"):
-        bert_checkpoint.load_classifier(write_gguf(tmp_path / "tiny.gguf", tiny_tensors()))
+        bert_checkpoint.load_classifier(write_encoder_gguf(tmp_path / "tiny.gguf", encoder_tensors()))
 
 
 def test_token_states_are_the_hidden_states_at_unit_length():

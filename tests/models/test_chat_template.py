@@ -6,14 +6,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from rag.models.tokenizer.gguf import from_metadata
 from rag.models.tokenizer.tokenizer import Tokenizer
 from rag.types import Message, UserError
-from tests.tiny_tokenizers import BPE_TOKENS, MERGES, byte_level, gguf, sentencepiece
+from tests.tiny_models import BPE_TOKENS, MERGES, byte_level, gguf_metadata, sentencepiece
 
 
 def with_template(source: str) -> Tokenizer:
-    metadata = gguf("gpt2", BPE_TOKENS, pre="gpt-2", merges=MERGES, bos_token_id=1, eos_token_id=2)
-    return Tokenizer.from_gguf(metadata | {"tokenizer.chat_template": source})
+    metadata = gguf_metadata("gpt2", BPE_TOKENS, pre="gpt-2", merges=MERGES, bos_token_id=1, eos_token_id=2)
+    return from_metadata(metadata | {"tokenizer.chat_template": source})
 
 
 def test_chat_follows_the_template():
@@ -75,9 +76,9 @@ def test_a_conversation_of_any_texts_is_what_its_parts_are(turns):
 
 @given(CONTENTS, st.lists(st.integers(0, 40), max_size=6), st.integers(0, 40))
 @example(EVERY_NONCHARACTER, [4, 5, 9, 12], 3)
-def test_pieces_of_any_text_are_its_parts(content, places, fixed):
+def test_pieces_of_any_text_are_its_parts(content, positions, fixed):
     tokenizer = byte_level()
-    cuts = sorted({min(place, len(content)) for place in places})
+    cuts = sorted({min(at, len(content)) for at in positions})
     spans = tuple(zip(cuts[::2], cuts[1::2], strict=False))
     pieces = tokenizer.chat_pieces([Message("user", content, spans, min([fixed, len(content), *cuts]))])
     passages = [tokenizer.encode(content[start:end], special=False) for start, end in spans]

@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from rag.embed.bert import BertEmbedder
 from rag.generate.local import LocalGenerator
+from rag.models import conversion_cache
 from rag.models.bert import checkpoint as bert_checkpoint
 from rag.models.llama import checkpoint as llama_checkpoint
 from rag.retrieve.rerank.cross_encoder import CrossEncoder
-from tests import tiny, tiny_encoder
-from tests.retrieve.test_rerank import write_classifier
+from tests import tiny_models
+from tests.tiny_models import write_classifier
 
 _OPENED = 0x20  # IN_OPEN, of <sys/inotify.h>
 _NOT_READ = {"README.md": "# A model", "vocab.txt": "a\nb", "onnx/model.onnx": "0", "training_args.bin": "0"}
@@ -60,16 +61,16 @@ def shard(folder: Path) -> None:
     """The weights in two files and their index, as large models have them."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    names, places = sorted(tensors), {}
+    names, files = sorted(tensors), {}
     for number, part in enumerate((names[::2], names[1::2])):
         save_file({name: tensors[name] for name in part}, folder / f"part-{number}.safetensors")
-        places |= dict.fromkeys(part, f"part-{number}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        files |= dict.fromkeys(part, f"part-{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
 def write_encoder(folder: Path) -> Path:
-    tiny_encoder.write_checkpoint(folder)
-    tiny_encoder.write_sentence_files(folder, {"pooling_mode": "cls"})
+    tiny_models.write_encoder(folder)
+    tiny_models.write_sentence_files(folder, {"pooling_mode": "cls"})
     modules = json.loads((folder / "modules.json").read_text())
     modules[1]["path"] = "my_pooling"  # the usual name is no rule
     (folder / "modules.json").write_text(json.dumps(modules))
@@ -79,7 +80,7 @@ def write_encoder(folder: Path) -> Path:
 
 def write_decoder(folder: Path) -> Path:
     folder.mkdir()
-    tiny.write_checkpoint(folder)
+    tiny_models.write_decoder(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
     return folder
 
@@ -122,11 +123,13 @@ def test_what_a_loader_opens_is_in_the_fingerprint(checkpoint, monkeypatch):
     folder, module, _, load = checkpoint
     named = set(module.source_files(folder))
     with Opened(folder) as opened:
-        module.checkpoint.contents(sorted(named))
+        conversion_cache.file_digests(sorted(named))
     assert opened.files == named  # the trace sees what is read
     with monkeypatch.context() as patch:
         # which would open all of them
-        patch.setattr(module.checkpoint, "contents", lambda sources, fresh=False: [("", "")] * len(sources))
+        patch.setattr(
+            conversion_cache, "file_digests", lambda sources, fresh=False: [("", "")] * len(sources)
+        )
         with Opened(folder) as opened:
             load(folder)
     assert {path.name for path in opened.files} >= {"config.json", "tokenizer.json", "tokenizer_config.json"}

@@ -1,4 +1,4 @@
-"""Headers of GGUF files: what the gguf library writes is read as it reads it, and a damaged one is told."""
+"""GGUF headers are read as the gguf library reads them, and damaged ones raise one sentence."""
 
 import struct
 
@@ -9,7 +9,7 @@ from gguf import GGUFReader
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rag.models import checkpoint, gguf_file
+from rag.models import gguf_file, tensor_files
 from rag.types import UserError
 from tests.one_sentence import is_one_sentence
 from tests.trials import tries
@@ -109,7 +109,7 @@ def test_what_the_library_writes_is_read_as_it_reads_it(tmp_path_factory, values
     writer.close()
 
     theirs = GGUFReader(path)
-    metadata, tensors = checkpoint.read_gguf(path)
+    metadata, tensors = tensor_files.read_gguf(path)
     fields = {name: field.contents() for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
     assert metadata == fields
     assert list(tensors) == [tensor.name for tensor in theirs.tensors]
@@ -120,7 +120,7 @@ def test_what_the_library_writes_is_read_as_it_reads_it(tmp_path_factory, values
 @pytest.mark.weights
 def test_the_default_generator_is_read_as_the_library_reads_it(generator_weights):
     theirs = GGUFReader(generator_weights)
-    metadata, tensors = checkpoint.read_gguf(generator_weights)
+    metadata, tensors = tensor_files.read_gguf(generator_weights)
     assert metadata == {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
     assert len(tensors) == len(theirs.tensors)
     last = theirs.tensors[-1]

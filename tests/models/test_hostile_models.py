@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rag.models import checkpoint
+from rag.models import tensor_files
 from rag.models.bert import checkpoint as bert_checkpoint
 from rag.models.llama import checkpoint as llama_checkpoint
 from rag.models.tokenizer import gguf as tokenizer_gguf
-from rag.models.tokenizer.tokenizer import Tokenizer
+from rag.models.tokenizer.gguf import from_metadata
+from rag.models.tokenizer.huggingface import from_folder
 from rag.types import UserError
-from tests import tiny, tiny_encoder
-from tests.fuzz_models import decoder_gguf, metadata_of, write_gguf
+from tests import tiny_models
 from tests.one_sentence import is_one_sentence
+from tests.tiny_models import decoder_gguf, tokenizer_metadata, write_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,13 @@ def test_gguf_metadata_are_compared_with_the_tensors(tmp_path, name):
     assert want in told(llama_checkpoint.load, tmp_path / "model.gguf")
 
 
+def test_a_projection_whose_rows_are_not_whole_heads_is_told(tmp_path):
+    metadata, tensors = decoder_gguf()
+    tensors["blk.0.attn_q.weight"] = tensors["blk.0.attn_q.weight"][:-1]
+    write_gguf(tmp_path / "model.gguf", metadata, tensors)
+    assert "with shape (15, 16)" in told(llama_checkpoint.load, tmp_path / "model.gguf")
+
+
 def test_the_unchanged_gguf_loads(tmp_path):
     write_gguf(tmp_path / "model.gguf", *decoder_gguf())
     model, tokenizer = llama_checkpoint.load(tmp_path / "model.gguf")
@@ -81,13 +89,13 @@ def test_weights_are_finite_numbers(tmp_path, number):
     assert "'blk.1.ffn_up.weight'" in sentence and "finite numbers up to 65504" in sentence
     tensors = {"a": np.array([1, number], np.float32)}
     save_file(tensors, tmp_path / "model.safetensors")
-    assert "'a'" in told(checkpoint.read_safetensors, tmp_path)
+    assert "'a'" in told(tensor_files.read_safetensors, tmp_path)
 
 
 def test_tensors_of_unknown_numbers_are_told(tmp_path):
     header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"1234")
-    assert "'a'" in (sentence := told(checkpoint.read_safetensors, tmp_path))
+    assert "'a'" in (sentence := told(tensor_files.read_safetensors, tmp_path))
     assert "of type F8_E4M3; only F32, F16, BF16, F64 are known" in sentence
 
 
@@ -119,7 +127,7 @@ DECODER = {
 )
 def test_a_decoders_settings_have_types_and_ranges(tmp_path, name, value, want):
     (tmp_path / "m").mkdir()
-    tiny.write_checkpoint(tmp_path / "m")
+    tiny_models.write_decoder(tmp_path / "m")
     change_json(tmp_path / "m" / "config.json", **{name: value})
     assert want in told(llama_checkpoint.load, tmp_path / "m")
 
@@ -142,8 +150,8 @@ ENCODER = {
     ("file", "values", "want"), [(k, *case) for k, cases in ENCODER.items() for case in cases]
 )
 def test_an_encoders_settings_have_types_and_ranges(tmp_path, file, values, want):
-    folder = tiny_encoder.write_checkpoint(tmp_path / "m")
-    tiny_encoder.write_sentence_files(folder, {"pooling_mode": "cls"})
+    folder = tiny_models.write_encoder(tmp_path / "m")
+    tiny_models.write_sentence_files(folder, {"pooling_mode": "cls"})
     (folder / "sentence_bert_config.json").write_text("{}")  # so that the tokenizer's length is asked for
     change_json(folder / file, **values)
     assert want in told(bert_checkpoint.load, folder)
@@ -163,11 +171,11 @@ def test_an_encoders_settings_have_types_and_ranges(tmp_path, file, values, want
 )
 def test_json_that_is_none_is_told(tmp_path, content, want):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
-    assert want in told(checkpoint.read_config, tmp_path)
+    assert want in told(tensor_files.read_config, tmp_path)
 
 
 def test_a_tokenizer_that_fails_at_unknown_words_is_told(tmp_path):
-    folder = tiny_encoder.write_checkpoint(tmp_path / "m")
+    folder = tiny_models.write_encoder(tmp_path / "m")
     values = json.loads((folder / "tokenizer.json").read_text())
     values["model"]["unk_token"] = "[NONE]"
     (folder / "tokenizer.json").write_text(json.dumps(values))
@@ -184,46 +192,46 @@ REAL_PATTERNS = [
 
 @pytest.mark.parametrize("pattern", REAL_PATTERNS)
 def test_patterns_of_real_tokenizers_are_used(tmp_path, pattern):
-    folder = tiny_encoder.write_checkpoint(tmp_path / "m")
+    folder = tiny_models.write_encoder(tmp_path / "m")
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     change_json(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split]})
-    assert Tokenizer.from_folder(folder).encode("seal (on) ice")
+    assert from_folder(folder).encode("seal (on) ice")
 
 
 @pytest.mark.parametrize(
     "pattern", ["(a+)+$", "(a|aa)*$", "(?:[)]a*){2,}b", r"(a)\1", "a" * 5000, r"(\)a+)+"]
 )
 def test_patterns_without_end_are_refused(tmp_path, pattern):
-    folder = tiny_encoder.write_checkpoint(tmp_path / "m")
+    folder = tiny_models.write_encoder(tmp_path / "m")
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     change_json(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split]})
-    assert "may take without end" in told(Tokenizer.from_folder, folder)
+    assert "may take without end" in told(from_folder, folder)
 
 
 def test_texts_that_grow_without_end_are_refused(tmp_path):
-    folder = tiny_encoder.write_checkpoint(tmp_path / "m")
+    folder = tiny_models.write_encoder(tmp_path / "m")
     steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 20}] * 3
     change_json(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
-    assert "makes texts 8,000 times as long" in told(Tokenizer.from_folder, folder)
+    assert "makes texts 8,000 times as long" in told(from_folder, folder)
 
 
 def test_an_emoji_in_escapes_is_text(tmp_path):
     (tmp_path / "config.json").write_text('{"a": "\\ud83e\\udd16"}')
-    assert checkpoint.read_config(tmp_path) == {"a": "\U0001f916"}
+    assert tensor_files.read_config(tmp_path) == {"a": "\U0001f916"}
 
 
-@pytest.mark.parametrize("place", ["../other.safetensors", "/dev/zero", "a\0b"])
-def test_files_outside_of_the_folder_are_not_read(tmp_path, place):
-    index = {"weight_map": {"a": place}}
+@pytest.mark.parametrize("path", ["../other.safetensors", "/dev/zero", "a\0b"])
+def test_files_outside_of_the_folder_are_not_read(tmp_path, path):
+    index = {"weight_map": {"a": path}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "outside of its folder" in told(checkpoint.read_safetensors, tmp_path)
-    folder = tiny_encoder.write_checkpoint(tmp_path / "m")
-    (folder / "modules.json").write_text(json.dumps([{"type": "a.Pooling", "path": place}]))
+    assert "outside of its folder" in told(tensor_files.read_safetensors, tmp_path)
+    folder = tiny_models.write_encoder(tmp_path / "m")
+    (folder / "modules.json").write_text(json.dumps([{"type": "a.Pooling", "path": path}]))
     assert "outside of its own" in told(bert_checkpoint.load, folder)
 
 
 def test_a_classifier_needs_labels(tmp_path):
-    folder = tiny_encoder.write_checkpoint(tmp_path / "m")
+    folder = tiny_models.write_encoder(tmp_path / "m")
     tensors = load_file(folder / "model.safetensors") | {"classifier.weight": np.zeros((0, 16), np.float32)}
     save_file(tensors, folder / "model.safetensors")
     assert "classifier.weight with shape (0, 16)" in told(bert_checkpoint.load_classifier, folder)
@@ -236,7 +244,7 @@ def test_a_classifier_needs_labels(tmp_path):
 def test_tokenizers_metadata_have_types(family, key):
     for value in ({"a": 1}, [[]], 1e300, "\0", 10**30):
         try:
-            Tokenizer.from_gguf(metadata_of(family) | {f"tokenizer.ggml.{key}": value}).encode("hello")
+            from_metadata(tokenizer_metadata(family) | {f"tokenizer.ggml.{key}": value}).encode("hello")
         except UserError as error:
             sentence = str(error)
         else:  # what a family does not ask for may be anything of its type

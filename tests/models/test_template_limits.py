@@ -1,4 +1,4 @@
-"""What a chat template may spend: hostile ones are refused in one sentence, real ones are not held up."""
+"""Limits of chat templates: hostile ones are refused in one sentence, real ones are not slowed down."""
 
 import json
 import resource
@@ -118,5 +118,5 @@ def test_any_template_renders_or_is_refused(parts):
 
 
 def test_the_longest_template_that_is_read():
-    longest = template_tree.LONGEST
+    longest = template_tree.MAX_LENGTH
     assert len(rendered("a" * longest)) == longest

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from rag.models import checkpoint
-from rag.models.tokenizer.tokenizer import TextStream, Tokenizer
+from rag.models.tokenizer import load_tokenizer
+from rag.models.tokenizer.huggingface import from_folder
+from rag.models.tokenizer.tokenizer import Tokenizer
 from rag.types import Message, UserError
-from tests.tiny_tokenizers import BYTES, CHATML, byte_level, sentencepiece, wordpiece
+from tests.tiny_models import BYTES, CHATML, byte_level, sentencepiece, wordpiece
 
 ANY_KIND = pytest.mark.parametrize("make", [byte_level, sentencepiece, wordpiece])
 STREAMING = pytest.mark.parametrize("make", [byte_level, sentencepiece])
@@ -31,9 +32,9 @@ def test_batch_and_truncation(make):
     for ids, cut in zip(
         tokenizer.encode_batch(texts), tokenizer.encode_batch(texts, max_length=5), strict=True
     ):
-        kept = min(len(ids), 5) - around
+        used = min(len(ids), 5) - around
         assert len(cut) == min(len(ids), 5)
-        assert cut[: len(cut) - (around > 1)] == ids[: kept + (around > 0)]
+        assert cut[: len(cut) - (around > 1)] == ids[: used + (around > 0)]
         assert cut[len(cut) - (around > 1) :] == ids[len(ids) - (around > 1) :]
     assert tokenizer.encode_batch([]) == []
     with pytest.raises(UserError, match="max_length=0"):
@@ -50,7 +51,7 @@ def test_spans_are_ordered_and_counted(make, text):
     assert (np.diff(spans, axis=0) >= 0).all()
     assert ((spans[:, 0] <= spans[:, 1]) & (spans[:, 1] <= len(text))).all()
     if tokenizer.spec.kind == "byte_level":
-        assert set(range(len(text))) == {place for start, end in spans for place in range(start, end)}
+        assert set(range(len(text))) == {at for start, end in spans for at in range(start, end)}
 
 
 @ANY_KIND
@@ -118,14 +119,14 @@ def test_stream_equals_decode(make, data):
     tokenizer = make()
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=40))
     for skip in (True, False):
-        stream = TextStream(tokenizer, skip_special=skip)
+        stream = tokenizer.text_stream(skip_special=skip)
         assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids, skip_special=skip)
 
 
 @given(st.text(max_size=30))
 def test_stream_gives_whole_characters(text):
     tokenizer = byte_level()
-    stream = TextStream(tokenizer)
+    stream = tokenizer.text_stream()
     pieces = [stream.push(index) for index in tokenizer.encode(text)]
     assert "".join(pieces) == text
     assert "\ufffd" not in "".join(pieces) or "\ufffd" in text
@@ -136,7 +137,7 @@ def test_stream_gives_whole_characters(text):
 def test_stream_waits_for_a_character(make):
     tokenizer = make()
     ids = tokenizer.encode("\U0001f916", special=False)[-4:]
-    stream = TextStream(tokenizer)
+    stream = tokenizer.text_stream()
     assert [stream.push(index) for index in ids] == ["", "", "", "\U0001f916"]
     assert [stream.push(index) for index in ids[:2]] == ["", ""]
     assert stream.finish() == "\ufffd"
@@ -145,7 +146,7 @@ def test_stream_waits_for_a_character(make):
 def test_stream_keeps_no_history():
     """Work a token does not grow with the text: what waits is never more than one character."""
     tokenizer = byte_level()
-    stream = TextStream(tokenizer)
+    stream = tokenizer.text_stream()
     broken = tokenizer.encode("\u00e9")[0]  # the first byte of two, again and again
     pieces = [stream.push(broken) for _ in range(1000)]
     assert "".join(pieces) == "\ufffd" * 999
@@ -154,13 +155,13 @@ def test_stream_keeps_no_history():
 
 def test_stream_strips_one_first_space():
     tokenizer = sentencepiece()
-    stream = TextStream(tokenizer)
+    stream = tokenizer.text_stream()
     assert [stream.push(index) for index in tokenizer.encode(" a a")] == ["", "", " a", " a"]
 
 
 def test_encoders_do_not_stream():
     with pytest.raises(UserError, match="wordpiece"):
-        TextStream(wordpiece())
+        wordpiece().text_stream()
 
 
 # --- Hugging Face folders -----------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def huggingface_folder(folder: Path, config: dict, **files: dict) -> Path:
 def test_folder_special_tokens(tmp_path):
     config = {"bos_token": {"content": "<s>"}, "pad_token": None, "chat_template": CHATML}
     maps = {"special_tokens_map": {"eos_token": "</s>"}, "generation_config": {"eos_token_id": [1, 7]}}
-    tokenizer = Tokenizer.from_folder(huggingface_folder(tmp_path, config, **maps))
+    tokenizer = from_folder(huggingface_folder(tmp_path, config, **maps))
     assert (tokenizer.bos_id, tokenizer.spec.pad_id) == (0, None)
     assert tokenizer.spec.eos_ids == (1, 7, len(BYTES) + 2)
     assert tokenizer.spec.chat_template == CHATML
@@ -196,18 +197,18 @@ def test_folder_special_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["list", "file"])
-def test_folder_chat_template_places(tmp_path, where):
+def test_folder_chat_template_files(tmp_path, where):
     named = [{"name": "tool", "template": "no"}, {"name": "default", "template": "yes"}]
     folder = huggingface_folder(tmp_path, {"chat_template": named if where == "list" else "no"})
     if where == "file":
         (folder / "chat_template.jinja").write_text("yes")
-    assert Tokenizer.from_folder(folder).spec.chat_template == "yes"
+    assert from_folder(folder).spec.chat_template == "yes"
 
 
 def test_folder_sentencepiece_decoder(tmp_path):
     sentencepiece()._core.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = from_folder(tmp_path)
     assert (tokenizer.spec.kind, tokenizer.spec.strips_space) == ("sentencepiece", True)
     assert tokenizer.decode(tokenizer.encode("abc \u00e9")) == "abc \u00e9"
 
@@ -216,7 +217,7 @@ def test_folder_metaspace_decoder(tmp_path):
     core = tokenizers.Tokenizer(models.BPE({"\u2581a": 0, "a": 1}, [], unk_token=None))
     core.decoder = decoders.Metaspace(prepend_scheme="never")
     core.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = from_folder(tmp_path)
     assert tokenizer.decode([0, 1, 0]) == " aa a"
 
 
@@ -225,7 +226,7 @@ def test_folder_without_a_tokenizer(tmp_path, content, message):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        Tokenizer.from_folder(tmp_path)
+        from_folder(tmp_path)
 
 
 def test_folder_with_a_damaged_config(tmp_path):
@@ -233,7 +234,7 @@ def test_folder_with_a_damaged_config(tmp_path):
     for content in ("{", "[]"):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(UserError, match=r"tokenizer_config\.json"):
-            Tokenizer.from_folder(tmp_path)
+            from_folder(tmp_path)
 
 
 # --- conversations in pieces
@@ -294,8 +295,7 @@ SPECIAL = ("<|im_start|>", "<|im_end|>")
 
 @pytest.mark.weights
 def test_default_generator_equals_llama_cpp(generator_weights):
-    metadata, _ = checkpoint.read_gguf(generator_weights)
-    tokenizer = Tokenizer.from_gguf(metadata)
+    tokenizer = load_tokenizer(generator_weights)
     rows = json.loads((Path(__file__).parents[1] / "goldens" / "tokenizer_smollm.json").read_text())
     assert len(rows) == 60
     for row in rows:
@@ -312,7 +312,7 @@ def test_default_generator_equals_llama_cpp(generator_weights):
 
 @pytest.mark.weights
 def test_default_embedder_tokenizer(embedder_weights):
-    tokenizer = Tokenizer.from_folder(embedder_weights)
+    tokenizer = from_folder(embedder_weights)
     assert tokenizer.encode("Hello, world") == [101, 7592, 1010, 2088, 102]
     assert len(tokenizer.encode("word " * 300)) == 302  # the file's own padding and truncation to 128 are off
     assert (tokenizer.vocab_size, tokenizer.spec.pad_id) == (30522, 0)

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from rag.models.tokenizer.tokenizer import Tokenizer
+from rag.models.tokenizer.gguf import from_metadata
 from rag.types import UserError
 from tests import reference
-from tests.tiny_tokenizers import (
+from tests.tiny_models import (
     BPE_TOKENS,
     MERGES,
     NORMAL,
@@ -16,7 +16,7 @@ from tests.tiny_tokenizers import (
     SPM_WORDS,
     WORD_TOKENS,
     byte_level,
-    gguf,
+    gguf_metadata,
     sentencepiece,
     texts_of,
     wordpiece,
@@ -76,9 +76,9 @@ def test_deepseek_letters():
 def test_llama3_takes_whole_words_first():
     typed = [*BPE_TOKENS, ("in1", NORMAL), ("ello", NORMAL)]
     values = {"merges": MERGES, "bos_token_id": 1, "eos_token_id": 2}
-    tokenizer = Tokenizer.from_gguf(gguf("gpt2", typed, pre="llama-bpe", **values))
+    tokenizer = from_metadata(gguf_metadata("gpt2", typed, pre="llama-bpe", **values))
     assert texts_of(tokenizer, tokenizer.encode("ello")) == ["<|im_start|>", "ello"]  # BOS by default
-    plain = Tokenizer.from_gguf(gguf("gpt2", typed, pre="gpt-2", **values))
+    plain = from_metadata(gguf_metadata("gpt2", typed, pre="gpt-2", **values))
     assert texts_of(plain, plain.encode("ello")) == ["e", "ll", "o"]
 
 
@@ -102,8 +102,8 @@ def test_special_tokens_around_and_inside():
 
 def test_end_tokens_from_metadata_and_names():
     typed = [*BPE_TOKENS, ("<turn>", NORMAL), ("<|eot_id|>", NORMAL)]
-    tokenizer = Tokenizer.from_gguf(
-        gguf("gpt2", typed, pre="gpt-2", merges=MERGES, eos_token_id=2, eot_token_id=len(BPE_TOKENS))
+    tokenizer = from_metadata(
+        gguf_metadata("gpt2", typed, pre="gpt-2", merges=MERGES, eos_token_id=2, eot_token_id=len(BPE_TOKENS))
     )
     assert tokenizer.eos_ids == {0, 2, len(BPE_TOKENS), len(BPE_TOKENS) + 1}
     assert len(typed) - 1 not in tokenizer.encode("<|eot_id|>")  # special, although the file says ordinary
@@ -176,7 +176,7 @@ def test_sentencepiece_without_prefix():
 
 def test_sentencepiece_needs_scores():
     with pytest.raises(UserError, match="scores"):
-        Tokenizer.from_gguf(gguf("llama", SPM_TOKENS))
+        from_metadata(gguf_metadata("llama", SPM_TOKENS))
 
 
 # --- WordPiece ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every implementation of attention against a float64 oracle, forward and backward, through the one door."""
+"""Every implementation of attention against a float64 oracle, forward and backward, and what programs hold."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -7,24 +7,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rag import native
 from rag.bench.timing import compiled_temp_bytes
+from rag.models.layers import quantize_weights
+from rag.models.llama import model as llama
 from rag.ops.attention import IMPLEMENTATIONS, attention
-from rag.ops.attention.flash import Blocks, _exp2
+from rag.ops.attention.options import BlockSizes
+from rag.ops.attention.tiles import exp2
 from tests.reference import attention_oracle, attention_tolerance
+from tests.tiny_models import tiny_decoder
 
-SMALL = Blocks(8, 16)  # many blocks at the lengths of a fast test
+SMALL = BlockSizes(8, 16)  # many blocks at the lengths of a fast test
 
-needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler, or no CPU backend")
-LINEAR = ["flash", pytest.param("native", marks=needs_native)]  # in linear memory
+
+def refusal(implementation: str | None, *qkv: jax.Array, return_lse: bool) -> str | None:
+    """Return why the implementation does not support these arrays."""
+    return implementation and IMPLEMENTATIONS[implementation].unsupported(*qkv, return_lse)
+
+
+_float32 = jnp.zeros((1, 1, 1, 32))
+LINEAR = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=str(reason)))
+    for name, implementation in IMPLEMENTATIONS.items()
+    if implementation.linear_memory
+    for reason in [refusal(name, _float32, _float32, _float32, return_lse=True)]
+]
 
 
 @pytest.fixture(params=[True, False], ids=["native", "xla"])
 def with_native(request, monkeypatch):
-    """The door's own choice, with and without native code to choose."""
+    """Run with and without native code to choose from."""
     if not request.param:
         monkeypatch.setattr(native, "available", lambda: False)
     jax.clear_caches()
@@ -34,7 +50,7 @@ def with_native(request, monkeypatch):
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes, and the options that go to the door and to the oracle alike."""
+    """Shapes, and the options that go to attention and to the oracle alike."""
 
     b: int = 2
     h: int = 4
@@ -50,11 +66,11 @@ def ints(*values: int) -> np.ndarray:
 
 
 def packed(*rows: str) -> np.ndarray:
-    """Segment ids from text: a digit is an id, '-' is padding."""
+    """Return segment ids from text: a digit is an id, '-' is padding."""
     return np.array([[-1 if c == "-" else int(c) for c in row] for row in rows], np.int32)
 
 
-# Extents are traced: cases of one shape and the same static options share one compiled program.
+# Mask arguments are traced: cases of one shape and the same static options share one compiled program.
 CAUSAL = {"causal": True}
 WINDOW = {"window": 6}
 BOTH = CAUSAL | {"window": 19}
@@ -104,7 +120,7 @@ FORWARD_ONLY = ("scattered", "scattered window", "window of one", "packed causal
 
 
 def inputs(case: Case, dtype: str = "float32") -> list[jax.Array]:
-    """q, k, v, and the cotangents of the output and of the log-sum-exp."""
+    """Return q, k, v, and the cotangents of the output and of the log-sum-exp."""
     draw = np.random.default_rng(0).standard_normal
     q, kv = (case.b, case.h, case.t, case.d), (case.b, case.k, case.s, case.d)
     arrays = [jnp.asarray(draw(shape), dtype) for shape in (q, kv, kv, q, q[:3])]
@@ -133,13 +149,13 @@ def check(
     implementation: str | None,
     dtype: str = "float32",
     gradients: bool = True,
-    blocks: Blocks | None = SMALL,
+    blocks: BlockSizes | None = SMALL,
 ) -> None:
-    """Output, log-sum-exp where there is one, and all gradients of one case."""
-    with_lse = implementation != "xla"
-    if implementation == "native" and not native.available():
-        pytest.skip("no C++ compiler, or no CPU backend")
+    """Check output, log-sum-exp if there is one, and all gradients of one case; skip what is not supported."""
     *qkv, dout, dlse = inputs(case, dtype)
+    with_lse = not refusal(implementation, *qkv, return_lse=True)
+    if reason := refusal(implementation, *qkv, return_lse=False):
+        pytest.skip(reason)
     want = attention_oracle(*qkv, dout=dout, dlse=dlse if with_lse else None, **case.options)
     options = {"q_offset": jnp.zeros(case.b, int)} if "q_positions" not in case.options else {}
     options |= {"kv_length": jnp.full(case.b, case.s)} | case.options
@@ -170,7 +186,7 @@ def test_float32(implementation, name):
 
 
 @pytest.mark.parametrize("name", ["offset by row", "128 wide", "everything"])
-@pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if i != "native"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16(implementation, name):
     check(
         CASES[name], implementation, "bfloat16", gradients=implementation == "flash" and name != "everything"
@@ -178,10 +194,10 @@ def test_bfloat16(implementation, name):
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 3])
-def test_pairs_in_turns(pairs):
+def test_some_pairs_at_a_time(pairs):
     """Any number of kv heads at a time gives the same; 3 does not divide the 4 and falls back to all."""
     case = CASES["causal padding"]
-    check(case, "flash", gradients=pairs < 3, blocks=Blocks(8, 16, pairs))
+    check(case, "flash", gradients=pairs < 3, blocks=BlockSizes(8, 16, pairs))
 
 
 @pytest.mark.usefixtures("with_native")
@@ -195,7 +211,7 @@ def test_best_for_a_cache(length):
 @pytest.mark.usefixtures("with_native")
 @pytest.mark.parametrize(("tokens", "keys"), [(4, 200), (17, 600), (90, 700)])
 def test_best_for_scattered_tokens(tokens, keys):
-    """A few tokens of a prompt, computed anew in front of the whole cache."""
+    """A few tokens of a prompt are recomputed and attend to the whole cache."""
     at = np.random.default_rng(1).permuted(np.tile(np.arange(keys), (2, 1)), axis=1)[:, :tokens]
     options = CAUSAL | {"q_positions": at, "kv_length": ints(keys, keys - 50)}
     check(Case(h=3, k=1, t=tokens, s=keys, d=16, options=options), None, gradients=False, blocks=None)
@@ -233,8 +249,8 @@ def test_unrolled_blocks_take_every_option():
     sort=st.booleans(),
 )
 @pytest.mark.parametrize("implementation", LINEAR)
-def test_any_extent(implementation, lengths, offsets, ids, sort):
-    """Whatever the lengths, offsets and segments, no block that is seen is skipped."""
+def test_any_mask_arguments(implementation, lengths, offsets, ids, sort):
+    """Whatever the lengths, offsets and segments, no visible block is skipped."""
     options = BOTH | {"kv_length": ints(*lengths), "q_offset": ints(*offsets)}
     segments = {"q_segments": packed("0" * 20, "0" * 20), "kv_segments": packed("0" * 45, "0" * 45)}
     segments["q_segments"][0], segments["kv_segments"][0] = ids[:20], sorted(ids) if sort else ids
@@ -243,7 +259,7 @@ def test_any_extent(implementation, lengths, offsets, ids, sort):
 
 @pytest.mark.parametrize("implementation", LINEAR)
 def test_decode_equals_prefill(implementation):
-    """Queries one by one behind a cache whose rest holds garbage give what they gave together."""
+    """Queries one by one, with a cache whose unused slots hold garbage, give the same as all together."""
     q, k, v, *_ = inputs(Case(t=10, s=10))
     together = attention(q, k, v, causal=True, implementation="reference")
     garbage = jnp.full((2, 2, 22, 32), 1e9)
@@ -286,10 +302,10 @@ def test_lengths_past_the_keys_and_of_other_integers():
 def test_exponential():
     """2^x to 4e-7 relative, and exactly 0 and 1 where the softmax relies on it."""
     x = np.concatenate([-np.linspace(0, 125, 40_001), [0.0]]).astype(np.float32)
-    got = np.asarray(jax.jit(_exp2)(x), np.float64)
+    got = np.asarray(jax.jit(exp2)(x), np.float64)
     np.testing.assert_allclose(got, np.exp2(x.astype(np.float64)), rtol=4e-7)
     assert got[-1] == 1.0
-    assert not np.any(jax.jit(_exp2)(jnp.array([-127.0, -1e3, -1e30])))
+    assert not np.any(jax.jit(exp2)(jnp.array([-127.0, -1e3, -1e30])))
 
 
 def test_flash_memory():
@@ -331,3 +347,46 @@ def test_offset_or_positions():
     q, k, v, *_ = inputs(Case())
     with pytest.raises(ValueError, match="not both"):
         attention(q, k, v, q_offset=jnp.zeros(2, int), q_positions=jnp.asarray(SCATTERED["q_positions"]))
+
+
+# --- the platform that a program is lowered for
+
+
+def lowered_for(platform: str, function, *arguments) -> str:
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 300])
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+def test_attention_for_an_accelerator_calls_no_native_code(platform, tokens):
+    q, k, v, *_ = inputs(Case(t=tokens, s=300))
+
+    def both_directions(q, k, v):
+        out, backward = jax.vjp(partial(attention, causal=True), q, k, v)
+        return out, backward(out)
+
+    assert "rag_" not in lowered_for(platform, both_directions, q, k, v)
+    native_on_cpu = tokens > 8 and native.available()
+    assert ("rag_attention" in lowered_for("cpu", both_directions, q, k, v)) == native_on_cpu
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_decoder_for_an_accelerator_calls_no_native_code(int8):
+    model = quantize_weights(tiny_decoder()) if int8 else tiny_decoder()
+    for _, layer in nnx.iter_modules(model):
+        if hasattr(layer, "scale") and hasattr(layer, "native"):
+            layer.native = int8 and native.available()
+    tokens = jnp.ones((2, 20), jnp.int32)
+    text = lowered_for("cuda", llama.forward, model, tokens, jnp.zeros(2, jnp.int32))
+    assert "rag_" not in text
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler, or no CPU backend")
+def test_native_code_that_was_asked_for_cannot_be_lowered_for_an_accelerator():
+    q, k, v, *_ = inputs(Case())
+    with pytest.raises(NotImplementedError, match="cuda"):
+        lowered_for("cuda", partial(attention, implementation="native"), q, k, v)
+    model = quantize_weights(tiny_decoder())
+    llama.use_native(model)
+    with pytest.raises(NotImplementedError, match="cuda"):
+        lowered_for("cuda", llama.forward, model, jnp.ones((2, 4), jnp.int32), jnp.zeros(2, jnp.int32))

@@ -1,10 +1,11 @@
-"""Int8 weights: what rounding loses, that digits lose nothing more, and that the compiled program is the fast one."""
+"""Int8 weights: the error of rounding, that digits add none, and that the compiled program is the fast one."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rag import native
 from rag.ops import linear as module
 from rag.ops.linear import linear, quantize
 
@@ -84,3 +85,12 @@ def test_few_rows_compile_to_int8_products_and_no_converted_weight(weight, rows,
     assert f"s32[{2 * rows if rows <= 32 else rows},{OUTPUTS}]" in text
     assert f"f32[{OUTPUTS},{WIDTH}]" not in text
     module._multiplies.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [1, 20, 200])
+def test_a_product_for_an_accelerator_calls_no_native_code(weight, rows):
+    values, scale = quantize(weight)
+    program = jax.jit(lambda x: linear(x, values, None, scale, by_native=native.available()))
+    traced = program.trace(rows_of(rows))
+    assert "rag_linear" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("rag_linear" in traced.lower(lowering_platforms=("cpu",)).as_text()) == native.available()

@@ -1,4 +1,4 @@
-"""Choosing the k best: the order and its ties against a stable sort, and XLA's fast path in the compiled text."""
+"""Selecting the k highest: the order and its ties against a stable sort, and XLA's fast path in the compiled text."""
 
 import re
 from functools import partial
@@ -42,7 +42,7 @@ def test_zeros_of_both_signs_tie():
     np.testing.assert_array_equal(jax.jit(partial(top_k, k=4))(scores)[1], [1, 2, 3, 4])
     many = jnp.tile(scores, 200)
     zeros = np.flatnonzero(np.asarray(many) == 0)
-    best = jax.jit(partial(two_level_top_k, k=9))(many, jnp.asarray(len(many)))
+    best = jax.jit(partial(two_level_top_k, k=9))(many)
     np.testing.assert_array_equal(best[1], zeros[:9])
 
 
@@ -51,35 +51,19 @@ def test_infinities_are_scores():
     np.testing.assert_array_equal(top_k(scores, 4)[1], [1, 2, 0, 3])
 
 
-@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 63, 64, 65, 640, 645, 4001])
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 63, 64, 65, 640, 645, 1279, 1280, 1281, 1287, 4001])
 @pytest.mark.parametrize("k", [1, 3, 10])
 def test_two_levels_are_a_stable_sort(n, k):
     k = min(k, n)
     scores = _many_ties(4, n)
-    found = jax.vmap(partial(two_level_top_k, k=k), in_axes=(0, None))(scores, jnp.asarray(n))
+    found = jax.vmap(partial(two_level_top_k, k=k))(scores)
     _assert_same(found, top_k_oracle(scores, k))
-
-
-@pytest.mark.parametrize("rubbish", [99.0, np.nan, np.inf, -np.inf])
-def test_only_live_scores_count(rubbish):
-    """One program for every live length, at and around the borders of groups."""
-    n, k, group = 1287, 5, 16
-    scores = _many_ties(2, n)
-    search = jax.jit(jax.vmap(partial(two_level_top_k, k=k), in_axes=(0, None)))
-    for live in (0, 1, 4, 5, group - 1, group, group + 1, 3 * group, 20 * group + 3, n - 7, n - 1, n):
-        best, ids = search(
-            np.where(np.arange(n) < live, scores, rubbish).astype(np.float32), jnp.asarray(live)
-        )
-        found = min(k, live)
-        _assert_same((best[:, :found], ids[:, :found]), top_k_oracle(scores[:, :live], found))
-        assert np.all(np.asarray(best)[:, found:] == -np.inf)
-    assert search._cache_size() == 1
 
 
 def test_the_best_may_all_be_in_one_group():
     scores = np.zeros(4096, np.float32)
     scores[2048:2064] = np.arange(16)
-    _, ids = two_level_top_k(jnp.asarray(scores), jnp.asarray(len(scores)), 10)
+    _, ids = two_level_top_k(jnp.asarray(scores), 10)
     np.testing.assert_array_equal(ids, 2063 - np.arange(10))
 
 
@@ -87,13 +71,13 @@ def test_the_best_may_all_be_in_one_group():
 
 
 def topk_operands(text: str) -> list[str]:
-    """The types of what XLA's TopK works on, such as f32[8,6250]: its arguments are named, then defined."""
+    """Return the types of the operands of XLA's TopK, such as f32[8,6250]: its arguments are named, then defined."""
     names = re.findall(r"custom-call\(%?([\w.-]+)\), custom_call_target=\"TopK\"", text)
     return [re.search(rf"%?{re.escape(name)} = (\w+\[[\d,]*\])", text)[1] for name in names]
 
 
 def sorted_lengths(text: str) -> list[int]:
-    """The longest dimension of everything that the program sorts."""
+    """Return the longest dimension of everything that the program sorts."""
     shapes = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? sort\(", text)
     return [max(map(int, shape.split(","))) for shape in shapes]
 
@@ -101,7 +85,7 @@ def sorted_lengths(text: str) -> list[int]:
 @on_cpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 def test_top_k_never_becomes_a_sort(dtype):
-    """XLA finds the best of float32 only, and unfenced slices of what it finds make it sort everything."""
+    """XLA selects quickly in float32 only, and slices of the result without a barrier make it sort everything."""
 
     def sliced(scores):
         best, ids = jax.vmap(partial(top_k, k=100))(scores)
@@ -113,7 +97,7 @@ def test_top_k_never_becomes_a_sort(dtype):
 
 
 @on_cpu
-def test_the_unfenced_form_is_what_the_test_above_would_catch():
+def test_without_a_barrier_the_test_above_would_fail():
     def sliced(scores):
         best, ids = jax.lax.top_k(scores, 100)
         return best[:, -1], ids[:, :10]
@@ -124,7 +108,7 @@ def test_the_unfenced_form_is_what_the_test_above_would_catch():
 
 @on_cpu
 def test_two_levels_sort_group_numbers_only():
-    search = jax.vmap(partial(two_level_top_k, k=10), in_axes=(0, None))
-    text = jax.jit(search).lower(jnp.zeros((8, 64000)), jnp.asarray(1)).compile().as_text()
+    search = jax.vmap(partial(two_level_top_k, k=10))
+    text = jax.jit(search).lower(jnp.zeros((8, 64000))).compile().as_text()
     assert topk_operands(text) == ["f32[8,1000]", "f32[8,704]"]  # maxima of 64 scores each, 11 groups
     assert max(sorted_lengths(text)) == 10

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import report as script
 import yaml
-from launch import CONF, quote
+from launch import CONF
 from PIL import Image
+from quoting import quote
 
 from rag.report import compose, leaderboard, plots, results
 from rag.report import page as pages
@@ -61,7 +62,7 @@ def column(values: np.ndarray, queries: range | None = None) -> dict[str, float]
     return {f"q{q}": float(value) for q, value in zip(queries or range(len(values)), values, strict=True)}
 
 
-def ledger(p50: float | None, **more) -> dict:
+def costs(p50: float | None, **more) -> dict:
     environment = {"commit": "abc123", "cpu": "Abacus 9", "versions": {"jax": "0.10.2"}, "date": "2026-01-02"}
     stages = {"embed": {"seconds": 1.5, "items": 40, "reused": 30}}
     return {"stages": stages, "query_p50_s": p50, "environment": environment, **more}
@@ -88,7 +89,7 @@ def home(tmp_path_factory) -> Path:
             f"retriever={name},k=10",
             scores,
             config=config,
-            ledger=ledger(0.004 * 3**place),
+            costs=costs(0.004 * 3**place),
             **more,
         )
     sample = range(0, 60, 3)
@@ -101,19 +102,19 @@ def home(tmp_path_factory) -> Path:
 
 
 def better(scores: dict, values: np.ndarray) -> dict:
-    """What the better system's folder holds beside its scores: answers, losses, tuning, a warning."""
+    """What the better system's folder holds beside its scores: answers, an error breakdown, tuning, a warning."""
     scores["retrieved/F1"], scores["closed_book/F1"] = column(values / 3), column(values / 9)
-    losses = {"retrieval miss": 0.25, "truncation": -0.05, "distraction": 0.1, "reader": 0.4}
+    errors = {"retrieval miss": 0.25, "truncation": -0.05, "distraction": 0.1, "reader": 0.4}
     fold = {"parameters": {"weight": 0.7}, "train": 0.5123, "test": 0.4987, "queries": 30}
     return {
         "warnings": ["Only few queries were asked."],
-        "losses": {
+        "error_breakdown": {
             "measure": "F1",
             "n": 60,
             "ceiling": 1.0,
             "scores": {"retrieved": 0.3, "oracle": 0.6},
-            "losses": losses,
-            "intervals": {cause: [loss - 0.02, loss + 0.02] for cause, loss in losses.items()},
+            "errors": errors,
+            "intervals": {cause: [error - 0.02, error + 0.02] for cause, error in errors.items()},
         },
         "tuning": {
             "family": "convex",
@@ -219,7 +220,7 @@ def test_a_sample_joins_the_set_that_has_its_queries_and_no_other(tmp_path):
         save(tmp_path / name, f"r={name}", scores, dataset={"limit": len(part), "fingerprint": name})
     save(tmp_path / "c", "r=c", {"MAP": whole}, dataset={"fingerprint": "c"})
     save(tmp_path / "d", "r=d", {"MAP": whole}, dataset={"fingerprint": "d"})
-    found = leaderboard.standings(results.read([tmp_path])[0])
+    found = leaderboard.leaderboards(results.read([tmp_path])[0])
     assert [{run.label for run in table.runs} for table in found] == [{"r=a", "r=c"}, {"r=b"}, {"r=d"}]
     assert len({table.dataset for table in found}) == 3
 
@@ -249,14 +250,14 @@ def test_further_tables_show_what_the_files_hold(blocks):
     assert measures["difference"] == "+0.0500 ▲"
     answers = {row[1]: row[2] for row in found["Answers"].rows}
     assert set(answers) == {"retrieved", "closed book"}
-    lost = rows_of(found["Where quality is lost: F1"])["better, k=10"]
+    lost = rows_of(found["Error breakdown: F1"])["better, k=10"]
     assert lost["lost: retrieval miss"] == "0.2500 [0.2300, 0.2700]"
     assert lost["lost: truncation"] == "-0.0500 [-0.0700, -0.0300]"
     assert lost["F1, oracle"] == "0.6000"
     tuned = rows_of(found["Tuning"])["better, k=10"]
     assert (tuned["nested"], tuned["naive"], tuned["optimism"]) == ("0.4987", "0.5201", "+0.0214")
     assert tuned["naive choice"] == "weight=0.75"
-    assert rows_of(found["Cost"])["base, k=10"]["kept from earlier runs"] == "embed 30 of 40"
+    assert rows_of(found["Cost"])["base, k=10"]["cached from earlier runs"] == "embed 30 of 40"
     environment = dict(found["How this was measured"].rows)
     assert environment == {
         "commit": "abc123",
@@ -269,7 +270,7 @@ def test_further_tables_show_what_the_files_hold(blocks):
 
 
 def test_settings_that_differ_are_shown_and_others_not(blocks):
-    table = tables(blocks)["What separates the rows"]
+    table = tables(blocks)["Settings that differ"]
     assert list(table.header) == ["#", "label", "prompt", "retriever._target_"]
     cells = {row[1]: row[2:] for row in table.rows}
     prompt, target = cells["retriever=better,k=10"]
@@ -337,7 +338,7 @@ def test_pictures_are_drawn(output):
         "intervals",
         "pareto",
         "queries",
-        "losses-f1",
+        "error-breakdown-f1",
     }
     for path in found:
         pixels = np.asarray(Image.open(path).convert("L"), float)
@@ -366,7 +367,7 @@ def test_marks_are_escaped_in_markdown(text):
 
 
 def mark(label: str, mean: float, seconds: float, **more) -> Mark:
-    return Mark(label, mean, mean - 0.01, mean + 0.01, more.pop("standing", "open"), seconds, **more)
+    return Mark(label, mean, mean - 0.01, mean + 0.01, more.pop("significance", "open"), seconds, **more)
 
 
 def test_the_front_is_of_those_that_none_beats():
@@ -399,14 +400,14 @@ def test_no_state_of_pyplot_is_touched():
 
 @pytest.mark.parametrize("wanted", ["retriever=better,k=10", "better, k=10", "better", "bett", "1"])
 def test_a_baseline_goes_by_label_name_folder_or_part(runs, wanted):
-    first = leaderboard.standings(runs, wanted)[0]
+    first = leaderboard.leaderboards(runs, wanted)[0]
     assert first.baseline.label == "retriever=better,k=10"
     assert first.comparison(first.baseline) is None
 
 
 def test_a_baseline_goes_by_path_and_is_the_first_run_otherwise(home, runs):
-    assert leaderboard.standings(runs, str(home / "2"))[0].baseline.label == "retriever=worse,k=10"
-    assert leaderboard.standings(runs)[0].baseline.label == "retriever=base,k=10"
+    assert leaderboard.leaderboards(runs, str(home / "2"))[0].baseline.label == "retriever=worse,k=10"
+    assert leaderboard.leaderboards(runs)[0].baseline.label == "retriever=base,k=10"
 
 
 @pytest.mark.parametrize(
@@ -421,14 +422,14 @@ def test_a_baseline_goes_by_path_and_is_the_first_run_otherwise(home, runs):
 )
 def test_a_baseline_that_is_none_or_several_is_refused(runs, wanted, sentence):
     with pytest.raises(UserError, match=sentence):
-        leaderboard.standings(runs, wanted)
+        leaderboard.leaderboards(runs, wanted)
 
 
 def test_the_main_measure_can_be_chosen_and_must_be_there(runs):
     runs = runs[:4]
-    assert leaderboard.standings(runs, measure="MAP")[0].measure == "MAP"
+    assert leaderboard.leaderboards(runs, measure="MAP")[0].measure == "MAP"
     with pytest.raises(UserError, match=r"No run on seals has measure=P@1: choose one of nDCG@10, MAP"):
-        leaderboard.standings(runs, measure="P@1")
+        leaderboard.leaderboards(runs, measure="P@1")
 
 
 @pytest.mark.parametrize(
@@ -448,7 +449,7 @@ def test_the_main_measure_can_be_chosen_and_must_be_there(runs):
 def test_names_are_what_tells_labels_apart(tmp_path, labels, names):
     for number, label in enumerate(labels):
         save(tmp_path / str(number), label, {"MAP": {"1": 0.5, "2": 0.25}})
-    table = leaderboard.standings(results.read([tmp_path])[0])[0]
+    table = leaderboard.leaderboards(results.read([tmp_path])[0])[0]
     assert [table.names[label] for label in labels] == names
 
 
@@ -475,12 +476,12 @@ def test_two_files_by_hand_are_compared(tmp_path):
         rows = [json.dumps({"query": q, "MAP": v}) for q, v in column(values).items()]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     runs, _ = results.read([tmp_path / "old.jsonl", tmp_path / "new.jsonl"])
-    (table,) = leaderboard.standings(runs, "old")
+    (table,) = leaderboard.leaderboards(runs, "old")
     assert [run.label for run in table.runs] == ["new", "old"]
     assert table.runs[1].means["MAP"] == pytest.approx(base.mean(), abs=1e-12)
     low, high = table.runs[1].intervals["MAP"]
     assert low < base.mean() < high
-    assert table.standing(table.runs[0]) == "better"
+    assert table.significance(table.runs[0]) == "better"
     assert table.comparison(table.runs[0]).difference == pytest.approx(0.2, abs=0.01)
 
 
@@ -494,13 +495,13 @@ def test_less_of_a_rate_of_errors_is_better(tmp_path):
     for label, values in careful.items():
         save(tmp_path / label, label, {name: values, "retrieved/abstention recall": values})
     runs, _ = results.read([tmp_path])
-    (table,) = leaderboard.standings(runs, "declines", name)
+    (table,) = leaderboard.leaderboards(runs, "declines", name)
     assert [run.label for run in table.runs] == ["answers", "declines"]
-    assert table.standing(table.runs[0]) == "better"
+    assert table.significance(table.runs[0]) == "better"
     assert table.comparison(table.runs[0]).difference == pytest.approx(-0.75)
-    (other,) = leaderboard.standings(runs, "declines", "retrieved/abstention recall")
+    (other,) = leaderboard.leaderboards(runs, "declines", "retrieved/abstention recall")
     assert [run.label for run in other.runs] == ["declines", "answers"]
-    assert other.standing(other.runs[1]) == "worse"
+    assert other.significance(other.runs[1]) == "worse"
     answered = tables(compose.page(runs, [], "declines", name))["Answers"]
     assert list(answered.header) == [
         "system",
@@ -541,8 +542,8 @@ def test_less_of_a_rate_of_errors_is_better(tmp_path):
         ("per_query.jsonl", '{"query": "a"}', r"per_query\.jsonl names no measure"),
         ("config.yaml", "a: [", r"config\.yaml is not YAML"),
         ("config.yaml", "words", r"config\.yaml holds no settings"),
-        ("costs.json", "{}", r"ledger\.json is not as it should be \(it has no 'stages'\)"),
-        ("losses.json", '{"measure": 3}', r"losses\.json is not as it should be"),
+        ("costs.json", "{}", r"costs\.json is not as it should be \(it has no 'stages'\)"),
+        ("error_breakdown.json", '{"measure": 3}', r"error_breakdown\.json is not as it should be"),
         ("tuning.json", '{"family": "x"}', r"tuning\.json is not as it should be"),
     ],
 )
@@ -555,7 +556,17 @@ def test_a_malformed_file_is_one_sentence_naming_it(tmp_path, name, content, sen
     assert "\n" not in str(raised.value)
 
 
-def test_a_place_without_results_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["ledger.json", "losses.json"])
+def test_a_result_of_an_earlier_version_is_one_sentence(tmp_path, name):
+    folder = save(tmp_path / "run", "x", {"MAP": {"1": 0.5}})
+    (folder / name).write_text("{}")
+    with pytest.raises(
+        UserError, match=f"{folder / name} was written by an earlier version: run that evaluation"
+    ):
+        results.read([tmp_path])
+
+
+def test_a_path_without_results_is_named(tmp_path):
     with pytest.raises(UserError, match=f"No metrics.json and no failure.json is below {tmp_path}"):
         results.read([tmp_path])
     with pytest.raises(UserError, match=f"There is no {tmp_path}/x"):

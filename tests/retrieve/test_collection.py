@@ -16,10 +16,11 @@ from rag.index.lexical.analyzer import Analyzer
 from rag.index.lexical.postings import LexicalIndex
 from rag.index.memory import MemoryIndex
 from rag.index.writer import write_index
+from rag.retrieve.cached import cached_search
 from rag.retrieve.collection import Collection
 from rag.retrieve.search import Dense, Hybrid, Lexical
 from rag.types import Chunk, Document, Hit, chunk_at
-from tests.tiny_store import Stub, make_chunks, make_documents, make_vectors
+from tests.tiny_collections import StubEmbedder, make_chunks, make_documents, make_vectors
 
 
 def dataset(corpus, qrels, evidence=None) -> Dataset:
@@ -43,29 +44,22 @@ def both(request, tmp_path):
     if request.param == "memory":
         return collection(documents, chunks), chunks
     path = tmp_path / "index"
-    write_index(path, documents, chunks, make_vectors(len(chunks)), Stub())
-    return Collection(store.Index.open(path), Stub()), chunks
+    write_index(path, documents, chunks, make_vectors(len(chunks)), StubEmbedder())
+    return Collection(store.Index.open(path), StubEmbedder()), chunks
 
 
 def test_rows_and_spans(both):
     made, chunks = both
-    assert [made.row(chunk) for chunk in chunks] == list(range(len(chunks)))
+    assert made.hits([2, 0], [0.5, 0.25]) == [Hit(chunks[2], 0.5, 2), Hit(chunks[0], 0.25, 0)]
     names = made.index.document_ids()
     spans = made.index.spans()
     assert spans.dtype == np.int64
-    assert [(names[place], start, end) for place, start, end in spans.tolist()] == [
+    assert [(names[document], start, end) for document, start, end in spans.tolist()] == [
         (chunk.document_id, chunk.start, chunk.end) for chunk in chunks
     ]
     for wanted in ([], ["nowhere"], names[:1], [*names[2:4], "nowhere", names[2]], names):
         expected = [row for row, chunk in enumerate(chunks) if chunk.document_id in wanted]
         assert made.rows_of(wanted).tolist() == expected
-
-
-def test_a_chunk_that_is_not_there_has_no_row(both):
-    made, chunks = both
-    for other in (Chunk("x:0-1", "x", "x", 0, 1, "y"), Chunk("z", chunks[0].document_id, "", 1, 9999, "")):
-        with pytest.raises(KeyError):
-            made.row(other)
 
 
 class Counting(store.Index):
@@ -89,7 +83,7 @@ def test_questions_make_no_more_chunks_in_a_larger_index(tmp_path, count):
     index = Counting.open(tmp_path)
     searched = Collection(index, embedder)
     hybrid = Hybrid({"dense": Dense(), "lexical": Lexical(analyzer=Analyzer())}, depth=10)
-    [hits] = searched.search(hybrid, ["seal number 3"], 5)
+    [hits] = cached_search(searched, hybrid, ["seal number 3"], 5)
     assert hits[0].chunk.document_id == "d3"
     given_out = dataset(documents, {"d3": 1, "d9": 2})
     for condition in ("oracle", "random"):
@@ -115,9 +109,10 @@ def test_passages_are_those_of_a_look_at_every_chunk(grades, spans, k, seed):
         return max([0, *(min(e.end, chunk.end) - max(e.start, chunk.start) for e in inside)])
 
     made = collection(documents, chunks)
-    useful = sorted((chunk for chunk in chunks if weight(chunk)), key=lambda chunk: -weight(chunk))[:k]
+    useful = [(row, chunk) for row, chunk in enumerate(chunks) if weight(chunk)]
+    useful = sorted(useful, key=lambda pair: -weight(pair[1]))[:k]
     oracle = passages("oracle", made, data, "q", (), reading)
-    assert oracle == [Hit(chunk, 1.0 - i / len(useful)) for i, chunk in enumerate(useful)]
+    assert oracle == [Hit(chunk, 1.0 - i / len(useful), row) for i, (row, chunk) in enumerate(useful)]
     foreign = [chunk for chunk in chunks if grades.get(chunk.document_id, 0) <= 0]
     drawn = random.Random(f"{seed} q").sample(foreign, min(k, len(foreign)))
     assert [hit.chunk for hit in passages("random", made, data, "q", (), reading)] == drawn

@@ -10,12 +10,13 @@ from rag.embed.bag_of_words import BagOfWords
 from rag.index.fusion import Convex
 from rag.index.memory import MemoryIndex
 from rag.retrieve import Retriever
+from rag.retrieve.cached import cached_search
 from rag.retrieve.collection import Collection
 from rag.retrieve.iterate import Iterative
 from rag.retrieve.search import Dense
 from rag.runtime.memo import Memo
 from rag.types import Chunk, Document, Hit, UserError
-from tests.generate_only import GenerateOnly
+from tests.tiny_models import GenerateOnly
 
 DESIGNED = [
     f"the {colour} lantern was designed by {name}" for colour, name in [("blue", "mira"), ("red", "otto")]
@@ -43,8 +44,8 @@ class Reader(GenerateOnly):
     context_length: int = 1000
     batches: list = field(default_factory=list)
 
-    def generate(self, conversations, sampling, max_new_tokens, seeds, stop) -> list[str]:
-        prompts = [messages[-1].content for messages in conversations]
+    def generate(self, requests) -> list[str]:
+        prompts = [request.messages[-1].content for request in requests]
         self.batches.append(prompts)
         return [self.answer(prompt) for prompt in prompts]
 
@@ -168,7 +169,7 @@ def test_the_searches_are_fused_as_the_fusion_says():
     searches = Dense().search(collection(Reader()), [BLUE, "mira was born in"], 7)
     fusion = Convex("theoretical_min_max")
     arms = [[(TEXTS.index(hit.chunk.text), hit.score) for hit in hits] for hits in searches]
-    wanted = fusion.fuse(arms, (-1.0, -1.0))  # which no cosine is below
+    [wanted] = fusion.fuse_batch([arms], (-1.0, -1.0))  # which no cosine is below
     [hits] = iterative(fusion=fusion, passages=4, max_steps=2).search(collection(Reader()), [BLUE], 7)
     assert [(TEXTS.index(hit.chunk.text), hit.score) for hit in hits] == wanted
 
@@ -184,11 +185,11 @@ def test_no_questions():
     assert iterative().search(collection(Reader()), [], 3) == []
 
 
-def test_results_are_kept(tmp_path):
+def test_results_are_cached(tmp_path):
     first = Reader()
-    found = collection(first, Memo(tmp_path)).search(iterative(), [BLUE, RED], 4)
+    found = cached_search(collection(first, Memo(tmp_path)), iterative(), [BLUE, RED], 4)
     again = Reader()
-    assert collection(again, Memo(tmp_path)).search(iterative(), [BLUE, RED], 4) == found
+    assert cached_search(collection(again, Memo(tmp_path)), iterative(), [BLUE, RED], 4) == found
     assert first.batches
     assert not again.batches
 
@@ -204,24 +205,24 @@ class Mortal(Reader):
 
     batches_left: int = 99
 
-    def generate(self, conversations, sampling, max_new_tokens, seeds, stop) -> list[str]:
+    def generate(self, requests) -> list[str]:
         if not self.batches_left:
             raise KeyboardInterrupt
         self.batches_left -= 1
-        return super().generate(conversations, sampling, max_new_tokens, seeds, stop)
+        return super().generate(requests)
 
 
 def test_what_was_written_before_a_kill_is_not_written_again(tmp_path):
     questions, method = many(40), iterative(passages=4)
-    wanted = collection(Reader()).search(method, questions, 4)
+    wanted = cached_search(collection(Reader()), method, questions, 4)
     whole = Reader()
-    collection(whole, Memo(tmp_path / "whole")).search(method, questions, 4)
+    cached_search(collection(whole, Memo(tmp_path / "whole")), method, questions, 4)
     assert [len(batch) for batch in whole.batches] == [16, 16, 8] * 2
 
     killed, resumed = Mortal(batches_left=4), Reader()
     with pytest.raises(KeyboardInterrupt):
-        collection(killed, Memo(tmp_path / "killed")).search(method, questions, 4)
-    assert collection(resumed, Memo(tmp_path / "killed")).search(method, questions, 4) == wanted
+        cached_search(collection(killed, Memo(tmp_path / "killed")), method, questions, 4)
+    assert cached_search(collection(resumed, Memo(tmp_path / "killed")), method, questions, 4) == wanted
     assert [*killed.batches, *resumed.batches] == whole.batches
 
 
@@ -239,10 +240,10 @@ def test_what_was_written_before_a_kill_is_not_written_again(tmp_path):
         ({"user": "{context}\n\nQuestion: {question}"}, True),
     ],
 )
-def test_what_the_writing_depends_on_has_it_written_anew(tmp_path, options, again):
-    collection(Reader(), Memo(tmp_path)).search(iterative(max_steps=2), [BLUE], 4)
+def test_other_options_of_the_follow_up_write_it_again(tmp_path, options, again):
+    cached_search(collection(Reader(), Memo(tmp_path)), iterative(max_steps=2), [BLUE], 4)
     reader = Reader()
-    collection(reader, Memo(tmp_path)).search(iterative(max_steps=2, **options), [BLUE], 4)
+    cached_search(collection(reader, Memo(tmp_path)), iterative(max_steps=2, **options), [BLUE], 4)
     assert bool(reader.batches) == again
 
 

@@ -1,4 +1,4 @@
-"""Rerankers against the formulas read one pair at a time, and what all of them promise."""
+"""Rerankers against their formulas, one pair at a time, and the invariants of all of them."""
 
 import gc
 import json
@@ -20,16 +20,15 @@ from rag.index.memory import MemoryIndex
 from rag.models.bert import checkpoint as bert_checkpoint
 from rag.models.bert import model as bert
 from rag.retrieve.collection import Collection
-from rag.retrieve.rerank import Reranker, cross_encoder, maxsim
+from rag.retrieve.rerank import Reranker, maxsim
 from rag.retrieve.rerank.cross_encoder import CrossEncoder, label_scores, longest_first
 from rag.retrieve.rerank.likelihood import Likelihood
 from rag.retrieve.rerank.maxsim import MaxSim
 from rag.runtime.cache_key import content_key
 from rag.types import Chunk, Document, Hit, Message, UserError
-from tests import tiny
-from tests.models.test_bert import write_classifier
+from tests import tiny_models
 from tests.reference import ENCODER_TOLERANCE
-from tests.tiny_encoder import write_checkpoint
+from tests.tiny_models import write_classifier, write_encoder
 from tests.typecheck import unchecked
 
 TEXTS = ["a seal eats fish", "fish", "krill drift in swarms " * 12, "a gull nests on a cliff", "", "the seal"]
@@ -45,15 +44,13 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def embedder(tmp_path_factory):
-    return BertEmbedder(
-        str(write_checkpoint(tmp_path_factory.mktemp("encoder") / "tiny")), tokens_per_batch=128
-    )
+    return BertEmbedder(str(write_encoder(tmp_path_factory.mktemp("encoder") / "tiny")), tokens_per_batch=128)
 
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory):
     folder = tmp_path_factory.mktemp("decoder")
-    tiny.write_checkpoint(folder)
+    tiny_models.write_decoder(folder)
     generator = LocalGenerator(str(folder), "float32")
     assert generator.context_length == 512
     return generator
@@ -78,7 +75,7 @@ def collection(embedder, generator):
 
 
 def hits_of(collection, rows) -> list[Hit]:
-    return collection.hits(rows, [1 / (1 + place) for place in range(len(rows))])
+    return collection.hits(rows, [1 / (1 + rank) for rank in range(len(rows))])
 
 
 def everything(collection) -> list[list[Hit]]:
@@ -137,7 +134,7 @@ def test_a_question_is_scored_as_it_is_alone(collection, reranker):
         assert {hit.chunk.text: hit.score for hit in alone} == pytest.approx(expected, abs=1e-4)
 
 
-def test_its_options_are_its_meaning(reranker):
+def test_its_options_are_its_cache_key(reranker):
     assert len(content_key(reranker)) == 64
     assert hash(reranker) == hash(reranker)
     assert set(reranker.uses) <= {"embedder", "generator"}
@@ -215,16 +212,16 @@ def test_the_label_is_an_option(collection, tmp_path):
         CrossEncoder(folder, label=3).rerank(collection, ["seal"], given)
 
 
-def test_the_weights_and_not_their_place_are_the_meaning(collection, tmp_path, classifier):
-    """A changed file in the same place is another reranker, and is read anew."""
-    place = write_classifier(tmp_path / "place", "bert")
-    before = CrossEncoder(str(place))
+def test_the_cache_key_is_of_the_weights_and_not_of_their_path(collection, tmp_path, classifier):
+    """A changed file under the same path is another reranker, and is loaded again."""
+    folder = write_classifier(tmp_path / "folder", "bert")
+    before = CrossEncoder(str(folder))
     assert before.weights == CrossEncoder(str(classifier)).weights
     given = [hits_of(collection, range(3))]
     old = before.rerank(collection, ["seal"], given)
-    config = json.loads((place / "config.json").read_text())
-    (place / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
-    after = CrossEncoder(str(place))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    after = CrossEncoder(str(folder))
     assert content_key(after) != content_key(before)
     assert scores_of(after.rerank(collection, ["seal"], given)) != scores_of(old)
 
@@ -262,7 +259,7 @@ def test_maxsim_is_the_mean_of_the_best_cosines(collection, embedder):
             passage = embedder.token_vectors([text])[0].astype(np.float64)
             if len(passage):
                 expected = sum(max(float(q @ p) for p in passage) for q in query) / len(query)
-                assert score == pytest.approx(expected, abs=5e-4)  # passages are kept in float16
+                assert score == pytest.approx(expected, abs=5e-4)  # passages are cached in float16
             else:
                 assert score == -1.0
 
@@ -293,7 +290,7 @@ def test_maxsim_of_padded_rows():
 
 
 def test_each_passage_is_encoded_once_in_all(embedder, monkeypatch):
-    """Over several calls, as a sweep makes them; and the kept states give the same scores to the bit."""
+    """Over several calls, as a sweep makes them; and the cached vectors give the same scores to the bit."""
     collection, encoded, encode = collection_of(embedder), [], embedder.token_vectors
 
     def spy(texts, *, queries=False):
@@ -316,10 +313,10 @@ def test_each_passage_is_encoded_once_in_all(embedder, monkeypatch):
 def test_kept_token_vectors_are_bounded_and_go_with_the_collection(embedder, monkeypatch):
     collection = collection_of(embedder)
     expected = MaxSim().rerank(collection, QUESTIONS, everything(collection))
-    monkeypatch.setattr(cross_encoder, "_KEPT_BYTES", 3000)
+    monkeypatch.setattr(maxsim, "_CACHE_BYTES", 3000)
     small = collection_of(embedder)
     assert MaxSim().rerank(small, QUESTIONS, everything(small)) == expected
-    assert 0 < sum(vectors.nbytes for vectors in maxsim._kept[small].values()) <= 3000
+    assert 0 < sum(vectors.nbytes for vectors in maxsim._cache[small].values()) <= 3000
     gone = weakref.ref(small)
     del small
     gc.collect()
@@ -349,10 +346,10 @@ class Told:
     def prompt_tokens(self, messages):
         return sum(self.count(message.content) for message in messages)
 
-    def stream(self, messages, sampling, max_new_tokens, seed, stop):
+    def stream(self, request):
         raise NotImplementedError
 
-    def generate(self, conversations, sampling, max_new_tokens, seeds, stop):
+    def generate(self, requests):
         raise NotImplementedError
 
     def log_likelihood(self, pairs):

@@ -1,11 +1,13 @@
 """Query transforms with a scripted model: what small models write, parsed; fallbacks; prompts, seeds and limits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
 from rag.embed.bag_of_words import BagOfWords
+from rag.generate import Request
 from rag.index.memory import MemoryIndex
 from rag.ops.sampling import Sampling
 from rag.retrieve.collection import Collection
@@ -13,10 +15,10 @@ from rag.retrieve.transform import Transform
 from rag.retrieve.transform.decompose import Decompose
 from rag.retrieve.transform.hyde import HyDE
 from rag.retrieve.transform.multi_query import MultiQuery
+from rag.retrieve.transform.parse import distinct, lines, passage, without_echoes
 from rag.retrieve.transform.rewrite import Rewrite
-from rag.retrieve.transform.written import distinct, lines, passage, without_echoes
 from rag.types import Message, UserError
-from tests.generate_only import GenerateOnly
+from tests.tiny_models import GenerateOnly
 
 Q = "Who built the tower of the old castle?"
 REWRITE = Rewrite(user="Rewrite as a search query: {question}")
@@ -33,13 +35,13 @@ class Scripted(GenerateOnly):
     context_length: int = 1000
     asked: list = field(default_factory=list)
 
-    def generate(self, conversations, sampling, max_new_tokens, seeds, stop) -> list[str]:
-        self.asked.append((conversations, sampling, max_new_tokens, seeds, stop))
+    def generate(self, requests: Sequence[Request]) -> list[str]:
+        self.asked.append(requests)
         texts = []
-        for messages, seed in zip(conversations, seeds, strict=True):
-            [question] = [q for q in self.answers if q in messages[-1].content]
+        for request in requests:
+            [question] = [q for q in self.answers if q in request.messages[-1].content]
             answer = self.answers[question]
-            texts.append(answer if isinstance(answer, str) else answer[seed])
+            texts.append(answer if isinstance(answer, str) else answer[request.seed])
         return texts
 
 
@@ -160,7 +162,7 @@ def test_hyde_writes_passages_with_seeds_of_their_own():
     generator = Scripted({Q: ["Ann\nbuilt it.", "Bob built it.", "ann built it"]})
     hyde = HyDE(user=HYDE.user, count=3, temperature=1, seed=0)
     assert hyde.expand(collection_with(generator), [Q]) == [["Ann built it.", "Bob built it."]]
-    assert generator.asked[0][3] == [0, 1, 2]
+    assert [request.seed for request in generator.asked[0]] == [0, 1, 2]
     assert expand(HYDE, "Ann built it.") == ["Ann built it."]
     assert expand(HyDE(user=HYDE.user, include_original=True), "Ann built it.") == [Q, "Ann built it."]
 
@@ -190,10 +192,9 @@ def test_the_prompt_is_filled_literally_and_the_options_reach_the_model():
         seed=4,
     )
     assert transform.expand(collection_with(generator), [question]) == [["placeholder syntax"]]
-    [(conversations, sampling, limit, seeds, stop)] = generator.asked
-    assert conversations == [[Message("system", "You search."), Message("user", f"Query for {question}")]]
-    assert sampling == Sampling(temperature=1.0, top_p=0.5, repetition_penalty=1.5)
-    assert (limit, seeds, stop) == (9, [4], ("\n",))
+    messages = [Message("system", "You search."), Message("user", f"Query for {question}")]
+    sampling = Sampling(temperature=1.0, top_p=0.5, repetition_penalty=1.5)
+    assert generator.asked == [[Request(messages, sampling, 9, 4, ("\n",))]]
 
 
 def test_a_batch_is_asked_at_once_with_the_same_seeds_for_all():
@@ -201,7 +202,7 @@ def test_a_batch_is_asked_at_once_with_the_same_seeds_for_all():
     hyde = HyDE(user="{question}", count=2, temperature=0.5)
     assert hyde.expand(collection_with(generator), ["red", "blue"]) == [["r0", "r1"], ["b0", "b1"]]
     assert len(generator.asked) == 1
-    assert generator.asked[0][3] == [0, 1, 0, 1]
+    assert [request.seed for request in generator.asked[0]] == [0, 1, 0, 1]
 
 
 def test_a_question_beyond_the_models_context_is_searched_as_it_is():
@@ -209,7 +210,7 @@ def test_a_question_beyond_the_models_context_is_searched_as_it_is():
     long = "word " * 200_000
     assert REWRITE.expand(collection_with(generator), [long, "short", long]) == [[long], ["brief"], [long]]
     assert REWRITE.expand(collection_with(generator), [long]) == [[long]]
-    assert [len(asked[0]) for asked in generator.asked] == [1]
+    assert [len(requests) for requests in generator.asked] == [1]
 
 
 def test_no_questions_and_an_empty_question():
@@ -221,7 +222,7 @@ def test_seeds_beyond_the_last_begin_again():
     generator = Scripted({Q: "a passage"})
     last = 2**32 - 1
     HyDE(user="{question}", count=3, temperature=1, seed=last).expand(collection_with(generator), [Q])
-    assert generator.asked[0][3] == [last, 0, 1]
+    assert [request.seed for request in generator.asked[0]] == [last, 0, 1]
 
 
 @pytest.mark.parametrize("transform", [REWRITE, MULTI, HYDE, DECOMPOSE])

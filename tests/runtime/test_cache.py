@@ -1,4 +1,4 @@
-"""The door to the cache: what is whole is used, what is damaged is made again with a notice, and only once."""
+"""The cache uses intact entries, and makes damaged ones again, with a notice and only once."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ class Number(Record):
 
 
 class Making:
-    """Writes an entry of one of three kinds, reads it, and counts how often it was made."""
+    """It writes an entry of one of three kinds, reads it, and counts how often it was made."""
 
     def __init__(self, kind, path):
         self.kind, self.path, self.made = kind, path, 0
@@ -136,7 +136,7 @@ def test_what_another_schema_wrote_is_damaged(tmp_path):
         read_array(tmp_path / "nothing")
 
 
-def test_an_entry_of_another_sort_is_replaced_or_told(tmp_path):
+def test_a_file_in_place_of_a_folder_is_replaced_or_reported(tmp_path):
     making = Making("folder", tmp_path / "entry")
     making.path.write_text("a file where a folder should be")
     assert making.once() and making.path.is_dir()
@@ -237,7 +237,7 @@ def test_two_processes_make_an_entry_once(tmp_path, damaged):
 def test_each_file_is_compared_once_a_process(tmp_path, monkeypatch):
     write(tmp_path / "entry", npy(np.arange(3)))
     read_array(tmp_path / "entry")
-    monkeypatch.setattr(cache, "check_sealed", lambda path: pytest.fail("compared again"))
+    monkeypatch.setattr(cache, "verify_file", lambda path, name: pytest.fail("compared again"))
     assert read_array(tmp_path / "entry").tolist() == [0, 1, 2]
 
 

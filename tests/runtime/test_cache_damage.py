@@ -1,4 +1,4 @@
-"""Models out of a cache of which any file is damaged: the same numbers as from an intact one, and a notice."""
+"""When any file of a cached model is damaged, the model is the same as an intact one, and there is a notice."""
 
 import threading
 from itertools import cycle, product
@@ -6,14 +6,14 @@ from itertools import cycle, product
 import numpy as np
 import pytest
 
-from rag.models import checkpoint
+from rag.models import conversion_cache
 from rag.models.bert import checkpoint as bert_checkpoint
 from rag.models.llama import checkpoint as llama_checkpoint
 from rag.runtime import cache, file_hash, files
 from rag.types import UserError
-from tests import tiny, tiny_encoder, trials
+from tests import trials
 from tests.damage import WAYS
-from tests.retrieve.test_rerank import write_classifier
+from tests.tiny_models import write_classifier, write_decoder, write_encoder
 
 
 def decoder(path, **options):
@@ -37,15 +37,10 @@ def parameters(model):
     return [np.array(array) for array in jax.tree.leaves(model)]  # copies: damage shows in what is mapped
 
 
-def write_decoder(path):
-    path.mkdir()
-    tiny.write_checkpoint(path)
-
-
 KINDS = {
     "decoder": (write_decoder, decoder),
     "decoder int8": (write_decoder, lambda path: decoder(path, int8=True)),
-    "encoder": (tiny_encoder.write_checkpoint, encoder),
+    "encoder": (write_encoder, encoder),
     "classifier": (lambda path: write_classifier(path, "bert"), classifier),
 }
 
@@ -61,7 +56,7 @@ LONG = ("decoder", "classifier")  # the others are read in the same ways
 
 @pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.long] * (kind in LONG)) for kind in KINDS])
 def model(request, tmp_path, monkeypatch):
-    """(the path of a checkpoint, what makes something comparable of it)."""
+    """Return the path of a checkpoint, and a function that loads it as values that can be compared."""
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
     write, load = KINDS[request.param]
     write(tmp_path / "checkpoint")
@@ -73,7 +68,7 @@ def converted():
 
 
 def test_any_file_of_a_converted_checkpoint_may_be_damaged(model, capsys):
-    """In the suite one parameter of sixteen, each in another way; with --long all of them in every way."""
+    """The suite damages one of sixteen parameters, each in another way; with --long every one in every way."""
     path, load = model
     intact = load(path)
     used = [file for file in converted() if file.parent == checkpoint_folder(load, path)]
@@ -91,32 +86,34 @@ def test_any_file_of_a_converted_checkpoint_may_be_damaged(model, capsys):
 
 
 def checkpoint_folder(load, path):
-    """The converted folder that the loader itself reads, whatever it is made from."""
+    """Return the folder of converted weights that the loader reads."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            checkpoint, "load_module", lambda module, folder: seen.append(folder) or real(module, folder)
+            conversion_cache,
+            "load_module",
+            lambda module, folder: seen.append(folder) or real(module, folder),
         )
         load(path)
     return seen[-1]
 
 
-real = checkpoint.load_module
+real = conversion_cache.load_module
 
 
 def test_a_flip_that_keeps_the_time_stamp_of_the_source_is_found(tmp_path, monkeypatch):
-    """As a disk decays: the remembered digest still says what the file was."""
+    """A decaying disk does this: the cached digest is still that of the intact file."""
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "source"
     source.write_bytes(b"weights")
     monkeypatch.setattr(file_hash, "_RACY_NS", 0)
     right = file_hash.file_sha256(source)
-    stamp = source.stat()
-    monkeypatch.setattr(files, "_stamp", lambda found: (stamp.st_size, stamp.st_mtime_ns, stamp.st_ctime_ns))
+    stamp = files.file_stamp(source)
+    monkeypatch.setattr(file_hash, "file_stamp", lambda path: stamp)
     WAYS["middle"](source)
     assert file_hash.file_sha256(source) == right
     with pytest.raises(UserError, match=r"source has changed although nobody wrote to it: fetch it again"):
-        checkpoint.keep("toy", [source], lambda folder: pytest.fail("it was read"))
+        conversion_cache.converted_folder("toy", [source], lambda folder: pytest.fail("it was read"))
     assert file_hash.file_sha256(source) != right  # for the next start
 
 

@@ -9,11 +9,11 @@ from rag.runtime.checksums import (
     PIECE,
     CheckedFile,
     Damaged,
-    check_sealed,
+    append_checksum,
     memory_map,
     piece_checksums,
-    read_sealed,
-    seal,
+    read_verified,
+    verify_file,
 )
 from tests.trials import tries
 
@@ -32,7 +32,7 @@ def flipped(content: bytes, place: int, change: int) -> bytes:
 def sealed(path, content: bytes) -> bytes:
     with path.open("wb") as file:
         file.write(content)
-        seal(file)
+        append_checksum(file)
     return path.read_bytes()
 
 
@@ -44,8 +44,8 @@ def test_a_whole_file_passes(tmp_path, size):
     file.check()
     assert bytes(file.content) == content_of(size)
     whole = sealed(path, content_of(size))
-    assert whole[:-TRAILER] == read_sealed(path) == content_of(size)
-    assert check_sealed(path) == size
+    assert whole[:-TRAILER] == read_verified(path) == content_of(size)
+    verify_file(path)
 
 
 @tries(suite=200, long=5000)
@@ -87,26 +87,26 @@ def test_other_sizes_and_missing_files(tmp_path):
 @tries(suite=200, long=5000)
 @given(data=st.data(), size=st.sampled_from(SIZES), change=st.integers(1, 255))
 @example(data=None, size=0, change=1)
-def test_a_sealed_file_that_is_not_what_was_written(tmp_path_factory, data, size, change):
+def test_a_file_that_is_not_as_it_was_written(tmp_path_factory, data, size, change):
     path = tmp_path_factory.getbasetemp() / "sealed"
     whole = sealed(path, content_of(size))
     places = st.one_of(st.integers(0, len(whole) - 1), st.integers(size, len(whole) - 1))
     place = len(whole) - 1 if data is None else data.draw(places)
     for damaged in (flipped(whole, place, change), whole[:place], whole + whole[place:], whole[place + 1 :]):
         path.write_bytes(damaged)
-        for read in (check_sealed, read_sealed):
+        for read in (verify_file, read_verified):
             with pytest.raises(Damaged, match=r"sealed (is cut short|has changed since it was written)"):
                 read(path)
     with pytest.raises(FileNotFoundError):
-        check_sealed(path.with_name("nowhere"))
+        verify_file(path.with_name("nowhere"))
 
 
-def test_what_reads_a_sealed_file_does_not_see_the_seal(tmp_path):
+def test_numpy_ignores_the_trailer(tmp_path):
     path, array = tmp_path / "array.npy", np.arange(1000, dtype=np.float32).reshape(10, 100)
     with path.open("wb") as file:
         np.save(file, array)
-        seal(file)
-    check_sealed(path)
+        append_checksum(file)
+    verify_file(path)
     np.testing.assert_array_equal(np.load(path, mmap_mode="r"), array)
 
 

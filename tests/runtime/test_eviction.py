@@ -1,4 +1,4 @@
-"""What goes when the cache is too large, in which order, and what never does."""
+"""Which entries are removed when the cache is too large, in which order, and which never."""
 
 import os
 import time
@@ -16,11 +16,12 @@ DAY = 86_400
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(eviction, "_unseen", 0.0)
+    monkeypatch.setattr(eviction, "_written_bytes", 0.0)
+    monkeypatch.setattr(eviction, "_used", set())
 
 
 def put(name, days, size=1000):
-    """A file that was last used so many days ago."""
+    """Write a file that was last used so many days ago."""
     path = cache_root() / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(bytes(size))
@@ -71,7 +72,7 @@ def test_every_kind_is_found_with_its_size_and_last_use():
 
 
 def test_what_the_cache_did_not_name_is_no_entry(tmp_path):
-    """RAG_CACHE may be a folder that holds other things."""
+    """RAG_CACHE may be a folder with other files."""
     own = [
         "results/bench/a.json",
         "results/a.json",
@@ -112,13 +113,13 @@ def test_what_was_used_longest_ago_goes_first_and_weights_last():
 def test_what_was_just_used_or_written_stays():
     new = put(f"vectors/{KEYS[0]}/{KEYS[1]}.npy", 0)
     old = put(f"vectors/{KEYS[0]}/{KEYS[2]}.npy", 2)
-    kept = put_folder(f"converted/{KEYS[0]}/{KEYS[1]}", 4)
+    protected = put_folder(f"converted/{KEYS[0]}/{KEYS[1]}", 4)
     weights = fetched("weights/tiny-weights-1.0", 3)
-    gone = eviction.evict(0, kept)
+    gone = eviction.evict(0, protected)
     assert [entry.path for entry in gone] == [old, weights]
-    assert new.exists() and kept.exists() and not old.exists()
-    eviction.evict(0, kept / "inner")
-    assert kept.exists()
+    assert new.exists() and protected.exists() and not old.exists()
+    eviction.evict(0, protected / "inner")
+    assert protected.exists()
 
 
 def test_an_entry_that_is_mapped_can_still_be_read():
@@ -150,16 +151,37 @@ def test_writing_keeps_the_cache_within_its_limit(monkeypatch, capsys):
     assert "larger than 1e-05 GB (RAG_CACHE_GB): 1 entries" in told
 
 
-def test_a_use_is_recorded_to_the_hour_and_decides():
+def test_a_process_keeps_the_folders_that_it_has_used():
+    """It opens their files again: the weights, for instance, when they are converted."""
+    weights = fetched("weights/tiny-weights-1.0", 5)
+    other = put_folder(f"converted/{KEYS[0]}/{KEYS[1]}", 1)
+    eviction.record_use(weights)
+    aged(weights, 5)
+    assert [entry.path for entry in eviction.evict(0, cache_root())] == [other]
+    assert weights.is_dir()
+
+
+def test_what_another_process_used_within_ten_minutes_stays():
+    minutes = 1 / (24 * 60)
+    recent, older = (
+        put(f"vectors/{KEYS[0]}/{key}.npy", age * minutes)
+        for key, age in zip(KEYS[1:3], (9, 11), strict=True)
+    )
+    assert [entry.path for entry in eviction.evict(0, cache_root())] == [older]
+    eviction.record_use(recent)
+    assert time.time() - recent.stat().st_mtime < 60  # recorded to the minute, so ten minutes are known
+
+
+def test_a_use_is_recorded_to_the_minute_and_decides():
     first, second = (put(f"vectors/{KEYS[0]}/{key}.npy", 5) for key in KEYS[1:3])
     aged(second, 4)
-    eviction.used(first)
+    eviction.record_use(first)
     assert time.time() - first.stat().st_mtime < 60
     stamp = first.stat().st_mtime_ns
-    eviction.used(first)
+    eviction.record_use(first)
     assert first.stat().st_mtime_ns == stamp
     assert [entry.path for entry in eviction.evict(1000, cache_root())] == [second]
-    eviction.used(cache_root() / "nothing")
+    eviction.record_use(cache_root() / "nothing")
 
 
 def test_what_a_killed_process_left_goes_after_a_day():
@@ -183,11 +205,11 @@ def test_a_limit_that_is_none_is_told(monkeypatch, text):
     with pytest.raises(UserError, match=rf"^RAG_CACHE_GB={text} will not do: it must be a number above 0"):
         cache.write(cache_root() / "code" / f"{KEYS[0]}.json", b"{}")
     monkeypatch.setenv("RAG_CACHE_GB", "")
-    assert eviction.limit() == 20 * 10**9
+    assert eviction.size_limit() == 20 * 10**9
 
 
 def test_an_entry_of_the_future_goes_first():
-    """Of a clock that was wrong, or a copy that keeps times."""
+    """It comes from a wrong clock, or from a copy that preserves times."""
     for name, days in ((f"code/{KEYS[0]}.json", 3), (f"code/{KEYS[1]}.json", -3650)):
         put(name, days)
     assert left() == {f"code/{KEYS[0]}.json", f"code/{KEYS[1]}.json"}

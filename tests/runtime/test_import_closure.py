@@ -1,4 +1,4 @@
-"""The version of the code behind a result: what is reached is in it, what is not is not, on small trees and on rag."""
+"""A code version contains exactly the modules that are imported; tested on small trees and on rag."""
 
 import importlib
 import json
@@ -16,9 +16,9 @@ import grimp
 import pytest
 
 import rag
-from rag.runtime import import_closure, packages
-from rag.runtime.import_closure import Code, code_version
-from rag.runtime.source_code import parsed
+from rag.runtime import import_closure, source_code
+from rag.runtime.import_closure import CodeReader, code_version
+from rag.runtime.source_code import parse_source
 from rag.types import UserError
 from tests import trials
 from tests.damage import WAYS
@@ -37,29 +37,15 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture
-def tree(tmp_path):
-    """tree({path: text}) -> a folder with these files."""
-
-    def write(files):
-        for name, text in files.items():
-            path = tmp_path / "tree" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(textwrap.dedent(text))
-        return tmp_path / "tree"
-
-    return write
-
-
 def version(folder: Path, name: str = "mine") -> str:
-    return Code([str(folder)]).version(name)
+    return CodeReader([str(folder)]).version(name)
 
 
 def reached(folder: Path, name: str = "mine") -> set[str]:
-    return set(Code([str(folder)]).closure(name)[0])
+    return set(CodeReader([str(folder)]).closure(name)[0])
 
 
-# --- what a text says
+# --- one source
 
 
 PLAIN = "async def f(x):\n    return x + 1\nclass A:\n    pass\n"
@@ -67,12 +53,14 @@ DRESSED = '"""Doc."""\nasync def f(x):\n    """More."""\n    # why\n    return (
 
 
 def hashed(text: str) -> str:
-    return parsed(text.encode(), "x.py").code
+    return parse_source(text.encode(), "x.py").code
 
 
 def test_comments_docstrings_and_layout_are_not_what_code_does():
     assert hashed(PLAIN) == hashed(DRESSED)
-    assert parsed(PLAIN.encode(), "x.py").documented != parsed(DRESSED.encode(), "x.py").documented
+    assert (
+        parse_source(PLAIN.encode(), "x.py").documented != parse_source(DRESSED.encode(), "x.py").documented
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,7 +96,7 @@ def test_an_expression_too_deep_for_python_to_walk_counts_as_it_is_written():
     assert hashed(deep) == hashed(deep) != hashed(deep + " + y")
 
 
-# --- what is reached
+# --- imports
 
 
 @pytest.mark.parametrize(
@@ -231,7 +219,7 @@ def test_the_code_of_a_value_is_that_of_all_inside_it(tree, monkeypatch):
         "base.py": "class Base:\n    pass\ndef f():\n    pass\n",
     })  # fmt: skip
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr(import_closure, "_CODE", Code())
+    monkeypatch.setattr(import_closure, "_READER", CodeReader())
     outer, inner, base = map(importlib.import_module, ("outer", "inner", "base"))
     for value in (outer.Outer([{"a": inner.Inner()}]), partial(print, inner.Inner()), inner.Inner, base.f):
         before = code_version(value)
@@ -277,92 +265,21 @@ def test_a_script_that_is_run_is_read_from_its_file(tree):
     assert run() != first
 
 
-def test_what_was_read_is_remembered_and_nothing_is_parsed_twice(tree, monkeypatch):
+def test_parsed_sources_are_cached_and_none_is_parsed_twice(tree, monkeypatch):
     folder = tree({"mine.py": "import other\n", "other.py": "x = 1\n"})
     first = version(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(import_closure, "parsed", lambda data, file: pytest.fail(f"{file} is parsed again"))
+        patch.setattr(source_code, "parse_source", lambda data, file: pytest.fail(f"{file} is parsed again"))
         assert version(folder) == first
     tree({"other.py": "x = 2\n"})
     assert version(folder) != first
-
-
-# --- packages that were installed
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder of sys.path with a package `words`, of distribution Better-Words, which requires `stems`."""
-    folder = tmp_path / "site"
-    installed = {"words": "", "stems": "", "tests_only": ""}
-    for name, text in installed.items():
-        (folder / name).mkdir(parents=True)
-        (folder / name / "__init__.py").write_text(text)
-    install(
-        folder,
-        "Better_Words",
-        "1.0",
-        ["Stems>=1", 'tests-only ; extra == "test"', "gone ; python_version<'3'"],
-    )
-    (folder / "Better_Words-1.0.dist-info" / "RECORD").write_text("words/__init__.py,,\n")
-    install(folder, "stems", "1.0")
-    install(folder, "tests_only", "1.0")
-    monkeypatch.syspath_prepend(str(folder))
-    yield folder
-    for cached in (packages._installed, packages.distributions_of, packages.with_required):
-        cached.cache_clear()
-
-
-def install(folder: Path, name: str, version: str, requires: list[str] = ()) -> None:
-    for cached in (packages._installed, packages.distributions_of, packages.with_required):
-        cached.cache_clear()
-    for old in folder.glob(f"{name}-*.dist-info"):
-        shutil.rmtree(old)
-    info = folder / f"{name}-{version}.dist-info"
-    info.mkdir()
-    metadata = "".join(f"Requires-Dist: {one}\n" for one in requires)
-    (info / "METADATA").write_text(f"Name: {name}\n{metadata}\nRequires-Dist: this is the description\n")
-    (info / "RECORD").write_text(f"{name.lower()}/__init__.py,,\n")
-
-
-def test_an_installed_package_counts_by_its_version_and_what_it_requires(tree, site):
-    folder = tree({"mine.py": "import words.inner\n"})
-    modules, others = Code([str(folder)]).closure("mine")
-    python = f"python {sys.version_info.major}.{sys.version_info.minor}"
-    assert (set(modules), others) == ({"mine"}, {python, "better-words 1.0", "stems 1.0"})
-    before = version(folder)
-    (site / "words" / "__init__.py").write_text("x = 1\n")
-    assert version(folder) == before
-    install(site, "tests_only", "1.1")
-    assert version(folder) == before
-    install(site, "stems", "1.1")
-    assert version(folder) != before
-
-
-def test_a_package_that_was_installed_from_a_folder_is_read(tree, site):
-    folder = tree({"mine.py": "import words\n"})
-    (site / "Better_Words-1.0.dist-info" / "direct_url.json").write_text("{}")
-    assert reached(folder) == {"mine", "words"}
-    before = version(folder)
-    (site / "words" / "__init__.py").write_text("x = 1\n")
-    assert version(folder) != before
-
-
-def test_the_versions_are_those_that_importlib_finds():
-    from importlib import metadata
-
-    _, others = Code().closure("rag.generate.local")
-    found = dict(other.rsplit(" ", 1) for other in others)
-    assert {"jax", "jaxlib", "flax", "numpy", "tokenizers", "jinja2"} <= found.keys()
-    for name in found.keys() - {"python"}:
-        assert found[name] == metadata.version(name), name
 
 
 # --- rag itself
 
 
 def upstream(graph: grimp.ImportGraph, module: str) -> set[str]:
-    """What a module imports, by another program's reading of the same files, and the packages around it."""
+    """Return what a module imports according to grimp, and the packages that contain it."""
     found = {module, *graph.find_upstream_modules(module)}
     return found | {".".join(name.split(".")[:n]) for name in found for n in range(1, name.count(".") + 1)}
 
@@ -379,15 +296,15 @@ def test_an_edit_of_a_module_changes_the_stages_that_reach_it_and_no_other(tmp_p
         "rag.ingest.chunk.semantic",
     } <= wanted.keys()
 
-    code = Code([str(copy)])
+    code = CodeReader([str(copy)])
 
     def changed(module: str) -> set[str]:
-        """The stages whose version is another once this module is read again."""
+        """Return the stages whose version changes when this module is read again."""
         code._modules.pop(module)
         return {stage for stage in TARGETS if code.version(stage) != before[stage]}
 
     before = {stage: code.version(stage) for stage in TARGETS}
-    assert before == {stage: Code().version(stage) for stage in TARGETS}  # no path is in it
+    assert before == {stage: CodeReader().version(stage) for stage in TARGETS}  # no path is in it
     edited = {
         ".".join(path.relative_to(copy).with_suffix("").parts).removesuffix(".__init__"): path
         for path in sorted(copy.rglob("*.py"))
@@ -404,14 +321,14 @@ def test_an_edit_of_a_module_changes_the_stages_that_reach_it_and_no_other(tmp_p
     for source in sorted((copy / "rag" / "native" / "cpp").iterdir()):
         text = source.read_text()
         source.write_text(text + "// edited\n")
-        reaching = {stage for stage in TARGETS if "rag.native" in wanted[stage]}
-        assert changed("rag.native") == reaching, source
+        reaching = {stage for stage in TARGETS if "rag.native.build" in wanted[stage]}
+        assert changed("rag.native.build") == reaching, source
         source.write_text(text)
-    assert not changed("rag.native")
+    assert not changed("rag.native.build")
 
 
 def test_what_python_loads_for_a_stage_is_in_its_closure():
-    """In one process, one stage after another; the modules of those before it are unloaded."""
+    """One process imports one stage after another, and unloads the modules of the earlier ones."""
     script = textwrap.dedent("""
         import importlib, json, sys
         loaded = {}
@@ -434,7 +351,7 @@ def test_what_python_loads_for_a_stage_is_in_its_closure():
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found |= json.loads(done.stdout)
-    code = Code()
+    code = CodeReader()
     assert found.keys() == set(TARGETS)
     for stage, loaded in found.items():
         assert len(loaded) > 1
@@ -442,14 +359,14 @@ def test_what_python_loads_for_a_stage_is_in_its_closure():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_damaged_memory_of_sources_is_read_anew(tree, way, capsys):
+def test_a_damaged_cache_of_sources_is_written_again(tree, way, capsys):
     folder = tree({"mine.py": "import other", "other.py": "x = 1"})
     before = version(folder)
-    memory = import_closure._memory()
-    kept = memory.read_bytes()
-    WAYS[way](memory)
+    file = source_code._cache_file()
+    intact = file.read_bytes()
+    WAYS[way](file)
     assert version(folder) == before
     told = capsys.readouterr().err
-    assert told.count(memory.name) == told.count("\n") == (way != "gone")
-    assert memory.read_bytes() == kept
+    assert told.count(file.name) == told.count("\n") == (way != "gone")
+    assert file.read_bytes() == intact
     assert version(folder) == before and capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Kept results: computed once, per batch, under a key of meaning; nothing half-written, nothing stale."""
+"""Cached results are computed once for each batch, under the right key; none is half-written or outdated."""
 
 import io
 import json
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rag.runtime.checksums import read_sealed
+from rag.runtime.checksums import read_verified
 from rag.runtime.files import entry_name
 from rag.runtime.memo import Memo
 from tests.damage import drawn_damage
@@ -22,7 +22,7 @@ from tests.trials import tries
 
 
 class Counting:
-    """Doubles numbers, and counts how often it was asked."""
+    """It doubles numbers, and counts how often it was called."""
 
     def __init__(self):
         self.batches = []
@@ -47,7 +47,7 @@ def test_results_come_in_order_and_batches_are_computed_once(tmp_path, double):
     assert (cost.items, cost.reused) == (3, 0)
 
 
-def test_another_meaning_stage_or_item_is_another_result(tmp_path, double):
+def test_another_key_stage_or_item_is_another_result(tmp_path, double):
     requests = [("a", "1", [1]), ("a", "2", [1]), ("b", "1", [1]), ("a", "1", [2]), ("a", "1", ["1"])]
     for stage, meaning, items in requests:
         Memo(tmp_path).map(stage, meaning, items, double)
@@ -113,7 +113,7 @@ def test_the_time_of_a_stage_inside_another_is_its_own(tmp_path, monkeypatch):
 
 
 def test_no_stored_seconds_are_negative(tmp_path, monkeypatch):
-    """Not even where all of the time went into making programs, and the two clocks round differently."""
+    """Not even if all of the time was spent compiling, and the two clocks round differently."""
     now, compiled = [0.1], [0.0]
     monkeypatch.setattr("rag.bench.timing.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("rag.runtime.clock.compile_seconds", lambda: compiled[0])
@@ -130,20 +130,20 @@ def test_no_stored_seconds_are_negative(tmp_path, monkeypatch):
         return memo.map("inner", "v", items, compiling)
 
     memo.map("outer", "v", [1, 2, 3], outer, batch=1)
-    stored = [json.loads(read_sealed(path, entry_name(path))) for path in tmp_path.rglob("*.json")]
+    stored = [json.loads(read_verified(path, entry_name(path))) for path in tmp_path.rglob("*.json")]
     assert len(stored) == 6
     assert all(one["seconds"] >= 0 and one["compile_s"] >= 0 for one in stored)
     for cost in memo.costs.values():
         assert cost.seconds == pytest.approx(0, abs=1e-12) and cost.compile_s > 0
 
 
-def test_a_stage_that_loses_an_item_is_a_bug_and_keeps_nothing(tmp_path):
+def test_a_stage_that_loses_an_item_is_a_bug_and_caches_nothing(tmp_path):
     with pytest.raises(ValueError, match="1 results of 2"):
         Memo(tmp_path).map("s", "v", [1, 2], lambda items: items[:1])
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_what_json_cannot_hold_is_not_kept(tmp_path):
+def test_what_json_cannot_represent_is_not_cached(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         Memo(tmp_path).map("s", "v", [1], lambda items: [float("nan")])
     assert not list(tmp_path.rglob("*.json"))
@@ -203,13 +203,13 @@ def test_an_error_of_a_stage_is_its_own_and_no_matter_of_the_cache(tmp_path):
         Memo(tmp_path).map("s", "v", [1], missing)
 
 
-def test_what_is_set_apart_is_not_the_stages_time(tmp_path, monkeypatch):
+def test_uncounted_time_is_not_the_stages_time(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("rag.bench.timing.time.perf_counter", lambda: now[0])
     memo = Memo(tmp_path)
 
     def compute(items):
-        with memo.apart():
+        with memo.uncounted():
             now[0] += 7
         now[0] += 1
         return items

@@ -1,4 +1,4 @@
-"""JSON read by a schema: what does not fit is one sentence with the place in it."""
+"""JSON that does not fit its schema gives an error of one sentence with the position."""
 
 import pytest
 from pydantic import Field
@@ -83,3 +83,10 @@ def test_other_files(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="bytes is not JSON"):
         read_json(tmp_path / "bytes", "write it again")
+
+
+def test_a_name_that_stands_twice_is_found_in_linear_time():
+    """A list of names that is searched for each of them took 36 s for 60,000."""
+    text = "{" + ",".join(f'"{i}": 0' for i in range(200_000)) + ', "199999": 1}'
+    with pytest.raises(ValueError, match="'199999' stands twice"):
+        parse_json(text)

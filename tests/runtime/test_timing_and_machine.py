@@ -1,4 +1,4 @@
-"""Alternating timings, the environment record, benchmark rows. No test asserts how long anything took."""
+"""Alternating timings, the environment record, benchmark rows. No test asserts a duration."""
 
 import json
 import math
@@ -117,9 +117,7 @@ def test_an_installed_copy_has_no_commit(tmp_path, monkeypatch):
 )
 def test_cpu_flags_of_x86_and_arm(monkeypatch, cpuinfo, name, flags):
     monkeypatch.setattr(pathlib.Path, "read_text", lambda self: cpuinfo)
-    cpu = machine._cpu()
-    assert cpu["cpu"] == (name or machine.platform.machine())
-    assert cpu["cpu_flags"] == flags
+    assert machine._cpu() == (name or machine.platform.machine(), tuple(flags))
 
 
 def test_cpu_without_proc(monkeypatch):
@@ -130,9 +128,9 @@ def test_cpu_without_proc(monkeypatch):
     monkeypatch.setattr(
         machine, "_output", lambda *command: {3: "Apple M4", 4: "AVX1.0 FMA"}.get(len(command))
     )
-    assert machine._cpu() == {"cpu": "Apple M4", "cpu_flags": ["avx1.0", "fma"]}
+    assert machine._cpu() == ("Apple M4", ("avx1.0", "fma"))
     monkeypatch.setattr(machine, "_output", lambda *command: None)
-    assert machine._cpu() == {"cpu": machine.platform.machine(), "cpu_flags": []}
+    assert machine._cpu() == (machine.platform.machine(), ())
 
 
 def test_a_missing_or_failing_command_gives_none():
@@ -158,7 +156,7 @@ def test_the_json_line():
     record = json.loads(line)
     assert record.keys() == {"bench", "machine", "rows"}
     assert record["bench"] == "attention"
-    assert record["machine"]["roofs"] == {"gemm_flops": 2e9}
+    assert record["machine"]["peaks"] == {"gemm_flops": 2e9}
     assert record["machine"]["device"] == jax.devices()[0].device_kind
     assert record["rows"][0] == {
         "case": "T=512 [causal]",
@@ -202,7 +200,7 @@ def test_the_union_of_intervals_counts_every_moment_once(intervals):
 
 
 class _Wall:
-    """A clock of whole seconds in place of the wall's."""
+    """A clock of whole seconds in place of the wall clock."""
 
     now = 1000.0
 
@@ -236,7 +234,7 @@ def test_events_that_nest_never_take_longer_than_the_time_that_passed(events):
 
 
 def test_a_function_that_is_compiled_while_another_is_traced_counts_once():
-    """What is computed at once during tracing is compiled inside it: the sum of all events is more than the time."""
+    """A computation during tracing is compiled inside it, so the sum of all events is more than the time."""
     reported = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: reported.append(seconds) if "/core/compile/" in event else None

@@ -9,12 +9,12 @@ import numpy as np
 import prefill
 import pytest
 
-from rag.generate.kv import chunk as chunk_kv
+from rag.generate.kv import chunk_cache
 from rag.runtime import eviction
 from rag.runtime.files import cache_root, locked
 from rag.types import UserError
 from tests.run_script import run_script
-from tests.tiny import write_checkpoint
+from tests.tiny_models import write_decoder
 
 KEYS = [f"{i:064x}" for i in range(4)]
 
@@ -100,7 +100,7 @@ def test_prefill_tells_its_size_first_and_asks_above_a_limit(run, tmp_path, caps
     (tmp_path / "documents").mkdir()
     (tmp_path / "decoder").mkdir()
     (tmp_path / "documents" / "seal.txt").write_text("A seal eats fish on the ice.")
-    write_checkpoint(tmp_path / "decoder")
+    write_decoder(tmp_path / "decoder")
     run(
         ingest,
         "corpus.path=documents",
@@ -109,16 +109,16 @@ def test_prefill_tells_its_size_first_and_asks_above_a_limit(run, tmp_path, caps
         "chunker.size=16",
         "chunker.overlap=0",
     )
-    monkeypatch.setattr(chunk_kv, "prefill_passages", computed)
+    monkeypatch.setattr(chunk_cache, "prefill_passages", computed)
     ask = ("index.path=index", "generator.weights=decoder", "generator.dtype=float32")
     with pytest.raises(UserError, match=r"GB, more than limit_gb=1e-05: add force=true .*int8"):
         run(prefill, *ask, "limit_gb=1e-5")
     told = capsys.readouterr().out
-    assert "tokens to read, at 0.1 kB a token: about " in told
+    assert "tokens to prefill, at 0.1 kB a token: about " in told
     assert not list((tmp_path / "index" / "chunk_kv").glob("*.npy"))
     out = run(prefill, *ask, "limit_gb=1e-5", "force=true")
-    [estimate] = [line for line in out.splitlines() if "to read" in line]
+    [estimate] = [line for line in out.splitlines() if "to prefill" in line]
     assert estimate == told.splitlines()[-1]
-    assert "read anew" in out and list((tmp_path / "index" / "chunk_kv").glob("*.npy"))
+    assert "computed)" in out and list((tmp_path / "index" / "chunk_kv").glob("*.npy"))
     out = run(prefill, *ask, "limit_gb=1e-5")  # nothing is left to write
-    assert out.startswith("0 texts of 0 tokens to read") and "(0 read anew)" in out
+    assert out.startswith("0 texts of 0 tokens to prefill") and "(0 computed)" in out

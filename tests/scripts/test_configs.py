@@ -1,6 +1,5 @@
 """Every file of conf/ composes, begins with a command to paste, and fits what its `_target_` takes."""
 
-import importlib
 import re
 
 import pytest
@@ -10,6 +9,7 @@ from omegaconf import OmegaConf
 from settings import check
 
 from rag.types import UserError
+from tests.run_script import settings_class
 
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "shared")
 
@@ -19,7 +19,7 @@ def checked(config, primary: str) -> None:
     OmegaConf.set_struct(config, False)
     for key in OmegaConf.missing_keys(config):
         OmegaConf.update(config, key, "somewhere")
-    check(config, importlib.import_module(primary).Settings)
+    check(config, settings_class(primary))
 
 
 def groups(primary: str) -> list[str]:

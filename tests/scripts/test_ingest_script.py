@@ -14,12 +14,12 @@ from rag.index.lexical.postings import LexicalIndex
 from rag.index.store import Index
 from rag.ingest.chunk.semantic import SemanticChunker
 from rag.ingest.chunk.sentence import SentenceChunker
-from rag.ingest.load import LoadOptions
+from rag.ingest.load.folder import LoadOptions
+from rag.retrieve.cached import cached_search
 from rag.retrieve.collection import Collection
 from rag.retrieve.search import Dense, Lexical
 from rag.types import UserError
-from tests.tiny_folder import FILES, write_files
-from tests.tiny_store import checked_index
+from tests.tiny_collections import FILES, checked_index, write_files
 
 
 class Letters:
@@ -140,7 +140,7 @@ def test_words_are_searched_in_postings_that_the_index_keeps(corpus, tmp_path, m
     monkeypatch.setattr(LexicalIndex, "build", watched)
     found = [
         [
-            Collection(index, BagOfWords()).search(Lexical(analyzer=a), ["a whale eats", "ice"], 3)
+            cached_search(Collection(index, BagOfWords()), Lexical(analyzer=a), ["a whale eats", "ice"], 3)
             for a in (Analyzer(), plain)
         ]
         for index in (kept, without)
@@ -192,7 +192,7 @@ def more(tmp_path):
 def found(index, embedder, method, question):
     """Chunk id and score of all hits, by id: the order of equal scores is that of ingestion."""
     opened = checked_index(index)
-    hits = Collection(opened, opened.restore(embedder)).search(method, [question], 100)[0]
+    hits = cached_search(Collection(opened, opened.restore(embedder)), method, [question], 100)[0]
     return sorted((hit.chunk.id, hit.chunk.text, pytest.approx(hit.score, abs=1e-6)) for hit in hits)
 
 
@@ -252,7 +252,7 @@ def test_adding_what_is_there_writes_nothing(corpus, tmp_path):
     pipeline.ingest(corpus, tmp_path / "index", *stages, Analyzer())
     report = pipeline.ingest(corpus, tmp_path / "index", *stages, Analyzer(), add=True)
     assert (report.documents, report.added, report.replaced, report.embedded) == (3, 0, 0, 0)
-    assert (Index.open(tmp_path / "index").generation, report.postings) == (1, "kept")
+    assert (Index.open(tmp_path / "index").generation, report.postings) == (1, "unchanged")
     plain = Analyzer(stop_words=None)
     assert pipeline.ingest(corpus, tmp_path / "index", *stages, plain, add=True).postings == "built"
     assert Index.open(tmp_path / "index").lexical.analyzer == plain

@@ -12,16 +12,17 @@ from pathlib import Path
 import launch as launch_module
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra_plugins.patient_sweeper import combinations
 from hypothesis import given
 from hypothesis import strategies as st
-from launch import CONF, launch, quote, quote_overrides
+from launch import CONF, launch, quote_overrides
 from omegaconf import OmegaConf
+from quoting import quote
 from settings import build
 
 from rag.types import UserError
-from tests.tiny_settings import Settings, Stage
+from tests.scripts.launch_settings import Settings, Stage
 
 SPECIAL = [
     'What\'s attention, (really)? [yes=no] #1 "x" \U0001f916',
@@ -81,10 +82,10 @@ def conf(tmp_path) -> Path:
         "question: null\nn: 3\nindex:\n  path: here\ncorpus:\n  path: there\nlogged: false\n"
     )
     (folder / "stage" / "small.yaml").write_text(
-        "_target_: tests.tiny_settings.Stage\nsize: 128\nratio: 0.5\n"
+        "_target_: tests.scripts.launch_settings.Stage\nsize: 128\nratio: 0.5\n"
     )
     (folder / "stage" / "large.yaml").write_text(
-        "_target_: tests.tiny_settings.Stage\nsize: 512\ninner: null\n"
+        "_target_: tests.scripts.launch_settings.Stage\nsize: 512\ninner: null\n"
     )
     (folder / "must.yaml").write_text(
         "defaults: [shared, _self_]\nindex:\n  path: ???\ncorpus:\n  path: ???\n"
@@ -144,7 +145,7 @@ def test_a_sweep_passes_text_on_as_it_is(text):
     """The sweeper writes each job's overrides anew; a comma in the text must not split it."""
     override = OverridesParser.create().parse_override(f"question={quote(text)}")
     assert not override.is_sweep_override()
-    [[[job]]] = BasicSweeper.split_arguments([override], max_batch_size=None)
+    [[job]] = combinations([override])
     assert OverridesParser.create().parse_override(job).value() == override.value()
 
 
@@ -236,7 +237,7 @@ def test_texts_in_a_list_lead_nowhere_with_a_backslash_or_without(typed, meant):
 def test_a_sweep_over_lists_of_texts_keeps_its_commas():
     sweep = quote_overrides(["-m", r'answer.stop=["\n"],[a,"\t"]'])
     parsed = OverridesParser.create().parse_overrides(sweep[1:])
-    [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    jobs = combinations(parsed)
     assert [OverridesParser.create().parse_override(job).value() for [job] in jobs] == [["\n"], ["a", "\t"]]
 
 
@@ -311,6 +312,33 @@ def test_a_mistake_is_one_sentence(run, arguments, sentence):
     assert re.search(sentence, err), err
 
 
+# Where the old names of settings were typed: their first words, the script, and its choices.
+OLD_NAMES = [
+    ("reading", "eval", []),
+    ("certificate", "sensitivity", []),
+    ("generator.", "generate", []),
+    ("embedder.", "ingest", []),
+    ("fusion.", "eval", ["fusion=dbsf"]),
+    ("bench.drafting", "bench", ["bench=pipeline"]),
+    ("bench.reading", "bench", ["bench=quality"]),
+    ("bench.", "bench", ["bench=reading"]),
+]
+
+
+@pytest.mark.parametrize("old", [*launch_module.RENAMED, "reading.k", "bench.reading.path"])
+def test_an_old_name_of_a_setting_is_answered_with_the_new_one(old, monkeypatch):
+    script, choices = next(place for start, *place in OLD_NAMES if old.startswith(start))
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *choices, f"{old}=1"])
+    new = {**launch_module.RENAMED, "reading.k": "ablation.k", "bench.reading.path": "bench.questions.path"}
+    sentence = launch_module._unknown_key(old, script, CONF)
+    assert sentence == f"The setting {old!r} is called {new[old]!r} now."
+
+
+def test_a_setting_that_another_benchmark_has_renamed_is_only_unknown(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "bench=attention", "bench.k=1"])
+    assert "There is no setting 'bench.k': " in launch_module._unknown_key("bench.k", "bench", CONF)
+
+
 def test_a_folder_that_cannot_be_made_is_one_sentence(run, tmp_path):
     (tmp_path / "file").write_text("")
     code, seen, err = run(f"hydra.run.dir={tmp_path}/file/run")
@@ -378,7 +406,7 @@ def test_build_makes_plain_objects(conf):
     assert stage == Stage(128, 1, "x", inner, ["a", "b"], ["c"])
     assert stage.inner is inner  # handed on, not copied
     assert type(stage.words) is list
-    assert build(composed(conf, "+stage.inner._target_=tests.tiny_settings.Stage")).inner == Stage()
+    assert build(composed(conf, "+stage.inner._target_=tests.scripts.launch_settings.Stage")).inner == Stage()
 
 
 @pytest.mark.parametrize(
@@ -392,8 +420,14 @@ def test_build_makes_plain_objects(conf):
         ("+stage.name=3", "stage.name=3 will not do: it must be text or null"),
         ("+stage.order=up", "stage.order=up will not do: it must be score or reverse"),
         ("+stage.colour=red", r"no setting 'stage\.colour': .*Stage takes size, ratio"),
-        ("+stage.inner={_target_:tests.tiny_settings.Stage,sise:1}", r"no setting 'stage\.inner\.sise'"),
-        ("+stage.inner={_target_:tests.tiny_settings.Stage,size:-1}", "stage.size must be 0 or more"),
+        (
+            "+stage.inner={_target_:tests.scripts.launch_settings.Stage,sise:1}",
+            r"no setting 'stage\.inner\.sise'",
+        ),
+        (
+            "+stage.inner={_target_:tests.scripts.launch_settings.Stage,size:-1}",
+            "stage.size must be 0 or more",
+        ),
         ("stage.size=-1", "stage.size must be 0 or more"),
     ],
 )
@@ -409,7 +443,7 @@ import json, logging, sys, time
 from pathlib import Path
 sys.path[:0] = {paths}
 from launch import launch
-from tests.tiny_settings import Settings
+from tests.scripts.launch_settings import Settings
 
 def main(config):
     import jax.numpy as jnp
@@ -421,7 +455,7 @@ def main(config):
         print(json.dumps(dict(question=config.question, sum=float(jnp.ones(3).sum()))))
 
 if __name__ == "__main__":
-    launch(main, "tiny", Settings, config_dir=Path(__file__).parents[1] / "conf")
+    launch(main, "tiny", Settings, config_dir=Path(__file__).parent / "conf")
 """
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_encoder import write_checkpoint
+from tests.tiny_models import write_encoder
 
 EVAL = Path(__file__).resolve().parents[2] / "scripts" / "eval.py"
 JOBS = 4
@@ -21,7 +21,7 @@ JOBS = 4
 def home(tmp_path_factory):
     """A tiny encoder, and a dataset of 60 documents and 30 questions."""
     home, draw = tmp_path_factory.mktemp("home"), random.Random(0)
-    write_checkpoint(home / "encoder")
+    write_encoder(home / "encoder")
     words = ["".join(draw.choices("abcdefgh", k=4)) for _ in range(80)]
     texts = {f"d{i}": " ".join(draw.choices(words, k=draw.randint(5, 40))) for i in range(60)}
     queries = {f"q{i}": " ".join(draw.sample(texts[f"d{i}"].split(), 3)) for i in range(30)}

@@ -19,7 +19,7 @@ from launch import CONF, quote_overrides
 from rag.index import manifest as manifests
 from rag.types import UserError
 from tests.run_script import run_script
-from tests.tiny import write_checkpoint
+from tests.tiny_models import write_decoder
 
 FILES = {"seal.txt": "A seal eats fish on the ice.", "krill.md": "A whale eats krill.", "logo.png": "PNG"}
 
@@ -32,7 +32,7 @@ def home(tmp_path_factory):
     (home / "decoder").mkdir()
     for name, text in FILES.items():
         (home / "documents" / name).write_text(text)
-    write_checkpoint(home / "decoder")
+    write_decoder(home / "decoder")
     return home
 
 
@@ -76,6 +76,12 @@ def test_an_index_is_shown_and_verified(index, run):
     with pytest.raises(UserError, match=r"vectors\.npy has changed since it was written"):
         run(index_script, "index.path=index", "action=verify")
     file.write_bytes(whole)
+
+
+def test_the_recall_of_an_approximate_search_is_audited(index, run):
+    out, _ = run(index_script, "index.path=index", "action=audit", "vector_index.recall=0.9", "audit.k=1")
+    assert re.search(r"recall@1 of Binary\(recall=0\.9, .*\): 1\.0000, at least 0\.4\d+ with 95%", out)
+    assert "2 queries" in out
 
 
 def test_a_folder_is_added_to_an_index(home, run):
@@ -240,7 +246,7 @@ def test_an_index_of_another_embedder_is_told(home, index, run):
     manifest = index / "manifest.json"
     whole, fields = manifest.read_text(), manifests.read(index)
     other = fields.embedder.model_copy(update={"fingerprint": "0" * 64})
-    manifest.write_text(manifests.written(fields.model_copy(update={"embedder": other})))
+    manifest.write_text(manifests.to_json(fields.model_copy(update={"embedder": other})))
     try:
         with pytest.raises(UserError, match="another embedder"):
             run(generate, *ASK, "question=x")
@@ -285,9 +291,9 @@ def test_eval_writes_what_other_programs_rely_on(beir, evaluated):
     assert set(metrics["means"]) == {"nDCG@10", "Recall@100", "MRR@10", "MAP"}
     assert metrics["label"] == "this [one]"
     assert any("2 queries" in warning for warning in metrics["warnings"])
-    ledger = json.loads((folder / "costs.json").read_text())
-    assert ledger["query_p50_s"] > 0
-    assert ledger["index_bytes"] > 0
+    costs = json.loads((folder / "costs.json").read_text())
+    assert costs["query_p50_s"] > 0
+    assert costs["index_bytes"] > 0
     rows = [json.loads(line) for line in (folder / "per_query.jsonl").read_text().splitlines()]
     assert [(row["query"], row["MRR@10"]) for row in rows] == [("q1", 1.0), ("q2", 0.5)]
     assert (folder / "run.trec").read_text().split()[:3] == ["q1", "Q0", "d1"]

@@ -19,6 +19,7 @@ from settings import Part, build, check, settings_of
 
 from rag.runtime.options import Count, Share, check_fields, checked, is_plain
 from rag.types import UserError
+from tests.run_script import settings_class
 from tests.scripts.test_configs import CHOICES, PRIMARY
 
 # A setting stands in a table by its last words. What 0 means:
@@ -74,6 +75,7 @@ NULL = {
     "question": "an interactive session",
     "min_score": "no passage counts as irrelevant",
     "questions.path": "the sample set",
+    "questions.limit": "all questions",
     "passage_tokens": "each document is a passage",
     "score_threshold": "not known",
     "stemmer": "words as they stand",
@@ -225,7 +227,7 @@ def test_every_setting_of_a_choice_is_checked(group, choice):
 
 @pytest.mark.parametrize("primary", PRIMARY)
 def test_every_setting_of_a_script_is_checked(primary):
-    config, schema = composed(primary), importlib.import_module(primary).Settings
+    config, schema = composed(primary), settings_class(primary)
     for key in set(config) - {group for _, group, _ in CHOICES}:
         part = isinstance(config[key], DictConfig) and "_target_" in config[key]
         assert walk(config, Part if part else schema, key) > 0
@@ -233,7 +235,7 @@ def test_every_setting_of_a_script_is_checked(primary):
 
 @pytest.mark.parametrize("primary", PRIMARY)
 def test_no_part_is_null_but_those_that_may(primary):
-    config, schema = composed(primary), importlib.import_module(primary).Settings
+    config, schema = composed(primary), settings_class(primary)
     may = {"transform", "reranker", "tuning"} | ({"analyzer"} if primary == "ingest" else set())
     parts = {key.rpartition(".")[0] for key in (s.key for s in settings_of(config, schema))} - {""} - may
     for key in parts:
@@ -310,14 +312,14 @@ def test_a_sentence_names_the_setting_and_what_it_takes(primary, override, sente
         return
     config = composed(primary, *choice, *quote_overrides([override]))
     with pytest.raises(UserError) as told:
-        check(config, importlib.import_module(primary).Settings)
+        check(config, settings_class(primary))
     assert sentence in str(told.value)
 
 
 @pytest.mark.parametrize("overrides", [["analyzer=null"], ["embedder=bert", "embedder.query_prompt=null"]])
 def test_null_may_mean_something_in_ingest(overrides):
     config = composed("ingest", *quote_overrides(overrides))
-    check(config, importlib.import_module("ingest").Settings)
+    check(config, settings_class("ingest"))
     assert config.get("analyzer") is None or config.embedder.query_prompt is None
 
 
@@ -327,7 +329,7 @@ def test_null_may_mean_something_in_ingest(overrides):
 )
 def test_what_a_person_may_mean_passes(override):
     config = composed("generate", *quote_overrides([override]))
-    check(config, importlib.import_module("generate").Settings)
+    check(config, settings_class("generate"))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from process import system_error
 from rag.types import UserError
 from tests import trials
 from tests.report.test_report import save
-from tests.tiny import write_checkpoint
+from tests.tiny_models import write_decoder
 
 ROOT = CONF.parent
 CHILD = f"""
@@ -261,7 +261,7 @@ def prepare(home) -> None:
 def prepare_to_ask(home) -> None:
     """An index and a tiny decoder: what takes its time."""
     (home / "decoder").mkdir()
-    write_checkpoint(home / "decoder")
+    write_decoder(home / "decoder")
     assert walk(home, "ingest", "{}").returncode == 0
     (home / "new").rename(home / "index")
 

@@ -1,11 +1,22 @@
-"""Datasets in the BEIR layout: corpus.jsonl, queries.jsonl, qrels/*.tsv."""
+"""Datasets in the layout of BEIR (Thakur et al. 2021, arXiv:2104.08663), with additions.
 
+    path/corpus.jsonl         {"_id", "title" (optional), "text"}, or path/documents/: a folder of files
+    path/queries.jsonl        {"_id", "text"} and optionally "answers", "answerable", "evidence"
+    path/qrels/<split>.tsv    query-id, corpus-id, score: integers; 0 or less means judged irrelevant
+
+The additions are "answers", "answerable" and "evidence", at top level or under "metadata", and documents that may be
+plain files. Evidence: see rag.evaluate.datasets.questions; a text begins with the title where there is one.
+"""
+
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rag.evaluate.datasets import Dataset, Judgement, assemble
-from rag.evaluate.datasets.questions import json_rows, lines_of, read_questions
-from rag.ingest.load import Skipped, load_folder
+from rag.evaluate.datasets import Dataset
+from rag.evaluate.datasets.assemble import Judgement, assemble
+from rag.evaluate.datasets.files import json_rows, lines_of
+from rag.evaluate.datasets.questions import read_questions
+from rag.ingest.load.folder import Skipped, load_folder
 from rag.runtime.options import Count, Filled, Seed
 from rag.types import Document, UserError
 
@@ -20,12 +31,19 @@ def load_beir(
     limit: Count | None = None,
     seed: Seed = 0,
 ) -> Dataset:
-    """Load and check the set in folder `path`, or `limit` of its queries.
+    """Load and check the set in a folder.
 
-    Raises UserError for a missing or malformed file, a duplicate id, an empty query, a judgement that
-    contradicts another one or the "answerable" flag, a judgement of an unknown query or document, and evidence
-    that does not stand in its document. Some published sets have the last two: with `strict=False` these are
-    left out and listed in `problems`.
+    Args:
+        path: The folder.
+        split: Judgements are read from qrels/<split>.tsv.
+        strict: Whether judgements of an unknown query or document, and evidence that is not in its document, are
+            errors; otherwise they are left out and listed in `problems`. Some published sets have them.
+        limit: How many queries to draw; None takes all.
+        seed: Of the draw.
+
+    Raises:
+        UserError: for a missing or malformed file, a duplicate id, an empty query, a judgement that contradicts
+            another one or the "answerable" flag, and, when `strict`, for what is named there.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -67,7 +85,7 @@ def _document(file: Path, line: int, row: Mapping) -> Document:
     return Document(id=row["_id"], path=row["_id"], text=f"{title} {row['text']}".strip(), title=title)
 
 
-def _judgements(file: Path) -> Iterator["Judgement"]:
+def _judgements(file: Path) -> Iterator[Judgement]:
     if not file.exists():
         found = ", ".join(sorted(other.stem for other in file.parent.glob("*.tsv"))) or "none"
         raise UserError(f"{file} is missing: add it, or choose a split that is there ({found}).")
@@ -78,9 +96,6 @@ def _judgements(file: Path) -> Iterator["Judgement"]:
         fields = content.split("\t")
         if len(fields) != 3 or not all(field.strip() for field in fields):
             raise UserError(f"{file}, line {line} is not query id, tab, document id, tab, score: correct it.")
-        try:
-            yield Judgement(f"line {line}", fields[0], fields[1], int(fields[2]))
-        except ValueError as error:
-            raise UserError(
-                f'{file}, line {line}: score "{fields[2]}" is not an integer: correct it.'
-            ) from error
+        if not re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", fields[2]):
+            raise UserError(f'{file}, line {line}: score "{fields[2][:40]}" is not an integer: correct it.')
+        yield Judgement(f"line {line}", fields[0], fields[1], int(fields[2]))

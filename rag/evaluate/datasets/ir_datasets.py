@@ -1,25 +1,27 @@
-"""Datasets of the ir_datasets package."""
+"""Datasets of the ir_datasets catalogue (MacAvaney et al. 2021)."""
 
 import importlib
-from collections.abc import Iterable
 from typing import Any
 
-from rag.evaluate.datasets import Dataset, Judgement, assemble
-from rag.evaluate.datasets.questions import Question, named
+from rag.evaluate.datasets import Dataset
+from rag.evaluate.datasets.assemble import Judgement, assemble
+from rag.evaluate.datasets.files import check_unique
+from rag.evaluate.datasets.questions import Question
 from rag.runtime.options import Count, Filled, Seed
 from rag.types import Document, UserError
-
-# --- ir_datasets
 
 
 def load_ir_datasets(
     id: Filled, *, strict: bool = True, limit: Count | None = None, seed: Seed = 0
 ) -> Dataset:
-    """Load a set by its id in the ir_datasets catalogue (MacAvaney et al. 2021), such as "beir/scifact/test".
+    """Load a set by its id in the catalogue, such as "beir/scifact/test".
 
-    The library is not required otherwise; it downloads the set on first use. A document's and a query's text is
-    what the library holds for it (default_text). Raises UserError without the library or a connection, and for
-    an id that is unknown or lacks documents, queries or judgements.
+    The library is optional, and downloads the set on first use. The text of a document or query is the library's
+    default_text.
+
+    Raises:
+        UserError: without the library or a connection, and for an id that is unknown or lacks documents, queries or
+            judgements.
     """
     what = f"The ir_datasets set {id}"
     source = _ir_dataset(id)
@@ -40,8 +42,8 @@ def load_ir_datasets(
         ]
     except (OSError, RuntimeError) as error:  # what its downloads raise
         raise UserError(f"{what} cannot be fetched ({error}): go online, or choose another set.") from error
-    _check_once((document.id for document in corpus), f"{what} repeats the document")
-    _check_once((question.id for question in questions), f"{what} repeats the query")
+    check_unique((document.id for document in corpus), f"{what} repeats the document")
+    check_unique((question.id for question in questions), f"{what} repeats the query")
     return assemble(id, corpus, questions, judgements, what, what, strict, []).sample(limit, seed)
 
 
@@ -54,10 +56,3 @@ def _ir_dataset(id: str) -> Any:
         ) from error
     except KeyError as error:
         raise UserError(f"ir_datasets knows no set {id}: choose an id of https://ir-datasets.com.") from error
-
-
-def _check_once(ids: Iterable[str], fault: str) -> None:
-    seen: set[str] = set()
-    repeated = [f'"{id}"' for id in ids if id in seen or seen.add(id)]
-    if repeated:
-        raise UserError(f"{fault} {named(repeated)}: remove the second.")

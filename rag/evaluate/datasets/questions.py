@@ -1,24 +1,21 @@
-"""Questions as a dataset's files tell them: answers, whether there is one, and evidence found in the documents.
+"""Questions of a dataset: gold answers, whether there is an answer, and evidence that is located in the documents.
 
-Evidence is a list of {"document", "quote"}, the quote standing in the document's text once, or of {"document",
+Evidence is a list of {"document", "quote"}, where the quote occurs in the document's text once, or of {"document",
 "start", "end"}, characters of that text; with all four they must agree.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from rag.evaluate.datasets.files import json_rows, leave_out
 from rag.ingest.clean import clean
-from rag.runtime.records import parse_json, reason
 from rag.types import UserError
-
-_NAMED = 5  # faults spelled out in a message before "and N more"
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The characters of a document's text, from `start` to before `end`, that hold what a query asks for."""
+    """A span of a document's text, from `start` to before `end` in characters, that answers a query."""
 
     document: str
     start: int
@@ -27,7 +24,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A query as its file tells it."""
+    """A query as it is in a file."""
 
     id: str
     text: str
@@ -39,7 +36,10 @@ class Question:
 def read_questions(
     file: Path, documents: Mapping[str, str], strict: bool, problems: list[str]
 ) -> list[Question]:
-    """The queries of a JSON lines file, with evidence located in `documents`, id -> text."""
+    """Read the queries of a JSON lines file, and locate their evidence in `documents` (id -> text).
+
+    Evidence that is not there is an error when `strict`, otherwise one more of the `problems`.
+    """
     faults: list[str] = []
     questions = [_question(file, line, row, documents, faults) for line, row in json_rows(file)]
     leave_out(faults, f"{file} gives evidence that is not there:", strict, problems)
@@ -73,9 +73,13 @@ def _question(
 def locate(
     items: Iterable[Mapping], documents: Mapping[str, str], where: str, faults: list[str]
 ) -> tuple[Evidence, ...]:
-    """The spans that `items` name, each once; what is not in its document is told in `faults` instead.
+    """Return the spans that `items` describe, each once; a span that is not in its document is added to `faults`.
 
-    An item has a "document" and a "quote", a "start" and an "end", or all four, which then must agree.
+    Args:
+        items: Each has a "document" and a "quote", a "start" and an "end", or all four, which then must agree.
+        documents: Id -> text.
+        where: Names the question in a fault.
+        faults: Gets a text for each item that is wrong.
     """
     found: dict[Evidence, None] = {}
     for item in items:
@@ -89,7 +93,7 @@ def locate(
 
 
 def _span(item: Mapping, text: str | None) -> tuple[int, int] | str:
-    """Start and end in the text, or what is wrong with them."""
+    """Return start and end in the text, or else the fault."""
     document, quote = f'document "{_brief(item.get("document"))}"', item.get("quote")
     start, end = item.get("start"), item.get("end")
     if text is None:
@@ -116,7 +120,7 @@ def _found_once(quote: str, text: str) -> tuple[int, int] | None:
 
 
 def _brief(value: object) -> str:
-    """A value in a sentence; what is neither text nor a number goes by its type."""
+    """Return a value as words of a sentence; what is neither text nor a number is named by its type."""
     plain = value is None or isinstance(value, str | int | float)
     return _short(str(value)) if plain else f"a {type(value).__name__}"
 
@@ -124,53 +128,3 @@ def _brief(value: object) -> str:
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def leave_out(faults: Sequence[str], what: str, strict: bool, problems: list[str]) -> None:
-    """Raise UserError for faults when `strict`; else list them: "<what> <fault>, <fault> and 3 more"."""
-    if faults and strict:
-        raise UserError(f"{what} {named(faults)}: remove this or load with dataset.strict=false.")
-    if faults:
-        problems.append(f"{what} {named(faults)}, which is left out.")
-
-
-# --- files
-
-
-def json_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """(line from 1, row) of a JSON lines file whose rows have a unique, non-empty "_id" and a "text"."""
-    seen: dict[str, int] = {}
-    for line, content in lines_of(file):
-        row = valid_json(content, f"{file}, line {line}")
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("_id", "text")):
-            raise UserError(f'{file}, line {line} has no strings "_id" and "text": correct it.')
-        if not row["_id"].strip():
-            raise UserError(f'{file}, line {line} has an empty "_id": give it one.')
-        if (first := seen.setdefault(row["_id"], line)) != line:
-            raise UserError(f'{file}, line {line} repeats the id "{row["_id"]}" of line {first}: remove one.')
-        yield line, row
-
-
-def valid_json(text: str, where: str) -> Any:
-    """The value of a JSON text. UserError, with the place, when it is none."""
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise UserError(f"{where} is not valid JSON ({reason(error)}): correct it.") from error
-
-
-def lines_of(file: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, content) of the lines of a text file that are not blank. UserError when it is not UTF-8."""
-    try:
-        with open(file, encoding="utf-8-sig") as stream:
-            yield from ((n, line.rstrip("\n")) for n, line in enumerate(stream, 1) if line.strip())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not valid UTF-8 ({error.reason}): convert it.") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): put it there.") from error
-
-
-def named(ids: Sequence[str]) -> str:
-    """The first few of them, and how many more there are."""
-    more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
-    return ", ".join(ids[:_NAMED]) + more

@@ -1,4 +1,4 @@
-"""The sample dataset of this repository (data/sample)."""
+"""The sample dataset of this project (data/sample)."""
 
 from pathlib import Path
 
@@ -9,9 +9,6 @@ from rag.runtime.options import Count, Seed
 SAMPLE = Path(__file__).resolve().parents[3] / "data" / "sample"
 
 
-# --- the layout of BEIR
-
-
 def load_sample(limit: Count | None = None, seed: Seed = 0) -> Dataset:
-    """The sample set of this project (data/sample), or `limit` of its queries."""
+    """Load the sample dataset, or `limit` of its queries."""
     return load_beir(SAMPLE, limit=limit, seed=seed)

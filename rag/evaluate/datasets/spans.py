@@ -1,6 +1,8 @@
-"""Evaluation sets in other layouts than BEIR's: SQuAD, character spans over plain files, ir_datasets.
+"""Datasets of plain text files and questions whose evidence is spans of characters, to compare chunkers by.
 
-Each gives the same Dataset, checked by the same rules (rag.evaluate.datasets).
+Questions are JSON lines as in the layout of BEIR, or the CSV of Chroma's chunking evaluation (Smith and Troynikov
+2024): columns question, references (a JSON list of {"content", "start_index", "end_index"}) and corpus_id, the name of
+the file without its ending; their ids are row numbers from 0.
 """
 
 import csv
@@ -8,12 +10,12 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from rag.evaluate.datasets import Dataset, Judgement, assemble
-from rag.evaluate.datasets.questions import Question, leave_out, locate, read_questions, valid_json
+from rag.evaluate.datasets import Dataset
+from rag.evaluate.datasets.assemble import Judgement, assemble
+from rag.evaluate.datasets.files import leave_out, read_text, valid_json
+from rag.evaluate.datasets.questions import Question, locate, read_questions
 from rag.runtime.options import Count, Filled, Seed
 from rag.types import Document, UserError
-
-# --- character spans over plain files
 
 
 def load_spans(
@@ -25,22 +27,28 @@ def load_spans(
     limit: Count | None = None,
     seed: Seed = 0,
 ) -> Dataset:
-    """Load a folder of text files and questions whose evidence is spans of characters, or `limit` of them.
+    """Load a folder of text files and questions. The documents that hold evidence are relevant, grade 1.
 
-    `questions` and `documents` are a file and a folder in `path` ("." for `path` itself). Questions are JSON
-    lines as in the layout of BEIR, or the CSV of Chroma's chunking evaluation (Smith and Troynikov 2024): columns
-    question, references (a JSON list of {"content", "start_index", "end_index"}) and corpus_id, the name of the
-    file without its ending; their ids are row numbers from 0. The files are UTF-8 text and are not cleaned, so
-    that positions fit; others are left out. The documents that hold evidence are relevant, grade 1. Raises
-    UserError for a malformed file and, when `strict`, for evidence that is not there.
+    The documents are UTF-8 text and are not cleaned, so that positions fit; other files are left out.
+
+    Args:
+        path: The folder.
+        questions: A file in `path`: .csv, or JSON lines.
+        documents: A folder in `path`; "." for `path` itself.
+        strict: Whether evidence that is not in its document is an error; otherwise it is left out.
+        limit: How many questions to draw; None takes all.
+        seed: Of the draw.
+
+    Raises:
+        UserError: for a malformed file and, when `strict`, for evidence that is not there.
     """
     path = Path(path).expanduser()
     file, folder = path / questions, path / documents
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder} of documents: give dataset.path and dataset.documents.")
     problems: list[str] = []
-    corpus = [_plain(name, folder, problems) for name in _files(folder) if folder / name != file]
-    corpus = [document for document in corpus if document]
+    found = (_plain(name, folder, problems) for name in _files(folder) if folder / name != file)
+    corpus = [document for document in found if document]
     texts = {document.id: document.text for document in corpus}
     read = _read_chroma if file.suffix.lower() == ".csv" else read_questions
     asked = read(file, texts, strict, problems)
@@ -55,7 +63,7 @@ def load_spans(
 
 
 def _files(folder: Path) -> list[str]:
-    """Paths in the folder and its folders, with /, in order; hidden ones are passed over."""
+    """Return the paths of all files below a folder, with /, sorted, without hidden ones."""
     names = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
 
@@ -109,13 +117,3 @@ def _references(text: str, where: str) -> list[dict]:
             f"{where}: references must be a list of objects with {', '.join(sorted(keys))}: correct it."
         )
     return references
-
-
-def read_text(file: Path) -> str:
-    """The file's text with every character as it stands, line ends too. UserError if not there or not UTF-8."""
-    try:
-        return file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not valid UTF-8 ({error.reason}): convert it.") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): put it there.") from error

@@ -1,29 +1,35 @@
-"""SQuAD files (v1.1 and v2.0) as a dataset."""
+"""Datasets in the format of SQuAD 1.1 and 2.0 (Rajpurkar et al. 2016, 2018), XQuAD too."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rag.evaluate.datasets import Dataset, Judgement, assemble
-from rag.evaluate.datasets.ir_datasets import _check_once
-from rag.evaluate.datasets.questions import Question, leave_out, locate, valid_json
-from rag.evaluate.datasets.spans import read_text
+from rag.evaluate.datasets import Dataset
+from rag.evaluate.datasets.assemble import Judgement, assemble
+from rag.evaluate.datasets.files import check_unique, leave_out, read_text, valid_json
+from rag.evaluate.datasets.questions import Question, locate
 from rag.runtime.options import Count, Filled, Seed
 from rag.types import Document, UserError
-
-# --- SQuAD
 
 
 def load_squad(
     path: Filled | Path, *, strict: bool = True, limit: Count | None = None, seed: Seed = 0
 ) -> Dataset:
-    """Load a SQuAD file, 1.1 or 2.0 (Rajpurkar et al. 2016, 2018), XQuAD too, or `limit` of its questions.
+    """Load a SQuAD file.
 
-    Every different context is a document, its title beside it, not in it; a question judges its own context
-    relevant, grade 1. Its answers are all annotators'; its evidence is the span of the first one only, since
+    Every different context is a document, whose text is without the title. A question judges its own context
+    relevant, grade 1. Its answers are those of all annotators; its evidence is the span of the first one only, since
     the others say the same again. That span is the bare answer, so recall over it asks whether the answer was
-    retrieved, and precision says little. Questions marked impossible are unanswerable and not judged. Raises
-    UserError for a malformed file, a repeated id, and, when `strict`, an answer that is not where it claims to be.
+    retrieved, and precision says little. Questions marked impossible are unanswerable and not judged.
+
+    Args:
+        path: The JSON file.
+        strict: Whether an answer that is not at the position given is an error; otherwise it gives no evidence.
+        limit: How many questions to draw; None takes all.
+        seed: Of the draw.
+
+    Raises:
+        UserError: for a malformed file, a repeated id, and, when `strict`, an answer that is not at its position.
     """
     file = Path(path).expanduser()
     documents: dict[str, Document] = {}  # by text
@@ -38,7 +44,7 @@ def load_squad(
             if question.answerable:
                 judgements.append(Judgement(where, question.id, document.id, 1))
     problems: list[str] = []
-    _check_once((question.id for question in questions), f"{file} repeats the question id")
+    check_unique((question.id for question in questions), f"{file} repeats the question id")
     leave_out(faults, f"{file} gives answers that are not there:", strict, problems)
     corpus, name = list(documents.values()), file.stem
     dataset = assemble(name, corpus, questions, judgements, str(file), str(file), strict, problems)
@@ -46,8 +52,8 @@ def load_squad(
 
 
 def _paragraphs(file: Path) -> Iterator[tuple[str, str, str, list]]:
-    """(id, title, context, questions) of each paragraph; the id is the article's title and a number from 0."""
-    data = valid_json(read_text(file), str(file))
+    """Yield (id, title, context, questions) of each paragraph; the id is the article's title and a number from 0."""
+    data = valid_json(read_text(file).removeprefix("\ufeff"), str(file))
     for number, article in enumerate(_member(data, "data", list, str(file)), 1):
         at = f"{file}, article {number}"
         paragraphs = _member(article, "paragraphs", list, at)
@@ -58,9 +64,12 @@ def _paragraphs(file: Path) -> Iterator[tuple[str, str, str, list]]:
             yield f"{number}-{title or 'article'}-{i}", title.replace("_", " "), context, asked
 
 
-def _squad_question(row: object, document: Document, where: str, faults: list[str]) -> Question:
+def _squad_question(row: dict, document: Document, where: str, faults: list[str]) -> Question:
     id, text = _member(row, "id", str, where), _member(row, "question", str, where)
-    if row.get("is_impossible"):
+    impossible = row.get("is_impossible", False)
+    if not isinstance(impossible, bool):
+        raise UserError(f'{where}, {id}: "is_impossible" must be true or false: correct it.')
+    if impossible:
         return Question(id, text, answerable=False)
     given = [
         (

@@ -1,6 +1,6 @@
 """Retrieval metrics that do not depend on how a tool breaks ties, and runs as TREC files.
 
-The tools disagree: trec_eval compares scores in float32 and puts the higher document id first among equals,
+The tools disagree: trec_eval compares scores in float32 and puts the higher document id first among equal scores,
 others the lower; pytrec_eval leaves queries without results out of the mean. Here a run is first made
 canonical: sorted by (score descending, document id ascending), with scores that strictly decrease in float32,
 so that every tool sees the same ranking. A judged query without results counts as 0.
@@ -8,32 +8,19 @@ so that every tool sees the same ranking. A judged query without results counts 
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ir_measures
 import numpy as np
-from ir_measures import AP, RR, Measure, P, R, Rprec, Success, nDCG
+from ir_measures import Measure
 from ir_measures.providers import FallbackProvider
 
-from rag.runtime.files import atomic_file
+from rag.evaluate.metrics import find
 from rag.types import UserError
 
 DEFAULT_MEASURES = ("nDCG@10", "Recall@100", "MRR@10", "MAP")
 
-_MEASURES = {
-    "ndcg": nDCG,
-    "recall": R,
-    "r": R,
-    "precision": P,
-    "p": P,
-    "mrr": RR,
-    "rr": RR,
-    "map": AP,
-    "ap": AP,
-    "success": Success,
-    "rprec": Rprec,
-}
 _NAME = re.compile(r"([a-z]+)(?:@([1-9][0-9]*))?", re.IGNORECASE)
 # Named, because the default choice depends on what else is installed. pytrec_eval has no RR with a cut-off.
 _PROVIDER = FallbackProvider([ir_measures.pytrec_eval, ir_measures.msmarco])
@@ -44,21 +31,27 @@ Run = Mapping[str, Mapping[str, float]]  # query id -> document id -> score; hig
 
 
 def evaluate(
-    qrels: Qrels, run: Run, measures: Sequence[str] = DEFAULT_MEASURES, *, drop_self_hits: bool = False
+    qrels: Qrels, run: Run, measures: Sequence[str] = DEFAULT_MEASURES
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return (measure -> mean over the judged queries, query id -> measure -> value), under the names given.
+    """Compute the metrics of a run. As in trec_eval gains are the grades, discounts log2, and 1 or more is relevant.
 
-    Measures, in any case: nDCG, MAP (AP) and MRR (RR), each with or without @k; Recall@k (R), Precision@k
-    (P), Success@k; Rprec. As in trec_eval gains are the grades, discounts log2, and 1 or more is relevant.
-    `drop_self_hits` leaves out a document with the query's own id, as BEIR does: for sets such as ArguAna,
-    whose queries are documents of the corpus (Dataset.drop_self_hits), not where ids coincide by chance.
-    Raises UserError for an unknown measure or empty qrels, ValueError for a score not finite in float32.
+    Args:
+        qrels: The judgements.
+        run: The documents found for each query, with their scores.
+        measures: Names in any case: nDCG, MAP (AP) and MRR (RR), each with or without @k; Recall@k (R),
+            Precision@k (P), Success@k; Rprec.
+
+    Returns:
+        (name -> mean over the judged queries, query id -> name -> value), under the names given.
+
+    Raises:
+        UserError: for an unknown name or empty qrels.
+        ValueError: for a score that is not finite in float32.
     """
     if not qrels:
         raise UserError("There are no relevance judgements: check the dataset's qrels and split.")
     parsed = {name: _measure(name) for name in measures}
-    ranked = {q: canonical_scores(run[q], drop=(q,) if drop_self_hits else ()) for q in qrels if q in run}
-    found = {q: scores for q, scores in ranked.items() if scores}
+    found = {query: canonical_scores(run[query]) for query in qrels if run.get(query)}
     grades = {q: {d: max(grade, 0) for d, grade in judged.items()} for q, judged in qrels.items()}
     values = {measure: dict.fromkeys(qrels, 0.0) for measure in parsed.values()}
     for result in _PROVIDER.iter_calc(list(values), grades, found):
@@ -67,14 +60,14 @@ def evaluate(
     return means, {q: {name: values[measure][q] for name, measure in parsed.items()} for q in qrels}
 
 
-def canonical_scores(scores: Mapping[str, float], *, drop: Collection[str] = ()) -> dict[str, float]:
-    """Document id -> score, best first, ties to the lower id; the scores strictly decrease in float32.
+def canonical_scores(scores: Mapping[str, float]) -> dict[str, float]:
+    """Return document id -> score, best first, ties to the lower id; the scores strictly decrease in float32.
 
-    A score is kept where it can be (rounded to float32) and otherwise set just below the one before it.
+    A score stays where it can (rounded to float32) and is otherwise set just below the one before it.
     """
     canonical: dict[str, float] = {}
     previous = np.float32(np.inf)
-    for document in sorted(scores.keys() - set(drop), key=lambda d: (-scores[d], d)):
+    for document in sorted(scores, key=lambda d: (-scores[d], d)):
         score = scores[document]
         if not abs(score) <= _LARGEST or previous <= -_LARGEST:
             raise ValueError(f"the score {score} of {document!r} cannot be ranked in float32")
@@ -85,27 +78,30 @@ def canonical_scores(scores: Mapping[str, float], *, drop: Collection[str] = ())
 
 def _measure(name: str) -> Measure:
     match = _NAME.fullmatch(name)
-    if match and (measure := _MEASURES.get(match[1].lower())):
-        cutoff = measure.SUPPORTED_PARAMS.get("cutoff")  # None: takes none
+    if match and (metric := find(match[1], "qrels")):
+        cutoff = metric.function.SUPPORTED_PARAMS.get("cutoff")  # None: takes none
         if match[2] and cutoff:
-            return measure @ int(match[2])
+            return metric.function @ int(match[2])
         if not match[2] and not (cutoff and cutoff.required):
-            return measure
+            return metric.function
     examples = ", ".join((*DEFAULT_MEASURES, "Precision@5", "Success@1"))
     raise UserError(f'There is no measure "{name}": choose from such as {examples}.')
 
 
 def check(measures: Sequence[str]) -> None:
-    """UserError for the first of the names that is no measure."""
+    """Raise UserError for the first of the names that is not a retrieval metric."""
     for name in measures:
         _measure(name)
 
 
 def trec_lines(run: Run, tag: str = "rag") -> Iterator[str]:
-    """The lines of a TREC run file: query, Q0, document, rank from 1, score, tag, with tabs between.
+    """Yield the lines of a TREC run file: query, Q0, document, rank from 1, score, tag, separated by tabs.
 
     The scores are canonical, so trec_eval gives the figures of `evaluate`. Tabs let document ids hold spaces,
-    as file names do (tools that split at spaces misread those). UserError for an id with a tab or line break.
+    as file names do (tools that split at spaces misread those).
+
+    Raises:
+        UserError: for an id with a tab or line break.
     """
     for query, scores in run.items():
         for rank, (document, score) in enumerate(canonical_scores(scores).items(), 1):
@@ -114,16 +110,13 @@ def trec_lines(run: Run, tag: str = "rag") -> Iterator[str]:
             yield f"{query}\tQ0\t{document}\t{rank}\t{score:.9g}\t{tag}\n"
 
 
-def write_trec_run(path: str | Path, run: Run, tag: str = "rag") -> None:
-    """Write `run` as a TREC run file, whole or not at all; see trec_lines."""
-    with atomic_file(path, "w") as file:
-        file.writelines(trec_lines(run, tag))
-
-
 def read_trec_run(path: str | Path) -> dict[str, dict[str, float]]:
     """Read a TREC run file, with tabs (ids may hold spaces) or any white space between the six fields.
 
-    The ranks in the file are ignored, as trec_eval does. UserError names the line that is wrong.
+    The ranks in the file are ignored, as in trec_eval.
+
+    Raises:
+        UserError: that names the line that is wrong.
     """
     run: dict[str, dict[str, float]] = {}
     try:

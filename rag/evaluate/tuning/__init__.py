@@ -1,1 +1,1 @@
-"""Tuning of fusion, BM25 and cut-offs, with nested cross-validation."""
+"""Tuning of fusion weights and BM25's parameters with nested cross-validation, over search results computed once."""

@@ -1,10 +1,10 @@
-"""CacheBlend (Yao et al. 2024, arXiv:2405.16444): of passages read apart, the tokens that differ most are read anew.
+"""CacheBlend (Yao et al. 2024, arXiv:2405.16444): recompute the tokens of precomputed passages that differ most.
 
-A passage that was read by itself knows nothing of the passages before it. The first layers of the whole prompt show
-which of its tokens that changes most: there its keys and values, computed now, are the farthest from the kept ones.
-These tokens, and all that were never kept, go through the remaining layers; the others stay as they were.
+A passage whose KV cache was computed by itself ignores the passages before it. The first layers of the whole prompt
+show which of its tokens that changes most: there its keys and values, computed now, are the farthest from the cached
+ones. These tokens, and all that have no cache, go through the remaining layers; the others stay as they were.
 
-Letters: T tokens of the prompt, padded, C slots of the cache, K kv heads, D head dim, M width.
+Letters: T tokens of the prompt, padded, S cache slots, K kv heads, D head dim, M width.
 """
 
 from functools import partial
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rag.models.checkpoint import Packed
 from rag.models.llama.model import KVCache, Llama, layer_keys_values, run_layers
+from rag.models.placement import Packed
 
-# Whose keys and values are computed for all tokens; the first's depend on nothing but the token itself.
-LAYERS = 2
+# The first layers, whose keys and values are computed for all tokens; the first's depend on the token itself alone.
+SCORED_LAYERS = 2
 
 
 @partial(jax.jit, static_argnames=("count", "layers"), donate_argnames=("cache",))
@@ -26,17 +26,27 @@ def blend(
     cache: KVCache,
     tokens: Int[Array, "1 T"],
     length: Int[Array, ""],
-    kept: Bool[Array, "T"],
+    reused: Bool[Array, "T"],
     candidates: Bool[Array, "T"],
     *,
     count: int,
-    layers: int = LAYERS,
+    layers: int = SCORED_LAYERS,
 ) -> tuple[KVCache, Float[Array, "1 M"]]:
-    """The cache of a prompt of `length` tokens, complete, when it held the `kept` ones as they were read apart.
+    """Complete the cache of a prompt, and recompute the tokens whose keys and values differ most from the cached ones.
 
-    And the last token's state after the last norm. `count` tokens are read through all layers: all that are not kept,
-    the last of which must be one, and of the candidates, which are, those whose keys and values at the last of the
-    first `layers` differ most from the kept ones. It must not be less than the number of tokens that are not kept.
+    Args:
+        packed: the model.
+        cache: one row that holds the `reused` tokens as they were computed apart; it is donated.
+        tokens: the prompt, padded.
+        length: tokens of the prompt.
+        reused: which tokens are in the cache. The prompt's last token must not be one of them.
+        candidates: those of the reused tokens that may be recomputed.
+        count: how many tokens go through all layers: all that are not reused, and of the candidates those that differ
+            most at the last of the first `layers`. At least the number of tokens that are not reused.
+        layers: how many layers compute all tokens.
+
+    Returns:
+        The complete cache, and the last token's state after the last norm.
     """
     model, size, last = packed.module, tokens.shape[1], layers - 1
     x = model.embed_tokens(tokens)
@@ -45,7 +55,7 @@ def blend(
     changed = _distance(key, cache.keys[last][:, :, :size])
     changed += _distance(value, cache.values[last][:, :, :size])
     order = jnp.where(candidates, changed, -1.0)
-    order = jnp.where(~kept & (jnp.arange(size) < length), jnp.inf, order)
+    order = jnp.where(~reused & (jnp.arange(size) < length), jnp.inf, order)
     at = jnp.sort(jax.lax.top_k(order, count)[1])
 
     def written(old: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -59,5 +69,5 @@ def blend(
 
 
 def _distance(new: Float[Array, "1 K T D"], old: Float[Array, "1 K T D"]) -> Float[Array, "T"]:
-    """Squared, summed over heads."""
+    """Return squared distances, summed over heads."""
     return jnp.square(new.astype(jnp.float32) - old.astype(jnp.float32)).sum(axis=(0, 1, 3))

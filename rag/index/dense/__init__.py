@@ -1,4 +1,7 @@
-"""Vector search. The protocols of a vector index and of its options."""
+"""Vector search: the protocols of a vector index and of its options.
+
+N vectors, Q queries, E embedding dim, k results
+"""
 
 from typing import Literal, Protocol, runtime_checkable
 
@@ -14,28 +17,24 @@ class VectorIndex(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Of all that a search reads."""
+        """Return the bytes that a search may read."""
         ...
 
     def search(
         self, queries: Float[np.ndarray, "Q E"], k: int
     ) -> tuple[Float32[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-        """min(k, len) rows of each query: cosines, best first, and row numbers; lower ones win ties."""
+        """Return min(k, len) rows of each query: cosines, best first, and row numbers; the lower row wins a tie."""
         ...
 
     def path(self, queries: int, k: int) -> Literal["scan", "exact"]:
-        """How a batch of so many queries is searched: by codes first, or exactly at once."""
-        ...
-
-    def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
-        """Append rows."""
+        """Return how a batch of so many queries is searched: by a scan of codes first, or exactly at once."""
         ...
 
 
 @runtime_checkable
 class VectorSearch(Protocol):
-    """A frozen dataclass of options: one way of searching vectors."""
+    """A frozen dataclass of options: one way to search vectors."""
 
     def build(self, vectors: Float32[np.ndarray, "N E"]) -> VectorIndex:
-        """The vectors, ready to be searched; a memory map is not copied."""
+        """Return the index of the vectors; a memory map is not copied."""
         ...

@@ -1,18 +1,17 @@
-"""Exact nearest neighbours by cosine: the inner product of unit vectors, every vector looked at.
+"""Exact nearest neighbours by cosine: the inner products of unit vectors, of every vector.
 
-    N vectors (rows, of which the first `live` count), Q queries, E embedding dim, k results
-    G groups of consecutive rows, R rows of a block
+    N vectors (rows), Q queries, E embedding dim, k results, G groups of consecutive rows, R rows of a block
 
-Reading the vectors is nearly all of the work for a few queries: all scores of a query are kept, and its best
-rows taken from them. For many queries multiplying is, and writing N x Q scores would cost as much again: the
-rows are taken in blocks whose scores stay in the processor's cache, only the maxima of small groups of rows
-are kept, and the rows of the best groups are scored once more. From a few dozen queries on, a processor with
-bfloat16 products finds the maxima several times faster in those, from blocks converted as they are read.
+For a few queries, reading the vectors is nearly all of the work: all scores of a query are computed, and its best rows
+are taken from them. For many queries the products are most of the work, and writing N x Q scores would cost as much
+again: the rows are taken in blocks whose scores stay in the processor's cache, only the maxima of small groups of rows
+are written, and the rows of the best groups are scored once more. From a few dozen queries on, a processor with
+bfloat16 products finds the maxima several times faster in those, from blocks that are converted as they are read.
 
-Each way rounds differently, and near duplicates are closer than that. What rounding can have changed is bounded, and
-queries whose result that leaves in doubt are searched again: from bfloat16 in float32, and from there by scoring all
-rows as the results are scored. Either way the vectors are read in place (a memory map is not copied), the temporary
-memory is a small part of theirs, and the results are the same: the k best in float32, ties to the lower row.
+Each way rounds differently, and near duplicates are closer than that. The effect of rounding is bounded, and queries
+whose result that leaves in doubt are searched again: from bfloat16 in float32, and from there by scoring all rows as
+the results are scored. Either way the vectors are read in place (a memory map is not copied), the temporary memory is a
+small part of theirs, and the results are the same: the k best in float32, ties to the lower row.
 """
 
 from collections.abc import Sequence
@@ -26,10 +25,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from rag.index.dense import refine
-from rag.index.dense.growing import Growing, _round_up
 from rag.runtime.machine import cpu_flags
 from rag.runtime.measurement import Work
-from rag.types import UserError
+from rag.runtime.shapes import previous_power_of_two
 
 _BATCH = 1024  # queries of one call to XLA, unless their maxima would take more than
 _MAXIMA_BYTES = 256 << 20
@@ -37,7 +35,6 @@ _MANY = 32  # queries from which bfloat16 pays for converting the vectors, and f
 _ROWS = 4096  # rows of a block: with 256 queries their scores are 4 MiB
 _BLOCKS = 64  # blocks that one program takes: it grows with them
 _GROUP = 8  # rows of a group: fewer leave more maxima to choose from, more leave more rows to score again
-_CHECKED_ROWS = 1 << 14
 _BY_ROWS = (((1,), (1,)), ((), ()))
 
 
@@ -46,50 +43,50 @@ def search(
     vectors: Float[Array, "N E"],
     queries: Float[Array, "Q E"],
     k: int,
-    live: Int[Array, ""] | None = None,
     longest: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
-    """For each query the min(k, N) rows of highest inner product: scores, best first, and int32 row numbers.
+) -> refine.Found:
+    """Return for each query the min(k, N) rows of highest inner product; the lower row wins a tie.
 
-    Exact in float32; the lower row wins a tie. Only the first `live` rows count (None: all), whatever stands
-    in the others; where live < k the last k - live results have score -inf and a meaningless row number.
-    `longest` is the length of the longest live row, or more; None finds it.
+    Args:
+        vectors: of any length.
+        queries: any number of them.
+        k: the number of results.
+        longest: the length of the longest vector, or more; None finds it.
+
+    Returns:
+        The scores, exact in float32, best first, and the row numbers (int32).
     """
     n = len(vectors)
     k = min(k, n)
-    live = jnp.asarray(n if live is None else live)
-    slack = _rounding(vectors, queries, live, longest)
+    slack = _rounding(vectors, queries, longest)
     if _by_groups(n, len(queries), k):
-        return _search_groups(vectors, queries, _maxima(vectors, queries), slack, k, live)
+        return _search_groups(vectors, queries, _maxima(vectors, queries), slack, k)
     if len(queries) > 1 or k + _spare(k) >= n:
-        return refine.all_scored(vectors, queries, live, k=k)
+        return refine.best_of_all(vectors, queries, k=k)
     estimates = refine.scores(vectors, queries[0])[None]
-    options = {"k": k, "candidates": k + _spare(k)}
-    *found, last = refine.best_of_estimates(vectors, queries, estimates, live, **options)
-    proven = (found[0][:, -1] > last + slack) | ~queries.any(axis=1)
-    return refine.where_exact(proven, tuple(found), vectors, queries, live)
+    best, ids, last = refine.best_of_estimates(vectors, queries, estimates, k=k, candidates=k + _spare(k))
+    proven = (best[:, -1] > last + slack) | ~queries.any(axis=1)
+    return refine.search_unproven(proven, (best, ids), vectors, queries)
 
 
 def _by_groups(n: int, queries: int, k: int) -> bool:
-    """Whether group maxima pay: not for few queries, nor if the best groups are a good part of all rows."""
+    """Return whether group maxima pay: not for few queries, nor if the best groups are a good part of all rows."""
     return queries > refine.FEW and n >= max(256 * k, _ROWS)
 
 
 def _spare(k: int) -> int:
-    """Candidates beyond k, for those that another rounding would have let in: more are rarely in doubt."""
+    """Return the number of candidates beyond k, for those that another rounding would have let in."""
     return 4 + k // 8
 
 
 def _rounding(
     vectors: Float[Array, "N E"],
     queries: Float[Array, "Q E"],
-    live: Int[Array, ""],
     longest: Float[Array, ""] | None,
 ) -> Float32[Array, "Q"]:
-    """What two float32 products of each query and any live row can differ by."""
+    """Return how much two float32 products of each query and any row can differ."""
     if longest is None:
-        squares = jnp.square(vectors.astype(jnp.float32)).sum(axis=1)
-        longest = jnp.sqrt(jnp.where(jnp.arange(len(vectors)) < live, squares, 0.0).max(initial=0.0))
+        longest = jnp.sqrt(jnp.square(vectors.astype(jnp.float32)).sum(axis=1).max(initial=0.0))
     largest = jnp.abs(queries).astype(jnp.float32).max(axis=1, keepdims=True)
     parts = queries / jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)  # whose squares do not underflow
     return refine.rounding(vectors.shape[1]) * longest * largest[:, 0] * jnp.linalg.norm(parts, axis=1)
@@ -101,20 +98,21 @@ def _search_groups(
     maxima: Float[Array, "Q G"],
     slack: Float32[Array, "Q"],
     k: int,
-    live: Int[Array, ""],
-) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
-    """Each query by way of the highest scores in the groups of rows."""
-    options = {"k": k, "group": _GROUP, "groups": k + _spare(k)}
-    *found, proven = refine.best_of_groups(vectors, queries, maxima, slack, live, **options)
-    every_tie = ~queries.any(axis=1)  # then the lowest groups were taken, and rightly
-    return refine.where_exact(proven | every_tie, tuple(found), vectors, queries, live)
+) -> refine.Found:
+    """Search by the highest scores in the groups of rows."""
+    groups = k + _spare(k)
+    best, ids, proven = refine.best_of_groups(
+        vectors, queries, maxima, slack, k=k, group=_GROUP, groups=groups
+    )
+    every_tie = ~queries.any(axis=1)  # of a query of zeros: the lowest groups were taken, which is right
+    return refine.search_unproven(proven | every_tie, (best, ids), vectors, queries)
 
 
 def _maxima(vectors: Float[Array, "N E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q G"]:
-    """The highest score in each whole group of consecutive rows; N >= _ROWS."""
+    """Return the highest score in each whole group of consecutive rows; N >= _ROWS."""
     groups, step = len(vectors) // _GROUP, _ROWS // _GROUP
 
-    def block(i, maxima):
+    def block(i: Int[Array, ""], maxima: Float32[Array, "Q G"]) -> Float32[Array, "Q G"]:
         first = jnp.minimum(i * step, groups - step)  # the last block overlaps the one before
         rows = jax.lax.dynamic_slice_in_dim(vectors, first * _GROUP, _ROWS)
         return jax.lax.dynamic_update_slice_in_dim(maxima, _block_maxima(rows, queries), first, axis=1)
@@ -127,7 +125,7 @@ def _block_maxima(rows: Float[Array, "R E"], queries: Float[Array, "Q E"]) -> Fl
 
 
 def _half_maxima(rows: Float[Array, "R E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q G"]:
-    """_block_maxima of both rounded to bfloat16."""
+    """Return `_block_maxima` of rows and queries rounded to bfloat16."""
     half = (queries.astype(jnp.bfloat16), rows.astype(jnp.bfloat16))
     products = jax.lax.dot_general(*half, _BY_ROWS, preferred_element_type=jnp.float32)
     return products.reshape(len(queries), -1, _GROUP).max(axis=2)
@@ -137,7 +135,7 @@ def _half_maxima(rows: Float[Array, "R E"], queries: Float[Array, "Q E"]) -> Flo
 def _maxima_of_blocks(
     blocks: Sequence[Float[Array, "_ E"]], queries: Float[Array, "Q E"], half: bool
 ) -> Float32[Array, "Q G"]:
-    """_maxima of the blocks one below the other: as arrays of their own they need not be copied out of one."""
+    """Return the maxima of consecutive blocks: as arrays of their own they need not be copied out of one."""
     of_block = _half_maxima if half else _block_maxima
     return jnp.concatenate([of_block(rows, queries) for rows in blocks], axis=1)
 
@@ -148,11 +146,10 @@ def _search_pieces(
     queries: Float[Array, "Q E"],
     maxima: Sequence[Float[Array, "Q _"]],
     k: int,
-    live: Int[Array, ""],
     longest: Float[Array, ""],
-) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
-    slack = _rounding(vectors, queries, live, longest)
-    return _search_groups(vectors, queries, jnp.concatenate(maxima, axis=1), slack, k, live)
+) -> refine.Found:
+    slack = _rounding(vectors, queries, longest)
+    return _search_groups(vectors, queries, jnp.concatenate(maxima, axis=1), slack, k)
 
 
 @partial(jax.jit, static_argnames="k")
@@ -162,28 +159,28 @@ def _prove_pieces(
     maxima: Sequence[Float[Array, "Q _"]],
     slack: Float[Array, "Q"],
     k: int,
-    live: Int[Array, ""],
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"], Bool[Array, "Q"]]:
-    bounds = jnp.concatenate(maxima, axis=1)
-    options = {"k": k, "group": _GROUP, "groups": _groups_to_prove(k)}
-    return refine.best_of_groups(vectors, queries, bounds, slack, live, **options)
+    bounds, groups = jnp.concatenate(maxima, axis=1), _groups_to_prove(k)
+    return refine.best_of_groups(vectors, queries, bounds, slack, k=k, group=_GROUP, groups=groups)
 
 
 def _groups_to_prove(k: int) -> int:
-    """As far as rounding lets rows change places."""
+    """Return how many groups bfloat16 rounding may put in the wrong order."""
     return k + k // 2 + 8
 
 
-class RoundedVectors(NamedTuple):
-    """What bfloat16 makes of vectors: the largest length of one of them, and of the difference to one."""
+class Bfloat16Bounds(NamedTuple):
+    """Bounds on vectors rounded to bfloat16: their largest length, and the largest length of a rounding error."""
 
     length: float
     error: float
 
 
 @jax.jit
-def _rounded(blocks: Sequence[Float[Array, "_ E"]]) -> Float32[Array, "2"]:
-    def block(rows):
+def _largest_lengths(blocks: Sequence[Float[Array, "_ E"]]) -> Float32[Array, "2"]:
+    """Return the fields of Bfloat16Bounds."""
+
+    def block(rows: Float[Array, "_ E"]) -> Float32[Array, "2"]:
         half = rows.astype(jnp.bfloat16).astype(jnp.float32)
         both = jnp.stack([jnp.square(half).sum(axis=1), jnp.square(rows - half).sum(axis=1)])
         return both.max(axis=1)
@@ -192,19 +189,22 @@ def _rounded(blocks: Sequence[Float[Array, "_ E"]]) -> Float32[Array, "2"]:
 
 
 class DenseIndex:
-    """Vectors on the device, searched in batches of few shapes, so that few programs are ever compiled.
+    """An exact vector index on the device, searched in batches of few sizes, so that few programs are compiled.
 
-    A float32 matrix is not copied on CPU, even a read-only memory map; it must not change meanwhile. `work` is what the
-    latest search did, padding left out.
+    A float32 matrix is not copied on CPU, not even a read-only memory map; it must not change meanwhile.
+
+    Attributes:
+        rows: the vectors.
+        work: the work of the latest search, without padding.
     """
 
     def __init__(self, vectors: Float32[np.ndarray, "N E"]):
-        self._rows = Growing(jax.device_put(vectors, may_alias=True))
+        self.rows: Float32[Array, "N E"] = jax.device_put(vectors, may_alias=True)
         self.work = Work()
         self._longest = refine.longest(vectors)
 
     def __len__(self) -> int:
-        return self._rows.live
+        return len(self.rows)
 
     @property
     def dim(self) -> int:
@@ -212,20 +212,15 @@ class DenseIndex:
 
     @property
     def nbytes(self) -> int:
-        """Of the vectors."""
-        return len(self) * self.dim * self.rows.dtype.itemsize
-
-    @property
-    def rows(self) -> Float32[Array, "C E"]:
-        """The vectors, and room behind the live ones."""
-        return self._rows.values
+        """Return the bytes of the vectors."""
+        return self.rows.nbytes
 
     def search(
         self, queries: Float[np.ndarray, "Q E"], k: int
     ) -> tuple[Float32[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-        """The min(k, len) best rows of each query: cosines, best first, and row numbers; lower ones win ties.
+        """Return the min(k, len) best rows of each query: cosines, best first, and rows; the lower row wins a tie.
 
-        UserError for queries of another width, for NaN or infinity in them, and for k < 1.
+        Raises UserError for queries of another width, for NaN or infinity in them, and for k < 1.
         """
         refine.check_queries(queries, self.dim, k)
         self.work, k = Work(), min(k, len(self))
@@ -233,14 +228,15 @@ class DenseIndex:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int32)
         size = self._batch
         batches = [queries[start : start + size] for start in range(0, len(queries), size)]
-        return refine.stacked([self._search(batch, k) for batch in batches])
+        scores, ids = refine.stacked([self._search(batch, k) for batch in batches])
+        return scores, ids
 
     def path(self, queries: int, k: int) -> Literal["exact"]:
-        """How a batch of so many queries is searched: always exactly."""
+        """Return how a batch of so many queries is searched: always exactly."""
         return "exact"
 
     def product_dtype(self, queries: int, k: int) -> Literal["float32", "bfloat16"]:
-        """The dtype in which so many queries of one batch (1,024 at most) are multiplied by all vectors.
+        """Return the dtype in which so many queries of one batch (1,024 at most) are multiplied by all vectors.
 
         The scores that are returned are float32 products either way.
         """
@@ -249,12 +245,12 @@ class DenseIndex:
 
     @property
     def _batch(self) -> int:
-        """The power of two of queries whose maxima take no more than _MAXIMA_BYTES."""
-        room = _MAXIMA_BYTES // (4 * (len(self) // _GROUP + 1))
-        return max(_MANY, min(_BATCH, 1 << room.bit_length() - 1 if room else 0))
+        """Return the power of two of queries whose maxima take no more than _MAXIMA_BYTES, but at least _MANY."""
+        fitting = _MAXIMA_BYTES // (4 * (len(self) // _GROUP + 1))
+        return min(_BATCH, previous_power_of_two(max(_MANY, fitting)))
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Exact, by bfloat16 where that pays and then again in float32 what it could not prove."""
+        """Search by bfloat16 products where that pays, and again in float32 what they do not prove."""
         if self.product_dtype(len(queries), k) == "float32":
             return self._search_in_full(queries, k)
         scores, ids, proven = self._prove(queries, k)
@@ -263,43 +259,45 @@ class DenseIndex:
         return scores, ids
 
     def _search_in_full(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        padded, live = refine.padded(queries, _round_up(len(queries), 1)), np.int32(len(self))
-        longest, grouped = np.float32(self._longest), _by_groups(len(self), len(padded), k)
+        padded, longest = refine.padded(queries), np.float32(self._longest)
+        grouped = _by_groups(len(self), len(padded), k)
         if self._blocks and grouped:
-            found = _search_pieces(self.rows, padded, self._maxima(padded, half=False), k, live, longest)
+            found = _search_pieces(self.rows, padded, self._maxima(padded, half=False), k, longest)
         else:
-            found = search(self.rows, padded, k, live, longest)
+            found = search(self.rows, padded, k, longest)
         scan = 2 * self.nbytes // 4 * len(queries)
         passes = 1 if grouped else -(-len(queries) // refine.FEW)
         self.work += Work(passes * self.nbytes, self.nbytes, float32=scan)
         again = _GROUP * (k + _spare(k)) if grouped else (k + _spare(k)) * (len(padded) == 1)
         self.work += refine.work(self.dim, again, len(queries))
-        return tuple(np.array(part[: len(queries)]) for part in jax.device_get(found))
+        scores, ids = (np.array(part[: len(queries)]) for part in jax.device_get(found))
+        return scores, ids
 
     def _prove(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The results of bfloat16 maxima, and whether each is proven to be the exact one.
+        """Return the results by bfloat16 maxima, and whether each is proven to be exact.
 
         |q.x - q'.x'| <= |q - q'| |x'| + |q| |x - x'|, for vectors q, x that round to q', x'.
         """
-        padded, live = refine.padded(queries, _round_up(len(queries))), np.int32(len(self))
+        padded = refine.padded(queries, refine.LEAST)
         length = refine.lengths(padded)
         error = refine.lengths(padded - padded.astype(jnp.bfloat16).astype(np.float32))
-        worst = self._rounded
+        worst = self._bfloat16_bounds
         slack = error * worst.length + length * (worst.error + refine.rounding(self.dim) * worst.length)
         maxima = self._maxima(padded, half=True)
-        found = _prove_pieces(self.rows, padded, maxima, slack.astype(np.float32), k, live)
+        found = _prove_pieces(self.rows, padded, maxima, slack.astype(np.float32), k)
         self.work += Work(self.nbytes, self.nbytes, bfloat16=2 * self.nbytes // 4 * len(queries))
         self.work += refine.work(self.dim, _GROUP * _groups_to_prove(k), len(queries))
-        return tuple(np.array(part[: len(queries)]) for part in jax.device_get(found))
+        scores, ids, proven = (np.array(part[: len(queries)]) for part in jax.device_get(found))
+        return scores, ids, proven
 
     def _maxima(self, queries: np.ndarray, half: bool) -> list[Float32[Array, "Q _"]]:
         return [_maxima_of_blocks(piece, queries, half) for piece in self._pieces]
 
     @cached_property
-    def _rounded(self) -> RoundedVectors:
-        """Found when first needed, because all vectors are read for it."""
-        worst = np.max([np.asarray(_rounded(piece)) for piece in self._pieces], axis=0)
-        return RoundedVectors(*worst.tolist())
+    def _bfloat16_bounds(self) -> Bfloat16Bounds:
+        """Return the bounds, computed when first needed because all vectors are read for them."""
+        worst = np.max([np.asarray(_largest_lengths(piece)) for piece in self._pieces], axis=0)
+        return Bfloat16Bounds(*worst.tolist())
 
     @property
     def _pieces(self) -> list[list[Array]]:
@@ -307,7 +305,7 @@ class DenseIndex:
 
     @cached_property
     def _blocks(self) -> list[Array]:
-        """The whole groups of rows, in blocks that share their memory; none where they would be copies."""
+        """Return the whole groups of rows, in blocks that share their memory; none where they would be copies."""
         if next(iter(self.rows.devices())).platform != "cpu":
             return []
         rows = np.asarray(self.rows)[: len(self) // _GROUP * _GROUP]
@@ -316,30 +314,10 @@ class DenseIndex:
             for start in range(0, len(rows), _ROWS)
         ]
 
-    def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
-        """Append rows. Full room doubles; otherwise this neither copies nor compiles anything anew."""
-        self._blocks = []  # they cannot share memory that is about to be written to
-        self._rows.append(vectors)
-        self._longest = max(self._longest, refine.longest(vectors))
-
 
 @dataclass(frozen=True)
 class Exact:
-    """Options of a DenseIndex: it has none."""
+    """The options of a DenseIndex: it has none."""
 
     def build(self, vectors: Float32[np.ndarray, "N E"]) -> DenseIndex:
         return DenseIndex(vectors)
-
-
-def check_vectors(vectors: Float[np.ndarray, "N E"]) -> None:
-    """UserError unless every row is a finite unit vector: NaN would rank first, zero has no cosine."""
-    for start in range(0, len(vectors), _CHECKED_ROWS):  # a memory-mapped matrix stays on disk
-        norms = np.linalg.norm(np.asarray(vectors[start : start + _CHECKED_ROWS]), axis=1)
-        wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-2))
-        if len(wrong):
-            row, norm = start + wrong[0], norms[wrong[0]]
-            what = "holds NaN or infinity" if not np.isfinite(norm) else f"has length {norm:.3g} instead of 1"
-            raise UserError(
-                f"Vector {row} of {len(vectors)} {what}, so it has no cosine: "
-                "leave its text out, or check the embedder that made it."
-            )

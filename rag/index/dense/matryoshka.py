@@ -1,10 +1,10 @@
-"""Approximate nearest neighbours by the first dimensions of vectors trained to be cut (Matryoshka).
+"""Approximate nearest neighbours by the first dimensions of the vectors, the best of them scored exactly.
 
-    N vectors, Q queries, E embedding dim, D dimensions of the prefix, k results
+    N vectors, Q queries, E embedding dim, D first dimensions (the prefix), k results
 
-Kusupati et al. 2022 (arXiv:2205.13147) train embedders so that the first D dimensions, made unit vectors again,
-are an embedding of their own. They are scanned, and the rows that they put first are scored exactly by the
-whole vectors. With an embedder that was not trained so the recall is poor: `audit` says how poor.
+Of embedders trained for it (Matryoshka, Kusupati et al. 2022) the first dimensions, scaled to unit length, are an
+embedding of their own. All prefixes are scanned, and the rows of highest prefix score are scored exactly by the whole
+vectors. With an embedder that was not trained so the recall is poor: scripts/index.py action=audit measures it.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from rag.index.dense import refine
-from rag.index.dense.audit import Audit, audit
 from rag.index.dense.exact import DenseIndex
-from rag.index.dense.growing import Growing, _round_up
 from rag.runtime.measurement import Work
 from rag.runtime.options import Count, check_fields
 from rag.types import UserError
@@ -29,7 +27,7 @@ _MANY = 32  # queries from which exact search is as fast
 
 @dataclass(frozen=True)
 class Matryoshka:
-    """Options of a PrefixIndex: the first `dims` dimensions choose `candidates` rows, which are scored exactly."""
+    """The options of a MatryoshkaIndex: the first `dims` dimensions choose `candidates` rows to score exactly."""
 
     dims: Count = 128
     candidates: Count = 256
@@ -42,9 +40,12 @@ class Matryoshka:
 
 
 class MatryoshkaIndex:
-    """A DenseIndex and the first dimensions of its vectors: most of the same results, with less reading.
+    """A DenseIndex and the prefixes of its vectors: most of the same results, with less memory read.
 
-    `work` is what the latest search did, padding left out.
+    Attributes:
+        options: how it searches.
+        exact: the index of the whole vectors.
+        work: the work of the latest search, without padding.
     """
 
     def __init__(self, vectors: Float32[np.ndarray, "N E"], options: Matryoshka | None = None):
@@ -55,7 +56,7 @@ class MatryoshkaIndex:
                 "give fewer than that"
             )
         self.exact = DenseIndex(vectors)
-        self._prefixes = Growing(jnp.asarray(self._cut(vectors)))
+        self._prefixes = jnp.asarray(self._prefix(vectors))
         self.work = Work()
 
     def __len__(self) -> int:
@@ -63,50 +64,40 @@ class MatryoshkaIndex:
 
     @property
     def nbytes(self) -> int:
-        """Of the vectors and their prefixes, both of which a search reads."""
-        return self.exact.nbytes + 4 * len(self) * self.options.dims
+        """Return the bytes of the vectors and their prefixes, both of which a search reads."""
+        return self.exact.nbytes + self._prefixes.nbytes
 
     def search(
         self, queries: Float[np.ndarray, "Q E"], k: int
     ) -> tuple[Float32[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-        """min(k, len) rows of each query: exact cosines, best first, and row numbers; lower ones win ties.
+        """Return min(k, len) rows of each query: exact cosines, best first, and row numbers; the lower row wins a tie.
 
-        UserError as DenseIndex.search. Batches of more than 31 queries are searched exactly.
+        Raises UserError as DenseIndex.search. Batches of more than 31 queries are searched exactly.
         """
         refine.check_queries(queries, self.exact.dim, k)
         if self.path(len(queries), k) == "exact":
             found = self.exact.search(queries, k)
             self.work = self.exact.work
             return found
-        padded = refine.padded(queries, _round_up(len(queries), 1))
-        rows, prefixes, live = self.exact.rows, self._prefixes.values, np.int32(len(self))
-        candidates = max(k, self.options.candidates)
-        found = _search(rows, prefixes, padded, self._cut(padded), live, k=k, candidates=candidates)
-        scan = self.nbytes - self.exact.nbytes
+        padded, candidates = refine.padded(queries), max(k, self.options.candidates)
+        scores, ids = _search(
+            self.exact.rows, self._prefixes, padded, self._prefix(padded), k=k, candidates=candidates
+        )
+        scan = self._prefixes.nbytes
         self.work = Work(scan, scan, float32=2 * scan // 4 * len(queries))
         self.work += refine.work(self.exact.dim, candidates, len(queries))
-        scores, ids = (np.array(part[: len(queries)]) for part in found)
-        return scores, ids
+        return np.array(scores[: len(queries)]), np.array(ids[: len(queries)])
 
     def path(self, queries: int, k: int) -> Literal["scan", "exact"]:
-        """Whether the prefixes are scanned for a batch of so many queries, or it is searched exactly."""
+        """Return whether the prefixes are scanned for a batch of so many queries, or it is searched exactly."""
         few = 0 < queries < _MANY and max(k, self.options.candidates) < len(self)
         return "scan" if few else "exact"
 
-    def audit(self, queries: Float[np.ndarray, "Q E"], k: int) -> Audit:
-        """The recall that these queries get, one at a time, against exact search."""
-        return audit(self, self.exact, queries, k)
-
-    def add(self, vectors: Float32[np.ndarray, "n E"]) -> None:
-        """Append rows, as DenseIndex.add does."""
-        self.exact.add(vectors)
-        self._prefixes.append(self._cut(vectors))
-
-    def _cut(self, vectors: Float[np.ndarray, "n E"]) -> Float32[np.ndarray, "n D"]:
-        """The first dimensions as unit vectors; zeros stay zeros."""
-        cut = np.asarray(vectors[:, : self.options.dims], np.float32)
-        norms = np.linalg.norm(cut, axis=1, keepdims=True)
-        return cut / np.where(norms > 0, norms, np.float32(1))
+    def _prefix(self, vectors: Float[np.ndarray, "n E"]) -> Float32[np.ndarray, "n D"]:
+        """Return the first dimensions as unit vectors; zeros stay zeros."""
+        prefixes = np.asarray(vectors[:, : self.options.dims], np.float32)
+        norms = np.linalg.norm(prefixes, axis=1, keepdims=True)
+        return prefixes / np.where(norms > 0, norms, np.float32(1))
 
 
 @partial(jax.jit, static_argnames=("k", "candidates"))
@@ -114,12 +105,11 @@ def _search(
     vectors: Float[Array, "N E"],
     prefixes: Float[Array, "N D"],
     queries: Float[Array, "Q E"],
-    cut: Float[Array, "Q D"],
-    live: Int[Array, ""],
+    query_prefixes: Float[Array, "Q D"],
     *,
     k: int,
     candidates: int,
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
-    estimates = jax.vmap(partial(refine.scores, prefixes))(cut)
-    *found, _ = refine.best_of_estimates(vectors, queries, estimates, live, k=k, candidates=candidates)
-    return tuple(found)
+    estimates = jax.vmap(partial(refine.scores, prefixes))(query_prefixes)
+    best, ids, _ = refine.best_of_estimates(vectors, queries, estimates, k=k, candidates=candidates)
+    return best, ids

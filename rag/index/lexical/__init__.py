@@ -1,1 +1,1 @@
-"""Lexical search: analyzer, inverted index, BM25 and TF-IDF."""
+"""Lexical search: the analyzer, the postings (inverted index), and the weights of BM25 and TF-IDF."""

@@ -1,16 +1,16 @@
-"""Text to terms, the words that a lexical index counts: lower-cased, split, stop words out, stemmed.
+"""Analyze text into terms, the words that a lexical index counts.
 
-The steps and their order are those of bm25s and scikit-learn, so that scores can be compared: lower-case, find
-words by a regular expression, drop stop words, stem what is left.
+The steps and their order are those of bm25s and scikit-learn, so that scores can be compared: lower-case, find words
+by a regular expression, drop stop words, stem the rest.
 
-    P tokens of all texts in a row, N texts
+    N texts, P terms of all texts, one text after another
 """
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int32
@@ -32,18 +32,23 @@ _CJK = (
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 )
 _CJK_RUN = re.compile(f"[{_CJK}]+")
-_STOP = -1  # the id of a word that counts for nothing
-_BATCH = 1 << 20  # tokens that wait as Python objects
+_STOP = -1  # the id of a stop word
+_BATCH = 1 << 20  # terms that are in memory as Python objects
 
 
 @dataclass(frozen=True)
 class Analyzer:
-    """How a text becomes terms. Two indexes with equal analyzers count the same words.
+    """The options of the analysis. Two indexes with equal analyzers count the same words.
 
-    `pattern` finds the words in the lower-cased text. `stemmer` is a Snowball language ("english", "german",
-    ...; needs PyStemmer) or None. `stop_words` is "english" (ENGLISH_STOP_WORDS), words of your own, or None.
-    `cjk` splits Han and kana into overlapping pieces of so many characters (Lucene's CJKAnalyzer: 2; a lone
-    character stays one); at 0 a run of them is one word. UserError for a value that none of this fits.
+    Args:
+        pattern: the regular expression of a word in the lower-cased text.
+        stemmer: a Snowball language ("english", "german", ...; needs PyStemmer), or None.
+        stop_words: "english" (ENGLISH_STOP_WORDS), words of your own, or None.
+        cjk: splits Han and kana into overlapping n-grams of so many characters (2 in Lucene's CJKAnalyzer; a single
+            character stays one); at 0 a run of them is one word.
+
+    Raises:
+        UserError: for other values.
     """
 
     pattern: Filled = WORDS
@@ -58,19 +63,20 @@ class Analyzer:
             _stemmer(self.stemmer)
 
     def tokens(self, text: str) -> list[str]:
-        """The terms of a text, in its order, each as often as it occurs."""
+        """Return the terms of a text, in its order, each as often as it occurs."""
         words = [word for word in self._words(text) if word not in self._stops]
         return words if self.stemmer is None else _stemmer(self.stemmer).stemWords(words)
 
     def encode(
         self, texts: Iterable[str], vocabulary: dict[str, int]
     ) -> tuple[Int32[np.ndarray, "P"], Int32[np.ndarray, "N"]]:
-        """The term ids of all texts in a row, and how many each text has; new terms join `vocabulary`.
+        """Return the term ids of all texts, one text after another, and how many terms each text has.
 
-        The same terms as `tokens` finds. A distinct word is looked at once, however often it occurs.
+        They are the terms of `tokens`. New terms are added to `vocabulary`. Each distinct word is analyzed once.
         """
-        lookup = _Ids(self._stops, self.stemmer, vocabulary).__getitem__
-        blocks, block, ends, done = [np.zeros(0, np.int32)], [], [0], 0
+        lookup = _TermIds(self._stops, self.stemmer, vocabulary).__getitem__
+        blocks, ends, done = [np.zeros(0, np.int32)], [0], 0
+        block: list[int] = []
         for text in texts:
             block.extend(map(lookup, self._words(text)))
             ends.append(done + len(block))
@@ -79,25 +85,22 @@ class Analyzer:
                 done += len(block)
                 block = []
         ids = np.concatenate([*blocks, np.array(block, np.int32)])
-        kept = np.concatenate([[0], np.cumsum(ids != _STOP)])[ends]
-        return ids[ids != _STOP], np.diff(kept).astype(np.int32)
+        term_ends = np.concatenate([[0], np.cumsum(ids != _STOP)])[ends]
+        return ids[ids != _STOP], np.diff(term_ends).astype(np.int32)
 
     def _words(self, text: str) -> list[str]:
         text = text.lower()
-        return self._find(_CJK_RUN.sub(self._pieces, text) if self.cjk else text)
+        return self._find(_CJK_RUN.sub(self._n_grams, text) if self.cjk else text)
 
-    def _pieces(self, run: re.Match) -> str:
-        """A run of characters as its overlapping pieces, set off by spaces."""
+    def _n_grams(self, run: re.Match) -> str:
+        """Return the overlapping n-grams of a run of characters, with spaces around them."""
         size, text = min(self.cjk, len(run[0])), run[0]
         return " ".join(["", *(text[i : i + size] for i in range(len(text) - size + 1)), ""])
 
     @cached_property
     def _find(self) -> Callable[[str], list[str]]:
-        pattern = self.pattern
-        if (
-            pattern == WORDS
-        ):  # a greedy run ends at a word boundary anyway: without asking it is 1.4 times faster
-            pattern = r"\w\w+"
+        # A greedy run ends at a word boundary anyway: without \b it is 1.4 times faster.
+        pattern = r"\w\w+" if self.pattern == WORDS else self.pattern
         return re.compile(f"{pattern}|[{_CJK}]" if self.cjk else pattern).findall
 
     @cached_property
@@ -106,8 +109,8 @@ class Analyzer:
         return frozenset(word.lower() for word in words)
 
 
-class _Ids(dict):
-    """Word -> id of its term, worked out when the word is first seen."""
+class _TermIds(dict):
+    """The id of each word's term, computed when the word is first looked up."""
 
     def __init__(self, stops: frozenset[str], stemmer: str | None, vocabulary: dict[str, int]):
         super().__init__(dict.fromkeys(stops, _STOP))
@@ -136,8 +139,8 @@ def _check_pattern(pattern: str) -> None:
 
 
 @lru_cache
-def _stemmer(language: str):
-    """The Snowball stemmer of a language. UserError when there is none, or no PyStemmer."""
+def _stemmer(language: str) -> Any:
+    """Return the Snowball stemmer of a language. Raises UserError when there is none, or no PyStemmer."""
     try:
         import Stemmer
     except ImportError as error:
@@ -146,4 +149,4 @@ def _stemmer(language: str):
         ) from error
     if language not in Stemmer.algorithms():
         raise UserError(f"There is no stemmer {language!r}: choose one of {', '.join(Stemmer.algorithms())}.")
-    return Stemmer.Stemmer(language, 0)  # without its cache: words come once
+    return Stemmer.Stemmer(language, 0)  # without its cache: each word is stemmed once

@@ -1,13 +1,12 @@
-"""Search by words: an inverted index that holds counts, so that how words are weighted is chosen by each search.
+"""Search by words: an inverted index of counts, weighted when it is searched.
 
     N passages (rows), V terms, P postings (a term in a passage), T terms of a question, C candidates
-    G rows of a group, M groups
 
-For every term the passages that have it, in order, and how often. A score is a sum over the terms of the question
-(rag/index/weighting.py); a term's share is worked out when it is first asked for and kept for as long as the
-searches use the same weights. Summing is a scatter, which numpy does in 1.4 ns a posting and XLA on CPU in 8.5,
-and the best of a row of scores are found in 20 us where lax.top_k takes 200 (100,000 passages), so nothing here
-runs through JAX.
+For every term it has the passages that contain it, in order, and the frequencies. A score is a sum over the terms of a
+question (rag.index.lexical.weighting); a term's summand for each passage is computed when it is first needed and cached
+while the searches use the same weights. Summing is a scatter, which takes 1.4 ns a posting in numpy and 8.5 in XLA on
+CPU, and the best of a row of scores are found in 20 us where lax.top_k takes 200 (100,000 passages), so nothing here
+runs in JAX.
 """
 
 import json
@@ -20,16 +19,15 @@ import numpy as np
 from jaxtyping import Float32, Int, Int32, Int64, UInt
 
 from rag.index.lexical.analyzer import Analyzer
-from rag.index.lexical.weighting import BM25Weights, TfIdfWeights, Weights, mean_length
+from rag.index.lexical.weighting import Weights, mean_length
+from rag.runtime.shapes import power_of_two_near_sqrt, round_up
 from rag.types import UserError
-
-__all__ = ["BM25Weights", "LexicalIndex", "Postings", "TfIdfWeights"]
 
 FORMAT = 1  # of the folder's contents
 _META = "lexical.json"
-_DENSE = 8  # a term in more than one of so many passages is kept as a whole row: 10 us to add, not 17 or more
+_DENSE = 8  # a term in more than one of so many passages gets a dense row: 10 us to add, not 17 or more
 _REPORTED = 4096  # texts between two calls of `progress`
-_LEAST = np.finfo(np.float32).smallest_subnormal  # of the scores above zero
+_SMALLEST = np.finfo(np.float32).smallest_subnormal  # score above zero
 
 Found = tuple[Float32[np.ndarray, "_"], Int32[np.ndarray, "_"]]
 Impact = tuple[Int32[np.ndarray, "_"] | None, Float32[np.ndarray, "_"]]
@@ -37,16 +35,16 @@ Impact = tuple[Int32[np.ndarray, "_"] | None, Float32[np.ndarray, "_"]]
 
 @dataclass(frozen=True, eq=False)
 class Postings:
-    """For term v, its passages and frequencies stand at offsets[v]:offsets[v + 1], by ascending row."""
+    """The passages and frequencies of every term; those of term v are at offsets[v]:offsets[v + 1], rows ascending."""
 
     offsets: Int64[np.ndarray, "_"]
     rows: Int32[np.ndarray, "P"]
-    frequencies: UInt[np.ndarray, "P"]  # of the smallest type that holds the largest
+    frequencies: UInt[np.ndarray, "P"]  # of the smallest dtype that holds the largest
     lengths: Int32[np.ndarray, "N"]  # terms of each passage
 
     @staticmethod
     def count(ids: Int32[np.ndarray, "_"], lengths: Int32[np.ndarray, "N"], terms: int) -> "Postings":
-        """From the term ids of all passages in a row, each below `terms`."""
+        """Count the term ids of all passages, one passage after another, each id below `terms`."""
         n = max(len(lengths), 1)
         keys = np.sort(ids.astype(np.int64) * n + np.repeat(np.arange(len(lengths)), lengths))
         starts = np.flatnonzero(np.diff(keys, prepend=-1))
@@ -57,7 +55,7 @@ class Postings:
         )
 
     def followed_by(self, more: "Postings") -> "Postings":
-        """These passages and then those of `more`, whose terms may be more too."""
+        """Return the postings of these passages and then those of `more`, which may have further terms."""
         df = np.zeros(len(more.offsets) - 1, np.int64)
         df[: len(self.offsets) - 1] = np.diff(self.offsets)
         offsets = _offsets(df + np.diff(more.offsets))
@@ -72,9 +70,9 @@ class Postings:
         return Postings(offsets, rows, frequencies, np.concatenate([self.lengths, more.lengths]))
 
     def of(self, term: int) -> tuple[Int32[np.ndarray, "_"], UInt[np.ndarray, "_"]]:
-        """The term's passages and its frequencies there."""
-        place = slice(self.offsets[term], self.offsets[term + 1])
-        return self.rows[place], self.frequencies[place]
+        """Return the term's passages and its frequencies there."""
+        part = slice(self.offsets[term], self.offsets[term + 1])
+        return self.rows[part], self.frequencies[part]
 
 
 def _offsets(df: Int[np.ndarray, "V"]) -> Int64[np.ndarray, "_"]:
@@ -86,10 +84,17 @@ def _smallest(frequencies: Int[np.ndarray, "P"]) -> UInt[np.ndarray, "P"]:
 
 
 class LexicalIndex:
-    """Passages by their words; see `build`, `load`. Searches may run in several threads, `add` not beside them."""
+    """An inverted index of passages, made by `build` or `load`.
+
+    Searches may run in several threads, but not while `add` runs.
+
+    Args:
+        analyzer: makes the terms of passages and questions.
+        terms: terms[v] is the term v of the postings.
+        postings: of all passages.
+    """
 
     def __init__(self, analyzer: Analyzer, terms: Iterable[str], postings: Postings):
-        """`terms[v]` is the term that `postings` has under v."""
         self.analyzer, self.postings = analyzer, postings
         self._vocabulary = {term: number for number, term in enumerate(terms)}
         self._scorer: _Scorer | None = None  # of the latest weights
@@ -98,14 +103,14 @@ class LexicalIndex:
     def build(
         texts: Iterable[str], analyzer: Analyzer, progress: Callable[[int], object] = lambda done: None
     ) -> "LexicalIndex":
-        """The index of the texts, one passage each, empty ones too. `progress` hears how many are done."""
+        """Return the index of the texts, one passage each, also empty ones; `progress` gets the number done so far."""
         nothing = Postings.count(np.zeros(0, np.int32), np.zeros(0, np.int32), 0)
         index = LexicalIndex(analyzer, [], nothing)
         index.add(texts, progress)
         return index
 
     def add(self, texts: Iterable[str], progress: Callable[[int], object] = lambda done: None) -> None:
-        """Append passages: the same index as one built of all texts at once. Copies the postings once."""
+        """Append passages; the index is then the same as one built of all texts at once. Copies the postings."""
         ids, lengths = self.analyzer.encode(_watched(texts, progress), self._vocabulary)
         self.postings = self.postings.followed_by(Postings.count(ids, lengths, len(self._vocabulary)))
         self._scorer = None
@@ -115,16 +120,16 @@ class LexicalIndex:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays, as in memory so on disk; the words, and what searches keep, come on top."""
+        """Return the bytes of the arrays, in memory and on disk, without the words and what searches cache."""
         return sum(getattr(self.postings, field.name).nbytes for field in fields(Postings))
 
     @property
     def average_length(self) -> float:
-        """Terms of an average passage; 1 where none has any."""
+        """Return the terms of an average passage; 1 where none has any."""
         return mean_length(self.postings.lengths)
 
     def save(self, folder: Path) -> None:
-        """Write into an existing folder; for one that appears whole or not at all, rag.runtime.files.atomic_folder."""
+        """Write the index into an existing folder (rag.runtime.files.atomic_folder makes one that is never partial)."""
         for field in fields(Postings):
             np.save(folder / f"{field.name}.npy", getattr(self.postings, field.name))
         meta = {"format": FORMAT, "analyzer": asdict(self.analyzer), "terms": list(self._vocabulary)}
@@ -132,10 +137,10 @@ class LexicalIndex:
 
     @staticmethod
     def load(folder: Path) -> "LexicalIndex":
-        """The index that `save` wrote, its arrays mapped into memory. UserError where there is none."""
+        """Return the index that `save` wrote, its arrays memory-mapped. Raises UserError where there is none."""
         try:
             meta = json.loads((folder / _META).read_text())
-            # np.asarray: a plain view of the map, which costs nothing to slice
+            # np.asarray: a plain array over the memory map, which is faster to slice
             arrays = [
                 np.asarray(np.load(folder / f"{field.name}.npy", mmap_mode="r")) for field in fields(Postings)
             ]
@@ -146,12 +151,11 @@ class LexicalIndex:
         return LexicalIndex(Analyzer(**meta["analyzer"]), meta["terms"], Postings(*arrays))
 
     def search(self, questions: Sequence[str], k: int, weights: Weights) -> list[Found]:
-        """For each question its k best passages: scores, best first, and rows; the lower row wins a tie.
+        """Return the k best passages of each question: scores, best first, and rows; the lower row wins a tie.
 
-        Exact, and only passages that share a term with the question, so there may be fewer than k, or none. A
-        term that the question repeats counts each time. Where a variant gives something for absent terms too,
-        it is in the scores, but passages with nothing but absent terms are not: they would all tie. UserError
-        for k < 1.
+        The search is exact. Only passages that share a term with the question are found, so there may be fewer than k,
+        or none. A term that the question repeats counts each time. What a variant gives for absent terms is in the
+        scores, but passages with none of the terms are not found: they would all tie. Raises UserError for k < 1.
         """
         if k < 1:
             raise UserError(f"Cannot return {k} results: ask for k of 1 or more.")
@@ -163,16 +167,17 @@ class LexicalIndex:
     def features(
         self, question: str, rows: Int[np.ndarray, "C"]
     ) -> tuple[Int32[np.ndarray, "T C"], Int32[np.ndarray, "T"], Int32[np.ndarray, "C"]]:
-        """What weighting.bm25_scores needs of the passages `rows`: frequencies, document frequencies, lengths.
+        """Return the arguments of weighting.bm25_scores for the passages `rows`.
 
-        T runs over the known terms of the question, repeated where they are.
+        They are the frequencies, the document frequencies and the lengths. T runs over the known terms of the question,
+        repeated where the question repeats them.
         """
         ids = self._ids(question)
         tf = np.zeros((len(ids), len(rows)), np.int32)
         for one, term in zip(tf, ids, strict=True):
             owners, frequencies = self.postings.of(term)
-            places = np.minimum(np.searchsorted(owners, rows), len(owners) - 1)
-            one[:] = np.where(owners[places] == rows, frequencies[places], 0)
+            positions = np.minimum(np.searchsorted(owners, rows), len(owners) - 1)
+            one[:] = np.where(owners[positions] == rows, frequencies[positions], 0)
         df = np.diff(self.postings.offsets)[ids].astype(np.int32)
         return tf, df, self.postings.lengths[rows]
 
@@ -182,6 +187,7 @@ class LexicalIndex:
 
 
 def _watched(texts: Iterable[str], progress: Callable[[int], object]) -> Iterator[str]:
+    """Yield the texts and report how many were yielded."""
     done = 0
     for done, text in enumerate(texts, 1):
         yield text
@@ -191,7 +197,7 @@ def _watched(texts: Iterable[str], progress: Callable[[int], object]) -> Iterato
 
 
 class _Scorer:
-    """Searches with one choice of weights; keeps what the terms so far are worth, 4 bytes a posting."""
+    """Search with one choice of weights; caches the impacts of the terms asked so far, 4 bytes a posting."""
 
     def __init__(self, postings: Postings, weights: Weights):
         self.weights, self._postings = weights, postings
@@ -200,20 +206,20 @@ class _Scorer:
         self._impacts: dict[int, Impact] = {}
 
     def search(self, counts: dict[int, int], k: int) -> Found:
-        """The k best passages for a question that has the term v counts[v] times."""
+        """Return the k best passages for a question that contains the term v counts[v] times."""
         if not counts:
             return np.zeros(0, np.float32), np.zeros(0, np.int32)
         n, terms = len(self._norm), np.fromiter(counts, np.int64, len(counts))
         numbers = np.fromiter(counts.values(), np.int64, len(counts))
         factors, constant = self.weights.question(numbers, self._df[terms], n)
         group = _group(n, k)
-        scores = np.zeros(-(-n // group) * group, np.float32)
+        scores = np.zeros(round_up(n, group), np.float32)
         for term, factor in zip(counts, factors.tolist(), strict=True):
             if factor:
                 self._sum(scores, term, factor)
         found, rows = _best(scores, group, k, np.float32(constant))
         if len(rows) < min(k, n):
-            rows = np.concatenate([rows, self._worthless(counts, rows)])[:k]
+            rows = np.concatenate([rows, self._zero_scored(counts, rows)])[:k]
             found = np.pad(found, (0, len(rows) - len(found)), constant_values=constant)
         return found, rows
 
@@ -229,41 +235,41 @@ class _Scorer:
             np.add.at(scores, rows, impact)
 
     def _impact(self, term: int) -> Impact:
-        """Passages and what the term adds to each; None with a whole row for a term that many have."""
+        """Return the term's passages and what it adds to each; (None, an array of all passages) where many have it."""
         rows, frequencies = self._postings.of(term)
         n = len(self._norm)
         impact = self.weights.impact(frequencies, self._norm[rows], len(rows), n)
         if _DENSE * len(rows) <= n:
             return rows, impact
-        whole = np.zeros(n, np.float32)
-        whole[rows] = impact
-        return None, whole
+        dense = np.zeros(n, np.float32)
+        dense[rows] = impact
+        return None, dense
 
-    def _worthless(self, terms: Iterable[int], found: Int32[np.ndarray, "_"]) -> Int32[np.ndarray, "_"]:
-        """Passages that share only terms of no weight, such as Robertson gives those of every second passage."""
+    def _zero_scored(self, terms: Iterable[int], found: Int32[np.ndarray, "_"]) -> Int32[np.ndarray, "_"]:
+        """Return the passages that share only terms of weight 0: Robertson's idf of a term in half of the passages."""
         return np.setdiff1d(np.concatenate([self._postings.of(term)[0] for term in terms]), found)
 
 
 def _group(n: int, k: int) -> int:
-    """About the square root of n / k, so that there are as many maxima as members to choose from."""
-    return 1 << ((n // k).bit_length() // 2)
+    """Return about the square root of n / k, so that there are as many maxima as members to choose from."""
+    return power_of_two_near_sqrt(n // k)
 
 
 def _best(scores: Float32[np.ndarray, "_"], group: int, k: int, constant: np.float32) -> Found:
-    """The k highest scores above zero, each with the constant added, and their rows; the lower row wins a tie.
+    """Return the k highest scores above zero, each with the constant added, and their rows; the lower row wins a tie.
 
-    A group is a column of the scores written as a table of `group` lines, so that maxima are found by whole
-    lines. At least k scores reach the k-th highest maximum, and only groups with such a maximum hold them.
+    A group is a column of the scores in a table of `group` lines, so that maxima are taken over whole lines. At least k
+    scores reach the k-th highest maximum, and only groups with such a maximum contain them.
     """
     table = scores.reshape(group, -1)
     maxima = table.max(axis=0)
-    width, least = len(maxima), _LEAST
+    width, least = len(maxima), _SMALLEST
     if k < width:
         kth = np.partition(maxima, width - k)[width - k]
         least = max(least, kth - np.spacing(kth + constant))  # what the sum's rounding could make a tie
     columns = np.flatnonzero(maxima >= least)
-    lines, places = np.nonzero(table[:, columns] >= least)
-    rows = lines * width + columns[places]
+    lines, positions = np.nonzero(table[:, columns] >= least)
+    rows = lines * width + columns[positions]
     found = scores[rows] + constant
     best = np.lexsort((rows, -found))[:k]
     return found[best], rows[best].astype(np.int32)

@@ -1,11 +1,11 @@
-"""What a shared word is worth: BM25 in five variants, and TF-IDF with the cosine.
+"""The weights of terms: BM25 in five variants, and TF-IDF with the cosine.
 
     P postings (a term in a passage), N passages, T terms of a question, C candidate passages
 
-A score is a sum over the words of the question. All variants split it in the same way, so that an index need hold
-only counts: a weight of the term in the question, times its impact on the passage, which depends on the term's
-frequency there and on a normaliser of the passage; plus, for two variants, a constant for the question's words
-that a passage lacks.
+A score is a sum over the terms of the question. All variants split it in the same way, so that an index stores only
+counts: the weight of the term in the question, times its impact on the passage, which depends on the term's frequency
+there and on a normaliser of the passage; plus, for two variants, a constant for the question's terms that a passage
+lacks.
 """
 
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ Counts = Int[np.ndarray, "T"]
 
 @dataclass(frozen=True)
 class BM25Weights:
-    """Okapi BM25 as Kamphuis et al. write its variants ("Which BM25 Do You Mean?", ECIR 2020), and bm25s computes them.
+    """Okapi BM25 in the variants of Kamphuis et al. ("Which BM25 Do You Mean?", ECIR 2020), as bm25s computes them.
 
-    With f the term's frequency in a passage of L words, mean length A, N passages of which n have the term, and
-    K = 1 - b + b L / A, a passage scores the sum of idf * tf over the words of the question, each as often as
-    it stands there:
+    With f the term's frequency in a passage of L terms, mean length A, N passages of which n have the term, and
+    K = 1 - b + b L / A, a passage scores the sum of idf * tf over the terms of the question, each as often as
+    it is there:
 
         variant     idf                                   tf
         lucene      ln(1 + (N - n + 0.5) / (n + 0.5))     f / (f + k1 K)
@@ -38,14 +38,14 @@ class BM25Weights:
         bm25+       ln((N + 1) / n)                       f (k1 + 1) / (f + k1 K) + delta    (Lv and Zhai, CIKM 2011)
         bm25l       ln((N + 1) / (n + 0.5))               (f / K + delta) (k1 + 1) / (f / K + delta + k1)   (SIGIR 2011)
 
-    The last two count words that the passage lacks too, with f = 0: the same constant for every passage.
-    UserError for an unknown variant, k1 or delta below 0, b outside 0 to 1, and anything not finite.
+    The last two also count terms that the passage lacks, with f = 0: the same constant for every passage.
+    Raises UserError for an unknown variant, k1 or delta below 0, b outside 0 to 1, and numbers that are not finite.
     """
 
     variant: Variant = "lucene"
-    k1: Annotated[float, Ge(0), Le(1000)] = 1.5  # how slowly repetitions saturate; 0 counts presence only
-    b: Share = 0.75  # how far long passages are held back, 0 to 1
-    delta: Annotated[float, Ge(0), Le(1000)] = 0.5  # what presence alone is worth, for bm25+ and bm25l
+    k1: Annotated[float, Ge(0), Le(1000)] = 1.5  # how slowly repetitions saturate; at 0 only presence counts
+    b: Share = 0.75  # how much long passages are penalised, 0 to 1
+    delta: Annotated[float, Ge(0), Le(1000)] = 0.5  # the weight of presence alone, for bm25+ and bm25l
 
     def __post_init__(self):
         check_fields(self)
@@ -57,7 +57,7 @@ class BM25Weights:
         frequencies: Integer[np.ndarray, "P"],
         lengths: Int[np.ndarray, "N"],
     ) -> Float32[np.ndarray, "N"]:
-        """K of every passage."""
+        """Return K of every passage."""
         return length_ratio(lengths, mean_length(lengths), self.b).astype(np.float32)
 
     def impact(
@@ -67,25 +67,24 @@ class BM25Weights:
         df: int,
         passages: int,
     ) -> Float32[np.ndarray, "P"]:
-        """What one term adds to the passages that have it, beyond what it gives to all."""
+        """Return what one term adds to the passages that have it, beyond what it gives to all."""
         tf = _saturated(self.variant, frequencies.astype(np.float32), normaliser, self.k1, self.delta)
-        worth = float(_idf(self.variant, np.float64(df), passages, np))
+        idf = float(_idf(self.variant, np.float64(df), passages, np))
         beyond = np.maximum(tf - _absent(self.variant, self.k1, self.delta), 0)  # below 0 by rounding only
-        return (worth * beyond).astype(np.float32)
+        return (idf * beyond).astype(np.float32)
 
     def question(self, counts: Counts, df: Counts, passages: int) -> tuple[Float64[np.ndarray, "T"], float]:
-        """The weight of each term in the question, 0 where its idf is, and the constant for all passages."""
+        """Return the weight of each term in the question, 0 where its idf is, and the constant for all passages."""
         idf = _idf(self.variant, df.astype(np.float64), passages, np)
-        return np.where(idf > 0, counts, 0.0), float(counts @ idf) * _absent(
-            self.variant, self.k1, self.delta
-        )
+        constant = float(counts @ idf) * _absent(self.variant, self.k1, self.delta)
+        return np.where(idf > 0, counts, 0.0), constant
 
 
 @dataclass(frozen=True)
 class TfIdfWeights:
     """The cosine of TF-IDF vectors, with scikit-learn's formulas: idf = 1 + ln((1 + N) / (1 + n)), rows of length 1.
 
-    `sublinear` counts a word 1 + ln(f) times instead of f. Words that no passage has do not count.
+    With `sublinear` a term counts 1 + ln(f) times instead of f. Terms that no passage has do not count.
     """
 
     sublinear: bool = False
@@ -100,12 +99,11 @@ class TfIdfWeights:
         frequencies: Integer[np.ndarray, "P"],
         lengths: Int[np.ndarray, "N"],
     ) -> Float32[np.ndarray, "N"]:
-        """One over the length of every passage's vector; 0 where there are no words."""
-        worth = np.repeat(self._idf(df, len(lengths)), df)
-        squares = np.bincount(rows, (self._tf(frequencies) * worth) ** 2, minlength=len(lengths))
-        return np.divide(1, np.sqrt(squares), out=np.zeros(len(lengths)), where=squares > 0).astype(
-            np.float32
-        )
+        """Return one over the length of every passage's vector; 0 where there are no terms."""
+        idf = np.repeat(self._idf(df, len(lengths)), df)
+        squares = np.bincount(rows, (self._tf(frequencies) * idf) ** 2, minlength=len(lengths))
+        inverse = np.divide(1, np.sqrt(squares), out=np.zeros(len(lengths)), where=squares > 0)
+        return inverse.astype(np.float32)
 
     def impact(
         self,
@@ -114,18 +112,18 @@ class TfIdfWeights:
         df: int,
         passages: int,
     ) -> Float32[np.ndarray, "P"]:
-        """The term's component of the unit vectors of the passages that have it."""
+        """Return the term's component of the unit vectors of the passages that have it."""
         return (self._tf(frequencies) * self._idf(np.int64(df), passages) * normaliser).astype(np.float32)
 
     def question(self, counts: Counts, df: Counts, passages: int) -> tuple[Float64[np.ndarray, "T"], float]:
-        """The question's unit vector, and nothing for all passages."""
+        """Return the question's unit vector, and 0: no constant for all passages."""
         vector = self._tf(counts) * self._idf(df, passages)
         return vector / np.linalg.norm(vector), 0.0
 
     def _tf(self, frequencies: Integer[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
         return 1 + np.log(frequencies, dtype=np.float64) if self.sublinear else frequencies.astype(np.float64)
 
-    def _idf(self, df, passages: int):
+    def _idf(self, df: Any, passages: int) -> Any:
         return 1 + np.log((1 + passages) / (1 + df))
 
 
@@ -144,10 +142,17 @@ def bm25_scores(
     variant: Variant = "lucene",
     delta: float = 0.5,
 ) -> Float[Array, "C"]:
-    """BM25 of one question's candidates from counts, for tuning: everything but `variant` and `delta` may be traced.
+    """Compute BM25 of one question's candidates, for tuning; all arguments but `variant` and `delta` may be traced.
 
-    The arguments are what LexicalIndex.features gives, its len and its average_length. Terms with df = 0 add
-    nothing, so questions can be padded to one shape and vmapped; so can k1 and b.
+    Terms with df = 0 add nothing, so questions can be padded to one shape and vmapped; so can k1 and b.
+
+    Args:
+        tf: the frequency of each term in each candidate, as LexicalIndex.features returns it.
+        df: how many passages have each term.
+        lengths: terms of each candidate.
+        passages: the length of the LexicalIndex.
+        average: its average_length.
+        k1, b, variant, delta: those of BM25Weights.
     """
     norm = length_ratio(lengths, average, b)
     idf = jnp.where(df > 0, _idf(variant, jnp.maximum(df, 1).astype(jnp.float32), passages, jnp), 0)
@@ -159,17 +164,17 @@ def bm25_scores(
 
 
 def mean_length(lengths: Int[np.ndarray, "N"]) -> float:
-    """Words of an average passage; 1 where no passage has any, so that it can be divided by."""
+    """Return the terms of an average passage; 1 where no passage has any, so that it can be divided by."""
     return float(lengths.mean(dtype=np.float64)) if lengths.any() else 1.0
 
 
 def length_ratio(lengths: Shaped[Any, "C"], average: Any, b: Any) -> Shaped[Any, "C"]:
-    """K of the formulas, of NumPy or JAX arrays alike: 1 for a passage of average length."""
+    """Return K of the formulas, 1 for a passage of average length; for NumPy and JAX arrays."""
     return 1 - b + b * (lengths / average)
 
 
 def _idf(variant: Variant, df: Any, passages: Any, xp: ModuleType) -> Any:
-    """The worth of terms that df of the passages have, df >= 1; `xp` is numpy or jax.numpy."""
+    """Return the idf column of the table, df >= 1; `xp` is numpy or jax.numpy."""
     odds = (passages - df + 0.5) / (df + 0.5)
     match variant:
         case "lucene":
@@ -185,7 +190,7 @@ def _idf(variant: Variant, df: Any, passages: Any, xp: ModuleType) -> Any:
 
 
 def _saturated(variant: Variant, tf: Any, norm: Any, k1: Any, delta: float) -> Any:
-    """The tf column of the table for tf >= 1."""
+    """Return the tf column of the table for f >= 1."""
     match variant:
         case "lucene" | "robertson":
             return tf / (tf + k1 * norm)
@@ -199,7 +204,7 @@ def _saturated(variant: Variant, tf: Any, norm: Any, k1: Any, delta: float) -> A
 
 
 def _absent(variant: Variant, k1: Any, delta: float) -> Any:
-    """The tf column for tf = 0."""
+    """Return the tf column of the table for f = 0."""
     if variant == "bm25+":
         return delta
     return delta * (k1 + 1) / (delta + k1) if variant == "bm25l" and delta > 0 else 0.0

@@ -8,7 +8,7 @@ from rag.runtime.options import Count, Whole, check_fields
 
 @dataclass(frozen=True)
 class FixedChunker:
-    """`size` tokens a chunk (fewer in the last), of which `overlap` are also in the chunk before."""
+    """Divide a text into chunks of `size` tokens (the last may have fewer) that repeat the last `overlap` tokens."""
 
     size: Count
     overlap: Whole = 0

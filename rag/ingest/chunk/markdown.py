@@ -1,4 +1,7 @@
-"""Markdown to chunks that keep to its sections, as its headings tell them (CommonMark 0.31, headings and fences)."""
+"""Chunks of Markdown that never go beyond a section.
+
+Source: CommonMark 0.31, for headings and fenced code.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -12,16 +15,18 @@ _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})", re.MULTILINE)
 _HEADING = re.compile(r" {0,3}#{1,6}(?:[ \t]|\r?$)", re.MULTILINE)
 _UNDERLINE = re.compile(r" {0,3}(?:={3,}|-{3,})[ \t]*\r?$", re.MULTILINE)
-_NO_TITLE = re.compile(r" {4}|\s*(?:$|[-*+>|]|\d{1,9}[.)]\s)", re.MULTILINE)  # what a rule cannot underline
+_NO_TITLE = re.compile(
+    r" {4}|\s*(?:$|[-*+>|]|\d{1,9}[.)]\s)", re.MULTILINE
+)  # lines that an underline makes no heading
 
 
 @dataclass(frozen=True)
 class MarkdownChunker:
-    """Sections divided into whole sentences, `size` tokens at most; no chunk goes on across a heading.
+    """Divide each section into chunks of whole sentences, of at most `size` tokens.
 
-    A heading stays with the text below it, and one without text of its own with the next heading. Fenced code is
-    no place for headings; it stays in one piece where it fits, else it is divided at its lines. Text without
-    headings is one section. The headings above are not written into a chunk: it is the document's own text.
+    A heading stays with the text below it; a heading without text stays with the next heading. Fenced code has no
+    headings; it is one piece if it fits into a chunk, and is divided at its lines otherwise. A text without headings is
+    one section. The headings above a section are not copied into its chunks: a chunk is a span of the document's text.
     """
 
     size: Count
@@ -46,21 +51,21 @@ class MarkdownChunker:
 
 
 def sections(text: str) -> list[Span]:
-    """The spans of the sections of a Markdown text, in order, from heading to heading; all visible text is in one."""
+    """Return the spans of the sections of a Markdown text, in order; every visible character is in one of them."""
     return [(section[0][0], section[-1][1]) for section in _sections(text)]
 
 
 def _sections(text: str) -> list[list[Span]]:
-    """Each section as its pieces: headings, sentences, and fences whole."""
+    """Return each section as its pieces: headings, sentences, whole blocks of fenced code."""
     found: list[list[Span]] = [[]]
-    below = False  # whether the section has text below its headings
+    has_text = False  # whether the section has text below its headings
     for kind, start, end in _blocks(text):
         start, end = trimmed(text, start, end)
         if start >= end:  # white space
             continue
-        if kind == "heading" and below:
+        if kind == "heading" and has_text:
             found.append([])
-        below = kind != "heading"
+        has_text = kind != "heading"
         if kind == "text":
             found[-1] += [(start + a, start + b) for a, b in sentences(text[start:end])]
         else:
@@ -69,10 +74,10 @@ def _sections(text: str) -> list[list[Span]]:
 
 
 def _blocks(text: str) -> Iterator[tuple[str, int, int]]:
-    """(kind, start, end) of stretches of whole lines: "heading", "fence" or "text". They follow on one another."""
+    """Yield (kind, start, end) of blocks of whole lines that cover the text; kind is "heading", "fence" or "text"."""
     lines = [match.span() for match in _LINE.finditer(text)]
-    begin = 0  # of the text not yet handed out
-    fence = ""  # what opened the fence that we are in
+    begin = 0  # of the text that was not yielded yet
+    fence = ""  # the mark that opened the current block of fenced code
     for i, (start, end) in enumerate(lines):
         if fence:
             if _closes(text[start:end], fence):
@@ -94,12 +99,13 @@ def _blocks(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def _closes(line: str, fence: str) -> bool:
+    """Return whether a line ends the fenced code that the mark `fence` opened."""
     mark = line.strip()
     return len(mark) >= len(fence) and set(mark) == {fence[0]} and len(line) - len(line.lstrip(" ")) <= 3
 
 
 def _is_title(text: str, above: Sequence[Span], begin: int) -> bool:
-    """Whether the last of the lines above a rule is its heading: a paragraph of one line, from `begin` on."""
+    """Return whether the last line above an underline is a heading: a paragraph of one line, from `begin` on."""
     *other, (start, end) = [line for line in above if line[0] >= begin] or [(0, 0)]
     alone = all(not text[slice(*line)].strip() for line in other)
     return start < end and alone and not _NO_TITLE.match(text, start, end)

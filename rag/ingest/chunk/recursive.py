@@ -10,11 +10,11 @@ from rag.runtime.options import Count, Filled, Whole, check_fields
 
 @dataclass(frozen=True)
 class RecursiveChunker:
-    """Divide at the first separator, then what is longer than `size` at the next, in the end between tokens.
+    """Divide a text at the first separator, longer pieces than `size` at the next one, and at last between tokens.
 
-    Neighbouring pieces of one level that fit together become one chunk (LangChain's
-    RecursiveCharacterTextSplitter, counted in tokens). A separator stays with the text before it, but one
-    that begins with a line break, such as "\\n## ", leaves the rest of itself to the text after.
+    Neighbouring pieces of one level are joined into a chunk as long as they fit (LangChain's
+    RecursiveCharacterTextSplitter, but counted in tokens). A separator belongs to the text before it; of a separator
+    that begins with a line break, such as "\\n## ", only the line break does; the rest belongs to the text after.
     """
 
     size: Count

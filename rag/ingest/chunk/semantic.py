@@ -1,5 +1,6 @@
-"""Chunks that end where the text turns to something else, as an embedder sees it.
+"""Chunks that end where the subject of the text changes, which is measured by the vectors of its sentences.
 
+Source: G. Kamradt, "5 Levels of Text Splitting", 2024 (percentile 95, window 1, no maximum size).
 Letters: N sentences, E embedding dim.
 """
 
@@ -18,12 +19,11 @@ from rag.runtime.options import Count, Whole, check_fields
 
 @dataclass(frozen=True)
 class SemanticChunker:
-    """Whole sentences up to `size` tokens, and an end wherever the meaning changes more than it mostly does.
+    """Divide a text into chunks of whole sentences, of at most `size` tokens, that end where the subject changes.
 
-    Each sentence is embedded together with `window` sentences on both sides; where the cosine distance from one
-    to the next is above the `percentile` of the document's distances, a chunk ends (Kamradt, "5 Levels of Text
-    Splitting", 2024, which has percentile 95, window 1 and no largest size). What is longer than `size` between
-    two such ends is divided as by SentenceChunker. There is no overlap. The embedder must be given.
+    Each sentence is embedded together with `window` sentences on both sides. A chunk ends where the cosine distance
+    between neighbouring sentences is above the `percentile` of the document's distances. Between two such ends, text
+    longer than `size` is divided as by SentenceChunker. There is no overlap. `split` requires `encode`.
     """
 
     size: Count
@@ -46,7 +46,7 @@ class SemanticChunker:
         return chunks
 
     def _ends(self, text: str, found: Sequence[Span], encode: Encode) -> list[int]:
-        """The numbers of the sentences before which a chunk ends."""
+        """Return the indices of the sentences before which a chunk ends."""
         if len(found) < 2:
             return []
         last = len(found) - 1
@@ -56,6 +56,6 @@ class SemanticChunker:
         return (np.flatnonzero(distances > threshold) + 1).tolist()
 
 
-def neighbour_distances(vectors: Float32[np.ndarray, "N E"]) -> Float64[np.ndarray, "M"]:
-    """The cosine distance of each vector from the next, M = N - 1; the vectors have unit length (or none)."""
+def neighbour_distances(vectors: Float32[np.ndarray, "N E"]) -> Float64[np.ndarray, "N-1"]:
+    """Return the cosine distance of each vector from the next; the vectors have unit length or are zero."""
     return 1.0 - np.einsum("ne,ne->n", vectors[:-1], vectors[1:], dtype=np.float64)

@@ -9,7 +9,7 @@ from rag.runtime.options import Count, Whole, check_fields
 
 @dataclass(frozen=True)
 class SentenceChunker:
-    """As many whole sentences as fit; the overlap is whole sentences too.
+    """Divide a text into chunks of as many whole sentences as fit into `size` tokens; overlaps are whole sentences too.
 
     A sentence longer than `size` is divided at line breaks, then at spaces, then between tokens.
     """

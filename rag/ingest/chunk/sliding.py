@@ -3,14 +3,7 @@
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from rag.ingest.chunk.tokens import (
-    Encode,
-    Span,
-    Tokens,
-    TokenSpans,
-    fitting,
-    pack,
-)
+from rag.ingest.chunk.tokens import Encode, Span, Tokens, TokenSpans, fitting, pack
 from rag.ingest.sentences import sentences
 from rag.runtime.options import Count, check_fields
 from rag.types import UserError
@@ -18,12 +11,12 @@ from rag.types import UserError
 
 @dataclass(frozen=True)
 class SlidingWindowChunker:
-    """Windows of `sentences` whole sentences, one beginning at every `stride`-th, of at most `size` tokens each.
+    """Return windows of `sentences` whole sentences, one at every `stride`-th sentence, of at most `size` tokens each.
 
-    Every sentence stands in about sentences / stride chunks, with different neighbours, however long it is: where
-    FixedChunker slides over tokens and cuts sentences, and SentenceChunker fills each chunk up to its size. A
-    window that is longer than `size` ends earlier, and the next one begins no later than there. A sentence longer
-    than `size` is divided as by SentenceChunker, and its chunks count as sentences.
+    Every sentence is in about sentences / stride chunks, each time with other neighbours, however long it is. (The
+    windows of FixedChunker are of tokens and cut sentences; SentenceChunker fills each chunk up to its size.) A window
+    that is longer than `size` ends earlier, and the next one begins no later than that end. A sentence longer than
+    `size` is divided as by SentenceChunker, and its parts count as sentences.
     """
 
     sentences: Count = 5
@@ -52,7 +45,7 @@ class SlidingWindowChunker:
         while end < len(units):
             fit = max(begin + 1, bisect_right(lasts, firsts[begin] + self.size, lo=begin))
             window = min(begin + self.sentences, fit)
-            if window <= end:  # nothing new beside what did not fit before: begin one later
+            if window <= end:  # the window has no new sentence: begin one sentence later
                 begin += 1
                 continue
             chunks.append((units[begin][0], units[window - 1][1]))

@@ -1,4 +1,4 @@
-"""A document to chunks with any chunker, in bounded memory."""
+"""Divide a document into chunks with any chunker, in bounded memory."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,16 +11,22 @@ from rag.ingest.chunk.tokens import Span, TokenSpans
 from rag.ingest.chunk.whole import WholeChunker
 from rag.types import Chunk, Document, chunk_at
 
-_BLOCK = 1 << 20  # characters divided at once: their tokens and pieces take some hundred times the memory
-_BLOCK_ENDS = ("\n\n", "\n", ". ", "。", " ")  # the first that is there
+_BLOCK = (
+    1 << 20
+)  # characters that are divided at once: their tokens and pieces take about 100 times the memory
+_BLOCK_ENDS = ("\n\n", "\n", ". ", "。", " ")  # a block ends at the first of these that is found
 
 
 def chunks_of(document: Document, chunker: Chunker, embedder: Embedder | TokenSpans) -> list[Chunk]:
     """Return the chunks of a document in reading order; none when it has no text.
 
-    Tokens are those of `embedder`; its token_spans alone will do for a chunker that embeds nothing. A text of more
-    than 2^20 characters is divided block by block, none longer than that, so that memory stays bounded; but where
-    the chunker is a WholeChunker.
+    A text of more than 2^20 characters is divided in blocks of at most that length, so that memory stays bounded;
+    only a WholeChunker gets the whole text.
+
+    Args:
+        document: the document.
+        chunker: the chunker.
+        embedder: the embedder, whose tokens are counted; for a chunker that embeds nothing its `token_spans` is enough.
     """
     chunks: list[Chunk] = []
     for begin, end in (
@@ -36,7 +42,7 @@ def chunks_of(document: Document, chunker: Chunker, embedder: Embedder | TokenSp
 
 
 def _blocks(text: str) -> Iterator[Span]:
-    """The text in stretches of at most _BLOCK characters, which end where a paragraph, a line or a word does."""
+    """Yield the spans of blocks of at most _BLOCK characters that end where a paragraph, a line or a word ends."""
     begin = 0
     while len(text) - begin > _BLOCK:
         middle, limit = begin + _BLOCK // 2, begin + _BLOCK
@@ -48,5 +54,5 @@ def _blocks(text: str) -> Iterator[Span]:
 
 
 def _encode(embedder: Embedder, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
-    """Vectors of pieces of one document; an embedder that learns from a corpus learns from these alone."""
+    """Return the vectors of pieces of one document; an embedder that learns from a corpus is fitted to them alone."""
     return embedder.fit(texts).encode(texts)

@@ -1,99 +1,121 @@
-"""HTML to readable plain text: headings, lists and tables keep their shape, navigation and scripts go."""
+"""HTML files: headings, lists and tables become plain text of the same shape; navigation and scripts are removed."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import StringIO
 
 from lxml import etree
 
+from rag.ingest.load.encoding import UnreadableFile, decode
+from rag.ingest.load.markdown import first_heading
+
+_DECLARED_ENCODING = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 _DROPPED = frozenset(
     "script style nav noscript template head svg iframe object canvas audio video button select "
     "textarea".split()
 )
+# Of these, the ones whose text a browser shows if the end tag is missing.
+_SHOWN_UNCLOSED = frozenset("nav svg object canvas audio video button select".split())
+_TAGS = re.compile(rf"<(/?)({'|'.join(_SHOWN_UNCLOSED)})\b[^>]*?(/?)>", re.IGNORECASE)
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 _BLANK_LINE = frozenset(  # a blank line before and after
     "address article aside blockquote body details dl fieldset figure footer form header hr main p pre "
     "section table".split()
 ) | frozenset(_HEADINGS)
 _NEW_LINE = frozenset("caption dd div dt figcaption legend li summary tr".split())
-_WHITE = re.compile("[ \t\n\r\f]+")  # what HTML collapses; no-break spaces are not among it
+_WHITE = re.compile("[ \t\n\r\f]+")  # the white space that HTML collapses; no-break spaces are not part of it
 _PAGE_END = re.compile(r"</(?:body|html)\s*>", re.IGNORECASE)
-_MOST_TAGS = 2_000_000  # of a page: some seconds
-_DEEPEST = 2048  # elements within one another: the parser looks for what a tag ends at every level
-_DEEPEST_INDENT = 16  # levels of a list: far below, the spaces before the items would be most of the text
+_MAX_TAGS = 2_000_000  # in a page: parsing them takes some seconds
+_MAX_DEPTH = 2048  # of nested elements: at an end tag the parser searches every level for the start tag
+_MAX_INDENT = 16  # levels of a list: in deeper lists the indentation would be most of the text
 
 
-class HtmlError(ValueError):
-    """The page cannot be read; the message says why."""
+def load_html(data: bytes) -> tuple[str, str]:
+    """Return the text of an HTML file and its title, or its first heading if it has no title."""
+    declared = _DECLARED_ENCODING.search(data[:4096])
+    text, title = html_text(decode(data, declared[1].decode("ascii", "replace") if declared else ""))
+    return text, title or first_heading(text)
 
 
 def html_text(source: str) -> tuple[str, str]:
     """Return the readable text of a page and its title ("" if it has none).
 
     Headings become `# ...`, list items `- ...` or `1. ...` (indented two spaces a level, for the first 16), table
-    rows `a | b | c`, and preformatted text stays as it is. Time and memory are linear in the length of `source`.
-    Raises HtmlError for more than 2,000,000 tags, for elements nested more than 2,048 deep, and where libxml2 stops
-    before the end, rather than returning half a page.
+    rows `a | b | c`, and preformatted text is not changed. Time and memory are linear in the length of `source`.
+
+    Raises:
+        UnreadableFile: the page has more than 2,000,000 tags, its elements are nested more than 2,048 deep, or
+            libxml2 stops before the end: half a page is never returned.
     """
-    if source.count("<") > _MOST_TAGS:
-        raise HtmlError(
-            f"it has more than {_MOST_TAGS:,} HTML tags: divide it, or save its text as a .txt file"
+    if source.count("<") > _MAX_TAGS:
+        raise UnreadableFile(
+            f"it has more than {_MAX_TAGS:,} HTML tags: divide it, or save its text as a .txt file"
         )
-    # libxml2 forgets what follows an early </html>; without the two closing tags it reads on. Bytes, because
-    # it refuses a str that begins with an XML declaration.
+    # libxml2 ignores what follows an early </html>; without the two end tags it parses the rest too. Bytes, because
+    # it rejects a str that begins with an XML declaration.
     data = _PAGE_END.sub("", source).encode("utf-8", "replace")
-    page = _Page()
-    # As events: a tree would take forty times the page's size, and the square of an element's attributes in time.
+    page = _Page(_DROPPED - _unclosed(source))
+    # Parsed as events: a tree would take 40 times the size of the page, and time quadratic in an element's attributes.
     parser = etree.HTMLParser(target=page, encoding="utf-8", huge_tree=True)
     if data:
         etree.fromstring(data, parser)
     fatal = [entry.message for entry in parser.error_log if entry.level_name == "FATAL"]
     if fatal:
-        raise HtmlError(
+        raise UnreadableFile(
             f"the HTML parser stops at an error ({fatal[0].strip()}): save its text as a .txt file"
         )
     return "".join(page.pieces), page.title
 
 
+def _unclosed(source: str) -> set[str]:
+    """Return the tags of dropped elements that lack an end tag: the parser closes them where the page ends."""
+    missing = Counter[str]()
+    for end, tag, empty in _TAGS.findall(source):
+        missing[tag.lower()] += -1 if end else not empty
+    return {tag for tag, count in missing.items() if count > 0}
+
+
 @dataclass(slots=True)
 class _Element:
-    """An open element."""
+    """An element that was started and has not ended."""
 
     tag: str
-    dropped: bool  # it, or one that it is in
+    dropped: bool  # whether its text, or the text of an element around it, is dropped
     children: int = 0  # elements in it so far
 
 
 @dataclass
 class _Page:
-    """The text so far, and what must come before the next word: line breaks, then markers such as `- `.
+    """The parser's target: collects the text, and what must be written before the next word.
 
-    The parser calls start, end, data and close.
+    Before the next word come line breaks, then markers such as `- `. The parser calls start, end, data and close.
     """
 
+    dropped: frozenset[str]  # tags of the elements whose text is dropped
     pieces: list[str] = field(default_factory=list)
     title: str = ""
     breaks: int = 0
     markers: list[str] = field(default_factory=list)
     lists: list[int | None] = field(
         default_factory=list
-    )  # the open lists: last number given, None if unordered
+    )  # of each open list the last number, None if unordered
     row: int = 0  # len(pieces) where the open table row began
     cell: int = -1  # len(pieces) where the open cell began, -1 outside rows
-    preformatted: int = 0  # open <pre> elements
-    path: list[_Element] = field(default_factory=list)  # from the root to the element that is open
+    preformatted: int = 0  # number of open <pre> elements
+    path: list[_Element] = field(default_factory=list)  # the open elements, from the root
     text: StringIO = field(default_factory=StringIO)  # since the last element began or ended
 
     def start(self, tag: str, attributes: Mapping[str, str], _namespaces: object = None) -> None:
         self._flush()
-        if len(self.path) == _DEEPEST:
-            raise HtmlError(
-                f"its HTML elements are nested more than {_DEEPEST:,} deep: save its text as a .txt file"
+        if len(self.path) == _MAX_DEPTH:
+            raise UnreadableFile(
+                f"its HTML elements are nested more than {_MAX_DEPTH:,} deep: save its text as a .txt file"
             )
         above = self.path[-1] if self.path else _Element("", False)
         hidden = "hidden" in attributes or attributes.get("aria-hidden") == "true"
-        element = _Element(tag, above.dropped or tag in _DROPPED or hidden)
+        element = _Element(tag, above.dropped or tag in self.dropped or hidden)
         if not element.dropped:
             self._open(tag, first=above.children == 0)
         above.children += 1
@@ -134,7 +156,7 @@ class _Page:
             case "td" | "th":
                 self.cell = len(self.pieces)
                 if self.cell > self.row:
-                    self.breaks = 0  # the last cell's paragraph ends here, its row does not
+                    self.breaks = 0  # a paragraph in the last cell ended, but the row goes on
                 if not first:
                     self.markers.append(" | ")
             case "pre":
@@ -151,7 +173,7 @@ class _Page:
             case "li" | "tr":
                 self.cell = -1
                 self.markers.clear()  # an empty item, or the empty cells that end a row
-                self.breaks = min(self.breaks, 1)  # a paragraph that ends inside makes no loose list
+                self.breaks = min(self.breaks, 1)  # a paragraph in an item adds no blank line between items
             case "pre":
                 self.preformatted -= 1
             case heading if self.markers and self.markers[-1] == _HEADINGS.get(heading):
@@ -175,7 +197,7 @@ class _Page:
     def _break(self, tag: str) -> None:
         if self.markers or self.cell == len(
             self.pieces
-        ):  # a paragraph begins on its item's line, or its cell's
+        ):  # a paragraph begins on the line of its item or cell
             return
         if tag in _BLANK_LINE or (tag in ("ul", "ol") and not self.lists):
             self.breaks = 2
@@ -183,7 +205,7 @@ class _Page:
             self.breaks = max(self.breaks, 1)
 
     def _item(self) -> str:
-        indent = "  " * min(len(self.lists) - 1, _DEEPEST_INDENT)
+        indent = "  " * min(len(self.lists) - 1, _MAX_INDENT)
         if not self.lists or self.lists[-1] is None:
             return indent + "- "
         self.lists[-1] += 1

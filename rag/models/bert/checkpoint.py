@@ -1,8 +1,8 @@
-"""BERT-family checkpoints: which tensor goes where, and what the files say of architecture and pooling.
+"""Load BERT-family checkpoints: Hugging Face folders and GGUF files.
 
-Hugging Face folders (config.json, safetensors, and the files that sentence-transformers adds) and GGUF files;
-both end up as the same module, kept converted (rag.models.checkpoint.keep): the second start maps memory.
-`load` gives an encoder, `load_classifier` one with its sequence-classification head, from folders only.
+A folder has config.json, safetensors, and the files that sentence-transformers adds. All become the same module and are
+cached as converted files (rag.models.conversion_cache), so that later starts memory-map the weights. `load` returns an
+encoder; `load_classifier` returns one with its sequence-classification head, from folders only.
 """
 
 import json
@@ -11,19 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rag.models import checkpoint
+from rag.models import conversion_cache, tensor_files
 from rag.models.bert.configuration import (  # fmt: skip
     config_from_gguf,
     config_from_huggingface,
-    listed_modules,
     max_length,
+    modules_of,
     pooling_modules,
     prompts_of,
     sentence_settings,
@@ -32,18 +32,23 @@ from rag.models.bert.model import (
     Bert,
     BertClassifier,
     BertConfig,
-    Linear,
     Pooling,
+    PoolingMode,
     abstract,
     abstract_classifier,
 )
-from rag.models.checkpoint import Rule
+from rag.models.checkpoint import Rule, check_layers, check_vocabulary, fill
+from rag.models.gguf_file import is_gguf
+from rag.models.layers import Linear, multiply_natively, quantize_weights
+from rag.models.placement import to_device
+from rag.models.tokenizer import load_tokenizer
 from rag.models.tokenizer.tokenizer import Tokenizer
 from rag.runtime.machine import cpu_flags
 from rag.types import UserError
 
-DTYPES = ("float32", "bfloat16", "int8")  # of the layers' weights
-PREFIXES = ("bert.", "roberta.")  # where the encoder sits inside a model with a head
+LayerDtype = Literal["float32", "bfloat16", "int8"]  # of the layers' weights
+DTYPES = get_args(LayerDtype)
+PREFIXES = ("bert.", "roberta.")  # before the encoder's names in a model with a head
 
 # (Hugging Face's name, llama.cpp's name)
 NAMES = (
@@ -84,149 +89,144 @@ HEADS = {
     "roberta": (("classifier.dense", "dense"), ("classifier.out_proj", "out_proj")),
 }
 
-_SETTINGS = "encoder.json"
-_MOST_LABELS = 1 << 20
+_SETTINGS_FILE = "encoder.json"
+_MAX_LABELS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderSettings:
-    """What a checkpoint says beside its weights."""
+    """The settings of an encoder's checkpoint."""
 
     config: BertConfig
     pooling: Pooling
-    query_prompt: str = ""  # what the checkpoint wants written before a question ...
+    query_prompt: str = ""  # text that the checkpoint expects before a question ...
     document_prompt: str = ""  # ... and before a passage
-    lower_case: bool = False  # texts are lower-cased before the tokenizer sees them
+    lower_case: bool = False  # texts are lower-cased before they are tokenized
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifierSettings:
-    """What a sequence classifier's checkpoint says beside its weights."""
+    """The settings of a sequence classifier's checkpoint."""
 
     config: BertConfig
     labels: int
     max_length: int  # tokens of a pair, special ones included
-    separators: int  # special tokens that stand between the two texts: 1 in BERT, 2 in RoBERTa
+    separators: int  # special tokens between the two texts: 1 in BERT, 2 in RoBERTa
 
 
 def load(path: Path, dtype: str = "float32") -> tuple[Bert, Tokenizer, EncoderSettings]:
-    """The encoder, tokenizer and settings of a Hugging Face folder or a GGUF file, memory-mapped.
+    """Load the encoder, tokenizer and settings of a Hugging Face folder or a GGUF file.
 
-    `dtype` is one of DTYPES, that of the layers' weights; tables and normalisations stay float32. Raises UserError
-    for another architecture, tensors that do not fit, and pooling that is not mean or CLS.
+    Args:
+        dtype: one of DTYPES, for the weights of the layers; embeddings and normalisations stay float32.
+
+    Returns:
+        The model, with memory-mapped weights where they are float32, its tokenizer, and its settings.
+
+    Raises:
+        UserError: the architecture is not known, tensors do not fit it, or the pooling is neither mean nor CLS.
     """
-    convert = _convert_gguf if checkpoint.is_gguf(path) else _convert_huggingface
-    folder = checkpoint.keep("bert", source_files(path), partial(convert, path))
-    values = json.loads((folder / _SETTINGS).read_text())
-    config, pooling = BertConfig(**values.pop("config")), Pooling(**values.pop("pooling"))
-    model = checkpoint.load_module(abstract(config), folder)
-    model = convert_layers(checkpoint.to_device(model, np.dtype(np.float32)), dtype)
-    return model, Tokenizer.load(folder), EncoderSettings(config, pooling, **values)
+    folder = conversion_cache.converted_folder("bert", source_files(path), partial(_convert, path))
+    settings = read_converted_settings(folder)
+    model = conversion_cache.load_module(abstract(settings.config), folder)
+    model = to_device(model, np.dtype(np.float32))
+    return convert_layers(model, dtype), Tokenizer.load(folder), settings
 
 
 def convert_layers(model: Bert, dtype: str) -> Bert:
-    """The encoder with the weights of its layers in one of DTYPES.
+    """Return the encoder with the weights of its layers in one of DTYPES.
 
-    Without instructions for bfloat16 products a processor multiplies float32 numbers, of bfloat16's values, far
-    sooner than bfloat16 ones.
+    A processor without bfloat16 instructions multiplies float32 numbers much faster than bfloat16 ones: there the
+    weights are rounded to bfloat16 and stored as float32.
     """
     if dtype == "int8":
-        model = checkpoint.quantized(model)
-        checkpoint.multiply_natively(model)
+        model = quantize_weights(model)
+        multiply_natively(model)
     if dtype == "bfloat16":
-        multiplies = jax.default_backend() != "cpu" or any("bf16" in flag for flag in cpu_flags())
+        fast = jax.default_backend() != "cpu" or any("bf16" in flag for flag in cpu_flags())
         for _, layer in nnx.iter_modules(model):
             if isinstance(layer, Linear):
                 weight = layer.weight[...].astype(jnp.bfloat16)
-                layer.weight = nnx.Param(weight if multiplies else weight.astype(jnp.float32))
+                layer.weight = nnx.Param(weight if fast else weight.astype(jnp.float32))
     return model
 
 
 def load_classifier(path: Path) -> tuple[BertClassifier, Tokenizer, ClassifierSettings]:
-    """The sequence classifier in a Hugging Face folder: float32, memory-mapped.
+    """Load the sequence classifier in a Hugging Face folder, with memory-mapped float32 weights.
 
-    Raises UserError for another architecture, a checkpoint without such a head, and tensors that do not fit.
+    Raises:
+        UserError: the architecture is not known, the checkpoint has no such head, or tensors do not fit.
     """
-    if checkpoint.is_gguf(path):
+    if is_gguf(path):
         raise UserError(
             f"{path} is a GGUF file, and classifiers are read from Hugging Face folders only; name the original"
         )
-    folder = checkpoint.keep("bert-classifier", source_files(path), partial(_convert_classifier, path))
-    values = json.loads((folder / _SETTINGS).read_text())
+    folder = conversion_cache.converted_folder(
+        "bert-classifier", source_files(path), partial(_convert_classifier, path)
+    )
+    values = json.loads((folder / _SETTINGS_FILE).read_text())
     settings = ClassifierSettings(BertConfig(**values.pop("config")), **values)
-    model = checkpoint.load_module(abstract_classifier(settings.config, settings.labels), folder)
-    return checkpoint.to_device(model, np.dtype(np.float32)), Tokenizer.load(folder), settings
+    model = conversion_cache.load_module(abstract_classifier(settings.config, settings.labels), folder)
+    return to_device(model, np.dtype(np.float32)), Tokenizer.load(folder), settings
 
 
 def source_files(path: Path) -> list[Path]:
-    """Every file that the embeddings depend on, in a fixed order; UserError if this is no checkpoint."""
-    if checkpoint.is_gguf(path):
+    """Return every file that embeddings depend on, in a fixed order. Raises UserError if this is not a checkpoint."""
+    if is_gguf(path):
         return [path]
     if not (path / "config.json").is_file():
         raise UserError(
             f"{path} is neither a GGUF file nor a folder with a config.json; name an encoder's checkpoint"
         )
     files = [
-        *checkpoint.shards(path),
+        *tensor_files.shards(path),
         *sorted(path.glob("*.json")),
         *sorted(path.glob("[0-9]_*/config.json")),
     ]
-    if (path / "modules.json").is_file():  # which may name other folders
-        files += [path / place / "config.json" for kind, place in listed_modules(path) if kind == "Pooling"]
+    if (path / "modules.json").is_file():  # it may name other folders
+        files += [path / folder / "config.json" for kind, folder in modules_of(path) if kind == "Pooling"]
     files += sorted(path.glob("*.jinja"))
     return list({os.path.normpath(file): file for file in files if file.is_file()}.values())
 
 
-def _convert_huggingface(path: Path, folder: Path) -> None:
-    settings = settings_from_huggingface(path)
-    tensors = {
-        name: np.asarray(array, np.float32) for name, array in checkpoint.read_safetensors(path).items()
-    }
-    prefix = prefix_of(tensors)
-    checkpoint.check_layers(
-        tensors, prefix + "encoder.layer.{i}.", settings.config.num_hidden_layers, str(path)
-    )
-    tokenizer = Tokenizer.from_folder(path)
-    checkpoint.check_vocabulary(tokenizer, settings.config.vocab_size, str(path))
-    model = checkpoint.fill(abstract(settings.config), tensors, huggingface_table(prefix), str(path))
-    _write(model, tokenizer, settings, folder)
+def _convert(path: Path, folder: Path) -> None:
+    """Write an encoder's weights, settings and tokenizer into `folder`."""
+    tensors: Mapping[str, np.ndarray]
+    if is_gguf(path):
+        metadata, tensors = tensor_files.read_gguf(path)
+        settings = EncoderSettings(*config_from_gguf(metadata, tensors))
+        table, layers = gguf_table(), "blk.{i}."
+    else:
+        settings, tensors = settings_from_huggingface(path), tensor_files.read_safetensors(path)
+        prefix = prefix_of(tensors)
+        table, layers = huggingface_table(prefix), prefix + "encoder.layer.{i}."
+    check_layers(tensors, layers, settings.config.num_hidden_layers, str(path))
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, settings.config.vocab_size, str(path))
+    _write(fill(abstract(settings.config), tensors, table, str(path)), tokenizer, settings, folder)
 
 
 def _convert_classifier(path: Path, folder: Path) -> None:
-    values = checkpoint.read_config(path)
-    config = config_from_huggingface(values, str(path))
+    """Write a classifier's weights, settings and tokenizer into `folder`."""
+    config = config_from_huggingface(tensor_files.read_config(path), str(path))
     head = "bert" if config.position_offset == 0 else "roberta"
-    tensors = {
-        name: np.asarray(array, np.float32) for name, array in checkpoint.read_safetensors(path).items()
-    }
+    tensors = tensor_files.read_safetensors(path)
     last = f"{HEADS[head][-1][0]}.weight"
     if last not in tensors:
         raise UserError(
             f"{path} holds no sequence-classification head ({last}); name a cross-encoder's checkpoint"
         )
     prefix = prefix_of(tensors)
-    checkpoint.check_layers(tensors, prefix + "encoder.layer.{i}.", config.num_hidden_layers, str(path))
-    tokenizer = Tokenizer.from_folder(path)
-    checkpoint.check_vocabulary(tokenizer, config.vocab_size, str(path))
+    check_layers(tensors, prefix + "encoder.layer.{i}.", config.num_hidden_layers, str(path))
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, config.vocab_size, str(path))
     labels = tensors[last].shape[:1]
-    if not labels or not 1 <= labels[0] <= _MOST_LABELS:
+    if not labels or not 1 <= labels[0] <= _MAX_LABELS:
         raise UserError(f"{path} holds {last} with shape {tensors[last].shape}; the checkpoint is damaged")
-    settings = ClassifierSettings(
-        config, labels[0], max_length(path, config), separators=1 if head == "bert" else 2
-    )
+    separators = 1 if head == "bert" else 2
+    settings = ClassifierSettings(config, labels[0], max_length(path, config), separators)
     module = abstract_classifier(config, settings.labels)
-    model = checkpoint.fill(module, tensors, classifier_table(head, prefix), str(path))
-    _write(model, tokenizer, settings, folder)
-
-
-def _convert_gguf(path: Path, folder: Path) -> None:
-    metadata, tensors = checkpoint.read_gguf(path)
-    settings = settings_from_gguf(metadata, tensors)
-    checkpoint.check_layers(tensors, "blk.{i}.", settings.config.num_hidden_layers, str(path))
-    tokenizer = Tokenizer.from_gguf(metadata)
-    checkpoint.check_vocabulary(tokenizer, settings.config.vocab_size, str(path))
-    model = checkpoint.fill(abstract(settings.config), tensors, gguf_table(), str(path))
-    _write(model, tokenizer, settings, folder)
+    _write(fill(module, tensors, classifier_table(head, prefix), str(path)), tokenizer, settings, folder)
 
 
 def _write(
@@ -235,20 +235,27 @@ def _write(
     settings: EncoderSettings | ClassifierSettings,
     folder: Path,
 ) -> None:
-    checkpoint.save_module(model, folder)
-    (folder / _SETTINGS).write_text(json.dumps(asdict(settings), indent=1))
+    conversion_cache.save_module(model, folder)
+    (folder / _SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=1))
     tokenizer.save(folder)
 
 
+def read_converted_settings(folder: Path) -> EncoderSettings:
+    """Return the settings of a converted encoder."""
+    values = json.loads((folder / _SETTINGS_FILE).read_text())
+    config, pooling = BertConfig(**values.pop("config")), Pooling(**values.pop("pooling"))
+    return EncoderSettings(config, pooling, **values)
+
+
 def prefix_of(names: Iterable[str]) -> str:
-    """What stands before the encoder's names: nothing, or the model's attribute in a model with a head."""
+    """Return the prefix of the encoder's names: "", or the name of its attribute in a model with a head."""
     return next((prefix for name in names for prefix in PREFIXES if name.startswith(prefix)), "")
 
 
 def huggingface_table(prefix: str = "") -> Sequence[Rule]:
-    """Names in a Hugging Face checkpoint -> paths in the module.
+    """Return the table of names in a Hugging Face checkpoint -> paths in the module.
 
-    gamma and beta are what the checkpoints of 2018 call a normalisation's weight and bias.
+    Checkpoints of 2018 call the weight and bias of a normalisation gamma and beta.
     """
     kinds = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
     used = [
@@ -259,31 +266,33 @@ def huggingface_table(prefix: str = "") -> Sequence[Rule]:
 
 
 def classifier_table(head: str, prefix: str) -> Sequence[Rule]:
-    """Names in a sequence classifier's checkpoint -> paths in the module; `head` is a key of HEADS."""
+    """Return the table of names in a sequence classifier's checkpoint -> paths in the module.
+
+    `head` is a key of HEADS. Its rules precede the encoder's, which leave the pooler out: the first match counts.
+    """
     rules = [
         Rule(f"{name}.{kind}", f"{path}.{kind}") for name, path in HEADS[head] for kind in ("weight", "bias")
     ]
-    inside = [
-        Rule(rule.name, rule.path and f"bert.{rule.path}", rule.transform)
-        for rule in huggingface_table(prefix)
-    ]
-    return [*rules, *inside]  # the first that matches counts, and the encoder's table leaves the pooler out
+    encoder = [Rule(rule.name, rule.path and f"bert.{rule.path}") for rule in huggingface_table(prefix)]
+    return [*rules, *encoder]
 
 
 def gguf_table() -> Sequence[Rule]:
-    """Names in a GGUF file of architecture `bert` -> paths in the module."""
+    """Return the table of names in a GGUF file of architecture `bert` -> paths in the module."""
     used = [Rule(f"{gguf}.{kind}", f"{name}.{kind}") for name, gguf in NAMES for kind in ("weight", "bias")]
     return [*used, *(Rule(f"cls.{kind}", None) for kind in ("weight", "bias"))]  # the pooler
 
 
 def settings_from_huggingface(path: Path) -> EncoderSettings:
-    """Architecture, pooling and prompts of a checkpoint folder; UserError for what this encoder cannot do.
+    """Return the architecture, pooling and prompts of a checkpoint folder.
 
-    Without the files of sentence-transformers: the mean over the tokens, of unit length.
+    Without the files of sentence-transformers, the pooling is the mean over the tokens, normalised to unit length.
+    Raises UserError for settings that this encoder does not support.
     """
-    config = config_from_huggingface(checkpoint.read_config(path), str(path))
+    config = config_from_huggingface(tensor_files.read_config(path), str(path))
     prompts = prompts_of(path)
-    mode, normalize = "mean", True
+    mode: PoolingMode = "mean"
+    normalize = True
     if (path / "modules.json").is_file():
         mode, normalize = pooling_modules(path)
     return EncoderSettings(
@@ -293,8 +302,3 @@ def settings_from_huggingface(path: Path) -> EncoderSettings:
         document_prompt=prompts.get("document", prompts.get("passage")) or "",
         lower_case=bool(sentence_settings(path).do_lower_case),
     )
-
-
-def settings_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> EncoderSettings:
-    """Architecture and pooling of a GGUF file."""
-    return EncoderSettings(*config_from_gguf(metadata, tensors))

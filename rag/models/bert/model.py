@@ -1,16 +1,16 @@
 """The BERT family of encoders: BERT, MiniLM, BGE, E5, and by a position offset RoBERTa and XLM-R.
 
 Learned positions, full attention, normalisation after each residual (Devlin et al. 2018, arXiv:1810.04805). One
-forward serves three readings: a vector a text (`embed`), a vector a token (`token_states`), and the labels of a
-sequence-classification head (`classify`), which is how cross-encoders score a question with a passage.
+forward pass serves three uses: a vector for each text (`embed`), a vector for each token (`token_states`), and the
+logits of a sequence-classification head (`classify`), by which cross-encoders score a question with a passage.
 The modules are typed pytrees of weights under Hugging Face's names; the maths is in the functions below them,
 in reading order, and is jitted with the model as an argument.
 
-A row may hold several texts one after the other, then padding. `lengths` [B, S] says how long each is, 0 where there
-are fewer than S: a text sees only itself, and its positions start at 0.
+A row may hold several texts one after another, then padding. `lengths` [B, P] are the lengths of the texts, 0 where
+there are fewer than P: a text attends only to itself, and its positions start at 0.
 
-Letters: B batch, T tokens, S texts of a row, H heads, D head dim, M width, F ffn, V vocab, E embedding dim (= M),
-L labels.
+Letters: B batch, T tokens, P texts packed in a row, H heads, D head dim, M width, F ffn, V vocab,
+E embedding dim (= M), L labels; N is any width.
 """
 
 from dataclasses import dataclass, replace
@@ -22,9 +22,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from rag.models.checkpoint import copies
+from rag.models.layers import Linear, repeat_layer
 from rag.ops.attention import attention
-from rag.ops.linear import linear
 
 Activation = Literal["gelu", "gelu_new", "relu"]
 PoolingMode = Literal["mean", "cls"]
@@ -32,23 +31,23 @@ PoolingMode = Literal["mean", "cls"]
 
 @dataclass(frozen=True, slots=True)
 class BertConfig:
-    """A checkpoint's architecture, in Hugging Face's names; read from the checkpoint, never from YAML."""
+    """A checkpoint's architecture, under Hugging Face's names. It is read from the checkpoint, never from YAML."""
 
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int
-    max_position_embeddings: int = 512  # rows of the table of positions
+    max_position_embeddings: int = 512  # rows of the position embedding
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
-    hidden_act: Activation = "gelu"  # gelu is the exact one (erf), gelu_new its tanh approximation
+    hidden_act: Activation = "gelu"  # gelu is exact (erf), gelu_new is its tanh approximation
     position_offset: int = 0  # the row of the first token: padding_idx + 1 in RoBERTa
 
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """How token states become one vector, and how many tokens a text may have, [CLS] and [SEP] included."""
+    """How token states become one vector, and the limit of a text in tokens, with [CLS] and [SEP]."""
 
     mode: PoolingMode
     normalize: bool  # to unit length
@@ -56,30 +55,14 @@ class Pooling:
 
 
 class EmbeddingTable(nnx.Module):
-    """weight [rows, M], looked up by row."""
+    """weight [N, M]: one row for each token, position or token type."""
 
     def __init__(self, rows: int, width: int, rngs: nnx.Rngs):
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs(), (rows, width)))
 
 
-class Linear(nnx.Module):
-    """weight [out, in], bias [out], and a scale [out] once the weight is int8; a bfloat16 weight rounds x as well."""
-
-    def __init__(self, size_in: int, size_out: int, rngs: nnx.Rngs):
-        self.weight = nnx.Param(size_in**-0.5 * jax.random.normal(rngs(), (size_out, size_in)))
-        self.bias = nnx.Param(jnp.zeros(size_out))
-        self.scale = nnx.data(None)
-        self.native = False  # whether rag.native multiplies
-
-    def __call__(self, x: Float[Array, "*batch M"]) -> Float[Array, "*batch N"]:
-        weight, bias = self.weight[...], self.bias[...]
-        if self.scale is not None:
-            return linear(x, weight, bias, self.scale[...], by_native=self.native)
-        return linear(x.astype(weight.dtype), weight, bias).astype(x.dtype)
-
-
 class LayerNorm(nnx.Module):
-    """weight [M], bias [M] (Ba et al. 2016); statistics in float32."""
+    """weight [M], bias [M] (Ba et al. 2016); mean and variance are computed in float32."""
 
     def __init__(self, size: int, eps: float):
         self.weight = nnx.Param(jnp.ones(size))
@@ -95,7 +78,7 @@ class LayerNorm(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    """Words, positions and segments of the input."""
+    """The embeddings of tokens, positions and token types, and the normalisation of their sum."""
 
     def __init__(self, c: BertConfig, rngs: nnx.Rngs):
         self.word_embeddings = EmbeddingTable(c.vocab_size, c.hidden_size, rngs)
@@ -104,8 +87,8 @@ class Embeddings(nnx.Module):
         self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps)
 
 
-class SelfAttention(nnx.Module):
-    """The projections to queries, keys and values."""
+class BertSelfAttention(nnx.Module):
+    """The projections to queries, keys and values of one attention layer."""
 
     def __init__(self, c: BertConfig, rngs: nnx.Rngs):
         self.query = Linear(c.hidden_size, c.hidden_size, rngs)
@@ -114,7 +97,7 @@ class SelfAttention(nnx.Module):
 
 
 class Output(nnx.Module):
-    """What closes both blocks: a projection to M, the residual sum, a normalisation."""
+    """The end of an attention or feed-forward block: projection to M, residual sum, normalisation."""
 
     def __init__(self, size_in: int, c: BertConfig, rngs: nnx.Rngs):
         self.dense = Linear(size_in, c.hidden_size, rngs)
@@ -125,21 +108,21 @@ class Output(nnx.Module):
 
 
 class AttentionBlock(nnx.Module):
-    """`self` and `output`, as Hugging Face names them."""
+    """The attention block: `self` and `output`, as Hugging Face names them."""
 
     def __init__(self, c: BertConfig, rngs: nnx.Rngs):
-        self.self = SelfAttention(c, rngs)
+        self.self = BertSelfAttention(c, rngs)
         self.output = Output(c.hidden_size, c, rngs)
 
 
 class Intermediate(nnx.Module):
-    """The projection to F."""
+    """The feed-forward block's projection to F."""
 
     def __init__(self, c: BertConfig, rngs: nnx.Rngs):
         self.dense = Linear(c.hidden_size, c.intermediate_size, rngs)
 
 
-class Layer(nnx.Module):
+class BertLayer(nnx.Module):
     """One post-norm transformer layer."""
 
     def __init__(self, c: BertConfig, rngs: nnx.Rngs):
@@ -152,11 +135,11 @@ class Encoder(nnx.Module):
     """The stack of layers."""
 
     def __init__(self, c: BertConfig, rngs: nnx.Rngs):
-        self.layer = nnx.List([Layer(c, rngs) for _ in range(c.num_hidden_layers)])
+        self.layer = nnx.List([BertLayer(c, rngs) for _ in range(c.num_hidden_layers)])
 
 
 class Bert(nnx.Module):
-    """The weights of an encoder, without the pooler, which belongs to the heads."""
+    """The weights of an encoder, without the pooler, which belongs to the classification head."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         self.config = config
@@ -165,9 +148,10 @@ class Bert(nnx.Module):
 
 
 class BertClassifier(nnx.Module):
-    """An encoder with a head of two layers on its first token's state.
+    """An encoder with a head of two layers on the state of its first token.
 
-    Called pooler and classifier in BERT, classifier.dense and classifier.out_proj in RoBERTa; the maths is one.
+    The layers are called pooler and classifier in BERT, classifier.dense and classifier.out_proj in RoBERTa; the maths
+    is the same.
     """
 
     def __init__(self, config: BertConfig, labels: int, rngs: nnx.Rngs):
@@ -180,7 +164,7 @@ class BertClassifier(nnx.Module):
 def classify(
     model: BertClassifier, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], token_types: Int[Array, "B T"]
 ) -> Float[Array, "B L"]:
-    """The labels' logits of each row, float32; padding past a row's length changes nothing."""
+    """Return the labels' logits of each row, float32. Padding past a row's length changes nothing."""
     first = forward(model.bert, tokens, lengths[:, None], token_types)[:, 0]
     with jax.named_scope("head"):
         return model.out_proj(jnp.tanh(model.dense(first))).astype(jnp.float32)
@@ -188,68 +172,75 @@ def classify(
 
 @jax.jit
 def token_states(model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B T E"]:
-    """The last layer's state of every token, float32, of unit length; meaningless past a row's length."""
+    """Return the last layer's state of every token, float32, of unit length; it is undefined past a row's length."""
     hidden = forward(model, tokens, lengths[:, None]).astype(jnp.float32)
     return hidden / jnp.linalg.norm(hidden, axis=-1, keepdims=True)
 
 
 @partial(jax.jit, static_argnames="pooling")
 def embed(
-    model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B S"], *, pooling: Pooling
-) -> Float[Array, "B S E"]:
-    """One float32 vector a text, zeros where there is none; padding changes nothing."""
+    model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B P"], *, pooling: Pooling
+) -> Float[Array, "B P E"]:
+    """Return one float32 vector for each text, zeros where there is no text. Padding changes nothing."""
     return pool(forward(model, tokens, lengths), lengths, pooling)
 
 
 def forward(
     model: Bert,
     tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B S"],
+    lengths: Int[Array, "B P"],
     token_types: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T M"]:
-    """Hidden states of the last layer, meaningless past a row's texts; token types are 0 unless given."""
+    """Return the hidden states of the last layer, undefined past a row's texts; token types are 0 unless given."""
     c = model.config
-    segments, positions = _places(lengths, tokens.shape[1])
+    segments, positions = _segments_and_positions(lengths, tokens.shape[1])
     x = _embed_tokens(model.embeddings, c, tokens, positions, token_types)
-    # One text a row is a matter of its length alone, which attention serves faster where rows are long.
-    extent = {"kv_length": lengths[:, 0]}
-    if lengths.shape[1] > 1:
-        extent = {"q_segments": segments, "kv_segments": segments}
+    packed = lengths.shape[1] > 1  # a length alone makes attention faster in long rows than segments do
     for i, layer in enumerate(model.encoder.layer):
         with jax.named_scope(f"layer_{i}"):
-            x = encoder_layer(layer, x, extent, c=c)
+            x = encoder_layer(layer, x, None if packed else lengths[:, 0], segments if packed else None, c=c)
     return x
 
 
 @partial(jax.jit, static_argnames="c")
 def encoder_layer(
-    layer: Layer, x: Float[Array, "B T M"], extent: dict[str, Array], *, c: BertConfig
+    layer: BertLayer,
+    x: Float[Array, "B T M"],
+    kv_length: Int[Array, "B"] | None,
+    segments: Int[Array, "B T"] | None,
+    *,
+    c: BertConfig,
 ) -> Float[Array, "B T M"]:
-    """One layer, jitted by itself so that the program of all of them traces it once."""
-    x = layer.attention.output(_attend(layer.attention.self, c, x, extent), x)
+    """Compute one layer. It is jitted by itself, so that the program of all layers traces it once.
+
+    The attention mask is given by the length of each row, or by the segments of packed rows.
+    """
+    x = layer.attention.output(_attend(layer.attention.self, c, x, kv_length, segments), x)
     return layer.output(_expand(layer.intermediate, c, x), x)
 
 
 def pool(
-    hidden: Float[Array, "B T M"], lengths: Int[Array, "B S"], pooling: Pooling
-) -> Float[Array, "B S M"]:
-    """A text's first state or the mean over its tokens, float32, of unit length if so asked; zeros for no text."""
+    hidden: Float[Array, "B T M"], lengths: Int[Array, "B P"], pooling: Pooling
+) -> Float[Array, "B P M"]:
+    """Return each text's first state or mean state, float32, normalised if `pooling` says so; zeros for no text."""
     with jax.named_scope("pool"):
-        segments, positions = _places(lengths, hidden.shape[1])
-        weights = (segments[:, None] == jnp.arange(lengths.shape[1])[:, None]).astype(jnp.float32)  # b s t
+        segments, positions = _segments_and_positions(lengths, hidden.shape[1])
+        weights = (segments[:, None] == jnp.arange(lengths.shape[1])[:, None]).astype(jnp.float32)  # b p t
         if pooling.mode == "cls":
             weights *= positions[:, None] == 0
         else:
             weights /= jnp.maximum(lengths, 1)[..., None]
-        vectors = jnp.einsum("btm,bst->bsm", hidden.astype(jnp.float32), weights)
+        vectors = jnp.einsum("btm,bpt->bpm", hidden.astype(jnp.float32), weights)
         if pooling.normalize:
             norms = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
             vectors = vectors / jnp.where(norms > 0, norms, 1.0)
         return vectors
 
 
-def _places(lengths: Int[Array, "B S"], count: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """Which of its row's texts each of `count` tokens belongs to, -1 for padding, and its place in it."""
+def _segments_and_positions(
+    lengths: Int[Array, "B P"], count: int
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """Return for each of `count` tokens the index of its text in the row, -1 for padding, and its position there."""
     t = jnp.arange(count)
     ends = jnp.cumsum(lengths, axis=1)
     segments = (t[:, None] >= ends[:, None]).sum(axis=-1)  # b t: the texts that end before
@@ -266,26 +257,32 @@ def _embed_tokens(
     token_types: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T M"]:
     with jax.named_scope("embeddings"):
-        places = layer.position_embeddings.weight[positions + c.position_offset]
+        position = layer.position_embeddings.weight[positions + c.position_offset]
         types = layer.token_type_embeddings.weight
-        kinds = types[0] if token_types is None else types[token_types]
-        return layer.LayerNorm(layer.word_embeddings.weight[tokens] + places + kinds)
+        token_type = types[0] if token_types is None else types[token_types]
+        return layer.LayerNorm(layer.word_embeddings.weight[tokens] + position + token_type)
 
 
 def _attend(
-    layer: SelfAttention, c: BertConfig, x: Float[Array, "B T M"], extent: dict[str, Array]
+    layer: BertSelfAttention,
+    c: BertConfig,
+    x: Float[Array, "B T M"],
+    kv_length: Int[Array, "B"] | None,
+    segments: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T M"]:
     with jax.named_scope("attention"):
-        q, k, v = (_heads(p(x), c.num_attention_heads) for p in (layer.query, layer.key, layer.value))
-        return _joined(attention(q, k, v, **extent))
+        q, k, v = (_split_heads(p(x), c.num_attention_heads) for p in (layer.query, layer.key, layer.value))
+        out = attention(q, k, v, kv_length=kv_length, q_segments=segments, kv_segments=segments)
+        assert isinstance(out, Array)  # no log-sum-exp was asked for
+        return _join_heads(out)
 
 
-def _heads(x: Float[Array, "B T M"], heads: int) -> Float[Array, "B H T D"]:
+def _split_heads(x: Float[Array, "B T M"], heads: int) -> Float[Array, "B H T D"]:
     b, t, _ = x.shape
     return x.reshape(b, t, heads, -1).transpose(0, 2, 1, 3)
 
 
-def _joined(x: Float[Array, "B H T D"]) -> Float[Array, "B T M"]:
+def _join_heads(x: Float[Array, "B H T D"]) -> Float[Array, "B T M"]:
     b, _, t, _ = x.shape
     return x.transpose(0, 2, 1, 3).reshape(b, t, -1)
 
@@ -298,9 +295,8 @@ def _expand(layer: Intermediate, c: BertConfig, x: Float[Array, "B T M"]) -> Flo
 def _activation(x: Float[Array, "B T F"], name: Activation) -> Float[Array, "B T F"]:
     match name:
         case "gelu":
-            return (
-                0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
-            )  # jax.nn.gelu's erfc takes XLA:CPU three times as long
+            # jax.nn.gelu uses erfc, for which XLA:CPU takes three times as long
+            return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
         case "gelu_new":
             return jax.nn.gelu(x, approximate=True)
         case "relu":
@@ -308,23 +304,21 @@ def _activation(x: Float[Array, "B T F"], name: Activation) -> Float[Array, "B T
 
 
 def abstract(config: BertConfig) -> Bert:
-    """The model's shapes without its weights, for `checkpoint.fill`."""
-    return _deepened(nnx.eval_shape(lambda: Bert(_of_one_layer(config), nnx.Rngs(0))), config)
+    """Return the encoder with shapes in place of weights, for `checkpoint.fill`. One layer is traced and copied."""
+    return _repeat_layers(
+        nnx.eval_shape(lambda: Bert(replace(config, num_hidden_layers=1), nnx.Rngs(0))), config
+    )
 
 
 def abstract_classifier(config: BertConfig, labels: int) -> BertClassifier:
-    """The shapes of an encoder with its head, for `checkpoint.fill`."""
-    model = nnx.eval_shape(lambda: BertClassifier(_of_one_layer(config), labels, nnx.Rngs(0)))
-    model.bert = _deepened(model.bert, config)
+    """Return an encoder with its head, with shapes in place of weights, for `checkpoint.fill`."""
+    model = nnx.eval_shape(lambda: BertClassifier(replace(config, num_hidden_layers=1), labels, nnx.Rngs(0)))
+    model.bert = _repeat_layers(model.bert, config)
     return model
 
 
-def _of_one_layer(config: BertConfig) -> BertConfig:
-    return replace(config, num_hidden_layers=1)
-
-
-def _deepened(model: Bert, config: BertConfig) -> Bert:
-    """The abstract encoder of one layer with as many as the config says."""
+def _repeat_layers(model: Bert, config: BertConfig) -> Bert:
+    """Give the abstract encoder of one layer as many as the config says."""
     model.config = config
-    model.encoder.layer = copies(model.encoder.layer[0], config.num_hidden_layers)
+    model.encoder.layer = repeat_layer(model.encoder.layer[0], config.num_hidden_layers)
     return model

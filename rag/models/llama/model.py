@@ -4,11 +4,12 @@ RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), grouped-qu
 2023), SwiGLU (Shazeer 2020). The modules are typed pytrees of weights under Hugging Face's names; the maths is
 in the functions below them, in reading order, and is jitted with the model as an argument.
 
-Letters: B batch, T query tokens, S key tokens (the cache's capacity), H query heads, K kv heads, D head dim,
-M width, F ffn, V vocab.
+Letters: B batch, T query tokens, S cache slots, H query heads, K kv heads, D head dim, R = D/2 rotations, M width,
+F ffn, V vocab; N is any width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -18,19 +19,20 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from rag import native
-from rag.models.checkpoint import multiply_natively, quantized
+from rag.models.layers import Linear, WeightLayer, multiply_natively, quantize_weights, repeat_layer
 from rag.ops.attention import attention
 from rag.ops.linear import linear
 from rag.ops.rope import rotate, rotations
 
-UNUSED_SLOT = (
-    0.0  # what slots of a cache hold before a token is written there; tests show that nobody reads it
-)
+UNUSED_SLOT = 0.0  # the content of cache slots without a token; tests show that no result depends on it
+
+
+_LayerCache = tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]  # one layer's keys and values
 
 
 @dataclass(frozen=True, slots=True)
 class LlamaConfig:
-    """A checkpoint's architecture, in Hugging Face's names; read from the checkpoint, never from YAML."""
+    """A checkpoint's architecture, under Hugging Face's names. It is read from the checkpoint, never from YAML."""
 
     vocab_size: int
     hidden_size: int
@@ -42,77 +44,62 @@ class LlamaConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_factors: tuple[float, ...] | None = None  # what the D/2 rotary frequencies are divided by
+    rope_factors: tuple[float, ...] | None = None  # divisors of the D/2 rotary frequencies
     tie_word_embeddings: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
 
 
-class Linear(nnx.Module):
-    """weight [out, in], perhaps a bias [out], and a scale [out] once the weight is int8."""
-
-    def __init__(self, size_in: int, size_out: int, rngs: nnx.Rngs, bias: bool = False):
-        self.weight = nnx.Param(size_in**-0.5 * jax.random.normal(rngs(), (size_out, size_in)))
-        self.bias = nnx.Param(jnp.zeros(size_out)) if bias else None
-        self.scale = nnx.data(None)
-        self.native = False  # whether rag.native multiplies
-
-    def __call__(self, x: Float[Array, "*batch M"]) -> Float[Array, "*batch N"]:
-        bias, scale = (p and p[...] for p in (self.bias, self.scale))
-        return linear(x, self.weight[...], bias, scale, by_native=self.native)
-
-
 class RMSNorm(nnx.Module):
-    """weight [size]."""
+    """weight [N]; the mean square is computed in float32."""
 
     def __init__(self, size: int, eps: float):
         self.weight = nnx.Param(jnp.ones(size))
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "*batch M"]) -> Float[Array, "*batch M"]:
+    def __call__(self, x: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return (normed * self.weight[...].astype(jnp.float32)).astype(x.dtype)
 
 
-class SelfAttention(nnx.Module):
-    """The projections of one attention layer."""
+class LlamaAttention(nnx.Module):
+    """The projections of one attention layer, and with `qk_norm` the normalisation of queries and keys."""
 
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        c, q_size = config, config.num_attention_heads * config.head_dim
-        kv_size = c.num_key_value_heads * c.head_dim
-        self.q_proj = Linear(c.hidden_size, q_size, rngs, c.qkv_bias)
-        self.k_proj = Linear(c.hidden_size, kv_size, rngs, c.qkv_bias)
-        self.v_proj = Linear(c.hidden_size, kv_size, rngs, c.qkv_bias)
-        self.o_proj = Linear(q_size, c.hidden_size, rngs)
+    def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
+        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, q_size, rngs, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv_size, rngs, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv_size, rngs, bias=c.qkv_bias)
+        self.o_proj = Linear(q_size, c.hidden_size, rngs, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
 
 
-class MLP(nnx.Module):
-    """The SwiGLU block's projections."""
+class LlamaMLP(nnx.Module):
+    """The projections of the SwiGLU block."""
 
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, rngs)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, rngs)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, rngs)
+    def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, rngs, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, rngs, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, rngs, bias=False)
 
 
-class Layer(nnx.Module):
+class LlamaLayer(nnx.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config, rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, rngs)
+    def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = LlamaAttention(c, rngs)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = LlamaMLP(c, rngs)
 
 
-class Embedding(nnx.Module):
-    """weight [vocab, width], and a scale [vocab] once the weight is int8."""
+class LlamaEmbedding(WeightLayer):
+    """weight [V, M], and a scale [V] once the weight is int8."""
 
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        self.weight = nnx.Param(jax.random.normal(rngs(), (config.vocab_size, config.hidden_size)))
+    def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
+        self.weight = nnx.Param(jax.random.normal(rngs(), (c.vocab_size, c.hidden_size)))
         self.scale = nnx.data(None)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
@@ -125,42 +112,49 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.config = config
-        self.embed_tokens = Embedding(config, rngs)
-        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_hidden_layers)])
+        self.embed_tokens = LlamaEmbedding(config, rngs)
+        self.layers = nnx.List([LlamaLayer(config, rngs) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, rngs)
-        self.native = False  # whether tokens go through rag.native
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, rngs, bias=False)
+        self.native = False  # whether rag.native computes the layers
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
 @dataclass(frozen=True)
 class KVCache:
-    """Keys (rotated) and values of every layer, each [B, K, S, D]; slot s of a row holds its token at position s."""
+    """Keys (rotated) and values of every layer, each [B, K, S, D]. Slot s of a row holds its token at position s."""
 
     keys: tuple[Float[Array, "B K S D"], ...]
     values: tuple[Float[Array, "B K S D"], ...]
 
     @property
     def capacity(self) -> int:
+        """Return S, the number of slots."""
         return self.keys[0].shape[2]
 
     def resized(self, capacity: int) -> "KVCache":
-        """The first `capacity` slots of every row, unused ones behind those that there are."""
-        kept = min(capacity, self.capacity)
-        room = [(0, 0), (0, 0), (0, capacity - kept), (0, 0)]
-        return jax.tree.map(lambda a: jnp.pad(a[:, :, :kept], room, constant_values=UNUSED_SLOT), self)
+        """Return the first `capacity` slots of every row, with unused ones appended where there are fewer."""
+        used = min(capacity, self.capacity)
+        padding = [(0, 0), (0, 0), (0, capacity - used), (0, 0)]
+        return jax.tree.map(lambda a: jnp.pad(a[:, :, :used], padding, constant_values=UNUSED_SLOT), self)
 
 
 def forward(
     model: Llama, tokens: Int[Array, "B T"], positions: Int[Array, "B *at"], cache: KVCache | None = None
 ) -> tuple[Float[Array, "B T M"], KVCache]:
-    """Hidden states after the last norm, and the cache with these tokens' keys and values written to it.
+    """Compute the hidden states after the last norm, and write the tokens' keys and values to the cache.
 
-    `positions` are [B], of consecutive tokens from there on, or [B, T], of tokens anywhere in ascending order: each
-    is written to the slot of its position and sees the slots up to it. Without a cache positions must be zeros
-    [B], and the cache that is returned holds T tokens. Rows padded on the right are safe: attention is causal, so
-    no token sees the padding after it, and what the padding wrote lies at positions that are overwritten first.
+    Rows padded on the right are safe: attention is causal, so no token sees the padding after it, and what the
+    padding wrote lies at positions that are overwritten before they are seen.
+
+    Args:
+        positions: [B], where consecutive tokens begin, or [B, T], of tokens anywhere in ascending order. Each token is
+            written to the slot of its position and sees the slots up to it.
+        cache: the keys and values of earlier tokens. Without it, positions must be zeros [B].
+
+    Returns:
+        The hidden states, and the cache with these tokens; a new cache has T slots.
     """
     with jax.named_scope("embed"):
         x = model.embed_tokens(tokens)
@@ -175,13 +169,18 @@ def run_layers(
     positions: Int[Array, "B *at"],
     cache: KVCache | None = None,
 ) -> tuple[Float[Array, "B T M"], KVCache]:
-    """`forward` through some of the layers: the residual stream behind them, and the cache of these layers alone."""
+    """Run some of the layers as `forward` does.
+
+    Returns:
+        The residual stream after them, and the cache of these layers alone.
+    """
     c, layers = model.config, list(model.layers)[some]
     each = positions if positions.ndim == 2 else positions[:, None] + jnp.arange(x.shape[1])
     rotary = rotary_of(c, each)
     if layers and model.native and native.supports_prefill(each.size):
-        return _through_native(layers, c, x, each, rotary, cache)
-    keys, values = [], []
+        return _run_natively(layers, c, x, each, rotary, cache)
+    keys: list[Array] = []
+    values: list[Array] = []
     for i, layer in enumerate(layers, some.start or 0):
         cached = None if cache is None else (cache.keys[len(keys)], cache.values[len(keys)])
         with jax.named_scope(f"layer_{i}"):
@@ -192,33 +191,40 @@ def run_layers(
 
 
 def rotary_of(c: LlamaConfig, positions: Int[Array, "B T"]) -> Float[Array, "2 B T R"]:
-    """What rag.ops.rope.rotate turns the heads of tokens at these positions by."""
+    """Return the rotations of these positions, for rag.ops.rope.rotate."""
     return rotations(positions, c.head_dim, c.rope_theta, c.rope_factors)
 
 
 def layer_keys_values(
     model: Llama, i: int, x: Float[Array, "B T M"]
 ) -> tuple[Float[Array, "B K T D"], Float[Array, "B K T D"]]:
-    """What layer i keeps of tokens 0 to T - 1, of which `x` is the residual stream in front of it."""
+    """Compute layer i's keys and values of tokens 0 to T - 1 from `x`, the residual stream before it."""
     c, layer = model.config, model.layers[i]
     rotary = rotary_of(c, jnp.arange(x.shape[1])[None])
     return _keys_values(layer.self_attn, c, layer.input_layernorm(x), rotary)
 
 
 def cache_dtype(model: Llama) -> np.dtype:
-    """Of keys and values that are kept: the weights', or float16 for rag.native, which reads them from memory."""
+    """Return the dtype of the KV cache: that of the weights, or float16 for rag.native, which reads it faster."""
     return np.dtype(native.CACHE_DTYPE) if model.native else model.norm.weight[...].dtype
 
 
-def _layer(layer: Layer, c: LlamaConfig, x, rotary, positions, cached):
-    """The residual stream behind the layer, and its keys and values with these tokens' written."""
+def _layer(
+    layer: LlamaLayer, c: LlamaConfig, x: Array, rotary: Array, positions: Array, cached: _LayerCache | None
+) -> tuple[Array, _LayerCache]:
+    """Return the residual stream after the layer, and its keys and values with those of these tokens."""
     attended, written = _attend(layer.self_attn, c, layer.input_layernorm(x), rotary, positions, cached)
     x = x + attended
     return x + _mlp(layer.mlp, layer.post_attention_layernorm(x)), written
 
 
-def _through_native(
-    layers: list[Layer], c: LlamaConfig, x, positions, rotary, cache: KVCache | None
+def _run_natively(
+    layers: Sequence[LlamaLayer],
+    c: LlamaConfig,
+    x: Array,
+    positions: Array,
+    rotary: Array,
+    cache: KVCache | None,
 ) -> tuple[Array, KVCache]:
     if cache is None:
         shape = (len(x), c.num_key_value_heads, x.shape[1], c.head_dim)
@@ -229,21 +235,21 @@ def _through_native(
         a, m = layer.self_attn, layer.mlp
         projections = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
         norms = layer.input_layernorm.weight[...], layer.post_attention_layernorm.weight[...]
-        weights.append(native.DecoderLayer(norms, [(p.weight[...], p.scale[...]) for p in projections]))
+        weights.append(native.DecoderLayer(norms, [p.int8 for p in projections]))
     x, keys, values = native.decoder(x, positions, rotary, weights, cache.keys, cache.values, c.rms_norm_eps)
     return x, KVCache(keys, values)
 
 
 def use_native(model: Llama) -> None:
-    """Let rag.native read, if it reads models of this kind and can be had here."""
+    """Let rag.native compute the layers, if it supports this model and is available."""
     c = model.config
-    plain = model.embed_tokens.scale is not None and not c.qkv_bias and not c.qk_norm
-    model.native = plain and c.head_dim <= native.MOST_DIM and native.available()
+    supported = model.embed_tokens.scale is not None and not c.qkv_bias and not c.qk_norm
+    model.native = supported and c.head_dim <= native.MOST_DIM and native.available()
     multiply_natively(model)
 
 
 def logits(model: Llama, hidden: Float[Array, "B M"]) -> Float[Array, "B V"]:
-    """Next-token logits, float32, of hidden states that `forward` gave."""
+    """Compute the next token's logits, float32, from hidden states of `forward`."""
     head = model.embed_tokens if model.lm_head is None else model.lm_head
     scale = None if head.scale is None else head.scale[...]
     with jax.named_scope("lm_head"):
@@ -251,7 +257,14 @@ def logits(model: Llama, hidden: Float[Array, "B M"]) -> Float[Array, "B V"]:
         return linear(hidden.astype(jnp.float32), head.weight[...], scale=scale, by_native=by_native)
 
 
-def _attend(layer: SelfAttention, c: LlamaConfig, x, rotary, positions, cached):
+def _attend(
+    layer: LlamaAttention,
+    c: LlamaConfig,
+    x: Array,
+    rotary: Array,
+    positions: Array,
+    cached: _LayerCache | None,
+) -> tuple[Array, _LayerCache]:
     with jax.named_scope("attention"):
         q = _heads(layer.q_proj(x), c.num_attention_heads)
         q = rotate(q if layer.q_norm is None else layer.q_norm(q), rotary)
@@ -260,13 +273,21 @@ def _attend(layer: SelfAttention, c: LlamaConfig, x, rotary, positions, cached):
             out = attention(q, k, v, causal=True)
         else:
             k, v = _write(cached[0], k, positions), _write(cached[1], v, positions)
-            places = {"q_offset" if positions.ndim == 1 else "q_positions": positions}
-            out = attention(q, k.astype(q.dtype), v.astype(q.dtype), causal=True, **places)
+            consecutive = positions.ndim == 1
+            out = attention(
+                q,
+                k.astype(q.dtype),
+                v.astype(q.dtype),
+                causal=True,
+                q_offset=positions if consecutive else 0,
+                q_positions=None if consecutive else positions,
+            )
+        assert isinstance(out, Array)  # no log-sum-exp was asked for
         b, _, t, _ = out.shape
         return layer.o_proj(out.transpose(0, 2, 1, 3).reshape(b, t, -1)), (k, v)
 
 
-def _keys_values(layer: SelfAttention, c: LlamaConfig, x, rotary) -> tuple[Array, Array]:
+def _keys_values(layer: LlamaAttention, c: LlamaConfig, x: Array, rotary: Array) -> tuple[Array, Array]:
     k = _heads(layer.k_proj(x), c.num_key_value_heads)
     v = _heads(layer.v_proj(x), c.num_key_value_heads)
     return rotate(k if layer.k_norm is None else layer.k_norm(k), rotary), v
@@ -280,27 +301,29 @@ def _heads(x: Float[Array, "B T HD"], heads: int) -> Float[Array, "B H T D"]:
 def _write(
     cache: Float[Array, "B K S D"], new: Float[Array, "B K T D"], positions: Int[Array, "B *at"]
 ) -> Float[Array, "B K S D"]:
-    """The cache with `new` at its positions; in place where the cache was donated."""
+    """Return the cache with `new` at its positions; in place if the cache is donated."""
     new = new.astype(cache.dtype)
     if positions.ndim == 2:
         return jax.vmap(lambda row, n, at: row.at[:, at].set(n))(cache, new, positions)
-    if cache.shape[0] == 1:  # one slice, where the vmapped form below is a scatter
+    if cache.shape[0] == 1:  # one slice, while the vmapped form below is a scatter
         return jax.lax.dynamic_update_slice(cache, new, (0, 0, positions[0], 0))
     return jax.vmap(lambda row, n, at: jax.lax.dynamic_update_slice(row, n, (0, at, 0)))(
         cache, new, positions
     )
 
 
-def _mlp(layer: MLP, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+def _mlp(layer: LlamaMLP, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
     with jax.named_scope("mlp"):
         return layer.down_proj(jax.nn.silu(layer.gate_proj(x)) * layer.up_proj(x))
 
 
 def abstract(config: LlamaConfig, *, int8: bool = False) -> Llama:
-    """The model's shapes without its weights, for `checkpoint.fill`."""
+    """Return the model with shapes in place of weights, for `checkpoint.fill`. One layer is traced and copied."""
 
-    def made() -> Llama:
-        model = Llama(config, nnx.Rngs(0))
-        return quantized(model) if int8 else model
+    def make() -> Llama:
+        model = Llama(replace(config, num_hidden_layers=1), nnx.Rngs(0))
+        return quantize_weights(model) if int8 else model
 
-    return nnx.eval_shape(made)
+    model = nnx.eval_shape(make)
+    model.config, model.layers = config, repeat_layer(model.layers[0], config.num_hidden_layers)
+    return model

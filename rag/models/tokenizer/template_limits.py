@@ -1,15 +1,15 @@
-"""Limits of time, memory and depth for chat templates: a sandbox in which every operation has a price.
+"""Limit the time, memory and depth of chat templates, by a sandbox in which every operation costs units.
 
-A rendering may spend so many units, by the length of its messages; when they are spent it ends. A unit is about a
-microsecond of work. An operation pays before it is done, so that none can take long or make something large, and what
-is refused does not depend on the machine.
+A rendering has a budget of units that depends on the length of its messages, and ends with an error when it is used up.
+A unit is about a microsecond of work. An operation is paid for before it runs, so that none can take long or make
+something large, and whether a template is refused does not depend on the machine.
 
-- The syntax tree tells what a loop's iteration and a macro's call cost at most: the nodes in their body. `Metering`
-  puts the price into the tree, and around operations whose cost depends on their operands.
-- Operators, filters, tests and methods pay for the sizes of their operands, and for their result where that may be
-  larger. Only those are there that chat templates use and that have such a price.
-- Data are walked before something is done with all of it (compared, printed, hashed): a list that holds another list
-  twice, and so on, is small in memory and endless in print.
+- The cost of a loop's iteration or a macro's call is at most the number of nodes in its body. `Metering` inserts this
+  cost into the syntax tree, and meters operations whose cost depends on their operands.
+- Operators, filters, tests and methods are paid for by the sizes of their operands, and of their result if it may be
+  larger. Only those are available that chat templates use and whose cost is known.
+- Data are walked, and paid for, before all of their content is used (compared, printed, hashed): a list that contains
+  another list twice, which contains another twice, and so on, is small in memory and enormous in print.
 """
 
 import re
@@ -23,22 +23,20 @@ from jinja2.runtime import BlockReference, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Cycler, Namespace
 
-from rag.models.tokenizer.template_tree import DEEPEST, LONGEST, Metering, refused, require
+from rag.models.tokenizer.template_tree import MAX_DEPTH, MAX_LENGTH, Metering, refused, require
 
-UNITS = 1_000_000  # that any rendering may spend ...
+UNITS = 1_000_000  # of any rendering ...
 UNITS_A_CHARACTER = 4  # ... and for each character of the messages
 
-MOST_CALLS = 40  # of macros inside one another
+MAX_CALLS = 40  # of macros inside one another
 
-_LARGEST = 100_000  # number that a filter, test, method or function takes
-_MOST_BITS = 10_000  # of a whole number that is computed
-_CHARACTERS = 16  # that are copied or compared for one unit
-_PRODUCTS = (
-    1000  # of characters that are compared for one unit, where each may be compared with each of another text
-)
-_WIDEST = 10_000  # characters to which printf-style formatting may pad a value
-_MOST_INDENT = 16
-_MOST_DIGITS = 100  # behind the point, of a number that is rounded
+_MAX_NUMBER = 100_000  # as the argument of a filter, test, method or function
+_MAX_BITS = 10_000  # of an integer that is computed
+_CHARACTERS = 16  # copied or compared for one unit
+_PAIRS = 1000  # of characters compared for one unit, where each may be compared with each of another text
+_MAX_PADDING = 10_000  # characters to which printf-style formatting may pad a value
+_MAX_INDENT = 16
+_MAX_DIGITS = 100  # after the decimal point of a rounded number
 
 _STR_METHODS = frozenset(
     "capitalize casefold center count endswith find index isalnum isalpha isascii isdecimal isdigit "
@@ -57,30 +55,30 @@ _FILTERS = (
     "indent int items join last length list lower map max min reject rejectattr replace reverse round "
     "safe select selectattr slice sort string sum title trim truncate unique upper wordcount"
 ).split()
-_FREE_TESTS = (  # they look at a value's type, or at its first bytes
+_FREE_TESTS = (  # they use only a value's type or its first bytes
     "boolean callable defined escaped false filter float integer iterable mapping none number sameas "
     "sequence string test true undefined"
 ).split()
-_SHALLOW = frozenset(
-    "batch count d default first items last length list reverse slice".split()
-)  # they look at no item
-_LISTING = frozenset(  # they make a list of a text's characters, and look up an attribute of a list's items
+# Filters that do not use the content of items.
+_SHALLOW = frozenset("batch count d default first items last length list reverse slice".split())
+_LISTING = frozenset(  # filters that list a text's characters, or look up an attribute of each item
     "batch dictsort groupby list map max min reject rejectattr reverse select selectattr slice sort "
     "sum unique".split()
 )
 _ARITHMETIC_TESTS = ("divisibleby", "even", "odd")  # Python's %, which formats text
 
 
-class Environment(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox with prices. One rendering at a time: `allow` says what the next one may spend."""
+class MeteredEnvironment(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox with costs, for one rendering at a time: `allow` sets the budget of the next one.
+
+    The class is long because jinja2 calls its methods, and all of them share one budget.
+    """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self, **options: Any):
-        super().__init__(
-            **options, optimized=False, finalize=self.weighed
-        )  # to optimise is to compute unmetered
-        self.concat = self._joined
+        # jinja2's optimizer would compute without metering
+        super().__init__(**options, optimized=False, finalize=self.weighed)
         self.filters = {name: self._paid(name, self.filters[name]) for name in _FILTERS}
         self.filters |= {"_each": self._each, "_weighed": self.weighed, "_copied": self._copied}
         free = {name: self.tests[name] for name in _FREE_TESTS}
@@ -91,9 +89,9 @@ class Environment(ImmutableSandboxedEnvironment):
         self._nodes = 0
 
     def template(self, source: str) -> jinja2.Template:
-        """The compiled template. Raises UserError for one beyond the limits, and whatever jinja2 raises."""
-        if len(source) > LONGEST:
-            raise refused(f"it has {len(source):,} characters, and at most {LONGEST:,} are read")
+        """Compile a template. Raises UserError if it is beyond the limits, and what jinja2 raises."""
+        if len(source) > MAX_LENGTH:
+            raise refused(f"it has {len(source):,} characters, and at most {MAX_LENGTH:,} are read")
         self.allow(0)
         try:
             tree = self.parse(source)
@@ -105,20 +103,20 @@ class Environment(ImmutableSandboxedEnvironment):
         return self.from_string(tree)
 
     def allow(self, characters: int) -> None:
-        """Let the next rendering spend what messages of so many characters may."""
+        """Set the budget of the next rendering, for messages of so many characters."""
         self._left, self._calls = UNITS + UNITS_A_CHARACTER * characters - self._nodes, 0
 
     def pay(self, units: int) -> None:
-        """Raises UserError once all is spent."""
+        """Take units from the budget. Raises UserError once it is used up."""
         self._left -= units
         if self._left < 0:
             raise refused("it takes too long, or writes too much, for these messages")
 
     def add_filter(self, name: str, function: Callable) -> None:
-        """Offer another filter, which pays for the sizes of what it is given."""
+        """Add a filter, which is paid for by the sizes of its arguments."""
         self.filters[name] = self._paid(name, function)
 
-    # --- what the sandbox asks
+    # --- methods that jinja2 calls
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
@@ -127,7 +125,7 @@ class Environment(ImmutableSandboxedEnvironment):
             self._pay_repetition(left, right)
             self._pay_repetition(right, left)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            require(left.bit_length() * right <= _MOST_BITS, "it computes with huge numbers")
+            require(left.bit_length() * right <= _MAX_BITS, "it computes with huge numbers")
         return self._copied(super().call_binop(context, operator, left, right))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -153,21 +151,21 @@ class Environment(ImmutableSandboxedEnvironment):
         return __self._copied(super().call(__context, __obj, *args, **kwargs))
 
     def _call_body(self, context: Any, body: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a macro, a block, or a loop that is recursive."""
+        """Call a macro, a block, or a recursive loop."""
         if isinstance(body, LoopContext):
             args = (self._each(args[0], self._nodes), *args[1:]) if args else args
         self.pay(self._bodies.get(getattr(body, "name", None) or "", self._nodes))
-        require(self._calls < MOST_CALLS, "its macros call one another too deep")
+        require(self._calls < MAX_CALLS, "its macros call one another too deep")
         self._calls += 1
         try:
             return super().call(context, body, *args, **kwargs)
         finally:
             self._calls -= 1
 
-    # --- prices
+    # --- costs
 
     def weighed(self, value: Any) -> Any:
-        """The value, after a walk through all of it that is paid for."""
+        """Pay for all of a value's content, and return the value."""
         if isinstance(value, str):
             self.pay(1 + len(value) // _CHARACTERS)
         elif value is None or isinstance(value, int | float):
@@ -188,7 +186,7 @@ class Environment(ImmutableSandboxedEnvironment):
                 value = object.__getattribute__(value, "_Namespace__attrs")
             if isinstance(value, range) or not isinstance(value, Sized) or not isinstance(value, Iterable):
                 continue
-            require(depth <= DEEPEST, "its data are nested too deep")
+            require(depth <= MAX_DEPTH, "its data are nested too deep")
             if isinstance(value, LoopContext | jinja2.Undefined):
                 continue
             self.pay(len(value))
@@ -196,19 +194,19 @@ class Environment(ImmutableSandboxedEnvironment):
             left += [(item, depth + 1) for item in inside]
 
     def _copied(self, value: Any) -> Any:
-        """The value, after paying for what it takes in memory without what it refers to."""
+        """Pay for a value's own memory, without that of its items, and return the value."""
         if isinstance(value, str):
             self.pay(1 + len(value) // _CHARACTERS)
         elif isinstance(value, list | tuple | dict):
             self.pay(1 + len(value))
         elif isinstance(value, int):
-            require(value.bit_length() <= _MOST_BITS, "it computes with huge numbers")
+            require(value.bit_length() <= _MAX_BITS, "it computes with huge numbers")
         elif isinstance(value, Iterator) and not isinstance(value, LoopContext):
             return list(self._counted(value))  # Python crashes on thousands of iterators inside one another
         return value
 
     def _each(self, items: Sized, nodes_inside: int) -> Sized:
-        """What a loop goes through, of which each iteration costs so much."""
+        """Pay for a loop over the items, in whose body there are so many nodes, and return the items."""
         self.pay(len(items) * (1 + nodes_inside))
         return items
 
@@ -217,36 +215,33 @@ class Environment(ImmutableSandboxedEnvironment):
             self.pay(1)
             yield item
 
-    def _joined(self, parts: Iterable[str]) -> str:
-        """What the parts of an output are put together by."""
-        kept = []
+    def concat(self, parts: Iterable[str]) -> str:
+        """Pay for the parts of an output, and join them."""
+        paid = []
         for part in parts:
             self.pay(1 + len(part) // _CHARACTERS)
-            kept.append(part)
-        return "".join(kept)
+            paid.append(part)
+        return "".join(paid)
 
-    def _paid(self, name: str, function: Callable) -> Callable:
-        """A filter or test that pays. It asks for the context, so that jinja2 does not call it to compile."""
+    def _paid(self, name: str, function: Any) -> Callable:
+        """Return a filter or test that is paid for. It takes the context, so that jinja2 does not call it early."""
         return jinja2.pass_context(partial(self._call_paid, name, function))
 
     def _call_paid(
         self, name: str, function: Callable, context: Any, value: Any = None, *args: Any, **kwargs: Any
-    ):
+    ) -> Any:
         self._pay_filter(name, value, [*args, *kwargs.values()])
-        match getattr(function, "jinja_pass_arg", None):
-            case None:
-                return self._copied(function(value, *args, **kwargs))
-            case wanted:
-                asked = {"context": context, "eval_context": context.eval_ctx, "environment": self}[
-                    wanted.name
-                ]
-                return self._copied(function(asked, value, *args, **kwargs))
+        wanted = getattr(function, "jinja_pass_arg", None)  # what jinja2 passes to the function first
+        if wanted is None:
+            return self._copied(function(value, *args, **kwargs))
+        passed = {"context": context, "eval_context": context.eval_ctx, "environment": self}[wanted.name]
+        return self._copied(function(passed, value, *args, **kwargs))
 
     def _pay_arguments(self, values: Iterable[Any]) -> None:
         for value in values:
             self.weighed(value)
             if isinstance(value, int):
-                require(abs(value) <= _LARGEST, f"it calls something with a number above {_LARGEST:,}")
+                require(abs(value) <= _MAX_NUMBER, f"it calls something with a number above {_MAX_NUMBER:,}")
                 self.pay(abs(value) // _CHARACTERS)
 
     def _pay_filter(self, name: str, value: Any, args: list[Any]) -> None:
@@ -270,7 +265,7 @@ class Environment(ImmutableSandboxedEnvironment):
                 self.pay((1 + len(str(value).splitlines())) * max([4, *widths]) // _CHARACTERS)
             case "round":
                 require(
-                    all(isinstance(arg, str) or arg <= _MOST_DIGITS for arg in args),
+                    all(isinstance(arg, str) or arg <= _MAX_DIGITS for arg in args),
                     "it rounds to many digits",
                 )
             case "sum":
@@ -280,11 +275,11 @@ class Environment(ImmutableSandboxedEnvironment):
             case "tojson":
                 require(all(arg is None or isinstance(arg, int) for arg in args), "it indents by text")
                 require(
-                    all(arg <= _MOST_INDENT for arg in args if arg), f"it indents by more than {_MOST_INDENT}"
+                    all(arg <= _MAX_INDENT for arg in args if arg), f"it indents by more than {_MAX_INDENT}"
                 )
-                self.pay(self._price_of(value) * (DEEPEST if any(args) else 1))
+                self.pay(self._price_of(value) * (MAX_DEPTH if any(args) else 1))
             case "trim":
-                self.pay(len(str(value)) * sum(map(len, texts)) // _PRODUCTS)
+                self.pay(len(str(value)) * sum(map(len, texts)) // _PAIRS)
             case _ if name in _ARITHMETIC_TESTS:
                 require(
                     isinstance(value, int | float), f"it asks whether something other than a number is {name}"
@@ -319,12 +314,12 @@ class Environment(ImmutableSandboxedEnvironment):
                     self._pay_join(len(parts) if isinstance(parts, Sized) else 0, owner)
             case "split" | "rsplit" | "splitlines":
                 self.pay(owner.count(args[0]) if texts and args[0] else len(owner) // 2)
-                self.pay(len(owner) * sum(texts) // _PRODUCTS)
+                self.pay(len(owner) * sum(texts) // _PAIRS)
             case _:
-                self.pay(len(owner) * sum(texts) // _PRODUCTS)
+                self.pay(len(owner) * sum(texts) // _PAIRS)
 
     def _pay_replace(self, text: str, others: Iterable[Any]) -> None:
-        """Pay for replacing one of two texts, whichever, by the other."""
+        """Pay for replacing one of two texts by the other, in either direction."""
         texts = [other for other in others if isinstance(other, str)]
         longest = max(map(len, texts), default=0)
         self.pay(sum(map(text.count, texts)) * (1 + longest // _CHARACTERS))
@@ -343,16 +338,20 @@ class Environment(ImmutableSandboxedEnvironment):
     def _pay_format(self, form: str, values: Any) -> None:
         """Pay for printf-style formatting, where one value may be written many times and be padded."""
         require(not re.search(r"\*|\d{5}", form) or "%" not in form, "it pads text")
-        padding = _WIDEST // _CHARACTERS if re.search(r"\d", form) else 0
+        padding = _MAX_PADDING // _CHARACTERS if re.search(r"\d", form) else 0
         self.pay(form.count("%") * (self._price_of(values) + padding))
 
 
 class _Formatter(SandboxedFormatter):
-    """str.format, paid field by field."""
+    """str.format, where each field is paid for."""
+
+    def __init__(self, environment: MeteredEnvironment):
+        super().__init__(environment)
+        self._metered = environment
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
-        return super().convert_field(self._env.weighed(value), conversion)
+        return super().convert_field(self._metered.weighed(value), conversion)
 
     def format_field(self, value: Any, format_spec: str) -> Any:
         require(not re.search(r"\d{5}", format_spec), "it pads text")
-        return self._env.weighed(super().format_field(self._env.weighed(value), format_spec))
+        return self._metered.weighed(super().format_field(self._metered.weighed(value), format_spec))

@@ -1,6 +1,6 @@
-"""The syntax tree of a chat template: its limits, and the prices that are written into it.
+"""Check the syntax tree of a chat template against limits, and insert metering into it.
 
-See rag.models.tokenizer.template_limits, whose filters `_each`, `_weighed` and `_copied` these are.
+The inserted filters `_each`, `_weighed` and `_copied` are those of rag.models.tokenizer.template_limits.
 """
 
 from typing import Any
@@ -10,32 +10,32 @@ from jinja2.visitor import NodeTransformer
 
 from rag.types import UserError
 
-LONGEST = 200_000  # characters of a template
-DEEPEST = 100  # levels of its syntax tree, and of data
-MOST_NODES = 10_000
-MOST_COPIES = 1_000_000  # names times branches and scopes: jinja2's compiler copies the names of each
+MAX_LENGTH = 200_000  # characters of a template
+MAX_DEPTH = 100  # levels of its syntax tree, and of data
+MAX_NODES = 10_000
+MAX_COPIES = 1_000_000  # names times branches and scopes: jinja2's compiler copies the names for each
 
 _EQUALITY = ("eq", "ne", "gt", "gteq", "lt", "lteq")
 
 
 class Metering(NodeTransformer):
-    """Writes the prices into a template's syntax tree, and counts its nodes."""
+    """Inserts metering into a template's syntax tree, and counts its nodes. Raises UserError beyond the limits."""
 
     def __init__(self) -> None:
         self.count = 0
         self._names: set[str] = set()
         self._scopes = 0
-        self.bodies: dict[str, int] = {}  # nodes of the macros, by name; the longest of those of one name
+        self.bodies: dict[str, int] = {}  # the nodes of macros by name; the most if several share a name
         self._depth = 0
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         self.count += 1
         self._depth += 1
-        require(self.count <= MOST_NODES, f"it has more than {MOST_NODES:,} parts")
-        require(self._depth <= DEEPEST, "it is nested too deep")
+        require(self.count <= MAX_NODES, f"it has more than {MAX_NODES:,} parts")
+        require(self._depth <= MAX_DEPTH, "it is nested too deep")
         self._names |= {node.name} if isinstance(node, nodes.Name) else set()
         self._scopes += isinstance(node, nodes.Stmt) and not isinstance(node, nodes.Output | nodes.Assign)
-        require(len(self._names) * self._scopes <= MOST_COPIES, "it has too many branches and variables")
+        require(len(self._names) * self._scopes <= MAX_COPIES, "it has too many branches and variables")
         super().generic_visit(node, *args, **kwargs)
         self._depth -= 1
         return node
@@ -58,7 +58,7 @@ class Metering(NodeTransformer):
         self.generic_visit(node)
         sides = [node.expr, *(operand.expr for operand in node.ops)]
         if any(map(_is_small, sides)) and all(operand.op in _EQUALITY for operand in node.ops):
-            return node  # it is soon told
+            return node  # this comparison is fast
         node.expr = _weighed(node.expr)
         for operand in node.ops:
             operand.expr = _weighed(operand.expr)
@@ -84,7 +84,7 @@ class Metering(NodeTransformer):
     visit_Include = visit_Import = visit_FromImport = visit_Extends = visit_Block = _other_files
 
 
-def _filtered(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
+def _filtered(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
 
 
@@ -99,11 +99,13 @@ def _is_small(node: nodes.Expr) -> bool:
 
 
 def require(holds: bool, otherwise: str) -> None:
+    """Raise UserError with the reason `otherwise` unless a condition holds."""
     if not holds:
         raise refused(otherwise)
 
 
 def refused(reason: str) -> UserError:
+    """Return the error for a template beyond the limits."""
     return UserError(
         f"the checkpoint's chat template goes beyond what such templates may do ({reason}); take another"
     )

@@ -1,4 +1,5 @@
-// A few queries attend to a tile of keys and values, by online softmax: flash.h says which queries to which tiles.
+// Attention of a few queries to one tile of keys and values, by online softmax. flash.h decides which queries attend to
+// which tiles.
 //
 // Letters: D head dim.
 
@@ -15,27 +16,28 @@
 namespace rag {
 
 constexpr int64_t kMostDim = 256;  // of a head
-constexpr int64_t kTile = 64;      // slots that are read at once: they stay in the first cache for all queries
-constexpr int kQueries = kLanes == 16 ? 6 : 2;  // of a block: its sums stay in registers
+constexpr int64_t kTile = 64;      // slots of a tile: they stay in the L1 cache for all queries
+constexpr int kQueries = kLanes == 16 ? 6 : 2;  // of a block: its sums fit the registers
 
-// What a query has attended to: the largest score, the sum of the exponentials, and the values they weigh.
-struct Attended {
-  float top, total, values[kMostDim];
+// The state of a query's online softmax: running maximum, denominator (the sum of the exponentials), and accumulator
+// (the sum of the values, weighted by them).
+struct SoftmaxState {
+  float running_max, denominator, accumulator[kMostDim];
 
   void Clear(int64_t dim) {
-    top = -1e30f;
-    total = 0;
-    std::fill(values, values + dim, 0.0f);
+    running_max = -1e30f;
+    denominator = 0;
+    std::fill(accumulator, accumulator + dim, 0.0f);
   }
 
-  void Write(int64_t dim, float* out) const {  // the mean of what was seen; of nothing, zero
-    const float by = total == 0 ? 0 : 1 / total;
-    for (int64_t d = 0; d < dim; d++) out[d] = by * values[d];
+  void Write(int64_t dim, float* out) const {  // zeros for a fully masked query
+    const float by = denominator == 0 ? 0 : 1 / denominator;
+    for (int64_t d = 0; d < dim; d++) out[d] = by * accumulator[d];
   }
 };
 
-// Up to kTile slots of a head: keys and values [slots, dim], floats or float16; where many queries share them also the
-// keys transposed, [dim, kTile], and the values as floats.
+// Up to kTile slots of a head: keys and values [slots, dim], float32 or float16. If many queries share the tile, also
+// the keys transposed to [dim, kTile] and the values in float32; else these two are null.
 template <class T>
 struct Tile {
   const T *keys, *values;
@@ -43,7 +45,7 @@ struct Tile {
   int64_t slots, dim;
 };
 
-// Its keys as [dim, kTile].
+// Writes the tile's keys as [dim, kTile].
 template <class T>
 void Transpose(const Tile<T>& tile, float* transposed) {
   const int64_t squares = tile.dim % kSquare ? 0 : tile.slots / kSquare * kSquare;
@@ -60,12 +62,12 @@ void Transpose(const Tile<T>& tile, float* transposed) {
   }
 }
 
-// A query against slots: those of [from, to) that it sees, of which with `ids` only those that have its own, and where
-// what it finds goes.
+// One query: its vector, the slots [from, to) that it sees, and the state to update. With `ids`, the segment ids of the
+// slots, it sees only those of its own id.
 struct Query {
   const float* vector;
   int64_t from, to;
-  Attended* result;
+  SoftmaxState* state;
   const int32_t* ids = nullptr;
   int32_t id = 0;
 
@@ -73,7 +75,7 @@ struct Query {
   bool Sees(int64_t s) const { return s >= from && s < to && (!ids || ids[s] == id); }
 };
 
-// sums[i] += a[i] . b, where b [size, stride] is C vectors wide.
+// Computes sums[i] += a[i] . b, where b [size, stride] is C vectors wide.
 template <int A, int C, class T>
 void Accumulate(const float* const* a, const T* b, int64_t stride, int64_t size, Vec (&sums)[A][C]) {
   for (int64_t n = 0; n < size; n++, b += stride) {
@@ -85,7 +87,7 @@ void Accumulate(const float* const* a, const T* b, int64_t stride, int64_t size,
   }
 }
 
-// Scores of A queries; those behind the tile's slots are of no meaning.
+// Computes the scores of A queries; those past the tile's slots are undefined.
 template <int A, class T>
 void Score(const Query* q, const Tile<T>& tile, float (*scores)[kTile]) {
   if (tile.transposed) {
@@ -121,22 +123,23 @@ void Score(const Query* q, const Tile<T>& tile, float (*scores)[kTile]) {
   }
 }
 
-// C vectors of the results from d on: what they were, times `by`, and the tile's values by their weights.
+// Updates C vectors of the accumulators from d on: rescales them by `by` and adds the tile's values times their
+// weights.
 template <int A, int C, class T>
 void Weigh(const float* const* weights, const Tile<T>& tile, int64_t d, const float* by, const Query* q) {
   Vec sums[A][C];
   for (int i = 0; i < A; i++) {
-    for (int c = 0; c < C; c++) sums[i][c] = by[i] * Floats(q[i].result->values + d + c * kLanes);
+    for (int c = 0; c < C; c++) sums[i][c] = by[i] * Floats(q[i].state->accumulator + d + c * kLanes);
   }
   if (tile.floats) {
     Accumulate<A, C, float>(weights, tile.floats + d, tile.dim, tile.slots, sums);
   } else {
     Accumulate<A, C, T>(weights, tile.values + d, tile.dim, tile.slots, sums);
   }
-  for (int i = 0; i < A; i++) std::memcpy(q[i].result->values + d, sums[i], sizeof(sums[i]));
+  for (int i = 0; i < A; i++) std::memcpy(q[i].state->accumulator + d, sums[i], sizeof(sums[i]));
 }
 
-// A queries against one tile more (online softmax, Milakov and Gimelshein 2018).
+// Adds one tile to the online softmax of A queries (Milakov and Gimelshein 2018).
 template <int A, class T>
 void Attend(const Query* q, const Tile<T>& tile, float scale) {
   alignas(64) float weights[A][kTile];
@@ -148,19 +151,19 @@ void Attend(const Query* q, const Tile<T>& tile, float scale) {
       if (q[i].All(kTile)) return;
       for (int64_t s = 0; s < kTile; s++) w[s] = q[i].Sees(s) ? w[s] : unseen;
     };
-    Attended& result = *q[i].result;
+    SoftmaxState& state = *q[i].state;
     float total = 0, *w = weights[i];
     for (int64_t s = 0; s < kTile; s++) w[s] *= scale;
     only_seen(w, -1e30f);
     Vec most = Floats(w);
     for (int64_t s = kLanes; s < kTile; s += kLanes) most = Larger(most, Floats(w + s));
-    const float top = std::max(result.top, Largest(most));
-    for (int64_t s = 0; s < kTile; s++) w[s] = Exp(w[s] - top);
+    const float new_max = std::max(state.running_max, Largest(most));
+    for (int64_t s = 0; s < kTile; s++) w[s] = Exp(w[s] - new_max);
     only_seen(w, 0);
     for (int64_t s = 0; s < kTile; s++) total += w[s];
-    by[i] = Exp(result.top - top);
-    result.top = top;
-    result.total = by[i] * result.total + total;
+    by[i] = Exp(state.running_max - new_max);
+    state.running_max = new_max;
+    state.denominator = by[i] * state.denominator + total;
     rows[i] = w;
   }
   int64_t d = 0;
@@ -169,9 +172,9 @@ void Attend(const Query* q, const Tile<T>& tile, float scale) {
   for (; d + kLanes <= tile.dim; d += kLanes) Weigh<A, 1>(rows, tile, d, by, q);
   for (int i = 0; i < A; i++) {
     for (int64_t rest = d; rest < tile.dim; rest++) {
-      float sum = by[i] * q[i].result->values[rest];
+      float sum = by[i] * q[i].state->accumulator[rest];
       for (int64_t s = 0; s < tile.slots; s++) sum += weights[i][s] * Float(tile.values[s * tile.dim + rest]);
-      q[i].result->values[rest] = sum;
+      q[i].state->accumulator[rest] = sum;
     }
   }
 }

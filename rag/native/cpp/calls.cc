@@ -1,7 +1,8 @@
-// What jax.ffi calls. rag/native/__init__.py builds this file, and says what every argument is.
+// The functions that jax.ffi calls. rag/native/build.py builds this file, rag/native/__init__.py documents the
+// arguments.
 //
 // Letters: B batch, T tokens a row of it, R rows of a product, M width, H query heads, K kv heads, D head dim,
-// S slots of keys and values, N outputs.
+// S slots of keys and values, O outputs.
 
 #include <algorithm>
 #include <cmath>
@@ -46,7 +47,7 @@ ffi::Error Decoder(ffi::ThreadPool pool, int64_t threads, float eps, F32 x, S32 
     slot++;
   }
   std::copy(x.typed_data(), x.typed_data() + x.element_count(), y->typed_data());
-  static Scratch scratch;  // its turn is ours
+  static Scratch scratch;  // safe: Team admits one call at a time
   scratch.Resize(z, in[2], weight(10).outputs, team.size());
   for (size_t n = 0; n < arguments.size() / kLayerArguments; n++) {
     const size_t i = n * kLayerArguments;
@@ -64,15 +65,16 @@ ffi::Error Attention(ffi::ThreadPool pool, int64_t threads, float scale, F32 q, 
   Team team(pool, threads);
   const auto queries = q.dimensions(), shape = k.dimensions();
   const Shape z{queries[0], queries[2], queries[1], shape[1], shape[2], shape[3]};
-  Seen seen{from.typed_data(), to.typed_data()};
-  if (segments.element_count()) seen.segments = segments.typed_data(), seen.slot_segments = slot_segments.typed_data();
+  Mask mask{from.typed_data(), to.typed_data()};
+  if (segments.element_count()) mask.segments = segments.typed_data(), mask.slot_segments = slot_segments.typed_data();
   const auto index = [&](int64_t r, int64_t h) { return (r / z.tokens * z.heads + h) * z.tokens + r % z.tokens; };
   const auto query = [&](int64_t r, int64_t h) { return q.typed_data() + index(r, h) * z.dim; };
-  const auto done = [&](int64_t r, int64_t h, const Attended& found) {
-    found.Write(z.dim, out->typed_data() + index(r, h) * z.dim);
-    lse->typed_data()[index(r, h)] = found.total == 0 ? -kInfinity : found.top + std::log(found.total);
+  const auto done = [&](int64_t r, int64_t h, const SoftmaxState& state) {
+    state.Write(z.dim, out->typed_data() + index(r, h) * z.dim);
+    float& row_lse = lse->typed_data()[index(r, h)];
+    row_lse = state.denominator == 0 ? -kInfinity : state.running_max + std::log(state.denominator);
   };
-  AttendInBlocks(team, z, k.typed_data(), v.typed_data(), seen, scale, query, done);
+  AttendInBlocks(team, z, k.typed_data(), v.typed_data(), mask, scale, query, done);
   return ffi::Error::Success();
 }
 
@@ -80,7 +82,7 @@ ffi::Error Linear(ffi::ThreadPool pool, int64_t threads, F32 x, S8 values, F32 s
   Team team(pool, threads);
   const Weight weight = WeightOf(values, scale);
   const int64_t rows = x.dimensions()[0];
-  static Input input;  // its turn is ours
+  static Input input;  // safe: Team admits one call at a time
   input.Resize(rows, weight.width, x.typed_data());
   EachRow(team, rows, [&](int64_t r) { input.Finish(r); });
   team.Run([&](int i) { input.Multiply(weight, i, team.size(), y->typed_data()); });
@@ -113,8 +115,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RagAttention, rag::Attention,
                                   .Arg<F32>()     // v [B, K, S, D]
                                   .Arg<S32>()     // from [B, T]
                                   .Arg<S32>()     // to [B, T]
-                                  .Arg<S32>()     // segments [B, T], or nothing
-                                  .Arg<S32>()     // of slots [B, S], or nothing
+                                  .Arg<S32>()     // segments [B, T], or empty
+                                  .Arg<S32>()     // segments of slots [B, S], or empty
                                   .Ret<F32>()     // [B, H, T, D]
                                   .Ret<F32>());   // log-sum-exp [B, H, T]
 
@@ -123,11 +125,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RagLinear, rag::Linear,
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<int64_t>("threads")
                                   .Arg<F32>()     // x [R, M]
-                                  .Arg<S8>()      // values [N, M]
-                                  .Arg<F32>()     // scale [N]
-                                  .Ret<F32>());   // [R, N]
+                                  .Arg<S8>()      // values [O, M]
+                                  .Arg<F32>()     // scale [O]
+                                  .Ret<F32>());   // [R, O]
 
-// Whether several tokens cost hardly more than one: products then go through the matrix unit.
+// Whether products use the tiles of AMX: several tokens then cost hardly more than one.
 extern "C" bool RagHasTiles() {
 #ifdef __AMX_INT8__
   return rag::HasTiles();

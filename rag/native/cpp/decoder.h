@@ -1,7 +1,7 @@
-// A layer of a decoder with int8 weights, for a few tokens; rag/models/llama.py has the same maths in JAX.
+// A layer of a decoder with int8 weights; rag/models/llama/model.py has the same maths in JAX.
 //
 // Letters: B batch, T tokens a row of it, R = B * T, M width, F ffn, H query heads, K kv heads, D head dim,
-// S slots of the cache, N outputs.
+// S slots of the cache.
 
 #pragma once
 
@@ -38,14 +38,14 @@ struct Layer {
   Half *keys, *values;  // [B, K, S, D]
 };
 
-// Whether tokens are shared out among the threads, rather than the slots that they see.
+// Whether the tokens are distributed to the threads, and not the slots that they see.
 inline bool InBlocks(const Shape& z, int threads) { return z.rows() >= 16 * threads; }
 
-// What layers write on their way, one after another.
+// Intermediate results of a layer, reused by the next.
 struct Scratch {
   Input h, attended, middle;
   Buffer q, k, v, gate, up;
-  std::vector<Attended> results;  // [R, H, threads]
+  std::vector<SoftmaxState> states;  // [R, H, threads]
 
   void Resize(const Shape& z, int64_t width, int64_t ffn, int threads) {
     const int64_t rows = z.rows(), kv = rows * z.kv_heads * z.dim;
@@ -54,31 +54,32 @@ struct Scratch {
     middle.Resize(rows, ffn);
     q.Resize(rows * z.heads * z.dim), k.Resize(kv), v.Resize(kv);
     gate.Resize(rows * ffn), up.Resize(rows * ffn);
-    if (!InBlocks(z, threads)) results.resize(rows * z.heads * threads);
+    if (!InBlocks(z, threads)) states.resize(rows * z.heads * threads);
   }
 };
 
-// All tokens attend to the cache, whose slots [0, past[r]) token r sees: from s.q to s.attended.
+// Computes the attention of all tokens to the cache, from s.q to s.attended; token r sees the slots [0, past[r]).
 inline void AttendToCache(Team& team, const Shape& z, const Layer& l, const int32_t* past, Scratch& s) {
-  const Seen seen{nullptr, past};
+  const Mask mask{nullptr, past};
   const float scale = 1 / std::sqrt(static_cast<float>(z.dim));
   const auto out = [&](int64_t r, int64_t h) { return s.attended.row(r) + h * z.dim; };
   if (InBlocks(z, team.size())) {
     const auto query = [&](int64_t r, int64_t h) { return &s.q[(r * z.heads + h) * z.dim]; };
-    const auto done = [&](int64_t r, int64_t h, const Attended& found) { found.Write(z.dim, out(r, h)); };
-    AttendInBlocks(team, z, l.keys, l.values, seen, scale, query, done);
+    const auto done = [&](int64_t r, int64_t h, const SoftmaxState& state) { state.Write(z.dim, out(r, h)); };
+    AttendInBlocks(team, z, l.keys, l.values, mask, scale, query, done);
   } else {
-    AttendToShares(team, z, l.keys, l.values, seen, scale, s.q.data(), s.results.data());
+    AttendToShares(team, z, l.keys, l.values, mask, scale, s.q.data(), s.states.data());
     EachRow(team, z.rows(), [&](int64_t r) {
       for (int64_t h = 0; h < z.heads; h++) {
-        Merge(&s.results[(r * z.heads + h) * team.size()], team.size(), z.dim, out(r, h));
+        Merge(&s.states[(r * z.heads + h) * team.size()], team.size(), z.dim, out(r, h));
       }
     });
   }
   EachRow(team, z.rows(), [&](int64_t r) { s.attended.Finish(r); });
 }
 
-// One layer, in place: x [R, M], whose tokens see the slots [0, past[r]) and are kept in the last of these.
+// Runs one layer in place: x [R, M]. Token r sees the slots [0, past[r]), and its key and value are written to the last
+// of these.
 inline void Run(Team& team, const Layer& l, const Shape& z, float eps, const int32_t* past, const float* cos,
                 const float* sin, float* x, Scratch& s) {
   const int64_t rows = z.rows(), width = l.q.width, ffn = l.gate.outputs, half = z.dim / 2;
@@ -103,7 +104,7 @@ inline void Run(Team& team, const Layer& l, const Shape& z, float eps, const int
       Rotate(&s.k[(r * z.kv_heads + n) * z.dim], cos + r * half, sin + r * half, half);
     }
   });
-  for (int64_t r = 0; r < rows; r++) {  // by one thread, since filling may stand at one and the same slot
+  for (int64_t r = 0; r < rows; r++) {  // by one thread, since several padding tokens may have the same slot
     for (int64_t n = 0; n < z.kv_heads; n++) {
       const int64_t slot = ((r / z.tokens * z.kv_heads + n) * z.slots + past[r] - 1) * z.dim;
       Copy(&s.k[(r * z.kv_heads + n) * z.dim], z.dim, l.keys + slot);

@@ -1,5 +1,5 @@
-// Which queries attend to which tiles on which thread: many queries in blocks, as flash attention (Dao et al. 2022) has
-// them, or few that share the slots among the threads, as flash-decoding does.
+// The distribution of attention to threads: many queries in blocks, as in flash attention (Dao et al. 2022), or few
+// queries with the slots split among the threads, as in flash-decoding (Dao et al. 2023).
 //
 // Letters: B batch, T tokens a row of it, R = B * T, H query heads, K kv heads, D head dim, S slots of keys and values.
 
@@ -15,7 +15,7 @@
 
 namespace rag {
 
-constexpr int64_t kBlock = 192;  // queries at most that share a tile once it is laid out
+constexpr int64_t kBlock = 192;  // the most queries that share a tile once it is prepared
 
 struct Shape {
   int64_t batch, tokens, heads, kv_heads, slots, dim;
@@ -24,14 +24,14 @@ struct Shape {
   int64_t pairs() const { return batch * kv_heads; }
 };
 
-// What each token sees, [B, T]: the slots [from, to), where `from` may be null, which is 0; with segments, [B, T] and
-// [B, S], only those of its own id, and with a negative id nothing.
-struct Seen {
+// The attention mask. Each token sees the slots [from, to), both [B, T]; `from` may be null, which is 0. With segments,
+// [B, T] and [B, S], it sees only slots of its own id, and with a negative id none.
+struct Mask {
   const int32_t *from, *to, *segments = nullptr, *slot_segments = nullptr;
 
-  // The query of token r: no slot before `from` or from `to` on is seen.
-  Query Of(const Shape& z, int64_t r, const float* vector, Attended* result) const {
-    Query q{vector, from ? from[r] : 0, to[r], result};
+  // Returns the query of token r, with [from, to) narrowed to the slots of its segment.
+  Query QueryOf(const Shape& z, int64_t r, const float* vector, SoftmaxState* state) const {
+    Query q{vector, from ? from[r] : 0, to[r], state};
     if (!segments || q.from >= q.to) return q;
     const int32_t* ids = slot_segments + r / z.tokens * z.slots;
     q.id = segments[r];
@@ -45,28 +45,29 @@ struct Seen {
   }
 };
 
-// A thread's tiles, one at a time: laid out for many queries in memory of its own.
+// Makes the tiles of one thread, one at a time; for many queries in memory of its own.
 template <class T>
 class Tiles {
  public:
   Tiles(const Shape& z, const T* keys, const T* values)
       : z_(z), keys_(keys), values_(values), transposed_(z.dim * kTile), floats_(sizeof(T) == 4 ? 0 : z.dim * kTile) {}
 
-  // Queries of a pair of a row and a kv head against slots [begin, end), in tiles that are laid out for `many` or more.
+  // Attends with the queries of a pair of a row and a kv head to the slots [begin, end). A tile that at least `many`
+  // queries see is prepared: its keys transposed, its values converted.
   void Attend(int64_t pair, int64_t begin, int64_t end, const std::vector<Query>& queries, size_t many, float scale) {
     for (int64_t s = begin; s < end; s += kTile) {
       const int64_t count = std::min(kTile, end - s);
       some_.clear();
       for (const Query& q : queries) {
         const int64_t from = std::max<int64_t>(q.from - s, 0), to = std::min(q.to - s, count);
-        if (from < to) some_.push_back({q.vector, from, to, q.result, q.ids ? q.ids + s : nullptr, q.id});
+        if (from < to) some_.push_back({q.vector, from, to, q.state, q.ids ? q.ids + s : nullptr, q.id});
       }
       if (!some_.empty()) AttendAll(some_, At(pair, s, count, some_.size() >= many), scale);
     }
   }
 
  private:
-  // Slots [s, s + count).
+  // Returns the tile of the slots [s, s + count).
   Tile<T> At(int64_t pair, int64_t s, int64_t count, bool many) {
     const int64_t offset = (pair * z_.slots + s) * z_.dim;
     Tile<T> tile{keys_ + offset, values_ + offset, nullptr, nullptr, count, z_.dim};
@@ -89,11 +90,11 @@ class Tiles {
   std::vector<Query> some_;
 };
 
-// Tokens [first, past) of a row and the query heads [head, head + group) of one kv head.
+// A block of queries: the tokens [first, past) of a row and the query heads [head, head + group) of one kv head.
 struct QueryBlock {
   int64_t pair, first, past, head;
 
-  // Block n of all, the last ones first: of a causal sequence they see the most.
+  // Block n of all, the last tokens first: in a causal sequence they see the most slots.
   QueryBlock(const Shape& z, int64_t n, int64_t blocks, int64_t tokens) : pair(n % z.pairs()) {
     const int64_t begin = (blocks - 1 - n / z.pairs()) * tokens;
     first = pair / z.kv_heads * z.tokens + begin;
@@ -102,9 +103,9 @@ struct QueryBlock {
   }
 };
 
-// Many queries: query(r, h) is the vector of token r and head h, done(r, h, attended) takes what it has found.
+// Attention of many queries: query(r, h) returns the vector of token r and head h, done(r, h, state) takes its result.
 template <class T, class Vector, class Done>
-void AttendInBlocks(Team& team, const Shape& z, const T* keys, const T* values, const Seen& seen, float scale,
+void AttendInBlocks(Team& team, const Shape& z, const T* keys, const T* values, const Mask& mask, float scale,
                     const Vector& query, const Done& done) {
   const int64_t even = (z.tokens * z.pairs() + 4 * team.size() - 1) / (4 * team.size());  // four blocks a thread
   const int64_t tokens = std::max<int64_t>(1, std::min(even, kBlock / z.group()));
@@ -112,20 +113,20 @@ void AttendInBlocks(Team& team, const Shape& z, const T* keys, const T* values, 
   std::atomic<int64_t> next{0};
   team.Run([&](int) {
     Tiles<T> tiles(z, keys, values);
-    std::vector<Attended> results(tokens * z.group());
+    std::vector<SoftmaxState> states(tokens * z.group());
     std::vector<Query> queries;
     for (int64_t n; (n = next++) < blocks * z.pairs();) {
       const QueryBlock block(z, n, blocks, tokens);
       const auto each = [&](const auto& part) {
         for (int64_t r = block.first, i = 0; r < block.past; r++) {
-          for (int64_t h = block.head; h < block.head + z.group(); h++) part(r, h, results[i++]);
+          for (int64_t h = block.head; h < block.head + z.group(); h++) part(r, h, states[i++]);
         }
       };
       int64_t low = z.slots, high = 0;
       queries.clear();
-      each([&](int64_t r, int64_t h, Attended& result) {
-        result.Clear(z.dim);
-        queries.push_back(seen.Of(z, r, query(r, h), &result));
+      each([&](int64_t r, int64_t h, SoftmaxState& state) {
+        state.Clear(z.dim);
+        queries.push_back(mask.QueryOf(z, r, query(r, h), &state));
         low = std::min(low, queries.back().from), high = std::max(high, queries.back().to);
       });
       tiles.Attend(block.pair, low / kTile * kTile, high, queries, 0, scale);
@@ -134,12 +135,12 @@ void AttendInBlocks(Team& team, const Shape& z, const T* keys, const T* values, 
   });
 }
 
-// Few queries [R, H, D]: each thread attends to a share of the slots for all of them, so that keys and values are read
-// once. results [R, H, threads], to be merged.
+// Attention of few queries [R, H, D]: each thread attends with all of them to a share of the slots, so that keys and
+// values are read once. Writes states [R, H, threads], to be merged.
 template <class T>
-void AttendToShares(Team& team, const Shape& z, const T* keys, const T* values, const Seen& seen, float scale,
-                    const float* query, Attended* results) {
-  constexpr size_t kMany = 8;  // queries, from which on laying out a tile pays
+void AttendToShares(Team& team, const Shape& z, const T* keys, const T* values, const Mask& mask, float scale,
+                    const float* query, SoftmaxState* states) {
+  constexpr size_t kMany = 8;  // queries from which on it pays to prepare a tile
   team.Run([&](int i) {
     Tiles<T> tiles(z, keys, values);
     std::vector<Query> queries;
@@ -148,28 +149,28 @@ void AttendToShares(Team& team, const Shape& z, const T* keys, const T* values, 
       queries.clear();
       for (int64_t r = block.first; r < block.past; r++) {
         for (int64_t n = r * z.heads + block.head; n < r * z.heads + block.head + z.group(); n++) {
-          Attended& result = results[n * team.size() + i];
-          result.Clear(z.dim);
-          queries.push_back(seen.Of(z, r, query + n * z.dim, &result));
+          SoftmaxState& state = states[n * team.size() + i];
+          state.Clear(z.dim);
+          queries.push_back(mask.QueryOf(z, r, query + n * z.dim, &state));
         }
       }
-      const Share share(*std::max_element(seen.to + block.first, seen.to + block.past), i, team.size());
+      const Share share(*std::max_element(mask.to + block.first, mask.to + block.past), i, team.size());
       tiles.Attend(pair, share.begin, share.end, queries, kMany, scale);
     }
   });
 }
 
-// The threads' shares of a query together.
-inline void Merge(const Attended* shares, int64_t count, int64_t dim, float* out) {
-  float top = -1e30f, total = 0;
-  for (int64_t i = 0; i < count; i++) top = std::max(top, shares[i].top);
+// Merges the threads' states of one query and writes the output.
+inline void Merge(const SoftmaxState* states, int64_t count, int64_t dim, float* out) {
+  float running_max = -1e30f, denominator = 0;
+  for (int64_t i = 0; i < count; i++) running_max = std::max(running_max, states[i].running_max);
   std::fill(out, out + dim, 0.0f);
   for (int64_t i = 0; i < count; i++) {
-    const float by = Exp(shares[i].top - top);
-    total += by * shares[i].total;
-    for (int64_t d = 0; d < dim; d++) out[d] += by * shares[i].values[d];
+    const float by = Exp(states[i].running_max - running_max);
+    denominator += by * states[i].denominator;
+    for (int64_t d = 0; d < dim; d++) out[d] += by * states[i].accumulator[d];
   }
-  for (int64_t d = 0; d < dim; d++) out[d] /= total;
+  for (int64_t d = 0; d < dim; d++) out[d] /= denominator;
 }
 
 }  // namespace rag

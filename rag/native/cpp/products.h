@@ -1,7 +1,7 @@
-// Products of a few tokens with int8 weights: floats by weights that are converted as they are read, or on AMX's matrix
-// unit tokens in two signed 8-bit digits, as rag/ops/linear.py has them, which is as exact as 15 bits.
+// Products of tokens with int8 weights: in float32 by weights that are converted as they are read, or by AMX with
+// tokens in two signed 8-bit digits (rag/ops/linear.py), which is as exact as 15 bits.
 //
-// Letters: N outputs, M width, T tokens.
+// Letters: O outputs, M width, T tokens. As template arguments N and T are the outputs and tokens of a block.
 
 #pragma once
 
@@ -27,7 +27,7 @@ struct Weight {
   int64_t outputs, width;
 };
 
-// Where products go: [T, N], written or added to.
+// The destination of products, [T, O]: written, or added to.
 struct Output {
   float* to;
   int64_t outputs;
@@ -44,7 +44,7 @@ struct Output {
   }
 };
 
-// N rows of the weight from n on, times T tokens from t on.
+// Multiplies N rows of the weight from n on by T tokens from t0 on.
 template <int N, int T>
 void Block(const Weight& w, int64_t n, const float* x, int64_t t0, const Output& out) {
   const int8_t *rows = w.values + n * w.width, *next = rows + 2 * N * w.width;
@@ -84,7 +84,7 @@ void Tokens(const Weight& w, int64_t n, int64_t end, const float* x, int64_t t0,
   for (; n < end; n++) Block<1, T>(w, n, x, t0, out);
 }
 
-// A share of the outputs for all tokens, in parts whose weights stay in the first cache from one block to the next.
+// Computes a share of the outputs for all tokens, in parts whose weights stay in the L1 cache from block to block.
 inline void MultiplyFloats(const Weight& w, const float* x, int64_t tokens, Share share, const Output& out) {
   constexpr int64_t kPart = 32;
   for (int64_t n = share.begin; n < share.end; n += kPart) {
@@ -99,21 +99,23 @@ inline void MultiplyFloats(const Weight& w, const float* x, int64_t tokens, Shar
 
 #ifdef __AMX_INT8__
 
-// Whether the kernel lets this process use the matrix unit's tiles: asked once.
+// Whether the operating system lets this process use the tiles of AMX; asked once.
 inline bool HasTiles() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
 }
 
-// kTogether tokens, eight, in two signed digits each, as rag/ops/linear.py has them, laid out as the second factor of
-// tiles: for each 64 of the width [16][16][4], where column c < 8 is the first digit of token c, and 8 + c its second.
+// kTogether tokens, eight, in two signed digits each (rag/ops/linear.py), laid out as the second factor of tile
+// products: for each 64 of the width [16][16][4], where column c < 8 is the first digit of token c, and 8 + c its
+// second.
 struct Digits {
   int64_t width = 0, tokens = 0;
   std::vector<int8_t> tiles;  // [tokens / 8, width / 64, 16, 16, 4]
   std::vector<float> step;
 
-  void Resize(int64_t new_tokens, int64_t new_width) {  // tokens past the last keep what was there: nobody reads them
+  // Digits past the last token are stale, and their products unused.
+  void Resize(int64_t new_tokens, int64_t new_width) {
     tokens = new_tokens;
     width = new_width;
     tiles.resize((tokens + 7) / 8 * 16 * width);
@@ -147,7 +149,7 @@ struct TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// 16 outputs of up to 8 tokens from the sums of their digits, [output][digit, token].
+// Writes 16 outputs of up to 8 tokens from the sums of their digits, [output][digit, token].
 inline void PutTile(const int32_t (*sums)[16], const Weight& w, int64_t n, const Digits& x, int64_t t,
                     const Output& out) {
   Vec rows[16];
@@ -160,7 +162,7 @@ inline void PutTile(const int32_t (*sums)[16], const Weight& w, int64_t n, const
   }
 }
 
-// 16 or 32 rows of the weight from n on, times up to 16 tokens from t on.
+// Multiplies 16 or 32 rows of the weight from n on by up to 16 tokens from t on.
 inline void TileBlock(const Weight& w, int64_t n, bool more_rows, const Digits& x, int64_t t, const Output& out) {
   const bool more_tokens = t + kTogether < x.tokens;
   const int8_t *a = w.values + n * w.width, *b = x.tiles.data() + t / 8 * 16 * w.width;
@@ -193,7 +195,7 @@ inline void TileBlock(const Weight& w, int64_t n, bool more_rows, const Digits& 
   if (more_rows && more_tokens) PutTile(sums[3], w, n + 16, x, t + kTogether, out);
 }
 
-// But for outputs past the last whole 16 of a share.
+// Computes a share of the outputs, except those past its last whole 16.
 inline void MultiplyTiles(const Weight& w, const Digits& x, Share share, const Output& out) {
   const TileConfig config;
   _tile_loadconfig(&config);
@@ -205,11 +207,11 @@ inline void MultiplyTiles(const Weight& w, const Digits& x, Share share, const O
 
 #endif
 
-// What a weight is multiplied with: `tokens` rows of floats, and for the matrix unit their digits too. Kept from call
-// to call, since fresh memory costs more than the product of a few tokens.
+// The tokens that a weight is multiplied by: rows of float32, and for AMX their digits too. Its memory is reused from
+// call to call, since new memory costs more than the product of a few tokens.
 class Input {
  public:
-  // Rows to be written by `row`, or those that stand at `given`.
+  // Prepares for rows to be written through `row`, or for those at `given`.
   void Resize(int64_t tokens, int64_t width, const float* given = nullptr) {
     tokens_ = tokens;
     width_ = width;
@@ -223,21 +225,21 @@ class Input {
 
   float* row(int64_t t) { return own_.data() + t * width_; }
 
-  // Call once a row is written, and before it is multiplied with.
+  // Call after a row is written and before Multiply.
   void Finish(int64_t t) {
 #ifdef __AMX_INT8__
     if (tiles_) digits_.Write(floats_ + t * width_, t);
 #endif
   }
 
-  // Thread i's share of the products: [tokens, outputs], written or added to.
+  // Computes thread i's share of the products [tokens, outputs]; they are written to `to`, or added.
   void Multiply(const Weight& w, int i, int threads, float* to, bool add = false) const {
     const Output out{to, w.outputs, add};
     Share share(w.outputs, i, threads);
 #ifdef __AMX_INT8__
     if (tiles_) {
       MultiplyTiles(w, digits_, share, out);
-      share.begin = share.end / 16 * 16;  // the last outputs, fewer than a tile has
+      share.begin = share.end / 16 * 16;  // the last outputs, fewer than a tile
     }
 #endif
     MultiplyFloats(w, floats_, tokens_, share, out);

@@ -1,4 +1,4 @@
-// The threads that share the work of a call: the caller's, and those of XLA's pool that are free.
+// The threads that share the work of a call: the caller's, and the idle ones of XLA's pool.
 
 #pragma once
 
@@ -15,9 +15,9 @@
 
 namespace rag {
 
-// Threads of our own would fight with XLA's, which go on spinning for a while, about the cores. So helpers are tasks of
-// XLA's pool that live as long as the call and take parts of its work as they come. Nobody waits for a helper that has
-// not come yet: the caller does its parts.
+// Threads of our own would compete for the cores with XLA's, which spin for a while after their work. So helpers are
+// tasks of XLA's pool that live as long as the call and take parts of its work when they are free. The call never waits
+// for a helper that has not started: the caller does those parts. One call runs at a time in the process.
 class Team {
  public:
   Team(xla::ffi::ThreadPool pool, int64_t threads) : lock_(OneAtATime()), state_(std::make_shared<State>()) {
@@ -25,7 +25,7 @@ class Team {
     state_->size = static_cast<int>(std::max<int64_t>(helpers, 0)) + 1;
     for (int i = 1; i < state_->size; i++) {
       pool.Schedule([state = state_, caller = std::this_thread::get_id()] {
-        if (std::this_thread::get_id() == caller) return;  // a full queue runs what it is given
+        if (std::this_thread::get_id() == caller) return;  // a full queue runs the task at once
         while (!state->over.load(std::memory_order_acquire)) {
           if (!state->TakePart()) _mm_pause();
         }
@@ -37,14 +37,14 @@ class Team {
 
   int size() const { return state_->size; }
 
-  // part(0) .. part(size() - 1), in any order and on any thread; returns when all are done.
+  // Runs part(0) .. part(size() - 1), in any order and on any thread; returns when all are done.
   template <class Part>
   void Run(const Part& part) {
     State& s = *state_;
     s.call = [](const void* p, int i) { (*static_cast<const Part*>(p))(i); };
     s.part = &part;
     s.done.store(0, std::memory_order_relaxed);
-    s.next.store(++turn_ << kShift, std::memory_order_release);
+    s.next.store(++run_ << kShift, std::memory_order_release);
     while (s.TakePart()) {
     }
     while (s.done.load(std::memory_order_acquire) < s.size) _mm_pause();
@@ -55,14 +55,15 @@ class Team {
   static constexpr int kShift = 8;
 
   struct State {
-    std::atomic<uint64_t> next{kMost};  // the turn, and in the lowest bits its next part
+    std::atomic<uint64_t> next{kMost};  // the number of the run, and in the lowest bits its next part
     std::atomic<int> done{0};
     std::atomic<bool> over{false};
     int size = 1;
     void (*call)(const void*, int) = nullptr;
     const void* part = nullptr;
 
-    // Whether there was a part to take. What a turn's parts are is written before `next`, and stays until all are done.
+    // Runs one part and returns whether there was one. `call` and `part` are written before `next` and do not change
+    // until all parts are done.
     bool TakePart() {
       uint64_t seen = next.load(std::memory_order_acquire);
       const int i = static_cast<int>(seen & ((1 << kShift) - 1));
@@ -75,20 +76,20 @@ class Team {
     }
   };
 
-  static std::mutex& OneAtATime() {  // what calls keep for one another is not shared
+  static std::mutex& OneAtATime() {  // calls reuse static memory
     static std::mutex mutex;
     return mutex;
   }
 
   std::lock_guard<std::mutex> lock_;
   std::shared_ptr<State> state_;
-  uint64_t turn_ = 0;
+  uint64_t run_ = 0;
 };
 
-// Rows that one thread writes: the digits of so many stand side by side, and a cache line should have one writer.
+// Rows that one thread writes: the digits of so many are interleaved, and a cache line should have one writer.
 constexpr int64_t kTogether = 8;
 
-// part(r) for every row.
+// Runs part(r) for every row.
 template <class Part>
 void EachRow(Team& team, int64_t rows, const Part& part) {
   const auto block = [&](int64_t first) {
@@ -100,7 +101,7 @@ void EachRow(Team& team, int64_t rows, const Part& part) {
   });
 }
 
-// The n of [0, count) that are thread i's of `threads`, in whole blocks of 16 but for the last.
+// The range of [0, count) for thread i of `threads`: whole blocks of 16, except for the last thread.
 struct Share {
   int64_t begin, end;
   Share(int64_t count, int i, int threads) : begin(Start(count, i, threads)), end(Start(count, i + 1, threads)) {}

@@ -1,4 +1,4 @@
-// Vectors of floats as wide as the processor's, by AVX512 or else AVX2: compilers make poor code of int8 to float.
+// Vectors of float32 by AVX512 or else AVX2, with intrinsics: compilers generate slow code for int8 to float.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 namespace rag {
 
 #ifdef __AVX512F__
-constexpr int kLanes = 16, kMostTokens = 8;  // of a block of products: its sums stay in registers
+constexpr int kLanes = 16, kMostTokens = 8;  // of a block of products: its sums fit the registers
 #else
 constexpr int kLanes = 8, kMostTokens = 4;
 #endif
@@ -25,7 +25,7 @@ inline Vec Floats(const float* from) {
   return to;
 }
 
-using Half = uint16_t;  // float16's bits
+using Half = uint16_t;  // the bits of a float16
 inline float Float(float x) { return x; }
 inline float Float(Half x) { return _cvtsh_ss(x); }
 
@@ -66,14 +66,14 @@ inline Vec Floats(const int8_t* from) {
 }
 inline float Sum(Vec v) { return _mm512_reduce_add_ps(v); }
 
-constexpr int kSquare = 16;  // whose rows and columns can be exchanged
+constexpr int kSquare = 16;  // the size of a square that Transpose takes
 using SquareRow = Vec;
 template <class T>
 SquareRow LoadRow(const T* from) {
   return Floats(from);
 }
 
-// First within fours of each, then the fours.
+// Transposes within groups of four, then the groups.
 inline void Transpose(Vec (&v)[16]) {
   __m512d pairs[16];
   for (int i = 0; i < 16; i += 2) {
@@ -100,7 +100,7 @@ inline void Transpose(Vec (&v)[16]) {
   }
 }
 
-// The sums of 16 vectors, in half the instructions of 16 sums: neighbours are added while they are put side by side.
+// Returns the sums of 16 vectors, in half the instructions of 16 sums: neighbours are added while they are interleaved.
 inline Vec Sums(const Vec* v) {
   Vec fours[4];
   for (int i = 0; i < 4; i++, v += 4) {
@@ -119,7 +119,7 @@ inline Vec Floats(const int8_t* from) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 
-constexpr int kSquare = 4;  // whose rows and columns can be exchanged
+constexpr int kSquare = 4;  // the size of a square that Transpose takes
 using SquareRow = __m128;
 inline SquareRow LoadRow(const float* from) { return _mm_loadu_ps(from); }
 inline SquareRow LoadRow(const Half* from) {
@@ -140,7 +140,7 @@ inline Vec Sums(const Vec* v) {
 }
 #endif
 
-// The largest, lane by lane; compilers find it by vectors only where they may forget about NaN.
+// The maximum of each lane; compilers vectorise it only where they may ignore NaN.
 inline Vec Larger(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec Larger(Vec a, Vec b, Vec c) { return Larger(Larger(a, b), c); }
 inline float Largest(Vec v) {
@@ -149,8 +149,8 @@ inline float Largest(Vec v) {
   return most;
 }
 
-// e^x for x <= 0, to float32's last digits: 2^n times a polynomial of the rest (Cephes, S. Moshier). The C library's is
-// not computed for a vector at a time without -ffast-math.
+// Returns e^x for x <= 0 to float32 precision: 2^n times a polynomial of the rest (Cephes, S. Moshier). Compilers do
+// not vectorise the C library's without -ffast-math.
 inline float Exp(float x) {
   x = std::max(x, -87.0f);
   const float n = std::floor(x * 1.44269504f + 0.5f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -169,7 +169,7 @@ inline float Silu(float x) {
   return x * (x < 0 ? e : 1.0f) / (1 + e);
 }
 
-// A buffer that begins on a cache line, so that no vector of it lies on two.
+// A buffer that begins on a cache line, so that no vector crosses two.
 class Buffer {
  public:
   explicit Buffer(int64_t size = 0) { Resize(size); }

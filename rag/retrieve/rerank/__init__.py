@@ -1,23 +1,23 @@
-"""Rerankers: a better order of retrieved passages. The protocol of a reranker."""
+"""Rerankers put retrieved passages into a better order. This is the protocol of a reranker."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+from rag.retrieve.collection import Collection
 from rag.types import Hit
-
-if TYPE_CHECKING:
-    from rag.retrieve.collection import Collection
 
 
 @runtime_checkable
 class Reranker(Protocol):
-    """A frozen dataclass that puts found passages into a better order."""
+    """A frozen dataclass that puts retrieved passages into a better order."""
 
     @property
-    def uses(self) -> tuple[str, ...]: ...
+    def uses(self) -> tuple[str, ...]:
+        """Return which of "embedder" and "generator" the results depend on, beside the passages."""
+        ...
 
     def rerank(
-        self, collection: "Collection", questions: Sequence[str], hits: Sequence[Sequence[Hit]]
+        self, collection: Collection, questions: Sequence[str], hits: Sequence[Sequence[Hit]]
     ) -> list[list[Hit]]:
-        """The same passages with new scores, best first; passages may be left out, none is added."""
+        """Return the hits of each question with new scores, best first; some may be left out, none is added."""
         ...

@@ -1,13 +1,9 @@
-"""Rerankers, which read a question beside each found passage: cross-encoder, late interaction, LLM likelihood.
+"""Rerank with a cross-encoder: a sequence classifier of question and passage (Nogueira and Cho 2019, arXiv:1901.04085).
 
-All give the same hits back with new scores, best first; hits of equal score keep their order.
-
-Letters: C candidates (passages of one question), P pairs, T query tokens, S passage tokens, E embedding dim, L labels.
+B batch, T tokens of a pair, P pairs, L labels
 """
 
-import re
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, ClassVar
@@ -17,59 +13,59 @@ from annotated_types import Ge, Le
 from jaxtyping import Float32, Float64, Int
 
 from rag.embed.packing import plan_batches
-from rag.models import checkpoint, hub
+from rag.models import hub
 from rag.models.bert import checkpoint as bert_checkpoint
 from rag.models.bert import model as bert
 from rag.models.bert.checkpoint import ClassifierSettings
 from rag.models.bert.model import BertClassifier
+from rag.models.conversion_cache import file_digests
 from rag.models.tokenizer.tokenizer import Tokenizer
 from rag.retrieve.collection import Collection
+from rag.retrieve.rerank.pairs import question_passage_pairs, ranked
 from rag.runtime.cache_key import content_key
 from rag.runtime.options import Count, Filled, check_fields
 from rag.types import Hit, UserError
 
-_LONGEST_TOKEN = 40  # characters: what is cut to n tokens is first cut to n times this
-
 
 @dataclass(frozen=True)
 class CrossEncoder:
-    """The score that a sequence classifier of the BERT family gives question and passage, read as one input.
+    """Score each pair of question and passage with a sequence classifier of the BERT family.
 
-    Nogueira and Cho 2019 (arXiv:1901.04085). `uri` (rag.models.hub) names a checkpoint such as
-    cross-encoder/ms-marco-MiniLM-L-6-v2. The score is the logit of a head with one label (sentence-transformers
-    puts a sigmoid over it, which changes no order), and of a head with several the log-odds of `label` against
-    the rest, by default the last.
+    `uri` (rag.models.hub) names a checkpoint such as cross-encoder/ms-marco-MiniLM-L-6-v2. The score is the logit of a
+    head with one label (sentence-transformers applies a sigmoid, which does not change the order), and of a head with
+    several the log-odds of `label` against the rest, by default the last. A pair that exceeds `max_length` tokens,
+    special ones included, is truncated as by longest_first of transformers; None takes the checkpoint's limit.
 
-    A pair that exceeds `max_length` tokens, special ones included, is cut as transformers' longest_first does;
-    None takes the checkpoint's limit. Raises UserError for weights that cannot be had or loaded, a label that
-    the head lacks, and a max_length beyond its positions.
+    Raises:
+        UserError: for weights that cannot be found or loaded, a label that the head lacks, and a max_length beyond the
+            model's positions.
     """
 
     uri: Filled = "hf:cross-encoder/ms-marco-MiniLM-L-6-v2"
     max_length: Count | None = None
     tokens_per_batch: Count = 1024
     label: Annotated[int, Ge(-100_000), Le(100_000)] = -1
-    weights: str = field(init=False, repr=False)  # digest of the checkpoint: its name alone says too little
+    weights: str = field(init=False, repr=False)  # digest of the checkpoint's files, for the cache key
 
     uses: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
         files = bert_checkpoint.source_files(hub.local_path(self.uri))
-        object.__setattr__(self, "weights", content_key(checkpoint.contents(files)))
+        object.__setattr__(self, "weights", content_key(file_digests(files)))
 
     def rerank(
         self, collection: Collection, questions: Sequence[str], hits: Sequence[Sequence[Hit]]
     ) -> list[list[Hit]]:
         model, tokenizer, settings = _classifier(self.uri, self.weights)
         limit = self._limit(settings)
-        pairs = _pair_ids(tokenizer, _pairs(questions, hits), settings.separators, limit)
+        pairs = _pair_ids(tokenizer, question_passage_pairs(questions, hits), settings.separators, limit)
         types = min(settings.config.type_vocab_size, 2) - 1  # of the passage: RoBERTa has one type
         logits = np.zeros((len(pairs), settings.labels), np.float32)
         for rows, size, width in plan_batches(_lengths(pairs), self.tokens_per_batch, limit):
             batch = _pair_batch([pairs[row] for row in rows], size, width, types)
             logits[rows] = np.asarray(bert.classify(model, *batch))[: len(rows)]
-        return _ranked(hits, label_scores(logits, self._checked_label(settings.labels)))
+        return ranked(hits, label_scores(logits, self._checked_label(settings.labels)))
 
     def _limit(self, settings: ClassifierSettings) -> int:
         longest = settings.config.max_position_embeddings - settings.config.position_offset
@@ -90,7 +86,7 @@ class CrossEncoder:
 
 
 def label_scores(logits: Float32[np.ndarray, "P L"], label: int) -> Float64[np.ndarray, "P"]:
-    """The one label's logit, or the log-odds of `label`: log p(label) - log p(any other)."""
+    """Return the logit of a single label, else the log-odds of `label`: log p(label) - log p(any other)."""
     logits = logits.astype(np.float64)
     if logits.shape[1] == 1:
         return logits[:, 0]
@@ -99,35 +95,35 @@ def label_scores(logits: Float32[np.ndarray, "P L"], label: int) -> Float64[np.n
 
 @lru_cache(maxsize=2)
 def _classifier(uri: str, weights: str) -> tuple[BertClassifier, Tokenizer, ClassifierSettings]:
-    """The loaded checkpoint; `weights` is there so that changed files are loaded anew."""
+    """Load the checkpoint; `weights` is in the arguments so that changed files are loaded again."""
     return bert_checkpoint.load_classifier(hub.local_path(uri))
 
 
 def _pair_ids(
     tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], separators: int, limit: int
 ) -> list[tuple[list[int], list[int]]]:
-    """([CLS] question [SEP] ..., passage [SEP]) of each pair, cut so that both together fit `limit` tokens."""
+    """Return ([CLS] question [SEP] ..., passage [SEP]) of each pair, truncated to `limit` tokens together."""
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     ids = dict(zip(texts, tokenizer.encode_batch(texts, special=False), strict=True))
     first, separator = tokenizer.encode("")
     made = []
     for question, passage in pairs:
-        room = limit - 2 - separators
-        left, right = longest_first(len(ids[question]), len(ids[passage]), room)
+        left, right = longest_first(len(ids[question]), len(ids[passage]), limit - 2 - separators)
         before = [first, *ids[question][:left], *[separator] * separators]
         made.append((before, [*ids[passage][:right], separator]))
     return made
 
 
-def longest_first(left: int, right: int, room: int) -> tuple[int, int]:
-    """How many tokens each of two texts keeps in `room`: the longer is cut first, then both to halves.
+def longest_first(left: int, right: int, limit: int) -> tuple[int, int]:
+    """Return how many tokens of two texts remain when both are truncated to `limit` together.
 
-    As the tokenizers library does it: an odd token more is the longer text's, the second one's among equals.
+    The longer is truncated first, then both to halves, as in the tokenizers library: the longer text gets an odd token
+    more, the second text where both are equal.
     """
-    if left + right <= room:
+    if left + right <= limit:
         return left, right
-    shorter = min(left, right, room // 2)
-    return (room - shorter, shorter) if left > right else (shorter, room - shorter)
+    shorter = min(left, right, limit // 2)
+    return (limit - shorter, shorter) if left > right else (shorter, limit - shorter)
 
 
 def _lengths(pairs: Sequence[tuple[list[int], list[int]]]) -> Int[np.ndarray, "P"]:
@@ -137,7 +133,7 @@ def _lengths(pairs: Sequence[tuple[list[int], list[int]]]) -> Int[np.ndarray, "P
 def _pair_batch(
     pairs: Sequence[tuple[list[int], list[int]]], size: int, width: int, types: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"], Int[np.ndarray, "B T"]]:
-    """(tokens, lengths, token types) of `size` rows; those past the pairs are filling."""
+    """Return (tokens, lengths, token types) of `size` rows; those behind the pairs are padding."""
     tokens, kinds = np.zeros((size, width), np.int32), np.zeros((size, width), np.int32)
     lengths = np.ones(size, np.int32)
     for row, (before, after) in enumerate(pairs):
@@ -145,29 +141,3 @@ def _pair_batch(
         tokens[row, : lengths[row]] = before + after
         kinds[row, len(before) : lengths[row]] = types
     return tokens, lengths, kinds
-
-
-def _cut(text: str, tokens: int, count: Callable[[str], int]) -> str:
-    """The beginning of a text that has at most `tokens` tokens: whole words, or characters where one is too long."""
-    text = text[: tokens * _LONGEST_TOKEN]
-    if count(text) <= tokens:
-        return text
-    words = [found.end() for found in re.finditer(r"\S+", text)]
-    for ends in (words, range(1, len(text) + 1)):
-        if fit := bisect_right(ends, tokens, key=lambda end: count(text[:end])):
-            return text[: ends[fit - 1]]
-    return ""
-
-
-def _pairs(questions: Sequence[str], hits: Sequence[Sequence[Hit]]) -> list[tuple[str, str]]:
-    """(question, passage) of every hit, question by question."""
-    return [
-        (question, hit.chunk.text) for question, found in zip(questions, hits, strict=True) for hit in found
-    ]
-
-
-def _ranked(hits: Sequence[Sequence[Hit]], scores: Sequence[float] | np.ndarray) -> list[list[Hit]]:
-    """The hits of each question with their new scores, given for all one after the other; best first, stable."""
-    each: Iterator[float] = iter(scores)
-    scored = [[Hit(hit.chunk, float(next(each))) for hit in found] for found in hits]
-    return [sorted(found, key=lambda hit: -hit.score) for found in scored]

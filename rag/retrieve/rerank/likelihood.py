@@ -1,30 +1,35 @@
-"""Reranking by the likelihood of the question given the passage (Sachan et al. 2022, arXiv:2204.07496)."""
+"""Rerank by the likelihood of the question given the passage (UPR, Sachan et al. 2022, arXiv:2204.07496)."""
 
-from collections.abc import Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import ClassVar, Literal
 
-from rag.generate import LogLikelihood
+from rag.generate import LogLikelihood, scorer_of
 from rag.retrieve.collection import Collection
-from rag.retrieve.rerank.cross_encoder import _cut, _pairs, _ranked
+from rag.retrieve.rerank.pairs import question_passage_pairs, ranked
 from rag.runtime.options import Count, check_fields
 from rag.types import Hit, Message, UserError
+
+_LONGEST_TOKEN = 40  # characters: a text is truncated to n tokens after a cut to n times this
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How likely the generator finds the question after the passage: log p(question | passage).
+    """Score each passage by log p(question | passage) of the generator.
 
-    Sachan et al. 2022 (UPR, arXiv:2204.07496), whose prompt is the default. `prompt` holds {passage}, then
-    {question} at its very end; other braces are plain text. Spaces before {question} are scored with it, because
-    byte-level tokens carry the space before a word. With `chat` what stands before {question} is a user's
-    message in the model's chat format. `average` is over the question's tokens: mean is theirs, and sum gives
-    the same order, but scores that do not compare across questions.
+    The default prompt is the paper's. `prompt` contains {passage}, then {question} at its very end; other braces are
+    plain text. Spaces before {question} are scored with it, because byte-level tokens include the space before a word.
+    With `chat` the text before {question} is a user's message in the model's chat format. `average` is over the
+    question's tokens: mean is the paper's; sum gives the same order, but its scores cannot be compared across
+    questions. Passage and question are truncated at the end of a word to `passage_tokens` and `question_tokens`. An
+    empty question leaves the order unchanged.
 
-    Passage and question are cut at the end of a word to `passage_tokens` and `question_tokens`. An empty question
-    leaves the order as it is. Raises UserError for a prompt of another form, lengths below 1, a pair that does
-    not fit the model's context, and a generator that cannot tell likelihoods.
+    Raises:
+        UserError: for a prompt of another form, lengths below 1, a pair that exceeds the model's context, and a
+            generator without likelihoods.
     """
 
     prompt: str = "Passage: {passage}\nPlease write a question based on this passage.\nQuestion: {question}"
@@ -46,22 +51,34 @@ class Likelihood:
     def rerank(
         self, collection: Collection, questions: Sequence[str], hits: Sequence[Sequence[Hit]]
     ) -> list[list[Hit]]:
-        generator = collection.generator
-        passage = lru_cache(None)(partial(_cut, tokens=self.passage_tokens, count=generator.count))
-        question = lru_cache(None)(partial(_cut, tokens=self.question_tokens, count=generator.count))
-        pairs = [(passage(text), question(asked)) for asked, text in _pairs(questions, hits)]
+        generator, scorer = collection.generator, scorer_of(collection.generator)
+        passage = lru_cache(None)(partial(_truncated, tokens=self.passage_tokens, count=generator.count))
+        question = lru_cache(None)(partial(_truncated, tokens=self.question_tokens, count=generator.count))
+        pairs = [(passage(text), question(asked)) for asked, text in question_passage_pairs(questions, hits)]
         before, between = self.prompt.removesuffix("{question}").split("{passage}")
         context = between.rstrip(" ")
         if self.chat:
-            found = generator.log_likelihood(
+            found = scorer.log_likelihood(
                 [([Message("user", before + text + context)], asked) for text, asked in pairs]
             )
         else:
             spaces = between[len(context) :]
-            found = generator.text_log_likelihood(
+            found = scorer.text_log_likelihood(
                 [(before + text + context, spaces + asked if asked else "") for text, asked in pairs]
             )
-        return _ranked(hits, [self._score(value) for value in found])
+        return ranked(hits, [self._score(value) for value in found])
 
     def _score(self, value: LogLikelihood) -> float:
         return value.total / max(value.tokens, 1) if self.average == "mean" else value.total
+
+
+def _truncated(text: str, tokens: int, count: Callable[[str], int]) -> str:
+    """Return the longest beginning of a text with at most `tokens` tokens: whole words, or characters of one word."""
+    text = text[: tokens * _LONGEST_TOKEN]
+    if count(text) <= tokens:
+        return text
+    words = [found.end() for found in re.finditer(r"\S+", text)]
+    for ends in (words, range(1, len(text) + 1)):
+        if fit := bisect_right(ends, tokens, key=lambda end: count(text[:end])):
+            return text[: ends[fit - 1]]
+    return ""

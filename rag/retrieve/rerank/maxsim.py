@@ -1,4 +1,7 @@
-"""MaxSim, late interaction (Khattab and Zaharia 2020, arXiv:2004.12832), over the embedder's token vectors."""
+"""Rerank by MaxSim (late interaction; ColBERT, Khattab and Zaharia 2020, arXiv:2004.12832).
+
+C candidates (passages of one question), T query tokens, S passage tokens, E embedding dim
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,24 +16,26 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from rag.retrieve.collection import Collection
-from rag.retrieve.rerank.cross_encoder import _pairs, _ranked
+from rag.retrieve.rerank.pairs import ranked
 from rag.runtime.shapes import round_up_text
 from rag.types import Hit, UserError
 
-_CANDIDATES = 16  # passages of one call of maxsim
-_BLOCK = 1024  # passages whose token vectors are made together
-_KEPT_BYTES = 1 << 30  # of token vectors a collection, in float16
+_CANDIDATES = 16  # passages of one call of `maxsim`
+_BLOCK = 1024  # passages that are encoded together
+_CACHE_BYTES = 1 << 30  # of token vectors a collection, in float16
 
 
 @dataclass(frozen=True)
 class MaxSim:
-    """Late interaction: the mean over the question's tokens of the best cosine with any token of the passage.
+    """Score each passage by the mean over the question's tokens of the highest cosine with a token of the passage.
 
-    Khattab and Zaharia 2020 (ColBERT, arXiv:2004.12832), who take the sum: the order is the same, and the mean
-    compares across questions. The token states are the embedder's own, which was not trained for this; nothing
-    else is loaded. They are kept in float16 while the collection lives, up to a gigabyte, so a passage that many
-    questions find is encoded once. A passage without tokens scores -1, the lowest cosine; a question without
-    tokens leaves the order as it is. Raises UserError for an embedder without token states.
+    The paper takes the sum: the order is the same, but means can be compared across questions. The token vectors are
+    those of the embedder, which was not trained for this; no other model is loaded. They are cached in float16 in
+    memory, up to a gigabyte for each collection, so that a passage that many questions find is encoded once. A passage
+    without tokens scores -1, the lowest cosine; a question without tokens leaves the order unchanged.
+
+    Raises:
+        UserError: for an embedder without token vectors.
     """
 
     uses: ClassVar[tuple[str, ...]] = ("embedder",)
@@ -46,12 +51,13 @@ class MaxSim:
             )
         asked = list(dict.fromkeys(questions))
         queries = dict(zip(asked, encode(asked, queries=True), strict=True))
-        passages = _token_vectors(collection, encode, [passage for _, passage in _pairs(questions, hits)])
+        texts = [hit.chunk.text for found in hits for hit in found]
+        passages = _token_vectors(collection, encode, texts)
         scores = [
             _maxsim_scores(queries[question], [passages[hit.chunk.text] for hit in found])
             for question, found in zip(questions, hits, strict=True)
         ]
-        return _ranked(hits, np.concatenate([np.zeros(0, np.float32), *scores]))
+        return ranked(hits, np.concatenate([np.zeros(0, np.float32), *scores]))
 
 
 @jax.jit
@@ -59,10 +65,10 @@ class MaxSim:
 def maxsim(
     query: Float[Array, "T E"], length: Int[Array, ""], passage: Float[Array, "S E"], size: Int[Array, ""]
 ) -> Float[Array, ""]:
-    """Written for one passage: the mean over `length` query tokens of the highest dot product with `size` tokens.
+    """Return the mean over `length` query tokens of the highest dot product with one of `size` passage tokens.
 
-    Vectors of unit length; what stands past `length` and `size` is padding. Without passage tokens -1, without
-    query tokens 0.
+    The vectors have unit length; behind `length` and `size` is padding. The result is -1 without passage tokens, and 0
+    without query tokens. The function is written for one passage.
     """
     similarity = jnp.einsum("te,se->ts", query, passage, preferred_element_type=jnp.float32)
     best = jnp.where(jnp.arange(passage.shape[0]) < size, similarity, -1.0).max(axis=1)
@@ -72,7 +78,7 @@ def maxsim(
 def _maxsim_scores(
     query: Float32[np.ndarray, "T E"], passages: Sequence[Float[np.ndarray, "_ E"]]
 ) -> Float32[np.ndarray, "C"]:
-    """Every candidate's score; those of like lengths run together, in programs of few shapes."""
+    """Return every candidate's score; those of similar lengths are computed together, in programs of few sizes."""
     padded = _padded([query], 1)[0]
     order = np.argsort([len(passage) for passage in passages], kind="stable")
     scores = np.zeros(len(passages), np.float32)
@@ -87,7 +93,7 @@ def _maxsim_scores(
 
 
 def _padded(vectors: Sequence[Float[np.ndarray, "_ E"]], rows: int) -> Float32[np.ndarray, "C S E"]:
-    """The matrices in one array of `rows`, float32, zeros where they end."""
+    """Return the matrices as one float32 array of `rows`, zeros where they end."""
     longest = max(1, *(len(matrix) for matrix in vectors))
     array = np.zeros((rows, round_up_text(longest, 1 << 30), vectors[0].shape[1]), np.float32)
     for row, matrix in zip(array, vectors, strict=False):
@@ -95,25 +101,25 @@ def _padded(vectors: Sequence[Float[np.ndarray, "_ E"]], rows: int) -> Float32[n
     return array
 
 
-# Token vectors of each living collection's passages, by text, the oldest first.
-_kept: WeakKeyDictionary[Collection, OrderedDict[str, np.ndarray]] = WeakKeyDictionary()
+# The token vectors of each collection's passages, by text, the oldest first.
+_cache: WeakKeyDictionary[Collection, OrderedDict[str, np.ndarray]] = WeakKeyDictionary()
 
 
 def _token_vectors(
     collection: Collection, encode: Callable[[Sequence[str]], list[np.ndarray]], texts: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """float16 [S, E] of each text, from what is kept where it is there.
+    """Return the token vectors of each text, float16 [S, E], from the cache where they are there.
 
-    Always rounded to float16, kept or not: what was asked before may change no score.
+    They are rounded to float16 in any case, so that earlier questions do not change a score.
     """
-    kept = _kept.setdefault(collection, OrderedDict())
-    found = {text: kept.get(text) for text in texts}
-    missing = [text for text, vectors in found.items() if vectors is None]
+    cached = _cache.setdefault(collection, OrderedDict())
+    found = {text: cached[text] for text in texts if text in cached}
+    missing = [text for text in dict.fromkeys(texts) if text not in found]
     for start in range(0, len(missing), _BLOCK):
         block = missing[start : start + _BLOCK]
         for text, vectors in zip(block, encode(block), strict=True):
-            found[text] = kept[text] = vectors.astype(np.float16)
-    size = sum(vectors.nbytes for vectors in kept.values())
-    while size > _KEPT_BYTES:
-        size -= kept.popitem(last=False)[1].nbytes
+            found[text] = cached[text] = vectors.astype(np.float16)
+    size = sum(vectors.nbytes for vectors in cached.values())
+    while size > _CACHE_BYTES:
+        size -= cached.popitem(last=False)[1].nbytes
     return found

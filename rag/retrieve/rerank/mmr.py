@@ -1,10 +1,10 @@
-"""Maximal marginal relevance: passages that are about the question and not about one another.
+"""Rerank by maximal marginal relevance (Carbonell and Goldstein 1998): relevant to the question, and diverse.
 
-Q queries, C candidates (the passages to order), E embedding dim
+Q queries, C candidates (the passages of one question), E embedding dim
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import jax
@@ -12,31 +12,34 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
-from rag.index import fusion
+from rag.index.normalizers import min_max
 from rag.retrieve.collection import Collection
 from rag.runtime.options import Share, check_fields
+from rag.runtime.shapes import next_power_of_two
 from rag.types import Hit
 
 Relevance = Literal["cosine", "score"]
 
 _BATCH = 8  # queries of one call to XLA, always: the program, and so the rounding, is the same for any batch
-_LEAST = 16  # candidates of the smallest program; the others are its doubles
+_LEAST = 16  # candidates of the smallest program; the others have twice as many, and so on
 
 
 @dataclass(frozen=True)
 class MMR:
-    """A reranker that takes, again and again, the passage of highest marginal relevance (Carbonell and Goldstein 1998):
+    """Take again and again the passage of highest marginal relevance:
 
         weight * relevance - (1 - weight) * the highest cosine with a passage that was taken before
 
-    `weight`, their lambda: 1 orders by relevance alone, 0 takes what differs most. `relevance`: "cosine" is
-    theirs, the embedder's cosine of question and passage, whatever retriever found it; "score" is the hits'
-    own scores, the lowest of a question as 0 and the highest as 1 (equal ones as 1), which keeps the judgement
-    of a lexical or reranking method.
+    `weight` is the paper's lambda: 1 orders by relevance alone, 0 takes the most different. `relevance` "cosine" is the
+    paper's: the embedder's cosine of question and passage, whatever retriever found it; "score" is the hits' own
+    scores, scaled from 0 to 1 for each question (equal ones to 1), which keeps the order of a lexical or reranking
+    method.
 
-    A hit's new score is its marginal relevance when it was taken. It never rises from one hit to the next,
-    because what was taken only grows: an order by score is the order of taking. Ties go to the hit that came
-    before. Raises UserError for a weight outside 0 to 1 and an unknown relevance.
+    A hit's new score is its marginal relevance when it was taken. It never rises from one hit to the next, because the
+    set of taken passages only grows: an order by score is the order of taking. The earlier hit wins a tie.
+
+    Raises:
+        UserError: for a weight outside 0 to 1 and an unknown relevance.
     """
 
     weight: Share = 0.5
@@ -50,32 +53,32 @@ class MMR:
     def rerank(
         self, collection: Collection, questions: Sequence[str], hits: Sequence[Sequence[Hit]]
     ) -> list[list[Hit]]:
-        """All hits of each question in the order of taking, with their marginal relevance as scores."""
+        """Return the hits of each question in the order of taking, with their marginal relevance as scores."""
         queries = collection.embedder.encode_queries(questions)
         results: list[list[Hit]] = [[] for _ in hits]
         for size, batch in _batches([len(found) for found in hits]):
             vectors = np.zeros((_BATCH, size, queries.shape[1]), np.float32)
-            scores, live = np.zeros((_BATCH, size), np.float32), np.zeros((_BATCH, size), bool)
+            scores, real = np.zeros((_BATCH, size), np.float32), np.zeros((_BATCH, size), bool)
             asked = np.zeros((_BATCH, queries.shape[1]), np.float32)
             for row, i in enumerate(batch):
-                n, rows = len(hits[i]), [collection.row(hit.chunk) for hit in hits[i]]
+                n, rows = len(hits[i]), [hit.row for hit in hits[i]]
                 vectors[row, :n], scores[row, :n] = collection.index.vectors[rows], [h.score for h in hits[i]]
-                asked[row], live[row, :n] = queries[i], True
+                asked[row], real[row, :n] = queries[i], True
             cosine = self.relevance == "cosine"
-            relevance = _cosines(asked, vectors) if cosine else _rescaled(scores, live)
-            orders, gains = map(np.asarray, _take_all(relevance, vectors, live, self.weight))
+            relevance = _cosines(asked, vectors) if cosine else _rescaled(scores, real)
+            orders, gains = map(np.asarray, _take_all(relevance, vectors, real, self.weight))
             for row, i in enumerate(batch):
                 taken = zip(orders[row], gains[row], hits[i], strict=False)
-                results[i] = [Hit(hits[i][place].chunk, float(gain)) for place, gain, _ in taken]
+                results[i] = [replace(hits[i][position], score=float(gain)) for position, gain, _ in taken]
         return results
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """(C, queries): up to _BATCH queries of one padded length C, which is each query's own; none without hits."""
+    """Yield (C, queries): up to _BATCH queries of one padded length C; no queries without hits."""
     sizes: dict[int, list[int]] = {}
     for query, n in enumerate(lengths):
         if n:
-            sizes.setdefault(max(_LEAST, 1 << (n - 1).bit_length()), []).append(query)
+            sizes.setdefault(max(_LEAST, next_power_of_two(n)), []).append(query)
     for size, queries in sizes.items():
         for start in range(0, len(queries), _BATCH):
             yield size, queries[start : start + _BATCH]
@@ -87,26 +90,26 @@ def _cosines(queries: Float[Array, "Q E"], vectors: Float[Array, "Q C E"]) -> Fl
 
 
 @jax.jit
-def _rescaled(scores: Float[Array, "Q C"], live: Bool[Array, "Q C"]) -> Float[Array, "Q C"]:
-    return jax.vmap(fusion.min_max)(scores, live)
+def _rescaled(scores: Float[Array, "Q C"], real: Bool[Array, "Q C"]) -> Float[Array, "Q C"]:
+    return jax.vmap(min_max)(scores, real)
 
 
 @jax.jit
 def _take_all(
     relevance: Float[Array, "Q C"],
     vectors: Float[Array, "Q C E"],
-    live: Bool[Array, "Q C"],
+    real: Bool[Array, "Q C"],
     weight: ScalarLike,
 ) -> tuple[Int[Array, "Q C"], Float[Array, "Q C"]]:
-    return jax.vmap(take, (0, 0, 0, None))(relevance, vectors, live, weight)
+    return jax.vmap(take, (0, 0, 0, None))(relevance, vectors, real, weight)
 
 
 def take(
-    relevance: Float[Array, "C"], vectors: Float[Array, "C E"], live: Bool[Array, "C"], weight: ScalarLike
+    relevance: Float[Array, "C"], vectors: Float[Array, "C E"], real: Bool[Array, "C"], weight: ScalarLike
 ) -> tuple[Int[Array, "C"], Float[Array, "C"]]:
-    """The order in which candidates are taken, and each one's marginal relevance when it was.
+    """Return the order in which the candidates are taken, and the marginal relevance of each when it is taken.
 
-    `vectors` have unit length. Those that are not `live` are never relevant: they come last, at -inf.
+    `vectors` have unit length. Candidates that are not `real` are padding: they come last, with -inf.
     """
     similarity = jnp.einsum("ce,de->cd", vectors, vectors, precision="highest")
 
@@ -118,7 +121,7 @@ def take(
         best = jnp.argmax(gains)
         return (jnp.maximum(nearest, similarity[best]), left.at[best].set(False)), (best, gains[best])
 
-    # No cosine is below -1: before anything is taken all candidates are that far from it, and gains only fall.
-    start = jnp.full_like(relevance, -1.0), live
+    # No cosine is below -1: with this start the gains can only fall.
+    start = jnp.full_like(relevance, -1.0), real
     _, (order, gains) = jax.lax.scan(step, start, length=len(relevance))
     return order, gains

@@ -1,10 +1,9 @@
-"""Query transforms: other texts to search for in place of a question. The protocol of a transform."""
+"""Query transforms write other texts to search for in place of a question. This is the protocol of a transform."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-if TYPE_CHECKING:
-    from rag.retrieve.collection import Collection
+from rag.retrieve.collection import Collection
 
 
 @runtime_checkable
@@ -12,8 +11,10 @@ class Transform(Protocol):
     """A frozen dataclass that writes other texts to search for in place of a question."""
 
     @property
-    def uses(self) -> tuple[str, ...]: ...
+    def uses(self) -> tuple[str, ...]:
+        """Return which of "embedder" and "generator" the texts depend on."""
+        ...
 
-    def expand(self, collection: "Collection", questions: Sequence[str]) -> list[list[str]]:
-        """One text or more for each question, the most important first."""
+    def expand(self, collection: Collection, questions: Sequence[str]) -> list[list[str]]:
+        """Return one text or more for each question, the most important first."""
         ...

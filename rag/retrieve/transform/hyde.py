@@ -1,22 +1,22 @@
-"""HyDE (Gao et al. 2022, arXiv:2212.10496): search for a hypothetical answer."""
+"""HyDE (Gao et al. 2022, arXiv:2212.10496): search for hypothetical answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rag.retrieve.collection import Collection
 from rag.retrieve.transform.instruction import Instruction
-from rag.retrieve.transform.written import _expanded, passage
+from rag.retrieve.transform.parse import passage
 from rag.runtime.options import Count
 from rag.types import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class HyDE(Instruction):
-    """`count` passages that might answer the question, invented, to find real ones like them (Gao et al. 2022).
+    """Write `count` hypothetical passages that might answer the question, to find real ones like them.
 
-    The paper averages the vectors of the passages and of the question and searches once. Here each text is
-    searched, and the rankings are fused, so that lexical search profits too. Raises UserError for a count
-    below 1, and for several passages without temperature, which would all be the same.
+    The paper averages the vectors of the passages and of the question and searches once. Here each text is searched,
+    and the rankings are fused, so that it also works with lexical search. Raises UserError for a count below 1, and for
+    several passages at temperature 0, which would all be the same.
     """
 
     count: Count = 1
@@ -30,6 +30,12 @@ class HyDE(Instruction):
             )
 
     def expand(self, collection: Collection, questions: Sequence[str]) -> list[list[str]]:
-        """The invented passages of each question."""
-        options = {"most": self.count, "copies": self.count}
-        return _expanded(self, collection, questions, passage, self.include_original, **options)
+        """Return the hypothetical passages of each question."""
+        return self.expand_with(
+            collection,
+            questions,
+            passage,
+            most=self.count,
+            include_original=self.include_original,
+            copies=self.count,
+        )
