@@ -91,5 +91,5 @@ def test_a_page_may_declare_its_encoding(tmp_path):
     "declared", ["utf-16", "UTF-16LE", "unicode_escape", "idna", "rot13", "base64", "nonsense"]
 )
 def test_what_a_page_may_not_declare_is_not_believed(declared):
-    """Python knows encodings that are none of a web page's; a page that declares UTF-16 in ASCII letters is not in it."""
+    """Python knows encodings that no page may declare; a page that says UTF-16 in ASCII letters is not in UTF-16."""
     assert decode("Ein Café, ein \\x41.".encode("cp1252"), declared) == "Ein Café, ein \\x41."
