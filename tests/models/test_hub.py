@@ -208,8 +208,8 @@ def patched(data: bytes, *changes: tuple[bytes, int, bytes]) -> bytes:
     """A ZIP file with some bytes of the record of its first member in the list changed: (magic, offset, bytes)."""
     out = bytearray(data)
     for magic, offset, value in changes:
-        path = out.index(magic) + offset
-        out[path : path + len(value)] = value
+        at = out.index(magic) + offset
+        out[at : at + len(value)] = value
     return bytes(out)
 
 
