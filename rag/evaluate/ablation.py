@@ -121,14 +121,14 @@ class _AnswerSettings:
     sampling: Sampling
     options: AnswerOptions
 
-    uses: ClassVar[tuple[str, ...]] = ("generator",)
+    depends_on: ClassVar[tuple[str, ...]] = ("generator",)
 
 
 @dataclass(frozen=True)
 class _LikelihoodSettings:
     """The options that likelihoods depend on, for their cache key."""
 
-    uses: ClassVar[tuple[str, ...]] = ("generator",)
+    depends_on: ClassVar[tuple[str, ...]] = ("generator",)
 
 
 def answer_all(inputs: AblationInputs, found: Mapping[str, Sequence[Hit]]) -> Iterator[Reply]:

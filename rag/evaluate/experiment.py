@@ -90,7 +90,7 @@ class Experiment:
 
     @property
     def _uses_generator(self) -> bool:
-        return bool(self.ablation.conditions) or "generator" in self.method.uses
+        return bool(self.ablation.conditions) or "generator" in self.method.depends_on
 
     @cached_property
     def key(self) -> str:
@@ -144,7 +144,7 @@ class Experiment:
                 self.dataset, chunks, self.embedder, self.generator, memo
             )
             estimate.estimate_search(collection, self.method, queries, self.evaluation.depth + 1)
-            if "embedder" in self.method.uses:
+            if "embedder" in self.method.depends_on:
                 estimate.estimate_embedding(collection, [chunk.text for chunk in chunks])
         if self.ablation.conditions:
             questions = len(queries) + len(self.dataset.unanswerable)

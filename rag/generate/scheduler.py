@@ -1,9 +1,9 @@
 """Continuous batching (Orca, Yu et al., OSDI 2022): prompts join the rows of one decode batch as others leave them.
 
 A batch of prompts is prefilled by a program of its own shape and inserted into free rows; all rows are decoded by one
-program; a row whose answer ends is free at once. A common prefix of prompts is prefilled once, and the rest of each
-prompt after it. Short prompts come first, so that attention, which costs what the longest row has, costs little for as
-long as possible; the cache grows when a longer prompt joins.
+program; a row is freed after the dispatch in which its answer ends. A common prefix of prompts is prefilled once, and
+the rest of each prompt after it. Short prompts come first, because the cost of attention grows with the slots of the
+cache, and these with the longest request; the cache grows when a longer prompt joins.
 
 Letters: B batch rows, T query tokens, S tokens of a common prefix (its cache slots).
 """
@@ -74,7 +74,7 @@ def insert_row(
 
     def put(into: Array, new: Array) -> Array:
         new = lax.dynamic_index_in_dim(new, source)
-        new = new[:, :, :shared] if new.ndim == 4 else new
+        new = new[:, :, :shared] if new.ndim == 4 else new  # 4: keys and values; the others have no slots
         return lax.dynamic_update_slice(into, new, (row, *[0] * (into.ndim - 1)))
 
     return jax.tree.map(put, state, part)
@@ -139,7 +139,7 @@ class Scheduler:
     """The rows of one decode batch, and the request that each row answers."""
 
     def __init__(self, engine: Engine, sampling: Sampling, tokens_per_batch: int, most: int = MAX_ROWS):
-        """Make a batch without rows; `most` rows are enough at any time, whatever `tokens_per_batch` allows."""
+        """Make an empty batch, of at most `most` rows and of as many as `tokens_per_batch` allows."""
         self._engine, self._sampling, self._most = engine, sampling, next_power_of_two(most)
         self._tokens_per_batch = tokens_per_batch
         self._capacity = 0
@@ -152,7 +152,7 @@ class Scheduler:
         return sum(request is not None for request in self._requests)
 
     def has_room(self, batch: PrefillBatch) -> bool:
-        """Return whether the batch can join now; until then, decode on."""
+        """Return whether the batch can join now; if not, continue decoding."""
         rows = len(self._requests) if batch.capacity <= self._capacity else self._row_count(batch.capacity)
         return self.busy + len(batch.members) <= rows
 
@@ -160,10 +160,10 @@ class Scheduler:
         """Put the rows of `part`, the prefilled batch, into free rows.
 
         Yields:
-            (request, its first token; no token if that ends the answer).
+            (request, its first token in a list; an empty list if the token ends the answer).
 
         Raises:
-            RuntimeError: for a row that the cache could not hold to its end, or without enough free rows.
+            RuntimeError: for a row that the cache could not hold with its whole answer, or without enough free rows.
         """
         left = np.asarray(part.remaining).max() + 1  # prefill chose the first new token
         check_capacity(np.asarray(part.length).tolist(), int(left), batch.capacity)
@@ -184,7 +184,7 @@ class Scheduler:
             yield request, tokens
 
     def step(self) -> Iterator[tuple[int, list[int]]]:
-        """Run one decode dispatch; yield (request, its new tokens) of each busy row."""
+        """Decode up to `Engine.steps_per_dispatch` steps; yield (request, its new tokens) of each busy row."""
         if self._state is None:
             raise RuntimeError("no request has joined yet")
         self._state, made = self._engine.decode(self._state, self._sampling)
@@ -205,7 +205,7 @@ class Scheduler:
         return min(self._most, max_rows(capacity, self._tokens_per_batch))
 
     def _grown(self, capacity: int, part: DecodeState) -> DecodeState:
-        """Return a state of larger rows, perhaps fewer; busy rows move to the front."""
+        """Return a state with more cache slots a row, perhaps fewer rows; busy rows move to the front."""
         busy = [(row, request) for row, request in enumerate(self._requests) if request is not None]
         count = self._row_count(capacity)
         state = empty_state(part, count, capacity)

@@ -1,4 +1,4 @@
-"""An index on disk: one immutable segment, and the manifest that names it.
+"""Open an index on disk, which rag.index.writer wrote: one immutable segment, and the manifest that names it.
 
     index/manifest.json              the only commit point: written last, replaced in one step (rag.index.manifest)
     index/segment-000001-1a2b3c4d/   documents.arrow  id, path, title, text
@@ -9,10 +9,10 @@
                                      checksums        of each piece of the other files (rag.index.segment)
 
 N is the number of chunks, E the embedding dim. A writer makes a whole new segment and flushes it to the disk, then
-replaces the manifest. A writer that is killed leaves the old index or the new one, and files that the next writer
-removes. A reader holds a shared lock on its segment, and no writer removes a locked segment: an opened index does not
-change. Opening reads the manifest and maps the files into memory; data is read only when it is asked for, and
-compared with its checksum first.
+replaces the manifest. A writer that is killed leaves a whole index, the old one or the new one, and temporary files
+that the next writer removes. A reader holds a shared lock on its segment, and no writer removes a locked segment: an
+opened index does not change. Opening reads the manifest and maps the files into memory; data is read only when it is
+asked for, and compared with its checksum first.
 """
 
 import fcntl
@@ -41,7 +41,7 @@ CHUNKS = pa.schema([(name, pa.int64()) for name in ("document", "start", "end")]
 
 
 def exists(path: Path) -> bool:
-    """Return whether there is an index at `path`, also one that this version cannot read."""
+    """Return whether there is an index at `path`, even one that this version cannot read."""
     return (path / manifests.NAME).exists()
 
 
@@ -54,9 +54,7 @@ class Index:
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path, self.manifest = path, manifest
-        self._document_row: dict[
-            str, int
-        ] = {}  # of the documents that were read: their texts are asked for next
+        self._document_row: dict[str, int] = {}  # of documents that were read: document_text usually follows
         folder = path / manifest.segment
         with _undamaged(path):
             self._close = weakref.finalize(self, os.close, _shared_lock(folder))
@@ -76,7 +74,7 @@ class Index:
     def open(cls, path: Path) -> "Index":
         """Open the index at `path`.
 
-        Raises UserError when there is none, when it has another format, and when a file is missing or cut short.
+        Raises UserError when there is none, when it has another format, and when a file is missing or truncated.
         """
         manifest = manifests.read(path)
         while True:
@@ -93,7 +91,7 @@ class Index:
         self._close()
 
     def recheck(self) -> None:
-        """Compare what was read with its checksums again, of files that were written to since. Raises UserError."""
+        """Verify again the parts that were read already, of files modified since. Raises UserError."""
         with _undamaged(self.path):
             self._segment.recheck()
 
@@ -113,7 +111,7 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """Return 64 hex digits of the documents' texts and the chunks' spans."""
+        """Return the SHA-256 (hex) of the documents' texts and the chunks' spans, not of the vectors."""
         files = self.manifest.files
         return cache_key.content_key([files[name].sha256 for name in ("documents.arrow", "chunks.arrow")])
 
@@ -129,7 +127,7 @@ class Index:
 
     @property
     def vectors(self) -> Float32[np.ndarray, "N E"]:
-        """Return the vectors of all chunks, memory-mapped; the first call compares all with their checksums."""
+        """Return the vectors of all chunks, memory-mapped; the first access verifies all of them."""
         with _undamaged(self.path):
             self._segment["vectors.npy"].check()
         return self._vectors
@@ -194,7 +192,7 @@ class Index:
             return self._documents.column("id")
 
     def spans(self) -> Int64[np.ndarray, "N 3"]:
-        """Return the row of each chunk's document, its first character and its end, exclusive."""
+        """Return the row of each chunk's document, its first character and its end character (exclusive)."""
         return self._spans
 
     @cached_property
@@ -222,7 +220,7 @@ def _undamaged(path: Path) -> Iterator[None]:
     except Damaged as error:
         if not path.exists():
             raise UserError(
-                f"The index at {path} was moved or removed while it was open: start again."
+                f"The index at {path} was moved or removed while it was open: open it again."
             ) from error
         raise UserError(f"The index at {path} is damaged, {error}: ingest the corpus again.") from error
 

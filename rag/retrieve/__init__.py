@@ -16,7 +16,7 @@ class Retriever(Protocol):
     """
 
     @property
-    def uses(self) -> tuple[str, ...]:
+    def depends_on(self) -> tuple[str, ...]:
         """Return which of "embedder" and "generator" the results depend on, beside the passages."""
         ...
 

@@ -1,7 +1,8 @@
 """Retrieval methods with their results in the cache: search, rerank and expand.
 
-A method runs the methods inside it through these functions, so that an arm of a hybrid and the same arm alone share
-one cached result. A collection without a memo computes everything.
+A method runs the methods inside it through these functions, so that an arm of a hybrid and the same arm
+alone share cached batches of results where they are asked the same questions. A collection without a memo computes
+everything.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from rag.retrieve.rerank import Reranker
 from rag.retrieve.transform import Transform
 from rag.types import Hit
 
-Packed = Sequence[Sequence[int | float]]  # the row and the score of each hit, as JSON holds them
+StoredHits = Sequence[Sequence[int | float]]  # the row and the score of each hit, as JSON holds them
 
 
 def cached_search(
@@ -22,7 +23,7 @@ def cached_search(
     if collection.memo is None:
         return method.search(collection, questions, k)
 
-    def compute(questions: Sequence[str]) -> list[Packed]:
+    def compute(questions: Sequence[str]) -> list[StoredHits]:
         return [_pack(hits) for hits in method.search(collection, questions, k)]
 
     found = collection.cached_map(f"search {type(method).__name__}", (method, k), questions, compute)
@@ -32,14 +33,14 @@ def cached_search(
 def cached_rerank(
     collection: Collection, method: Reranker, questions: Sequence[str], hits: Sequence[Sequence[Hit]]
 ) -> list[list[Hit]]:
-    """Return `method.rerank`: the hits of each question with new scores, best first."""
+    """Return `method.rerank`: each question's hits with new scores, best first; a reranker may leave some out."""
     if collection.memo is None:
         return method.rerank(collection, questions, hits)
 
-    def compute(items: Sequence[tuple[str, Packed]]) -> list[Packed]:
+    def compute(items: Sequence[tuple[str, StoredHits]]) -> list[StoredHits]:
         questions, packed = zip(*items, strict=True)
         candidates = [_unpack(collection, one) for one in packed]
-        return [_pack(best) for best in method.rerank(collection, questions, candidates)]
+        return [_pack(ranked) for ranked in method.rerank(collection, questions, candidates)]
 
     items = [(question, _pack(found)) for question, found in zip(questions, hits, strict=True)]
     ranked = collection.cached_map(f"rerank {type(method).__name__}", method, items, compute, batch=16)
@@ -57,13 +58,13 @@ def cached_expand(collection: Collection, method: Transform, questions: Sequence
 
     name = f"transform {type(method).__name__}"
     texts = collection.cached_map(name, method, questions, compute, batch=16, passages=False)
-    return [written or [] for written in texts]  # None where a dry memo computes nothing
+    return [some or [] for some in texts]  # None where a dry memo, which only counts, computes nothing
 
 
-def _pack(hits: Sequence[Hit]) -> Packed:
+def _pack(hits: Sequence[Hit]) -> StoredHits:
     return [(hit.row, hit.score) for hit in hits]
 
 
-def _unpack(collection: Collection, packed: Packed | None) -> list[Hit]:
+def _unpack(collection: Collection, packed: StoredHits | None) -> list[Hit]:
     """Return the hits that were packed; none where a dry memo computed nothing."""
     return collection.hits(*zip(*packed, strict=True)) if packed else []

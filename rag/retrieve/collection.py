@@ -154,7 +154,7 @@ class Collection:
 
     def cache_key(self, method: Any, passages: bool = True) -> str:
         """Return a key of all that a method's results depend on: its options, models and code, and the passages."""
-        models = sorted({name for part in _dataclasses(method) for name in getattr(part, "uses", ())})
+        models = sorted({name for part in _dataclasses(method) for name in getattr(part, "depends_on", ())})
         versions = {name: model_version(self._model(name)) for name in models}
         corpus = self.index.fingerprint if passages else None
         return content_key(method, versions, corpus, code_version(method, type(self)))

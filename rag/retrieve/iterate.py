@@ -32,7 +32,7 @@ class _FollowUpSettings:
     stop: Sequence[str]
     seed: int
 
-    uses: ClassVar[tuple[str, ...]] = ("generator",)
+    depends_on: ClassVar[tuple[str, ...]] = ("generator",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,8 @@ class Iterative(Instruction):
             raise UserError("The prompt shows no passages: put {context} into retriever.user.")
 
     @property
-    def uses(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.retriever.uses, "generator")))
+    def depends_on(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.retriever.depends_on, "generator")))
 
     @property
     def template(self) -> PromptTemplate:

@@ -1,7 +1,7 @@
 """Retrieval methods: dense, lexical, and those made of others: hybrid, reranked, transformed.
 
 Each is a frozen dataclass of options. Methods nest, and each level is searched with `cached_search`, so that an arm of
-a hybrid and the same arm alone share one cached result.
+a hybrid and the same arm alone share cached results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ from rag.types import Hit, UserError
 
 @dataclass(frozen=True)
 class Dense:
-    """Search by the cosine of the embedder's vectors: exact, or as `index` says."""
+    """Search by the cosine of the embedder's vectors, exactly unless `index` says otherwise."""
 
     index: VectorSearch = field(default_factory=Exact)
 
-    uses: ClassVar[tuple[str, ...]] = ("embedder",)
-    lowest: ClassVar[float] = -1.0  # that a score can be
+    depends_on: ClassVar[tuple[str, ...]] = ("embedder",)
+    lowest: ClassVar[float] = -1.0  # the lowest possible score
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
         index = collection.dense(self.index)
@@ -39,12 +39,12 @@ class Dense:
 
 @dataclass(frozen=True)
 class Lexical:
-    """Search by the words that question and passage share: BM25, or the cosine of TF-IDF vectors, by `weights`."""
+    """Search by the words that question and passage share; `weights` chooses BM25 or the cosine of TF-IDF vectors."""
 
     weights: BM25Weights | TfIdfWeights = BM25Weights()
     analyzer: Analyzer = Analyzer()
 
-    uses: ClassVar[tuple[str, ...]] = ()
+    depends_on: ClassVar[tuple[str, ...]] = ()
     lowest: ClassVar[float] = 0.0
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
@@ -70,18 +70,18 @@ class Hybrid:
         object.__setattr__(self, "arms", dict(sorted(self.arms.items())))
 
     @property
-    def uses(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for arm in self.arms.values() for name in arm.uses))
+    def depends_on(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for arm in self.arms.values() for name in arm.depends_on))
 
     @property
     def lower_bounds(self) -> list[float] | None:
-        """Return the lowest score that each arm can give; None where that is not known of all."""
+        """Return the lowest score that each arm can give; None if it is unknown for any arm."""
         lowest = [getattr(arm, "lowest", None) for arm in self.arms.values()]
         known = [bound for bound in lowest if bound is not None]
         return known if len(known) == len(lowest) else None
 
     def inner(self, k: int) -> list[tuple[Retriever, int]]:
-        """Return the methods that are searched for the same questions, each with its depth."""
+        """Return the methods that are searched with the same questions, each with its k: for estimates and tuning."""
         return [(arm, max(k, self.depth)) for arm in self.arms.values()]
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
@@ -92,7 +92,7 @@ class Hybrid:
 
 @dataclass(frozen=True)
 class Reranked:
-    """Let a reranker order the retriever's `depth` best; the rest follows in its old order, with scores below."""
+    """Rerank the first `depth` hits of a retriever; the others keep their order, with lower scores."""
 
     retriever: Retriever
     reranker: Reranker
@@ -102,11 +102,11 @@ class Reranked:
         check_fields(self)
 
     @property
-    def uses(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.retriever.uses, *self.reranker.uses)))
+    def depends_on(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.retriever.depends_on, *self.reranker.depends_on)))
 
     def inner(self, k: int) -> list[tuple[Retriever, int]]:
-        """Return the method that is searched for the same questions, with its depth."""
+        """Return the method that is searched with the same questions, with its k: for estimates and tuning."""
         return [(self.retriever, max(k, self.depth))]
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
@@ -126,25 +126,25 @@ def _below(top: Sequence[Hit], rest: Sequence[Hit]) -> list[Hit]:
 
 @dataclass(frozen=True)
 class Transformed:
-    """Search for the texts that a transform writes in place of each question, and fuse what they find."""
+    """Search with the texts that a transform writes in place of a question, and fuse the results."""
 
     retriever: Retriever
     transform: Transform
     fusion: Fusion = ReciprocalRank()
-    depth: Count = 100  # of each text
+    depth: Count = 100  # hits of each text
 
     def __post_init__(self):
         check_fields(self)
 
     @property
-    def uses(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.retriever.uses, *self.transform.uses)))
+    def depends_on(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.retriever.depends_on, *self.transform.depends_on)))
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        texts = cached_expand(collection, self.transform, questions)
-        flat = [text for written in texts for text in written]
+        expanded = cached_expand(collection, self.transform, questions)
+        flat = [text for texts in expanded for text in texts]
         found = iter(cached_search(collection, self.retriever, flat, max(k, self.depth)))
-        arms = [[next(found) for _ in written] for written in texts]
+        arms = [[next(found) for _ in texts] for texts in expanded]
         return [hits[:k] for hits in fuse_searches(self.fusion, arms, self.retriever)]
 
 

@@ -98,7 +98,7 @@ def _numbers(text: str, count: int) -> np.ndarray:
 class Cosine:
     """Dense search in numpy."""
 
-    uses: ClassVar[tuple[str, ...]] = ("embedder",)
+    depends_on: ClassVar[tuple[str, ...]] = ("embedder",)
     lowest: ClassVar[float] = -1.0
 
     def search(self, collection: Any, questions: Sequence[str], k: int) -> list[list[Hit]]:

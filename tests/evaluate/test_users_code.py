@@ -32,7 +32,7 @@ MODULES = {
 
         @dataclass(frozen=True)
         class Longest:
-            uses: ClassVar = ()
+            depends_on: ClassVar = ()
 
             def rerank(self, collection, questions, hits):
                 from my_scores import score  # late, as by someone who saves time at the start

@@ -123,7 +123,7 @@ def test_the_step_budget_ends_it(steps):
 
     @dataclass(frozen=True)
     class Noted:
-        uses = ()
+        depends_on = ()
 
         def search(self, collection, questions, k):
             searched.extend(questions)
@@ -249,7 +249,7 @@ def test_other_options_of_the_follow_up_write_it_again(tmp_path, options, again)
 
 def test_it_depends_on_its_retrievers_models_and_on_the_reader():
     assert isinstance(iterative(), Retriever)
-    assert iterative().uses == ("embedder", "generator")
+    assert iterative().depends_on == ("embedder", "generator")
     assert iterative() == iterative(temperature=0)
 
 

@@ -143,7 +143,7 @@ def test_few_programs_serve_many_questions():
 def test_it_is_a_reranker_kept_by_its_options():
     assert isinstance(MMR(), Reranker)
     assert MMR(1) == MMR(1.0)
-    assert MMR.uses == ("embedder",)
+    assert MMR.depends_on == ("embedder",)
 
 
 @pytest.mark.parametrize(

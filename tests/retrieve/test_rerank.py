@@ -137,7 +137,7 @@ def test_a_question_is_scored_as_it_is_alone(collection, reranker):
 def test_its_options_are_its_cache_key(reranker):
     assert len(content_key(reranker)) == 64
     assert hash(reranker) == hash(reranker)
-    assert set(reranker.uses) <= {"embedder", "generator"}
+    assert set(reranker.depends_on) <= {"embedder", "generator"}
 
 
 @pytest.mark.parametrize("question", ["", "   ", "\U0001f9ad", "z" * 1_000_000, "seal " * 200_000])

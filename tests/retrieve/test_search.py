@@ -45,7 +45,7 @@ def names(hits: Sequence[Hit]) -> list[str]:
 class Backwards:
     """A reranker that turns the order round."""
 
-    uses: ClassVar[tuple[str, ...]] = ()
+    depends_on: ClassVar[tuple[str, ...]] = ()
 
     def rerank(self, collection, questions, hits):
         return [
@@ -58,7 +58,7 @@ class Wordings:
     """A transform that always writes the same texts."""
 
     texts: tuple[str, ...]
-    uses: ClassVar[tuple[str, ...]] = ("generator",)
+    depends_on: ClassVar[tuple[str, ...]] = ("generator",)
 
     def expand(self, collection, questions):
         return [list(self.texts) for _ in questions]

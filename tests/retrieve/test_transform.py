@@ -228,7 +228,7 @@ def test_seeds_beyond_the_last_begin_again():
 @pytest.mark.parametrize("transform", [REWRITE, MULTI, HYDE, DECOMPOSE])
 def test_transforms_are_hashable_and_depend_on_the_model(transform):
     assert isinstance(transform, Transform)
-    assert transform.uses == ("generator",)
+    assert transform.depends_on == ("generator",)
     assert hash(transform) == hash(type(transform)(user=transform.user, temperature=0, stop=[]))
 
 

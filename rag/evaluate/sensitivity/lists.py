@@ -32,7 +32,7 @@ class ListSensitivity:
         system, options = self.system, self.options
         variations: list[Variation] = []
         skipped: list[str] = []
-        embeds = "embedder" in system.method.uses
+        embeds = "embedder" in system.method.depends_on
         if not embeds:
             skipped.append("tokens_per_batch and vector_dtypes are left out: the method uses no vectors.")
         elif system.embedder_of_batch is None:

@@ -1,8 +1,8 @@
 """Precompute the KV caches of passages, and assemble those of a prompt.
 
-A passage is prefilled behind the prompt's prefix alone (the system text and what the template puts first), as if it
-were the first one: the first tokens of a text draw much attention whatever they are (StreamingLLM, Xiao et al. 2023,
-arXiv:2309.17453), and every passage that was prefilled without them would bring such a sink of its own. Keys are
+A passage is prefilled after the prefix alone (the prompt's text before its first passage, without earlier turns), as if
+it were the first one: the first tokens of a text draw much attention whatever they are (StreamingLLM, Xiao et al. 2023,
+arXiv:2309.17453), and every passage that was prefilled without them would have an attention sink of its own. Keys are
 stored before their rotation by RoPE; a key is rotated to the position that the passage has in a prompt.
 
 Letters: B passages prefilled together, L layers, K kv heads, T tokens, S cache slots, D head dim, R rotated pairs.
@@ -49,7 +49,7 @@ def prefill_passages(packed: Packed[Llama], tokens: Int[Array, "B T"]) -> Float1
 
 @partial(jax.jit, static_argnames="dtype")
 def rotate_keys(
-    values: Shaped[Array, "2 K S D"],
+    stored: Shaped[Array, "2 K S D"],
     scales: Float32[Array, "2 K S 1"] | None,
     rotary: Float[Array, "2 1 S R"],
     dtype: np.dtype,
@@ -59,15 +59,15 @@ def rotate_keys(
     It runs on one layer, because a program of all layers takes a second to compile for each number of slots.
 
     Args:
-        values: keys and values, float16 or int8.
-        scales: those of int8 values.
+        stored: keys and values, float16 or int8.
+        scales: those of int8.
         rotary: the rotations of the positions.
         dtype: of the cache.
     """
-    vectors = values.astype(jnp.float32)
+    keys_values = stored.astype(jnp.float32)
     if scales is not None:
-        vectors = vectors * scales
-    return rotate(vectors[:1], rotary).astype(dtype), vectors[1:].astype(dtype)
+        keys_values = keys_values * scales
+    return rotate(keys_values[:1], rotary).astype(dtype), keys_values[1:].astype(dtype)
 
 
 @partial(jax.jit, static_argnames=("c", "size"))
@@ -116,7 +116,7 @@ class ChunkKVCache:
         return FillReport(len(missing), {file: (tokens, _size(file)) for file, tokens in files.items()})
 
     def missing(self, prompts: Iterable[Sequence[Message]]) -> dict[Path, int]:
-        """Return the files that `fill` would write, and the tokens of each, without computing anything."""
+        """Return the files that are not there yet, and the tokens of each, without computing anything."""
         files = {self.store.path(*entry): len(entry[1]) for entry in self._entries(prompts)}
         return {file: tokens for file, tokens in files.items() if not file.exists()}
 
@@ -153,22 +153,23 @@ class ChunkKVCache:
         """Copy stored keys and values side by side into one array, so that one program rotates all lengths."""
         c, int8 = self._engine.model.config, self._dtype == "int8"
         shape = (c.num_hidden_layers, 2, c.num_key_value_heads, capacity, c.head_dim)
-        values = np.ones(shape, np.int8) if int8 else np.full(shape, llama.UNUSED_SLOT, np.float16)
+        # In int8 any value will do for unused slots: their scale is 0.
+        stored_values = np.ones(shape, np.int8) if int8 else np.full(shape, llama.UNUSED_SLOT, np.float16)
         scales = np.full((*shape[:-1], 1), llama.UNUSED_SLOT, np.float32) if int8 else None
         for (start, end), kv in zip(spans, stored, strict=True):
-            part = kv[:, :, :, : end - start]
+            part = kv[:, :, :, : end - start]  # a prompt may begin with a part of the prefix alone
             if scales is None:
-                values[:, :, :, start:end] = part
+                stored_values[:, :, :, start:end] = part
             else:
-                values[:, :, :, start:end] = part["values"]
+                stored_values[:, :, :, start:end] = part["values"]
                 scales[:, :, :, start:end, 0] = part["scale"]
         dtype, rotary = cache_dtype(self._engine.model), _rotations(c, capacity)
         layers = [
             rotate_keys(layer, None if scales is None else scales[i], rotary, dtype)
-            for i, layer in enumerate(values)
+            for i, layer in enumerate(stored_values)
         ]
-        keys, vectors = zip(*layers, strict=True)
-        return KVCache(keys, vectors)
+        keys, values = zip(*layers, strict=True)
+        return KVCache(keys, values)
 
     def _compute(
         self, entries: Sequence[tuple[Ids, Ids]], progress: Callable[[int], None] = lambda done: None

@@ -3,10 +3,10 @@
     N vectors, Q queries, E embedding dim, k results, G groups of consecutive rows
 
 Every vector is stored a second time in 8 bits, with the length of its rounding error. For a query q and a row x,
-rounded to q' (two digits of 8 bits, rag.ops.linear) and x', Cauchy and Schwarz give
-q.x <= q'.x' + |q| |x - x'| + |q - q'| |x'|: a bound on the exact score for a quarter of the memory to read. The rows of
-highest bound are scored exactly; where the k-th of them is above the highest bound left out, nothing can have been
-missed. The other queries are searched again, exactly: the results are always those of DenseIndex.
+rounded to q' (a sum of two int8 terms, rag.ops.linear) and x', Cauchy and Schwarz give
+q.x <= q'.x' + |q| |x - x'| + |q - q'| |x'|: a bound on the exact score for a quarter of the memory to read. The groups
+with the highest bounds are scored exactly; where the k-th best exact score is above the highest bound left out, nothing
+can have been missed. The other queries are searched again, exactly: the results are always those of DenseIndex.
 
 So only the speed depends on the scan. How often a proof succeeds, and from how many rows, is calibrated on queries
 mixed of the index's own vectors, and counted on those that are asked; batches for which a scan is not expected to pay
@@ -33,7 +33,7 @@ from rag.runtime.shapes import next_power_of_two
 
 _GROUP = 16  # rows of a group
 _BLOCK = 1 << 14  # rows that are converted at once
-# The largest rounding error of two digits in an entry, as a part of the row's largest entry.
+# The largest rounding error of an entry of a two-digit query, as a fraction of the query's largest entry.
 _DIGITS_ERROR = 1 / (127 * 254 * 2)
 _SAMPLE = 32  # queries of the calibration
 _TIMES = (1, 2, 4, 8)  # multiples of the option's candidates that the calibration tries
@@ -45,7 +45,7 @@ _GROUP_COST = 60
 class Int8Scan:
     """The options of an Int8Index.
 
-    `candidates` groups of 16 rows beyond k are scored exactly, or up to 8 times as many where that proves more.
+    k + `candidates` groups of 16 rows are scored exactly, or up to 8 times as many candidates where that proves more.
     """
 
     candidates: Count = 32
@@ -60,7 +60,7 @@ class Int8Scan:
 def most_queries(dim: int) -> int:
     """Return the largest batch of queries for which a scan can be faster than exact search.
 
-    Beyond it the processor's products of 8 bits, or XLA's, take as much longer as those of more bits.
+    Above it, 8-bit products cost as much more for each further query as float products do.
     """
     return 16 if native.has_tiles(dim) else 8
 
@@ -86,12 +86,12 @@ class Queries(NamedTuple):
 
     vectors: Float32[Array, "Q E"]
     lengths: Float32[Array, "Q"]
-    slack: Float32[Array, "Q"]  # what digits and rounding can change a product with the longest row
+    slack: Float32[Array, "Q"]  # largest error of a score, from digits and float32, for the longest row
 
 
 @dataclass
 class Proofs:
-    """For one k: how many groups are scored exactly, and for how many of the queries so far that gave a proof."""
+    """For one k: the number of groups scored exactly, and for how many queries so far the results were proven."""
 
     groups: int
     proven: int
@@ -103,7 +103,7 @@ class Proofs:
 
 
 class Int8Index:
-    """A DenseIndex and its vectors in 8 bits: the same results, for few queries in a part of the time.
+    """A DenseIndex and its vectors in 8 bits: the same results, faster for small batches of queries.
 
     Attributes:
         options: how many groups are scored exactly.
@@ -177,7 +177,7 @@ class Int8Index:
         return cost.pays(scan + exact_scores + again, rows, queries)
 
     def proofs(self, k: int) -> Proofs:
-        """Return how many of the scans for k results prove them; calibrated when k is first asked for."""
+        """Return the Proofs of k, calibrated when k is first asked for."""
         if k not in self._proofs:
             self._proofs[k] = self._calibrate(k)
         return self._proofs[k]
@@ -185,7 +185,9 @@ class Int8Index:
     def _calibrate(self, k: int) -> Proofs:
         """Return the number of groups that makes searching for one query cheapest, and the share that it proves."""
         queries, step = mixed_queries(self.exact, _SAMPLE, seed=0), most_queries(self.exact.dim)
-        least = self.exact.search(queries, k + 1)[0][:, -1]  # without the row that the query was made of
+        least = self.exact.search(queries, k + 1)[0][
+            :, -1
+        ]  # k + 1: the best is the row that the query was made of
         batches = [slice(start, start + step) for start in range(0, len(queries), step)]
         needed = np.concatenate(
             [
@@ -260,7 +262,7 @@ def _search(
 def _needed(
     codes: Codes, queries: Queries, least: Float32[Array, "Q"], *, by_native: bool
 ) -> Int[Array, "Q"]:
-    """Return how many whole groups may hold a row that scores `least`: so many a proof has to score exactly."""
+    """Return how many whole groups may hold a row that scores `least`: a proof must score these exactly."""
     highest = _bounds(codes, queries, by_native) + queries.slack[:, None]
     return (highest >= least[:, None]).sum(axis=1)
 

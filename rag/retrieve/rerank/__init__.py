@@ -12,7 +12,7 @@ class Reranker(Protocol):
     """A frozen dataclass that puts retrieved passages into a better order."""
 
     @property
-    def uses(self) -> tuple[str, ...]:
+    def depends_on(self) -> tuple[str, ...]:
         """Return which of "embedder" and "generator" the results depend on, beside the passages."""
         ...
 

@@ -47,7 +47,7 @@ class CrossEncoder:
     label: Annotated[int, Ge(-100_000), Le(100_000)] = -1
     weights: str = field(init=False, repr=False)  # digest of the checkpoint's files, for the cache key
 
-    uses: ClassVar[tuple[str, ...]] = ()
+    depends_on: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)

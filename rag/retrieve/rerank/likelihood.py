@@ -38,7 +38,7 @@ class Likelihood:
     passage_tokens: Count = 256
     question_tokens: Count = 64
 
-    uses: ClassVar[tuple[str, ...]] = ("generator",)
+    depends_on: ClassVar[tuple[str, ...]] = ("generator",)
 
     def __post_init__(self) -> None:
         check_fields(self)

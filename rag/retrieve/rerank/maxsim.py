@@ -38,7 +38,7 @@ class MaxSim:
         UserError: for an embedder without token vectors.
     """
 
-    uses: ClassVar[tuple[str, ...]] = ("embedder",)
+    depends_on: ClassVar[tuple[str, ...]] = ("embedder",)
 
     def rerank(
         self, collection: Collection, questions: Sequence[str], hits: Sequence[Sequence[Hit]]

@@ -45,7 +45,7 @@ class MMR:
     weight: Share = 0.5
     relevance: Relevance = "cosine"
 
-    uses: ClassVar[tuple[str, ...]] = ("embedder",)
+    depends_on: ClassVar[tuple[str, ...]] = ("embedder",)
 
     def __post_init__(self) -> None:
         check_fields(self)

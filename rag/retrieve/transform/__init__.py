@@ -11,7 +11,7 @@ class Transform(Protocol):
     """A frozen dataclass that writes other texts to search for in place of a question."""
 
     @property
-    def uses(self) -> tuple[str, ...]:
+    def depends_on(self) -> tuple[str, ...]:
         """Return which of "embedder" and "generator" the texts depend on."""
         ...
 

@@ -40,7 +40,7 @@ class Instruction:
         _ = self.template, self.sampling  # refused now rather than when a model has been loaded
 
     @property
-    def uses(self) -> tuple[str, ...]:
+    def depends_on(self) -> tuple[str, ...]:
         return ("generator",)
 
     @property
