@@ -273,13 +273,13 @@ def _total(sources: Iterable[Source], count_tokens: CountTokens, render: Render)
 
 
 def _cut(source: Source, max_tokens: int, count_tokens: CountTokens, render: Render) -> Source | None:
-    """Return the longest beginning of a passage that fits: whole sentences, else words, else characters."""
+    """Return the longest first part of a passage that fits: whole sentences, else words, else characters."""
 
-    def beginning(end: int) -> Source:
+    def truncated(end: int) -> Source:
         return replace(source, end=source.start + end, text=source.text[:end])
 
     def tokens(end: int) -> int:
-        return count_tokens(render(beginning(end)))
+        return count_tokens(render(truncated(end)))
 
     def fitting(ends: Sequence[int]) -> int:
         fit = bisect_right(ends, max_tokens, key=tokens)
@@ -290,4 +290,4 @@ def _cut(source: Source, max_tokens: int, count_tokens: CountTokens, render: Ren
     sentence = max((end for _, end in sentences(source.text) if end <= longest), default=0)
     if 2 * sentence >= longest and tokens(sentence) <= max_tokens:  # not where it would lose more than half
         longest = sentence
-    return beginning(longest) if longest else None
+    return truncated(longest) if longest else None

@@ -58,7 +58,7 @@ def render(
     """Return the messages to send: the system text unless it is blank, the earlier turns, the user's turn.
 
     Placeholders are replaced in one pass, so a question, a passage or a path may contain texts that look like one. The
-    messages have the spans of their passages, and the length of the beginning that comes from the template.
+    messages have the spans of their passages, and the length of the first part, which comes from the template.
     """
     shown = _joined([_passage(template, source) for source in context.sources], template.separator)
     values = {"question": (question, ()), "context": shown}

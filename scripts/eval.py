@@ -158,9 +158,9 @@ def show(metrics: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading == "measure" else "right")
     for name, mean in metrics["means"].items():
         bounds = metrics["intervals"].get(name)
-        between = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "-"
+        between = f"{bounds[0]:z.4f} to {bounds[1]:z.4f}" if bounds else "-"
         shown = f"{name} (lower is better)" if lower_is_better(name) else name
-        table.add_row(shown, "-" if mean is None else f"{mean:.4f}", between)
+        table.add_row(shown, "-" if mean is None else f"{mean:z.4f}", between)
     Console().print(table)
 
 

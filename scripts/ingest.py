@@ -59,7 +59,7 @@ def main(config) -> None:
     with progress_bars() as update:
         report = pipeline.ingest(corpus, index, *stages, update, add=config.index.add, load=load)
     print(
-        f"{report.documents} documents, {report.chunks} chunks ({report.embedded} embedded anew), "
+        f"{report.documents} documents, {report.chunks} chunks ({report.embedded} newly embedded), "
         f"{report.tokens} tokens in {report.seconds:.1f} s -> {index}"
     )
     if config.index.add:

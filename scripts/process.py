@@ -172,8 +172,8 @@ def out_of_files(error: BaseException | None) -> str | None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
-        told = str(error).lower() if isinstance(error, ImportError | RuntimeError) else ""
-        if code in (errno.EMFILE, errno.ENFILE) or "too many open files" in told:
+        cause = str(error).lower() if isinstance(error, ImportError | RuntimeError) else ""
+        if code in (errno.EMFILE, errno.ENFILE) or "too many open files" in cause:
             return f"Too many open files: this process may have {most}. Allow more with `ulimit -n`."
         error = error.__cause__ or error.__context__
     return None
@@ -192,15 +192,15 @@ def system_error(error: BaseException | None) -> str | None:
 
 def _sentence(error: BaseException) -> str | None:
     code = error.errno if isinstance(error, OSError) else None
-    told = str(error).lower() if isinstance(error, ImportError | RuntimeError) else ""
+    cause = str(error).lower() if isinstance(error, ImportError | RuntimeError) else ""
     where = f" {error.filename}" if code and error.filename else ""
-    if code == errno.ENOMEM or isinstance(error, MemoryError) or any(words in told for words in _MEMORY):
+    if code == errno.ENOMEM or isinstance(error, MemoryError) or any(words in cause for words in _MEMORY):
         reason = " ".join(str(error).split())[:200] or "no reason given"
         return f"Not enough memory ({reason}): use a smaller model or batch, or allow more (`ulimit -v`)."
     if code in (errno.ENOSPC, errno.EDQUOT):
         return f"Cannot write{where} ({error.strerror}): make room, or choose another place."
     if code in _REFUSED:
         return f"Cannot use{where or ' a file'} ({error.strerror}): correct that, or choose another place."
-    if "determine home directory" in told:
+    if "determine home directory" in cause:
         return "There is no home folder for `~`: set HOME, or write the path in full."
     return None

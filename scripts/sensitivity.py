@@ -54,7 +54,7 @@ def main(config) -> None:
 
 
 def build_system(config) -> SystemUnderTest:
-    """Build the system that a configuration describes, with functions that build its parts anew."""
+    """Build the system that a configuration describes, with functions that build its parts again."""
     from rag.evaluate.sensitivity.options import SystemUnderTest
     from rag.pipeline import Reader
 
@@ -62,7 +62,7 @@ def build_system(config) -> SystemUnderTest:
     reader |= {"sampling": build(config.sampling), "options": build(config.answer)}
 
     def factory(part, setting: str) -> Callable | None:
-        """Return a function that builds the part with a value of the setting; None where the part has no such."""
+        """Return a function that builds the part with a value of the setting; None if the part lacks the setting."""
         return (lambda value: build(part, **{setting: value})) if takes(part, setting) else None
 
     return SystemUnderTest(

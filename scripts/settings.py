@@ -308,12 +308,12 @@ def _reason(error: Exception) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"]
     match error:
         case SyntaxError(filename=str(file), lineno=line):
-            told = f"{type(error).__name__} in {file}, line {line}: {error.msg}"
+            cause = f"{type(error).__name__} in {file}, line {line}: {error.msg}"
         case _ if frames:
-            told = f"{type(error).__name__} in {frames[-1].filename}, line {frames[-1].lineno}: {error}"
+            cause = f"{type(error).__name__} in {frames[-1].filename}, line {frames[-1].lineno}: {error}"
         case _:
-            told = str(error)
-    return " ".join(told.split()).rstrip(".:")
+            cause = str(error)
+    return " ".join(cause.split()).rstrip(".:")
 
 
 def _optional(hint: Any) -> bool:

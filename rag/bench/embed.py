@@ -10,7 +10,6 @@ Letters: N texts, E embedding dim.
 
 import logging
 import random
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 from annotated_types import Ge, Le, MinLen
 
 from rag import native
+from rag.bench.peers import print_left_out
 from rag.bench.timing import Row, alternate, ratio
 from rag.embed.bert import BertEmbedder
 from rag.models import hub
@@ -137,16 +137,12 @@ def _figures(timing: Timing, lengths: list[int]) -> dict[str, float]:
     return {"texts/s": len(lengths) / timing.median, "tokens/s": sum(lengths) / timing.median}
 
 
-def _print_left_out(peer: str, error: ImportError) -> None:
-    print(f"{peer} is left out, its column stays empty: {error} (make bench-setup)", file=sys.stderr)
-
-
 def _sentence_transformers(folder: str, batch_size: int) -> Encode | None:
     try:
         import torch
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        _print_left_out(_TORCH, error)
+        print_left_out(_TORCH, f"{error} (make bench-setup)")
         return None
     torch.set_num_threads(cores())
     model = SentenceTransformer(folder, device="cpu")
@@ -161,7 +157,7 @@ def _onnx(folder: str, batch_size: int, pooling: dict[str, Any]) -> Encode | Non
 
         model = _quantised(folder)
     except ImportError as error:
-        _print_left_out(_ONNX, error)
+        print_left_out(_ONNX, f"{error} (make bench-setup)")
         return None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = cores()

@@ -15,7 +15,7 @@ from rag.embed.bert import BertEmbedder
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.datasets.beir import load_beir
 from rag.evaluate.datasets.sample import SAMPLE
-from rag.evaluate.retrieval import build_collection
+from rag.evaluate.retrieval import build_collection, without_own_document
 from rag.generate import Generator
 from rag.ingest.chunk import Chunker
 from rag.ingest.chunk.sentence import SentenceChunker
@@ -23,9 +23,10 @@ from rag.ingest.chunk.split import chunks_of
 from rag.ingest.chunk.whole import WholeChunker
 from rag.pipeline import AnswerOptions, Reader, fit_context, select_context
 from rag.prompt import PromptTemplate, render
+from rag.retrieve.cached import cached_search
 from rag.retrieve.search import Dense, Search
 from rag.runtime.options import Count, Filled, Seed, check_fields
-from rag.types import Context, Document, Message, UserError
+from rag.types import Context, Document, Hit, Message, UserError
 
 _ANOTHER_QUESTION = "What is this about?"
 
@@ -69,10 +70,13 @@ class QuestionSet:
         """
         dataset, search = self._load()
         reader = self.reader(generator, max_new_tokens, stop)
+        # One more, because a question that is a document of the corpus does not count as its own passage.
+        found = cached_search(search.collection, search.method, list(dataset.queries.values()), self.k + 1)
         tasks = []
-        for query, text in dataset.queries.items():
+        for (query, text), hits in zip(dataset.queries.items(), found, strict=True):
             gold = dataset.answers.get(query)
-            if gold and (context := _context(text, search, reader)).sources:
+            chosen = without_own_document(hits, query, dataset)[: self.k]
+            if gold and (context := _select(chosen, search, reader)).sources:
                 tasks.append(Task(tuple(fit_context(text, context, reader)[0]), tuple(gold)))
         if left_out := len(dataset.queries) - len(tasks):
             print(f"left out: {left_out} questions without gold answer or relevant passage", file=sys.stderr)
@@ -132,5 +136,9 @@ def _relevant(question: str, search: Search, reader: Reader) -> Context:
 
 
 def _context(question: str, search: Search, reader: Reader) -> Context:
+    return _select(search(question), search, reader)
+
+
+def _select(hits: Sequence[Hit], search: Search, reader: Reader) -> Context:
     document_text = search.collection.index.document_text
-    return select_context(search(question), document_text, search.score_threshold, reader)
+    return select_context(hits, document_text, search.score_threshold, reader)

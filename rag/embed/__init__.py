@@ -24,22 +24,22 @@ class Embedder(Protocol):
 
     @property
     def dim(self) -> int:
-        """The embedding dimension E."""
+        """Return the embedding dimension E."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """64 hex digits; two embedders with the same fingerprint return the same vectors."""
+        """Return 64 hex digits; two embedders with the same fingerprint return the same vectors."""
         ...
 
     @property
     def score_threshold(self) -> float | None:
-        """The score from which a passage is likely to be relevant to the question, or None if that is not known."""
+        """Return the score from which a passage is likely to be relevant to the question, or None if unknown."""
         ...
 
     @property
     def spec(self) -> dict[str, Any]:
-        """A description of the embedder, of types that JSON has, which an index stores."""
+        """Return a description of the embedder, JSON-able, which an index stores."""
         ...
 
     def encode(self, texts: Sequence[str], progress: Progress = ...) -> Float32[np.ndarray, "N E"]:

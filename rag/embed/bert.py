@@ -130,12 +130,12 @@ class BertEmbedder:
 
     @cached_property
     def _specials(self) -> int:
-        """The number of special tokens around a text."""
+        """Return the number of special tokens around a text."""
         return len(self._tokenizer.encode(""))
 
     @cached_property
     def _leading(self) -> int:
-        """The number of special tokens before a text."""
+        """Return the number of special tokens before a text."""
         around, within = self._tokenizer.encode("a"), self._tokenizer.encode("a", special=False)
         return next(i for i in range(len(around)) if around[i : i + len(within)] == within)
 

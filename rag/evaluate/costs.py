@@ -1,7 +1,7 @@
 """The costs of an evaluation: seconds of each stage, latency of a question, bytes of the index.
 
 A stage's seconds are those that were measured when its results were computed, in this run or in an earlier one whose
-results were cached; compiling is counted apart. The latency of a question is measured in each run without any
+results were cached; compiling is counted separately. The latency of a question is measured in each run without any
 cached result: a few questions, one at a time, after a warm-up that is not counted.
 """
 

@@ -1,4 +1,4 @@
-"""Error breakdown: which stage is the cause of what the answers miss of a perfect score.
+"""Attribute what the answers miss of a perfect score to the stages of the pipeline.
 
 What the condition `retrieved` misses is split, question by question, into four parts that sum to it. The reader's part
 is what even `oracle` misses. The rest, oracle - retrieved, is

@@ -94,7 +94,7 @@ class Experiment:
 
     @cached_property
     def key(self) -> str:
-        """The cache key, 64 hex digits, of all that the results depend on, with the code of this module and the stages.
+        """Return the cache key, 64 hex digits, of dataset, options, models and the code of this module and the stages.
 
         Stages are cached under keys of their own: after a change elsewhere an evaluation reuses their results.
         """

@@ -71,7 +71,7 @@ def scorer_of(generator: Generator) -> Scorer:
     if isinstance(generator, Scorer):
         return generator
     raise UserError(
-        f"{describe(generator)} tells no likelihood of a given text: set generator=local, which can read the file "
+        f"{describe(generator)} computes no likelihood of a given text: set generator=local, which can read the file "
         "of an Ollama model as generator.weights=ollama:NAME"
     )
 

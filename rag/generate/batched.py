@@ -18,14 +18,15 @@ def generate_batched(
 
     Requests with the same sampling, max_new_tokens and stop strings are decoded together.
     """
+    prompts = [tuple(tokenizer.chat(request.messages)) for request in requests]
     alike: dict[tuple[Sampling, int, tuple[str, ...]], list[int]] = {}
-    for i, request in enumerate(requests):
+    for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        engine.check([prompt], request.max_new_tokens)
         options = (request.sampling, request.max_new_tokens, tuple(request.stop))
         alike.setdefault(options, []).append(i)
     texts = [""] * len(requests)
     for (sampling, max_new_tokens, stop), members in alike.items():
-        asked = [(tuple(tokenizer.chat(requests[i].messages)), requests[i].seed) for i in members]
-        engine.check([prompt for prompt, _ in asked], max_new_tokens)
+        asked = [(prompts[i], requests[i].seed) for i in members]
         different = list(dict.fromkeys(asked))  # equal requests are answered once
         answers = [AnswerText(tokenizer, stop) for _ in different]
         found = _decode(engine, different, sampling, max_new_tokens, answers, tokens_per_batch)

@@ -27,7 +27,7 @@ from rag.ops.sampling import Sampling, sample
 )
 @dataclass(frozen=True)
 class DecodeState:
-    """All that decoding carries from step to step."""
+    """Holds what the decode loop carries from step to step, for B rows."""
 
     cache: KVCache
     token: Int[Array, "B"]  # the newest token of each row, not yet in the cache

@@ -171,7 +171,7 @@ class Engine:
         return state, self.answer_tokens(np.asarray(made))
 
     def answer_tokens(self, made: Int[np.ndarray, "steps B"]) -> list[list[int]]:
-        """Return each row's tokens without end tokens, and without -1, which stands where a row had finished."""
+        """Return each row's tokens without end tokens, and without -1, which marks a row that had finished."""
         left_out = (-1, *self.end_ids)
         return [[token for token in row if token not in left_out] for row in made.T.tolist()]
 

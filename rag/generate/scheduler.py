@@ -136,7 +136,7 @@ class BatchPrefill:
 
 
 class Scheduler:
-    """The rows of one decode batch, and the request that each row answers."""
+    """Assigns requests to the rows of one decode batch, and decodes them."""
 
     def __init__(self, engine: Engine, sampling: Sampling, tokens_per_batch: int, most: int = MAX_ROWS):
         """Make an empty batch, of at most `most` rows and of as many as `tokens_per_batch` allows."""

@@ -31,7 +31,7 @@ class SuffixAutomaton:
         self._last = new
 
     def _split(self, at: int, token: int) -> int:
-        """Return the state of `at`'s longest substring with `token` behind it, apart from longer substrings."""
+        """Return the state of `at`'s longest substring with `token` after it, separate from longer substrings."""
         old = self._next[at][token]
         if self._length[old] == self._length[at] + 1:
             return old

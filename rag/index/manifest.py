@@ -52,7 +52,7 @@ class EmbedderRecord(Record):
 
 
 class Manifest(Record):
-    """The one file of an index that says which of the other files belong to it."""
+    """Schema of manifest.json, which names the current segment of an index and its files."""
 
     format: Number
     generation: Annotated[int, Ge(1)]  # how many indexes were written to this folder

@@ -123,9 +123,9 @@ def _from_hugging_face(uri: str) -> Path:
             snapshot_download(part["repo"], revision=part["revision"], allow_patterns=_CHECKPOINT_FILES)
         )
     except (OSError, HFValidationError) as error:  # the library's network and look-up errors are OSErrors
-        told = " ".join(str(error).split()) or type(error).__name__
+        cause = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"could not get {uri} from Hugging Face ({told[:300]}); check the name and the connection, or "
+            f"could not get {uri} from Hugging Face ({cause[:300]}); check the name and the connection, or "
             "download the files elsewhere and give their path"
         ) from error
 
@@ -186,8 +186,8 @@ def _model_digest(manifest: Path) -> str:
             raise ValueError(f"it has more than {_MAX_MANIFEST_BYTES:,} bytes")
         layers = OllamaManifest.model_validate(parse_json(manifest.read_text(encoding="utf-8"))).layers
     except (OSError, ValueError) as error:  # pydantic's among them
-        told = misfit(error) if isinstance(error, ValidationError) else reason(error)
-        raise UserError(f"{manifest} is no Ollama manifest ({told}); pull the model again") from error
+        cause = misfit(error) if isinstance(error, ValidationError) else reason(error)
+        raise UserError(f"{manifest} is no Ollama manifest ({cause}); pull the model again") from error
     digests = [layer.digest for layer in layers if layer.media == _OLLAMA_MODEL]
     if len(digests) != 1 or not re.fullmatch(r"sha256:[0-9a-f]{64}", str(digests[0])):
         raise UserError(f"{manifest} does not name one GGUF file; only models that are one GGUF can be read")

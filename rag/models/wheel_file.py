@@ -70,8 +70,8 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        told = lines[-1] if lines else f"pip ended with status {done.returncode}"
-        raise UserError(told.removeprefix("ERROR: "))
+        cause = lines[-1] if lines else f"pip ended with status {done.returncode}"
+        raise UserError(cause.removeprefix("ERROR: "))
     return wheels[0]
 
 

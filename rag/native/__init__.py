@@ -82,7 +82,7 @@ def decoder(
 ) -> tuple[Float32[Array, "B T M"], tuple[Array, ...], tuple[Array, ...]]:
     """Run tokens through decoder layers.
 
-    A token sees the slots up to its position, those of later tokens of its row included if they stand there. So
+    A token sees the slots up to its position, those of later tokens of its row included if they are there. So
     positions must ascend, unless there are no more than 256 tokens.
 
     Args:

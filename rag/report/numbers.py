@@ -10,7 +10,7 @@ LONGEST = 70  # characters of a setting's value
 
 def number(value: float | int | None) -> str:
     """Return a number with four decimals, as retrieval papers do."""
-    return MISSING if value is None or not math.isfinite(value) else f"{value:.4f}"
+    return MISSING if value is None or not math.isfinite(value) else f"{value:z.4f}"
 
 
 def with_interval(mean: float | int | None, interval: Sequence[float | int] | None) -> str:
@@ -20,14 +20,14 @@ def with_interval(mean: float | int | None, interval: Sequence[float | int] | No
 
 def difference(value: float | int, interval: Sequence[float | int] | None = None) -> str:
     """Return "+0.0123 [-0.0010, +0.0250]": always with its sign."""
-    return f"{value:+.4f}{bounds(interval, '+')}"
+    return f"{value:+z.4f}{bounds(interval, '+')}"
 
 
 def bounds(interval: Sequence[float | int] | None, sign: str = "") -> str:
     """Return an interval after a space, or "" where there is none."""
     if interval is None or not all(map(math.isfinite, interval)):
         return ""
-    return f" [{interval[0]:{sign}.4f}, {interval[1]:{sign}.4f}]"
+    return f" [{interval[0]:{sign}z.4f}, {interval[1]:{sign}z.4f}]"
 
 
 def p_value(value: float) -> str:

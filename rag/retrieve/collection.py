@@ -25,7 +25,7 @@ from rag.runtime.cache_key import content_key
 from rag.runtime.clock import Clock
 from rag.runtime.import_closure import code_version
 from rag.runtime.memo import Memo, model_version
-from rag.types import Chunk, Hit
+from rag.types import Chunk, Hit, UserError
 
 
 class Collection:
@@ -154,7 +154,7 @@ class Collection:
 
     def cache_key(self, method: Any, passages: bool = True) -> str:
         """Return a key of all that a method's results depend on: its options, models and code, and the passages."""
-        models = sorted({name for part in _dataclasses(method) for name in getattr(part, "depends_on", ())})
+        models = sorted({name for part in _dataclasses(method) for name in _models_of(part)})
         versions = {name: model_version(self._model(name)) for name in models}
         corpus = self.index.fingerprint if passages else None
         return content_key(method, versions, corpus, code_version(method, type(self)))
@@ -163,6 +163,16 @@ class Collection:
         """Return the embedder or the generator without the cache around it."""
         model = getattr(self, name)
         return model.uncached if isinstance(model, CachedEmbedder) else model
+
+
+def _models_of(part: Any) -> Sequence[str]:
+    """Return the models that a part of a method depends on. Raises UserError for one that names them in the old way."""
+    if not hasattr(part, "depends_on") and hasattr(part, "uses"):
+        raise UserError(
+            f"{type(part).__module__}.{type(part).__qualname__} names its models in `uses`, which is called "
+            "`depends_on` now: rename it, or its results would be found again under another model."
+        )
+    return getattr(part, "depends_on", ())
 
 
 def _dataclasses(value: Any) -> Iterator[Any]:

@@ -125,7 +125,7 @@ class CodeReader:
             data = Path(location.file).read_bytes()
         except OSError as error:
             raise UserError(
-                f"Cannot read the code in {location.file} ({error.strerror}): mend that."
+                f"Cannot read the code in {location.file} ({error.strerror}): correct the file."
             ) from error
         if not location.file.endswith((".py", ".pyw")):
             return _ModuleCode(compiled_module(data))
@@ -236,5 +236,5 @@ def _check_not_reloaded(kind: type) -> None:
     named = (kind.__module__, kind.__qualname__)
     if isinstance(found, type) and found is not kind and (found.__module__, found.__qualname__) == named:
         raise UserError(
-            f"{'.'.join(named)} was loaded again after this one was made: make it anew, as its file now says."
+            f"{'.'.join(named)} was loaded again after this one was made: make it again from the code in its file now."
         )

@@ -77,7 +77,7 @@ def test_pipeline_without_the_peer(configured, questions, weights, monkeypatch, 
     assert row.case == "float32, reuse none"
     assert 0 < row.ours["first token ms"].median < row.ours["last token ms"].median
     assert not row.peers and not row.ratio
-    assert f"{LLAMA_CPP} is not installed" in capsys.readouterr().err
+    assert f"{LLAMA_CPP} is left out, its columns stay empty: it is not installed" in capsys.readouterr().err
     with pytest.raises(UserError, match="only 3 questions"):
         configured("pipeline", **options, repeats=3, warmup=1).run()
 
@@ -88,7 +88,7 @@ def test_evaluation_without_the_peer(configured, questions, weights, monkeypatch
     [row] = configured("evaluation", **options, count=1).run()
     assert row.ours["answers/s"] == pytest.approx(1 / row.ours["seconds"])
     assert not row.peers
-    assert f"{LLAMA_CPP} is not installed" in capsys.readouterr().err
+    assert f"{LLAMA_CPP} is left out, its columns stay empty: it is not installed" in capsys.readouterr().err
     with pytest.raises(UserError, match="needs 4 questions"):
         configured("evaluation", **options, count=2).run()
 
@@ -108,7 +108,7 @@ def test_generate_without_the_peer(configured, questions, weights, monkeypatch, 
         "decode at 5, float32",
     ]
     assert all(row.ours["tokens/s"].low > 0 and not row.peers for row in rows)
-    assert f"{LLAMA_CPP} is not installed" in capsys.readouterr().err
+    assert f"{LLAMA_CPP} is left out, its columns stay empty: it is not installed" in capsys.readouterr().err
 
 
 def test_the_work_of_a_model_leaves_out_what_a_token_does_not_read():
@@ -169,7 +169,7 @@ def test_reading_without_the_peer_leaves_its_columns_empty(
     assert [row.case for row in measured] == [f"{name}, 3 questions" for name in MEASURES]
     assert not any(row.peers or row.ratio for row in [*measured, effort])
     assert measured[-1].ours["mean"] < 0  # a logarithm of a probability
-    assert f"{LLAMA_CPP} is not installed" in capsys.readouterr().err
+    assert f"{LLAMA_CPP} is left out, its columns stay empty: it is not installed" in capsys.readouterr().err
 
 
 def test_quality_compares_each_setting_with_the_first(configured, questions, weights, tmp_path):

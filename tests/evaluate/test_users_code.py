@@ -180,7 +180,9 @@ def test_a_users_embedder_has_its_code_in_the_keys_of_what_it_made(mine):
 def test_a_stage_that_was_made_before_its_module_was_loaded_again_is_told(mine):
     old = job(mine())
     mine(my_scores=NEGATED)
-    with pytest.raises(UserError, match=r"my_.*\.\w+ was loaded again after this one was made: make it anew"):
+    with pytest.raises(
+        UserError, match=r"my_.*\.\w+ was loaded again after this one was made: make it again"
+    ):
         _ = old.key
 
 

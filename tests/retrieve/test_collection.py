@@ -1,6 +1,8 @@
 """What a collection knows of its chunks without making all of them: rows, rows of documents, and passages drawn."""
 
 import random
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from rag.index.writer import write_index
 from rag.retrieve.cached import cached_search
 from rag.retrieve.collection import Collection
 from rag.retrieve.search import Dense, Hybrid, Lexical
-from rag.types import Chunk, Document, Hit, chunk_at
+from rag.types import Chunk, Document, Hit, UserError, chunk_at
 from tests.tiny_collections import StubEmbedder, make_chunks, make_documents, make_vectors
 
 
@@ -116,3 +118,14 @@ def test_passages_are_those_of_a_look_at_every_chunk(grades, spans, k, seed):
     foreign = [chunk for chunk in chunks if grades.get(chunk.document_id, 0) <= 0]
     drawn = random.Random(f"{seed} q").sample(foreign, min(k, len(foreign)))
     assert [hit.chunk for hit in passages("random", made, data, "q", (), reading)] == drawn
+
+
+def test_a_stage_that_names_its_models_in_the_old_way_is_told():
+    """Without its models in the cache key its results would be found again under another model."""
+
+    @dataclass(frozen=True)
+    class Old:
+        uses: ClassVar[tuple[str, ...]] = ("embedder",)
+
+    with pytest.raises(UserError, match="`depends_on` now: rename it"):
+        collection([], []).cache_key(Old())

@@ -65,6 +65,8 @@ def expand(transform: Transform, written: str | list[str], question: str = Q) ->
         ("(1) first\n(2) second", ["first", "second"]),
         ("a) first\nb) second", ["first", "second"]),
         ("- first\n* second\n• third\n– fourth", ["first", "second", "third", "fourth"]),
+        ("· first\n· second", ["first", "second"]),
+        ("... first\n. second", ["... first", ". second"]),
         ("1.\nfirst\n2.\nsecond", ["first", "second"]),
         ("1. first 2. second 3. third", ["first", "second", "third"]),
         ("Sure! Here they are: 1. first 2. second", ["first", "second"]),

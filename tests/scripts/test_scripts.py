@@ -87,12 +87,14 @@ def test_the_recall_of_an_approximate_search_is_audited(index, run):
 def test_a_folder_is_added_to_an_index(home, run):
     grown = ("index.path=grown", *WORDS, "index.add=true")
     out, _ = run(ingest, "corpus.path=documents", *grown)
-    assert "2 documents, 2 chunks (2 embedded anew), " in out
+    assert "2 documents, 2 chunks (2 newly embedded), " in out
     assert "this is a new one" in out
     (home / "more").mkdir()
     (home / "more" / "gull.txt").write_text("A gull nests on a cliff.")
     out, _ = run(ingest, "corpus.path=more", *grown)
-    assert "3 documents, 3 chunks (3 embedded anew), " in out  # a new word is a new dimension of every vector
+    assert (
+        "3 documents, 3 chunks (3 newly embedded), " in out
+    )  # a new word is a new dimension of every vector
     assert "1 documents added, 0 replaced, 2 as they were; postings extended" in out
 
 

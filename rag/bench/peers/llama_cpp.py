@@ -6,7 +6,6 @@ figures are those of AVX512 and VNNI there. It decodes greedily.
 Letters: V vocab.
 """
 
-import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
+from rag.bench.peers import print_left_out
 from rag.generate import Request, join_text
 from rag.generate.local import LocalGenerator
 from rag.generate.stop_text import AnswerText
@@ -127,11 +127,11 @@ def open_llama_cpp(path: Path, context: int, *, reuse: bool = False) -> LlamaCpp
     try:
         import llama_cpp
     except ImportError:
-        _print_left_out("is not installed (make bench-setup)")
+        print_left_out(LLAMA_CPP, "it is not installed (make bench-setup)")
         return None
     accelerated = jax.default_backend() != "cpu"
     if accelerated and not llama_cpp.llama_supports_gpu_offload():
-        _print_left_out("is built for the CPU only")
+        print_left_out(LLAMA_CPP, "it is built for the CPU only")
         return None
     model = llama_cpp.Llama(
         str(path),
@@ -143,10 +143,6 @@ def open_llama_cpp(path: Path, context: int, *, reuse: bool = False) -> LlamaCpp
         verbose=False,
     )
     return LlamaCpp(model, path.stat().st_size, reuse)
-
-
-def _print_left_out(why: str) -> None:
-    print(f"{LLAMA_CPP} {why}: its columns are left out", file=sys.stderr)
 
 
 def llama_cpp_peers(path: Path, context: int, *, reuse: bool = False) -> dict[str, LlamaCpp]:

@@ -47,7 +47,7 @@ class DocumentTokens:
         return first, max(first, bisect_left(starts, span[1]))
 
     def cut(self, document: str, span: Span, budget: int) -> Span:
-        """Return the longest beginning of a span of characters that at most `budget` tokens touch."""
+        """Return the longest first part of a span of characters that at most `budget` tokens touch."""
         first, last = self.touching(document, span)
         if last - first <= budget:
             return span

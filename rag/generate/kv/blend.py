@@ -36,7 +36,7 @@ def blend(
 
     Args:
         packed: the model.
-        cache: one row that holds the `reused` tokens as they were computed apart; it is donated.
+        cache: one row that holds the `reused` tokens as they were computed separately; it is donated.
         tokens: the prompt, padded.
         length: tokens of the prompt.
         reused: which tokens are in the cache. The prompt's last token must not be one of them.

@@ -41,7 +41,7 @@ class ChunkKVOptions:
 
 
 class ChunkPrefill:
-    """Prefills what has no precomputed keys and values; see rag.generate.kv.Prefill."""
+    """Loads the precomputed KV caches of passages, and prefills the other tokens (rag.generate.kv.Prefill)."""
 
     batched = False
 
@@ -52,7 +52,7 @@ class ChunkPrefill:
         fingerprint: str,
         options: ChunkKVOptions = ChunkKVOptions(),
     ):
-        """`fingerprint` is the model's, 64 hex digits."""
+        """Open the chunk KV cache of the model with this fingerprint, 64 hex digits."""
         self._engine, self._tokenizer, self._options = engine, tokenizer, options
         self.cache = ChunkKVCache(engine, tokenizer, fingerprint, options.path, options.dtype)
 

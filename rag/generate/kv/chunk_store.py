@@ -25,10 +25,10 @@ KVDtype = Literal["float16", "int8"]
 
 
 class ChunkKVStore:
-    """The files of one model's passages."""
+    """Stores the KV caches of passages for one model, a file each."""
 
     def __init__(self, folder: Path, model: str, shape: tuple[int, int, int], dtype: KVDtype):
-        """`model` identifies the model and the code that runs it; `shape` is its layers, kv heads and head dim."""
+        """Use the files in `folder` of the model with this cache key and shape: layers, kv heads, head dim."""
         self.folder, self._model, self._shape, self._dtype = folder, model, shape, dtype
 
     @property

@@ -26,7 +26,7 @@ class PlainPrefill:
         tokens_per_batch: int,
         prefixes: PrefixCache | None = None,
     ):
-        """`prefixes` reuses the prefixes of earlier prompts; `tokens_per_batch` bounds a batch of `log_probs`."""
+        """Make a prefill that reuses `prefixes`, if given; `tokens_per_batch` bounds a batch of `log_probs`."""
         self._engine, self._tokenizer, self._prefixes = engine, tokenizer, prefixes
         self._tokens_per_batch = tokens_per_batch
 

@@ -36,7 +36,7 @@ class _CachedPrompt:
 
 
 class PrefixCache:
-    """Prefills prompts behind their longest prefix that an earlier prompt began with. For one thread."""
+    """Prefills only what follows the longest cached prefix of a prompt. Not thread-safe."""
 
     def __init__(self, engine: Engine, budget: int):
         """Make an empty cache of at most `budget` bytes of keys and values."""

@@ -53,7 +53,7 @@ def split_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> PromptPar
 
 
 def _without_turns(messages: Sequence[Message]) -> list[Message]:
-    """Return the template's own messages at the beginning, and the first message with passages."""
+    """Return the template's own first messages, and the first message with passages."""
     own = next((i for i, m in enumerate(messages) if m.fixed < len(m.content)), len(messages))
     shown = next((i for i, m in enumerate(messages) if m.reusable), own)
     return [*messages[: min(own, shown)], *messages[shown : shown + 1]]

@@ -2,7 +2,7 @@
 
     N vectors, Q queries, E embedding dim, k results, W words of 32 bits that hold E, P bit planes of a query
 
-RaBitQ (Gao and Long 2024, arXiv:2405.12497): a vector minus the corpus's mean is turned by a random rotation, so that
+RaBitQ (Gao and Long 2024, arXiv:2405.12497): a vector minus the corpus's mean is rotated by a random rotation, so that
 no dimension matters more than others, and its signs are stored. With b its signs as +-1 and y the rotated difference,
 <q, b> |y|^2 / |y|_1 estimates <q, y> without bias; the factor is stored beside the bits. A query is rounded to P bits
 a dimension, so that <q, b> is P counts of the bits in which two words differ.

@@ -317,7 +317,7 @@ class DenseIndex:
 
 @dataclass(frozen=True)
 class Exact:
-    """The options of a DenseIndex: it has none."""
+    """Options of exact search; there are none."""
 
     def build(self, vectors: Float32[np.ndarray, "N E"]) -> DenseIndex:
         return DenseIndex(vectors)

@@ -82,7 +82,7 @@ class Codes(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Queries, and what the bounds on their scores add."""
+    """Query vectors with their lengths and the error bounds of their scores."""
 
     vectors: Float32[Array, "Q E"]
     lengths: Float32[Array, "Q"]

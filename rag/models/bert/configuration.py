@@ -55,7 +55,7 @@ class RobertaConfigJson(Configuration):
 
 
 class SentencePrompts(Configuration):
-    """config_sentence_transformers.json: the text before a text, by what the text is."""
+    """Schema of config_sentence_transformers.json: prompts by the kind of text (query, document)."""
 
     prompts: dict[str, str | None] | None = None
 
@@ -75,7 +75,7 @@ class SentenceModule(Configuration):
 
 
 class TokenizerLimits(Configuration):
-    """tokenizer_config.json, in which 10^30 may stand for no limit."""
+    """Schema of tokenizer_config.json, in which 10^30 means no limit."""
 
     model_max_length: Annotated[float, Ge(1)] | None = None
 
@@ -145,8 +145,8 @@ def modules_of(folder: Path) -> list[tuple[str, str]]:
             parse_json(path.read_text(encoding="utf-8"))
         )
     except (OSError, ValueError) as error:  # pydantic's among them
-        told = misfit(error) if isinstance(error, ValidationError) else reason(error)
-        raise UserError(f"{path} is no list of modules ({told}); fetch the file again") from error
+        cause = misfit(error) if isinstance(error, ValidationError) else reason(error)
+        raise UserError(f"{path} is no list of modules ({cause}); fetch the file again") from error
     for module in modules:
         if not stays_inside(module.path):
             raise UserError(

@@ -318,7 +318,7 @@ def abstract_classifier(config: BertConfig, labels: int) -> BertClassifier:
 
 
 def _repeat_layers(model: Bert, config: BertConfig) -> Bert:
-    """Give the abstract encoder of one layer as many as the config says."""
+    """Repeat the one abstract layer num_hidden_layers times."""
     model.config = config
     model.encoder.layer = repeat_layer(model.encoder.layer[0], config.num_hidden_layers)
     return model

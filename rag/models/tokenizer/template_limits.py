@@ -206,7 +206,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def _each(self, items: Sized, nodes_inside: int) -> Sized:
-        """Pay for a loop over the items, in whose body there are so many nodes, and return the items."""
+        """Charge the cost of a loop with so many nodes in its body, and return the items."""
         self.pay(len(items) * (1 + nodes_inside))
         return items
 

@@ -75,9 +75,9 @@ def attention(
     static under jit.
 
     Args:
-        q, k, v: the key in slot s stands at position s.
+        q, k, v: the key in slot s is at position s.
         causal: hide the keys after the query.
-        q_offset: query i of row b stands at position q_offset[b] + i.
+        q_offset: query i of row b is at position q_offset[b] + i.
         q_positions: the positions of the queries, in any order, instead of q_offset.
         kv_length: hide the keys at or past it: right padding, or the unwritten part of a cache.
         q_segments: ids of packed sequences: a query sees only the keys of its own id; a negative id is padding
@@ -172,7 +172,7 @@ def _by_platform(
 
 def _best_on_cpu(q: Array, k: Array, v: Array, options: AttentionOptions) -> Attend:
     tokens, keys = q.shape[2], k.shape[2]
-    # A few tokens stand behind a cache, which XLA would copy for a native call.
+    # A few tokens follow a cache, which XLA would copy for a native call.
     if tokens > DECODE_TOKENS and not native.unsupported(q, k, v, return_lse=True):
         return native.attend
     if keys <= _SHORT and not runs_unrolled(options, tokens):

@@ -1,7 +1,7 @@
 """The attention mask: causality, window, key lengths and packed segments, as a mask or as ranges of key blocks.
 
 Letters: B batch, T query tokens, S key tokens; b is 1 or B, t some of the T tokens, s some of the S tokens.
-Query i of row b stands at key position q_positions[b, i]; keys stand at 0, 1, 2 ...
+Query i of row b is at key position q_positions[b, i]; keys are at 0, 1, 2 ...
 """
 
 from typing import NamedTuple

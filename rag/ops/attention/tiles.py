@@ -36,7 +36,7 @@ class Plan:
 
     `pairs` pairs of a batch row and a kv head are processed at once. With `unrolled` the forward pass is a sequence of
     blocks of so many queries without a loop, each against all keys up to its last query; for causal attention where
-    query i stands at position i.
+    query i is at position i.
     """
 
     options: AttentionOptions
@@ -68,7 +68,7 @@ def plan_of(options: AttentionOptions, q: Float[Array, "P G T D"], k: Float[Arra
 def _block_sizes(pairs: int, groups: int, tokens: int) -> BlockSizes:
     """Return block sizes measured on two CPU cores.
 
-    XLA:CPU distributes every kernel to the cores anew, which costs time in a small tile, and scores that do not fit
+    XLA:CPU distributes every kernel to the cores again, which costs time in a small tile, and scores that do not fit
     the cores' caches cost more than that. With tiles of 2304 x 256, three kv heads of 768 rows each, the scores take
     2.3 MiB, and up to 4,096 tokens it took a tenth less time than 768 x 256. Longer tiles waste more of the diagonal.
     """

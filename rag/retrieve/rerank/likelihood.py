@@ -73,7 +73,7 @@ class Likelihood:
 
 
 def _truncated(text: str, tokens: int, count: Callable[[str], int]) -> str:
-    """Return the longest beginning of a text with at most `tokens` tokens: whole words, or characters of one word."""
+    """Return the longest first part of a text with at most `tokens` tokens: whole words, or characters of one word."""
     text = text[: tokens * _LONGEST_TOKEN]
     if count(text) <= tokens:
         return text

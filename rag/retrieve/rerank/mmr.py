@@ -26,7 +26,7 @@ _LEAST = 16  # candidates of the smallest program; the others have twice as many
 
 @dataclass(frozen=True)
 class MMR:
-    """Take again and again the passage of highest marginal relevance:
+    """Select greedily the passage of highest marginal relevance:
 
         weight * relevance - (1 - weight) * the highest cosine with a passage that was taken before
 
@@ -53,7 +53,7 @@ class MMR:
     def rerank(
         self, collection: Collection, questions: Sequence[str], hits: Sequence[Sequence[Hit]]
     ) -> list[list[Hit]]:
-        """Return the hits of each question in the order of taking, with their marginal relevance as scores."""
+        """Return the hits of each question in the order of selection, with their marginal relevance as scores."""
         queries = collection.embedder.encode_queries(questions)
         results: list[list[Hit]] = [[] for _ in hits]
         for size, batch in _batches([len(found) for found in hits]):

@@ -1,4 +1,4 @@
-"""Questions and passages in pairs: what every reranker takes from the hits, and how it gives them back."""
+"""Make (question, passage) pairs from hits, and sort hits by new scores."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The instruction to a language model: its prompt, how the model samples, and what becomes of the texts."""
+"""The instruction to a language model: its prompt, how the model samples, and how its texts are parsed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

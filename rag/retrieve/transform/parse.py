@@ -11,7 +11,7 @@ from rag.runtime.records import parse_json
 from rag.types import Message
 
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)  # of a model that reasons aloud
-_MARK = re.compile(r"(?:[-*•.–—>#]+|\(?(?:\d{1,2}|[a-z])[.):])(?:\s+|$)", re.IGNORECASE)  # of a list
+_MARK = re.compile(r"(?:[-*•·–—>#]+|\(?(?:\d{1,2}|[a-z])[.):])(?:\s+|$)", re.IGNORECASE)  # of a list
 _NUMBER = re.compile(r"(?:^|(?<=\s))\(?(\d{1,2})[.)]\s+")
 _LABEL = re.compile(
     r"(?:(?:the|re-?written|rephrased|reworded|alternative|other|search|sub|follow[ -]?up|simpler|new|original"
