@@ -270,10 +270,11 @@ def answer(
     hits = search(question)
     context = select_context(hits, search.collection.index.document_text, search.score_threshold, reader)
     retrieval = Clock.now() - begin
+    truncated = tuple(_truncated_question(question, search))
     if not context.sources:
         yield template.abstain_answer
         timings = Timings(retrieval.working, 0.0, 0.0, 0, 0, retrieval.compiling)
-        yield Answer(question, template.abstain_answer, True, (), timings)
+        yield Answer(question, template.abstain_answer, True, (), timings, notices=truncated)
         return
     messages, shown, notices = fit_context(question, context, reader, history)
     pieces: list[str] = []
@@ -291,7 +292,19 @@ def answer(
     timings = Timings(*seconds, usage.prompt_tokens, usage.new_tokens, prepare_s)
     text = "".join(pieces).strip()
     marked = cited(text, shown)
-    yield Answer(question, text, False, shown.sources, timings, marked, (*notices, *usage.notices))
+    yield Answer(
+        question, text, False, shown.sources, timings, marked, (*truncated, *notices, *usage.notices)
+    )
+
+
+def _truncated_question(question: str, search: Search) -> Iterator[str]:
+    """Yield a notice if the embedder cuts the question; an embedder says by `max_query_tokens` that it may."""
+    embedder = search.collection.embedder
+    limit = getattr(embedder, "max_query_tokens", None)
+    if limit is not None and "embedder" in search.method.depends_on:
+        tokens = len(embedder.token_spans(question))
+        if tokens > limit:
+            yield f"The question has {tokens:,} tokens, of which the embedder reads the first {limit}."
 
 
 def select_context(

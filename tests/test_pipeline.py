@@ -90,6 +90,20 @@ def test_without_a_relevant_hit_no_model_is_asked(search):
     assert (answer.sources, generator.asked) == ((), [])
 
 
+@pytest.mark.parametrize("min_score", [None, 0.99])
+def test_a_question_that_the_embedder_cuts_is_told(search, min_score):
+    """What it does not read cannot be found."""
+    embedder = search.collection.embedder
+    _, answer = asked("what eats krill.", search, reader(Echo(), min_score=min_score))
+    assert answer.notices == ()
+    embedder.max_query_tokens = 2
+    _, answer = asked("what eats krill.", search, reader(Echo(), min_score=min_score))
+    assert answer.notices == ("The question has 3 tokens, of which the embedder reads the first 2.",)
+    embedder.max_query_tokens = 3
+    _, answer = asked("what eats krill.", search, reader(Echo(), min_score=min_score))
+    assert answer.notices == ()
+
+
 def test_a_long_prompt_loses_passages_and_says_so(search):
     _, whole = asked("a whale eats krill", search, reader(Echo()))
     generator = Echo(context_length=whole.timings.prompt_tokens - 2 + 10)

@@ -133,6 +133,12 @@ class BertEmbedder:
         """Return the number of special tokens around a text."""
         return len(self._tokenizer.encode(""))
 
+    @property
+    def max_query_tokens(self) -> int:
+        """Return how many tokens of a question are embedded, beside the query prompt and the special tokens."""
+        prompt = self._tokenizer.encode(self._settings.query_prompt, special=False)
+        return max(0, self._settings.pooling.max_length - self._specials - len(prompt))
+
     @cached_property
     def _leading(self) -> int:
         """Return the number of special tokens before a text."""

@@ -134,6 +134,10 @@ def convert(name: str, value: object, hint: object) -> object:
     try:
         found = _validator(hint).validate_python(value)
     except ValidationError as error:
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise UserError(
+                f"{name}={value!r} has bytes that are not UTF-8: give it another name."
+            ) from error
         raise UserError(type_error(name, value, wanted(name, hint), _takes_text(hint))) from error
     return tuple(found) if isinstance(found, list) else found
 

@@ -112,6 +112,10 @@ def test_long_texts_are_cut(folder, embedder, batches):
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)  # [CLS], eight letters, [SEP]
     assert batches == [(4, 10)]
     assert short.fingerprint != embedder.fingerprint
+    cut, whole = (short.encode_queries(["a" * count + "b"])[0] for count in (8, 7))
+    assert short.max_query_tokens == 8
+    np.testing.assert_allclose(cut, short.encode_queries(["a" * 8])[0], atol=1e-6)
+    assert np.abs(whole - short.encode_queries(["a" * 7])[0]).max() > 1e-3
     for length in (2, 81):
         with pytest.raises(UserError, match=f"max_length={length} .* from 3 to 80"):
             BertEmbedder(str(folder), max_length=length)

@@ -17,7 +17,7 @@ from launch import CONF, quote_overrides
 from omegaconf import DictConfig, OmegaConf
 from settings import Part, build, check, settings_of
 
-from rag.runtime.options import Count, Share, check_fields, checked, is_plain
+from rag.runtime.options import Count, Filled, Share, check_fields, checked, convert, is_plain
 from rag.types import UserError
 from tests.run_script import settings_class
 from tests.scripts.test_configs import CHOICES, PRIMARY
@@ -247,6 +247,12 @@ def test_no_part_is_null_but_those_that_may(primary):
             del changed[key]
             with pytest.raises(UserError, match=rf"^{key}=null will not do"):
                 check(changed, schema)
+
+
+def test_a_name_that_is_not_utf_8_is_told_as_that():
+    """Linux gives such bytes of a command line to Python as surrogates."""
+    with pytest.raises(UserError, match=r"^index.path='bad\\udcff' has bytes that are not UTF-8: give it"):
+        convert("index.path", "bad\udcff", Filled)
 
 
 def test_a_setting_that_declares_nothing_is_found():
