@@ -40,7 +40,7 @@ def pack_texts(lengths: Sequence[int], longest: int) -> list[list[int]]:
         first = -sizes.pop(0)
         row, room = (
             [order.pop(0)],
-            min(max(_MIN_WIDTH, next_power_of_two(first)), longest, _MAX_WIDTH) - first,
+            min(next_power_of_two(first, _MIN_WIDTH), longest, _MAX_WIDTH) - first,
         )
         while len(row) < max_texts(first) and (i := bisect_left(sizes, -room)) < len(sizes):
             room += sizes.pop(i)

@@ -248,7 +248,7 @@ def _ranked(ids: Sequence[Id], scores: Float32[np.ndarray, "C"]) -> list[tuple[I
 
 
 def _padded(candidates: int) -> int:
-    return max(_LEAST, next_power_of_two(candidates))
+    return next_power_of_two(candidates, _LEAST)
 
 
 def _stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:

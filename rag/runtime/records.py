@@ -27,7 +27,7 @@ class Record(BaseModel):
     Numbers must be finite: in JSON, 1e999 is infinity.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class OpenRecord(Record):

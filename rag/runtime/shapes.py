@@ -8,9 +8,9 @@ give more programs and waste less.
 _CACHE_STEP = 512  # slots: a KV cache of at least so many has a multiple of them
 
 
-def next_power_of_two(n: int) -> int:
-    """Return the least power of two that is not below n; 1 for n <= 1."""
-    return 1 << max(n - 1, 0).bit_length()
+def next_power_of_two(n: int, least: int = 1) -> int:
+    """Return the least power of two that is not below n, or `least` if that is larger."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
 
 
 def previous_power_of_two(n: int) -> int:
@@ -53,7 +53,7 @@ def round_up_suffix(count: int) -> int:
 
     Powers of two from 8 to 64, then as `round_up_prompt`: a suffix is often a few tokens long.
     """
-    return max(8, next_power_of_two(count)) if count <= 64 else round_up_prompt(count)
+    return next_power_of_two(count, least=8) if count <= 64 else round_up_prompt(count)
 
 
 def round_up_cache(tokens: int) -> int:
@@ -61,4 +61,4 @@ def round_up_cache(tokens: int) -> int:
 
     Powers of two from 128 to 512, then multiples of 512: every decode step is compiled for the capacity.
     """
-    return max(128, next_power_of_two(tokens)) if tokens <= _CACHE_STEP else round_up(tokens, _CACHE_STEP)
+    return next_power_of_two(tokens, least=128) if tokens <= _CACHE_STEP else round_up(tokens, _CACHE_STEP)

@@ -14,6 +14,7 @@ from rag.models.llama import configuration as llama_configuration
 from rag.models.llama.model import abstract, forward, logits
 from rag.ops.rope import rotate, rotations
 from rag.types import Message, UserError
+from tests import trials
 from tests.generate.decode import alone, batch
 from tests.reference import DECODER_TOLERANCE
 
@@ -199,5 +200,6 @@ def test_smollm2_greedy_tokens_equal_transformers_alone_and_in_a_batch(smollm2, 
     prompts = [tokenizer.chat(conversation) for conversation in messages]
     assert prompts == [case["prompt"] for case in cases]
     expected = [[token for token in case["greedy"] if token not in tokenizer.eos_ids] for case in cases]
-    assert [alone(engine, prompt, 64) for prompt in prompts] == expected
-    assert batch(engine, prompts, 64) == expected
+    some = slice(None if trials.LONG else 3)  # each length is a program of its own to compile
+    assert [alone(engine, prompt, 64) for prompt in prompts[some]] == expected[some]
+    assert batch(engine, prompts[some], 64) == expected[some]

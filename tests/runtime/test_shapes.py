@@ -8,6 +8,7 @@ from rag.runtime import shapes
 
 ROUNDINGS = {
     "next_power_of_two": shapes.next_power_of_two,
+    "next_power_of_two from 16": lambda n: shapes.next_power_of_two(n, 16),
     "round_up to 48": lambda n: shapes.round_up(n, 48),
     "round_up_text": lambda n: shapes.round_up_text(n, 10_000),
     "round_up_prompt": shapes.round_up_prompt,

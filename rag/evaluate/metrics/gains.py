@@ -1,6 +1,6 @@
 """Retrieval metrics as gains of a ranking, for compiled programs that compute them at every point of a grid.
 
-    S documents that a ranking is cut to, at most the metric's cut-off
+    k documents that a ranking is cut to, at most the metric's cut-off
 
 The value of a query is of_ranking(grades of the documents found, best first) / ideal(grades of all judged documents).
 Definitions are those of rag.evaluate.metrics.retrieval.evaluate.
@@ -24,15 +24,15 @@ class Gain:
             that the quotient is taken of, 0 where nothing can be gained.
     """
 
-    of_ranking: Callable[[Float[Array, "S"]], Float[Array, ""]]
+    of_ranking: Callable[[Float[Array, "k"]], Float[Array, ""]]
     ideal: Callable[[Sequence[int], int], float]
 
 
-def _ranks(grades: Float[Array, "S"]) -> Float[Array, "S"]:
+def _ranks(grades: Float[Array, "k"]) -> Float[Array, "k"]:
     return jnp.arange(1.0, len(grades) + 1)
 
 
-def _relevant(grades: Float[Array, "S"]) -> Float[Array, ""]:
+def _relevant(grades: Float[Array, "k"]) -> Float[Array, ""]:
     return (grades > 0).sum().astype(grades.dtype)
 
 

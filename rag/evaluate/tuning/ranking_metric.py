@@ -1,6 +1,6 @@
 """Retrieval metrics inside a compiled program, so that a whole grid is measured in one call.
 
-Q queries, C candidates of a query (passages, or documents), S documents that a ranking is cut to
+Q queries, C candidates of a query (passages, or documents), k documents that a ranking is cut to
 """
 
 import re
@@ -70,7 +70,7 @@ class JudgedCandidates(NamedTuple):
         documents: Sequence[Sequence[str]], judged: Sequence[Mapping[str, int]], metric: RankingMetric
     ) -> "JudgedCandidates":
         """Build them from the document of each of a query's candidates, and the query's judgements."""
-        width = max(_LEAST, next_power_of_two(max(map(len, documents), default=1)))
+        width = next_power_of_two(max(map(len, documents), default=1), _LEAST)
         owners = np.zeros((len(documents), width), np.int32)
         grades = np.zeros((len(documents), width), np.float32)
         for row, (names, known) in enumerate(zip(documents, judged, strict=True)):

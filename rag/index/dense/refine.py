@@ -221,7 +221,7 @@ def padded(vectors: Float[np.ndarray, "Q E"], least: int = 1) -> Float32[np.ndar
 
     Batches of many sizes so share few programs.
     """
-    count = max(least, next_power_of_two(len(vectors)))
+    count = next_power_of_two(len(vectors), least)
     return np.pad(vectors.astype(np.float32), ((0, count - len(vectors)), (0, 0)))
 
 

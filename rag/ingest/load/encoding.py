@@ -3,8 +3,6 @@
 import codecs
 import re
 
-import charset_normalizer
-
 # A longer mark comes before the shorter mark that is its beginning.
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -71,6 +69,8 @@ def _guessed(data: bytes) -> list[str]:
     The guess for long data is made from a sample around the first byte that is not ASCII. The sample may end within a
     character, which has at most four bytes, so it is also tried without its last one to three bytes.
     """
+    import charset_normalizer  # here: most files need no guess, and an answer loads none
+
     non_ascii = re.search(rb"[\x80-\xff]", data)
     begin = max(0, non_ascii.start() - _SAMPLE // 2) if non_ascii and len(data) > _SAMPLE else 0
     sample = data[begin : begin + _SAMPLE]

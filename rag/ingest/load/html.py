@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import StringIO
 
-from lxml import etree
-
 from rag.ingest.load.encoding import UnreadableFile, decode
 from rag.ingest.load.markdown import first_heading
 
@@ -49,6 +47,8 @@ def html_text(source: str) -> tuple[str, str]:
         UnreadableFile: the page has more than 2,000,000 tags, its elements are nested more than 2,048 deep, or
             libxml2 stops before the end: half a page is never returned.
     """
+    from lxml import etree  # here: an answer loads no files
+
     if source.count("<") > _MAX_TAGS:
         raise UnreadableFile(
             f"it has more than {_MAX_TAGS:,} HTML tags: divide it, or save its text as a .txt file"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,6 @@ from rag.runtime.machine import cpu_flags
 from rag.types import UserError
 
 LayerDtype = Literal["float32", "bfloat16", "int8"]  # of the layers' weights
-DTYPES = get_args(LayerDtype)
 PREFIXES = ("bert.", "roberta.")  # before the encoder's names in a model with a head
 
 # (Hugging Face's name, llama.cpp's name)
@@ -118,7 +117,7 @@ def load(path: Path, dtype: str = "float32") -> tuple[Bert, Tokenizer, EncoderSe
     """Load the encoder, tokenizer and settings of a Hugging Face folder or a GGUF file.
 
     Args:
-        dtype: one of DTYPES, for the weights of the layers; embeddings and normalisations stay float32.
+        dtype: float32, bfloat16 or int8, for the weights of the layers; embeddings and normalisations stay float32.
 
     Returns:
         The model, with memory-mapped weights where they are float32, its tokenizer, and its settings.
@@ -134,7 +133,7 @@ def load(path: Path, dtype: str = "float32") -> tuple[Bert, Tokenizer, EncoderSe
 
 
 def convert_layers(model: Bert, dtype: str) -> Bert:
-    """Return the encoder with the weights of its layers in one of DTYPES.
+    """Return the encoder with the weights of its layers in `dtype`.
 
     A processor without bfloat16 instructions multiplies float32 numbers much faster than bfloat16 ones: there the
     weights are rounded to bfloat16 and stored as float32.

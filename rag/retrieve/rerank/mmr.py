@@ -78,7 +78,7 @@ def _batches(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
     sizes: dict[int, list[int]] = {}
     for query, n in enumerate(lengths):
         if n:
-            sizes.setdefault(max(_LEAST, next_power_of_two(n)), []).append(query)
+            sizes.setdefault(next_power_of_two(n, _LEAST), []).append(query)
     for size, queries in sizes.items():
         for start in range(0, len(queries), _BATCH):
             yield size, queries[start : start + _BATCH]
