@@ -127,7 +127,9 @@ def list_table(report: SensitivityReport) -> Table:
 
 def answer_table(report: SensitivityReport) -> Table:
     """Return the table of changed answers."""
-    means = {name: report.means.get(name) for name in ("F1", "contains")}
+    from rag.evaluate.sensitivity.answers import ANSWER_METRICS_COMPARED
+
+    means = {name: report.means.get(name) for name in ANSWER_METRICS_COMPARED}
     count = report.answers[0].answers if report.answers else 0
     title = f"{count} answers, " + ", ".join(f"{name} {number(mean)}" for name, mean in means.items())
     table = _table(title, "other\ntext", *(heading for name in means for heading in _headings(name)))

@@ -84,10 +84,8 @@ def prefill(
     model, rows = packed.module, len(tokens)
     hidden, cache = forward(model, tokens, jnp.zeros(rows, jnp.int32))
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-    seen = tokens_seen(model, tokens, length)
-    return choose_first_token(
-        model, cache.resized(capacity), last, length, budget, key, seen, sampling, end_ids
-    )
+    cache = cache.resized(capacity)
+    return choose_first_token(model, cache, last, tokens, length, budget, key, sampling, end_ids)
 
 
 @partial(jax.jit, static_argnames=("sampling", "end_ids"), donate_argnames=("cache",))
@@ -111,9 +109,9 @@ def prefill_suffix(
     all `length` tokens.
     """
     hidden, cache = forward(packed.module, tokens, positions, cache)
-    seen = tokens_seen(packed.module, prompt, length)
+    last_hidden = hidden[:, last]
     return choose_first_token(
-        packed.module, cache, hidden[:, last], length, budget, key, seen, sampling, end_ids
+        packed.module, cache, last_hidden, prompt, length, budget, key, sampling, end_ids
     )
 
 
@@ -131,11 +129,10 @@ def start_decode(
     end_ids: tuple[int, ...],
 ) -> DecodeState:
     """Return the state behind a prompt that the cache holds; `last` is its last token's state after the last norm."""
-    seen = tokens_seen(packed.module, prompt, length)
-    return choose_first_token(packed.module, cache, last, length, budget, key, seen, sampling, end_ids)
+    return choose_first_token(packed.module, cache, last, prompt, length, budget, key, sampling, end_ids)
 
 
-def tokens_seen(model: Llama, tokens: Int[Array, "B T"], length: Int[Array, "B"]) -> Bool[Array, "B V"]:
+def _tokens_seen(model: Llama, tokens: Int[Array, "B T"], length: Int[Array, "B"]) -> Bool[Array, "B V"]:
     """Return which tokens are among the first `length` of each row."""
     rows, width = tokens.shape
     valid = jnp.arange(width) < length[:, None]
@@ -147,14 +144,15 @@ def choose_first_token(
     model: Llama,
     cache: KVCache,
     last: Float[Array, "B M"],
+    prompts: Int[Array, "B T"],
     length: Int[Array, "B"],
     budget: Int[Array, "B"],
     key: Key[Array, "B"],
-    seen: Bool[Array, "B V"],
     sampling: Sampling,
     end_ids: tuple[int, ...],
 ) -> DecodeState:
-    """Return the state with its first token chosen from the prompt's last hidden state."""
+    """Return the state behind `prompts` of `length` tokens, its first token chosen from their last hidden states."""
+    seen = _tokens_seen(model, prompts, length)
     state = DecodeState(cache, length, length, budget, jnp.zeros(len(length), bool), key, seen)
     return _choose_next(state, logits(model, last), sampling, end_ids)  # .token was a placeholder
 

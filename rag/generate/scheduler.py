@@ -26,7 +26,6 @@ from rag.generate.decode_state import (
     pad_prompts,
     prefill,
     random_keys,
-    tokens_seen,
 )
 from rag.generate.engine import Engine
 from rag.generate.prefill_batches import MAX_ROWS, PrefillBatch, TokenRequest, max_rows, prefill_width
@@ -60,9 +59,7 @@ def prefill_after_prefix(
     cache = jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), prefix.resized(width))
     hidden, cache = forward(model, tokens[:, start:], jnp.full(rows, start, jnp.int32), cache)
     last = jnp.take_along_axis(hidden, (length - start - 1)[:, None, None], axis=1)[:, 0]
-    return choose_first_token(
-        model, cache, last, length, budget, key, tokens_seen(model, tokens, length), sampling, end_ids
-    )
+    return choose_first_token(model, cache, last, tokens, length, budget, key, sampling, end_ids)
 
 
 @partial(jax.jit, donate_argnames=("state",))

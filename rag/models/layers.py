@@ -1,6 +1,6 @@
-"""Define what the model families share: the linear layer, int8 weights, and the repetition of a layer's shapes.
+"""Define what the model families share: the linear layer, heads, int8 weights, and the repetition of a layer's shapes.
 
-Letters: M width of the input, O outputs.
+Letters: B batch, T tokens, H heads, D head dim, HD = H x D, M width of the input, O outputs.
 """
 
 from typing import TypeVar
@@ -46,6 +46,18 @@ class Linear(WeightLayer):
         if self.scale is not None:
             return linear(x, weight, bias, self.scale[...], by_native=self.native)
         return linear(x.astype(weight.dtype), weight, bias).astype(x.dtype)
+
+
+def split_heads(x: Float[Array, "B T HD"], heads: int) -> Float[Array, "B H T D"]:
+    """Return the output of a projection with its heads in front of the tokens, as attention takes them."""
+    b, t, _ = x.shape
+    return x.reshape(b, t, heads, -1).transpose(0, 2, 1, 3)
+
+
+def join_heads(x: Float[Array, "B H T D"]) -> Float[Array, "B T HD"]:
+    """Return the output of attention with the heads of each token side by side: the inverse of `split_heads`."""
+    b, _, t, _ = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(b, t, -1)
 
 
 def quantize_weights(module: M) -> M:

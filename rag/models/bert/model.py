@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from rag.models.layers import Linear, repeat_layer
+from rag.models.layers import Linear, join_heads, repeat_layer, split_heads
 from rag.ops.attention import attention
 
 Activation = Literal["gelu", "gelu_new", "relu"]
@@ -271,20 +271,10 @@ def _attend(
     segments: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T M"]:
     with jax.named_scope("attention"):
-        q, k, v = (_split_heads(p(x), c.num_attention_heads) for p in (layer.query, layer.key, layer.value))
+        q, k, v = (split_heads(p(x), c.num_attention_heads) for p in (layer.query, layer.key, layer.value))
         out = attention(q, k, v, kv_length=kv_length, q_segments=segments, kv_segments=segments)
         assert isinstance(out, Array)  # no log-sum-exp was asked for
-        return _join_heads(out)
-
-
-def _split_heads(x: Float[Array, "B T M"], heads: int) -> Float[Array, "B H T D"]:
-    b, t, _ = x.shape
-    return x.reshape(b, t, heads, -1).transpose(0, 2, 1, 3)
-
-
-def _join_heads(x: Float[Array, "B H T D"]) -> Float[Array, "B T M"]:
-    b, _, t, _ = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(b, t, -1)
+        return join_heads(out)
 
 
 def _expand(layer: Intermediate, c: BertConfig, x: Float[Array, "B T M"]) -> Float[Array, "B T F"]:

@@ -19,7 +19,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from rag import native
-from rag.models.layers import Linear, WeightLayer, multiply_natively, quantize_weights, repeat_layer
+from rag.models.layers import (
+    Linear,
+    WeightLayer,
+    join_heads,
+    multiply_natively,
+    quantize_weights,
+    repeat_layer,
+    split_heads,
+)
 from rag.ops.attention import attention
 from rag.ops.linear import linear
 from rag.ops.rope import rotate, rotations
@@ -266,7 +274,7 @@ def _attend(
     cached: _LayerCache | None,
 ) -> tuple[Array, _LayerCache]:
     with jax.named_scope("attention"):
-        q = _heads(layer.q_proj(x), c.num_attention_heads)
+        q = split_heads(layer.q_proj(x), c.num_attention_heads)
         q = rotate(q if layer.q_norm is None else layer.q_norm(q), rotary)
         k, v = _keys_values(layer, c, x, rotary)
         if cached is None:
@@ -283,19 +291,13 @@ def _attend(
                 q_positions=None if consecutive else positions,
             )
         assert isinstance(out, Array)  # no log-sum-exp was asked for
-        b, _, t, _ = out.shape
-        return layer.o_proj(out.transpose(0, 2, 1, 3).reshape(b, t, -1)), (k, v)
+        return layer.o_proj(join_heads(out)), (k, v)
 
 
 def _keys_values(layer: LlamaAttention, c: LlamaConfig, x: Array, rotary: Array) -> tuple[Array, Array]:
-    k = _heads(layer.k_proj(x), c.num_key_value_heads)
-    v = _heads(layer.v_proj(x), c.num_key_value_heads)
+    k = split_heads(layer.k_proj(x), c.num_key_value_heads)
+    v = split_heads(layer.v_proj(x), c.num_key_value_heads)
     return rotate(k if layer.k_norm is None else layer.k_norm(k), rotary), v
-
-
-def _heads(x: Float[Array, "B T HD"], heads: int) -> Float[Array, "B H T D"]:
-    b, t, _ = x.shape
-    return x.reshape(b, t, heads, -1).transpose(0, 2, 1, 3)
 
 
 def _write(
