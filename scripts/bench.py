@@ -2,13 +2,12 @@
 
     python scripts/bench.py bench=attention
     python scripts/bench.py bench=search bench.repeats=3 | tail -1 | python -m json.tool
-    python scripts/bench.py bench=search keep=results/bench && python scripts/readme.py
+    python scripts/bench.py bench=search keep=results/bench && python scripts/tables.py
 
 A ratio above 1 means that ours is better. Peers that are not installed are named and left out (`make bench-setup`). The
 run's folder, and the folder `keep`, get NAME.jsonl, to which the line is appended, NAME.md and NAME.png.
 """
 
-import json
 import os
 import re
 import sys
@@ -54,7 +53,7 @@ def main(config) -> None:
     line = bench_json(name, rows, peaks, command=command(overrides()), load_before=load_before)
     picture = getattr(benchmark, "picture", page.ratios)(rows)
     for folder in [run_dir(), *([Path(config.keep).expanduser()] if config.keep else [])]:
-        write(folder / (config.name or name), line, page.markdown(json.loads(line)), picture)
+        write(folder / (config.name or name), line, picture)
         print(f"table and picture: {folder}", file=sys.stderr)
     print(line)
 
@@ -79,16 +78,20 @@ def command(given: Sequence[str]) -> str:
     return " ".join([*environment, "python scripts/bench.py", *settings])
 
 
-def write(stem: Path, line: str, table: str, picture: bytes | None) -> None:
+def write(stem: Path, line: str, picture: bytes | None) -> None:
     """Append the line to stem.jsonl; replace stem.md and stem.png."""
+    from rag.bench.page import markdown
+    from rag.bench.record import read_records
+
     stem.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{stem}.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")
-    with atomic_file(f"{stem}.md", "w") as file:
-        file.write(table)
     if picture is not None:
         with atomic_file(f"{stem}.png") as file:
             file.write(picture)
+    with atomic_file(f"{stem}.md", "w") as file:
+        name = f"{stem.name}.png" if picture is not None else None
+        file.write(markdown(stem.name, read_records(Path(f"{stem}.jsonl")), name))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ and 5 backward, so a program that also computes the masked half shows a lower ra
 Letters: B batch, T tokens, H query heads, K kv heads, D head dim.
 """
 
-import sys
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from rag.bench.peers import print_left_out
 from rag.bench.timing import Row, alternate, compiled_temp_bytes, ratio
 from rag.ops.attention import IMPLEMENTATIONS, attention
-from rag.runtime.machine import cores
-from rag.runtime.measurement import Timing
+from rag.runtime.machine.hardware import cores
+from rag.runtime.machine.measurement import Timing
 from rag.runtime.options import Count, Counts, check_fields
 
 Call = Callable[[], object]
@@ -69,7 +70,7 @@ class AttentionBenchmark:
         calls: dict[str, Call] = {name: _bound(jax.jit(f), arrays) for name, f in programs.items()}
         calls |= _torch(q, k, v, dout, way)
         # After its turn a peer's thread pool spins for a while, on the cores that the next callable needs.
-        repeats = -(-self.repeats * _ALL_REPEATS // max(_ALL_REPEATS, tokens))  # rounded up
+        repeats = math.ceil(self.repeats * _ALL_REPEATS / max(_ALL_REPEATS, tokens))
         timings = alternate(
             calls | {"rest": lambda: time.sleep(0.02)}, repeats=repeats, warmup_each_turn=True
         )
@@ -110,7 +111,7 @@ def _torch(q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray, way: s
     try:
         import torch
     except ImportError:
-        print("torch is not installed: its columns are left out (make bench-setup)", file=sys.stderr)
+        print_left_out("torch", "it is not installed (make bench-setup)")
         return {}
     torch.set_num_threads(cores())
     *inputs, dout_torch = (torch.from_numpy(x) for x in (q, k, v, dout))

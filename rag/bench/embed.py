@@ -28,8 +28,8 @@ from rag.embed.bert import BertEmbedder
 from rag.models import hub
 from rag.models.bert.checkpoint import LayerDtype
 from rag.ops.linear import product_type
-from rag.runtime.machine import cores
-from rag.runtime.measurement import Timing, Work
+from rag.runtime.machine.hardware import cores
+from rag.runtime.machine.measurement import Timing, Work
 from rag.runtime.options import Count, Filled, check_fields
 
 Encode = Callable[[list[str]], np.ndarray]  # texts -> unit vectors, N x E

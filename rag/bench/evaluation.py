@@ -18,7 +18,7 @@ from rag.bench.timing import Row
 from rag.generate import Generator, Request
 from rag.generate.local import KVReuse, LocalGenerator, WeightsDtype
 from rag.models import hub
-from rag.runtime.clock import Clock
+from rag.runtime.machine.clock import Clock
 from rag.runtime.options import Count, Filled, check_fields
 from rag.types import Message, UserError
 

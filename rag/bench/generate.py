@@ -23,10 +23,11 @@ from rag.bench.peers.llama_cpp import LlamaCpp, LlamaCppGenerator, llama_cpp_pee
 from rag.bench.timing import Row
 from rag.generate import Generator, Request
 from rag.generate.local import LocalGenerator, WeightsDtype
+from rag.generate.prefill_batches import TokenRequest
 from rag.models import hub
 from rag.models.llama.model import Llama
 from rag.ops.linear import product_type
-from rag.runtime.measurement import READ_RATE, WORKING_SET, Figure, Spread
+from rag.runtime.machine.measurement import READ_RATE, WORKING_SET, Figure, Spread
 from rag.runtime.options import Count, Filled, check_fields
 from rag.runtime.shapes import round_up_prompt
 from rag.types import Message, Usage
@@ -193,7 +194,8 @@ def _unending(generator: LocalGenerator) -> Write:
     engine.end_ids = ()  # the budget alone ends an answer
 
     def write(prompt: list[int], new_tokens: int) -> Iterator[int]:
-        return (len(tokens) for tokens in engine.stream(engine.prefill(prompt, new_tokens)))
+        state = engine.prefill(TokenRequest(tuple(prompt), new_tokens))
+        return (len(tokens) for tokens in engine.stream(state))
 
     return write
 

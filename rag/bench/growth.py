@@ -33,7 +33,7 @@ from rag.index.writer import write_index
 from rag.ingest.chunk.split import chunks_of
 from rag.ingest.chunk.whole import WholeChunker
 from rag.ops.attention import attention
-from rag.runtime.measurement import Spread
+from rag.runtime.machine.measurement import Spread
 from rag.runtime.options import Count, Filled, check_fields
 from rag.types import Document, UserError
 

@@ -24,11 +24,12 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import Float64
 
+from rag.bench.peers import print_left_out
 from rag.bench.timing import Row, alternate, ratio
 from rag.index.lexical.analyzer import Analyzer
 from rag.index.lexical.postings import LexicalIndex
 from rag.index.lexical.weighting import BM25Weights, Variant
-from rag.runtime.measurement import Timing
+from rag.runtime.machine.measurement import Timing
 from rag.runtime.options import Count, Counts, Filled, check_fields
 from rag.types import UserError
 
@@ -289,6 +290,6 @@ def _peer(stemmer: str | None) -> "MakePeer | None":
     try:
         import bm25s  # noqa: F401
     except ImportError:
-        print("bm25s is not installed: its columns are left out (make bench-setup)", file=sys.stderr)
+        print_left_out("bm25s", "it is not installed (make bench-setup)")
         return None
     return partial(_BM25S, stemmer=stemmer)

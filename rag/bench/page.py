@@ -1,6 +1,7 @@
-"""Show the record of a benchmark, a line made by rag.bench.record.bench_json, as a Markdown table and as pictures."""
+"""Show the records of a benchmark, lines made by rag.bench.record.bench_json, as a Markdown page and as pictures."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from rag.bench.record import columns, rows_of
+from rag.bench.record import Record, columns, rows_of
 from rag.bench.timing import Row
 from rag.report.numbers import byte_size, duration
 from rag.report.plots import PALETTE, png
@@ -29,16 +30,55 @@ class GrowthSeries:
     theory: float | int  # the exponent of the number of operations
 
 
-def markdown(record: Mapping[str, Any]) -> str:
-    """Return a table of all figures, below one paragraph that says what ran on which machine, and its load."""
-    headers, lines = columns(rows_of(record))
-    table = [headers, ["---", *("---:" for _ in headers[1:])], *lines]
-    return f"{_provenance(record)}\n\n" + "".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in table
-    )
+def machine_name(record: Record) -> str:
+    """Return the machine in a few words; records of one kind of machine have the same."""
+    machine = record["machine"]
+    cpu = re.sub(r"\(R\)|\(TM\)| Processor", "", machine["cpu"]).strip()
+    tiles = " with AMX" if any(flag.startswith("amx") for flag in machine["cpu_flags"]) else ""
+    device = "" if machine["device"].lower() == "cpu" else f" and {machine['device']}"
+    return f"{machine['cores']} cores of {cpu}{tiles}{device}"
 
 
-def _provenance(record: Mapping[str, Any]) -> str:
+def latest(records: Sequence[Record]) -> dict[str, Record]:
+    """Return the last record of each kind of machine."""
+    return {machine_name(record): record for record in records}
+
+
+def markdown(title: str, records: Sequence[Record], picture: str | None = None) -> str:
+    """Return a page: for each kind of machine its last record, as one paragraph and a table of all figures.
+
+    Args:
+        title: The heading.
+        records: The records of one benchmark, oldest first.
+        picture: The file name of a picture to show, or None.
+    """
+    parts = [f"# {title}"]
+    for record in latest(records).values():
+        headers, lines = columns(rows_of(record))
+        parts += [_provenance(record), table([headers, *lines])]
+    return "\n\n".join(parts) + (f"\n\n![{title}]({picture})\n" if picture else "\n")
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of the header and the lines; all columns but the first are aligned to the right."""
+    header, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *rest])
+
+
+def run_facts(record: Record) -> str:
+    """Return the command of a run, its date, commit and load."""
+    machine = record["machine"]
+    load = f"{machine['load_average'][0]:.2g}"
+    if "load_before" in record:
+        load = f"{record['load_before'][0]:.2g} before, {load} after"
+    dirty = " (changed)" if machine["dirty"] else ""
+    commit = (machine["commit"] or "unknown")[:8]
+    command = record.get("command") or record["bench"]
+    return f"`{command}`: {machine['date'][:10]}, commit {commit}{dirty}; load average {load}"
+
+
+def _provenance(record: Record) -> str:
     machine = record["machine"]
     peaks = machine["peaks"]
     rates = {
@@ -47,20 +87,13 @@ def _provenance(record: Mapping[str, Any]) -> str:
         "int8": peaks.get("int8_ops"),
     }
     products = ", ".join(f"{rate / 1e9:,.0f} {name}" for name, rate in rates.items() if rate is not None)
-    device = "" if machine["device"].lower() == "cpu" else f" and {machine['device']}"
-    load = machine["load_average"][0]
-    if "load_before" in record:
-        load = f"{record['load_before'][0]:.2g} before, {load:.2g} after"
-    dirty = " (changed)" if machine["dirty"] else ""
     facts = [
-        f"{machine['date'][:10]}, commit {(machine['commit'] or 'unknown')[:8]}{dirty}",
-        f"{machine['cores']} cores of {machine['cpu']}{device}, JAX {machine['versions']['jax']}",
+        run_facts(record),
+        f"{machine_name(record)}, JAX {machine['versions']['jax']}",
         f"peaks {products} billion operations/s, {peaks['read_bytes_per_s'] / 1e9:.3g} GB/s",
-        f"load average {load}",
         f"peak memory {byte_size(machine['peak_memory_bytes'])}, peers included",
     ]
-    said = "Median [least, most]; a ratio above 1 means that ours is better."
-    return f"`{record.get('command') or record['bench']}`: {'; '.join(facts)}. {said}"
+    return f"{'; '.join(facts)}. Median [least, most]; a ratio above 1 means that ours is better."
 
 
 def ratios(rows: Sequence[Row]) -> bytes | None:

@@ -16,9 +16,10 @@ from functools import partial
 import numpy as np
 from jaxtyping import Float32
 
+from rag.bench.record import PERCENT_OF_PEAK
 from rag.bench.timing import Row
-from rag.runtime.machine import cpu_flags
-from rag.runtime.measurement import READ_RATE, WORKING_SET, Figure, Spread
+from rag.runtime.machine.hardware import cpu_flags
+from rag.runtime.machine.measurement import READ_RATE, WORKING_SET, Figure, Spread
 
 GEMM_SIZES = (1024, 2048)
 ACCELERATOR_SIZE = 8192  # too small a product does not fill an accelerator
@@ -179,7 +180,7 @@ def _shared(case: str, figures: Mapping[str, Figure], peaks: Mapping[str, float]
                 f"{case}: {_median(value):.4g} {name} are {share:.0f}% of {peak_name}, {peak / 1e9:.4g} billion a "
                 "second: what is counted is not what was done, or the peak was measured too low."
             )
-        out[f"{name}, % of peak"] = share
+        out[name + PERCENT_OF_PEAK] = share
     return out
 
 

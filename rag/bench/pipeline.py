@@ -24,7 +24,7 @@ from rag.generate.local import KVReuse, LocalGenerator, WeightsDtype
 from rag.models import hub
 from rag.pipeline import Reader
 from rag.retrieve.search import Search
-from rag.runtime.measurement import Spread
+from rag.runtime.machine.measurement import Spread
 from rag.runtime.options import Count, Filled, Whole, check_fields
 from rag.types import Answer, UserError
 

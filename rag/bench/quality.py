@@ -15,13 +15,13 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Float, Float64
 
+from rag.bench.question_answering import MEASURES, scores_of
 from rag.bench.questions import QuestionSet, Task
-from rag.bench.reading import MEASURES, scores_of
 from rag.bench.timing import Row
 from rag.evaluate.statistics import Statistics, intervals
 from rag.generate import Request
 from rag.generate.local import LocalGenerator
-from rag.runtime.measurement import Figure, Spread
+from rag.runtime.machine.measurement import Figure, Spread
 from rag.runtime.options import ArgumentsOf, Count, Filled, check_fields
 from rag.types import UserError
 
@@ -69,7 +69,7 @@ class QualityBenchmark:
         texts = generator.generate(requests)
         gold = generator.log_likelihood([(task.messages, task.gold[0]) for task in tasks])
         scores = scores_of(tasks, texts, [score.total for score in gold])
-        log_probs = np.stack([generator.prefill.next_log_probs(messages) for messages in conversations])
+        log_probs = np.stack([generator.prefiller.next_log_probs(messages) for messages in conversations])
         return QualityOutcome(scores, log_probs)
 
 

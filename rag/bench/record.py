@@ -1,14 +1,28 @@
-"""Write the record of a benchmark: a table on the terminal and one JSON line."""
+"""Write the record of a benchmark, a table on the terminal and one JSON line, and read such lines again."""
 
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rag.bench.timing import Row
-from rag.runtime.machine import environment
-from rag.runtime.measurement import Figure, Spread
+from rag.runtime.machine.hardware import environment
+from rag.runtime.machine.measurement import Figure, Spread
+from rag.types import UserError
+
+Record = dict[str, Any]  # a parsed line of `bench_json`
+
+PERCENT_OF_PEAK = ", % of peak"  # ends the name of a rate's share of its peak
+
+_RENAMED = (  # words of older records -> the words of today's code
+    ("tokens anew", "tokens recomputed"),
+    ("int8, drafting", "int8, speculative"),
+    ('"GFLOP/s', '"float32 GFLOP/s'),
+    ("bench=reading bench.path=", "bench=question_answering bench.questions.path="),
+    ("bench=quality bench.reading.path=", "bench=quality bench.questions.path="),
+)
 
 
 def print_table(rows: Sequence[Row], title: str = "") -> None:
@@ -40,7 +54,7 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         figures = [row.ours.get(name) for name in ours]
         figures += [row.peers.get(peer, {}).get(name) for peer, name in peers]
         figures += [row.ratio.get(peer) for peer in ratios]
-        lines.append([row.case, *("-" if value is None else _short(value) for value in figures)])
+        lines.append([row.case, *("-" if value is None else short(value) for value in figures)])
     return headers + [f"ratio to: {peer}" for peer in ratios], lines
 
 
@@ -49,10 +63,10 @@ def _ordered(items: Iterable) -> list:
     return list(dict.fromkeys(items))
 
 
-def _short(value: Figure) -> str:
+def short(value: Figure) -> str:
     """Format with four significant digits, large numbers without an exponent, a Spread as median [least, most]."""
     if isinstance(value, Spread):
-        return f"{_short(value.median)} [{_short(value.low)}, {_short(value.high)}]"
+        return f"{short(value.median)} [{short(value.low)}, {short(value.high)}]"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
@@ -69,7 +83,7 @@ def bench_json(
     return json.dumps(record, allow_nan=False)
 
 
-def rows_of(record: Mapping[str, Any]) -> list[Row]:
+def rows_of(record: Record) -> list[Row]:
     """Return the rows of a parsed line of `bench_json`."""
 
     def figures(found: Mapping[str, Any]) -> dict[str, Figure]:
@@ -86,3 +100,28 @@ def rows_of(record: Mapping[str, Any]) -> list[Row]:
         )
         for row in record["rows"]
     ]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the records of a file of JSON lines, oldest first, in today's words.
+
+    Records before 2026-11-26 call two products of int8 digits one bfloat16 product, so these rates are left out.
+
+    Raises:
+        UserError: the file is missing or has no line.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if not lines:
+        raise UserError(f"{path} has no record: run the benchmark with keep={path.parent}")
+    records = []
+    for line in lines:
+        for old, new in _RENAMED:
+            line = line.replace(old, new)
+        record = json.loads(line)
+        for row in record["rows"]:
+            if record["machine"]["date"] < "2026-11-26" and "int8" in row["case"]:
+                row["ours"] = {
+                    name: v for name, v in row["ours"].items() if not name.startswith("bfloat16 GFLOP/s")
+                }
+        records.append(record)
+    return records

@@ -10,7 +10,6 @@ Letters: N vectors, Q queries, E embedding dim.
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +20,14 @@ import numpy as np
 from annotated_types import Gt, Lt
 from jaxtyping import Float32, Float64, Integer
 
+from rag.bench.peers import print_left_out
 from rag.bench.timing import Row, alternate, ratio
 from rag.index.dense.binary import Binary, BinaryIndex
 from rag.index.dense.exact import DenseIndex
 from rag.index.dense.int8 import Int8Index
 from rag.index.store import Index
-from rag.runtime.machine import cores
-from rag.runtime.measurement import Work
+from rag.runtime.machine.hardware import cores
+from rag.runtime.machine.measurement import Work
 from rag.runtime.options import Count, Counts, Filled, check_fields
 
 Find = Callable[[np.ndarray, int], np.ndarray]  # queries [Q, E], k -> ids [Q, k]
@@ -77,7 +77,7 @@ class SearchBenchmark:
         vectors: Float32[np.ndarray, "N E"],
         questions: Float32[np.ndarray, "Q E"],
         k: int,
-        kth: Float64[np.ndarray, "C"],  # the k-th best score of the first C questions
+        kth: Float64[np.ndarray, "checked"],  # the k-th best score of the first questions
         ours: "_Ours",
         peers: dict[str, Find],
     ) -> list[Row]:
@@ -182,7 +182,7 @@ def _faiss(vectors: Float32[np.ndarray, "N E"]) -> dict[str, Find]:
     try:
         import faiss
     except ImportError:
-        print("faiss is not installed: its columns are left out (make bench-setup)", file=sys.stderr)
+        print_left_out("faiss", "it is not installed (make bench-setup)")
         return {}
     faiss.omp_set_num_threads(cores())
     index = faiss.IndexFlatIP(vectors.shape[1])

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from rag.runtime.measurement import Figure, Timing
+from rag.runtime.machine.measurement import Figure, Timing
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,5 +61,5 @@ def questions(tmp_path, embedder_of, configured) -> QuestionSet:
     judged = "".join(f"q {name}\t{name}\t1\n" for name in texts)
     (data / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
     prompt = PromptTemplate("{context}\n{question}", "{text}")
-    default = configured("reading").questions
+    default = configured("question_answering").questions
     return replace(default, prompt=prompt, path=str(data), embedder=embedder_of)

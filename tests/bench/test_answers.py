@@ -11,8 +11,8 @@ from rag.bench.generate import work_of
 from rag.bench.peers.llama_cpp import LLAMA_CPP, LlamaCppGenerator, open_llama_cpp, requantised
 from rag.bench.pipeline import AnswerTimes
 from rag.bench.pipeline import rows as pipeline_rows
+from rag.bench.question_answering import MEASURES, EngineAnswers, rows
 from rag.bench.questions import Task, another_prompt, joined, messages
-from rag.bench.reading import MEASURES, ReadingOutcome, rows
 from rag.evaluate.statistics import Statistics
 from rag.generate import Request
 from rag.generate.local import LocalGenerator
@@ -124,7 +124,7 @@ def test_the_work_of_a_model_leaves_out_what_a_token_does_not_read():
     assert work.products(5) == ("float32 GFLOP/s", work.flop)
 
 
-def test_tokens_that_are_missing_are_told():
+def test_missing_tokens_raise_an_error():
     with pytest.raises(RuntimeError, match="3 tokens were written instead of 4"):
         generate.timed(lambda prompt, budget: iter([1, 2]), [1], 4)
 
@@ -135,11 +135,11 @@ TASKS = [
     Task((Message("user", "How many?"),), ("7",)),
     Task((Message("user", "When?"),), ("in May",)),
 ]
-OURS = ReadingOutcome(["The red fox.", "on thin ice", " 7", "June"], [-1.0, -2.0, -3.0, -4.0], 2.0, 1.0, 0.5)
-THEIRS = ReadingOutcome(["A red fox", "water", "7", "in May"], [-2.0, -2.5, -3.0, -4.5], 6.0, 3.0)
+OURS = EngineAnswers(["The red fox.", "on thin ice", " 7", "June"], [-1.0, -2.0, -3.0, -4.0], 2.0, 1.0, 0.5)
+THEIRS = EngineAnswers(["A red fox", "water", "7", "in May"], [-2.0, -2.5, -3.0, -4.5], 6.0, 3.0)
 
 
-def test_reading_compares_question_by_question():
+def test_question_answering_compares_question_by_question():
     *measured, effort = rows(TASKS, {"ours": OURS, LLAMA_CPP: THEIRS}, Statistics(resamples=1000))
     assert [row.case for row in measured] == [f"{name}, 4 questions" for name in MEASURES]
     means = {row.case.split(",")[0]: (row.ours["mean"], row.peers[LLAMA_CPP]["mean"]) for row in measured}
@@ -160,12 +160,14 @@ def test_reading_compares_question_by_question():
     assert effort.ratio == {LLAMA_CPP: 3.0}
 
 
-def test_reading_without_the_peer_leaves_its_columns_empty(
+def test_question_answering_without_the_peer_leaves_its_columns_empty(
     configured, questions, weights, monkeypatch, capsys
 ):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     one = replace(questions, k=1, limit=3)
-    *measured, effort = configured("reading", questions=one, weights=weights, max_new_tokens=4).run()
+    *measured, effort = configured(
+        "question_answering", questions=one, weights=weights, max_new_tokens=4
+    ).run()
     assert [row.case for row in measured] == [f"{name}, 3 questions" for name in MEASURES]
     assert not any(row.peers or row.ratio for row in [*measured, effort])
     assert measured[-1].ours["mean"] < 0  # a logarithm of a probability
@@ -176,14 +178,14 @@ def test_quality_compares_each_setting_with_the_first(configured, questions, wei
     options = {"questions": replace(questions, k=2), "weights": weights, "max_new_tokens": 4}
     reuse = {"kv_reuse": "chunk", "kv_path": str(tmp_path / "kv")}
     # To recompute every token of a passage is a full prefill.
-    settings = {"plain": {}, "again": {}, "all anew": reuse | {"kv_recompute": 1000}, "chunk": reuse}
-    first, again, anew, chunk = configured("quality", **options, settings=settings).run()
+    settings = {"plain": {}, "again": {}, "all recomputed": reuse | {"kv_recompute": 1000}, "chunk": reuse}
+    first, again, recomputed, chunk = configured("quality", **options, settings=settings).run()
     assert [row.case for row in (first, chunk)] == ["plain, 3 questions", "chunk, 3 questions"]
     assert "mean KL" not in first.ours and first.ours["log-likelihood"] < 0
-    for same, by in ((again, 1e-6), (anew, 1e-3)):  # what precedes the passages is cached in float16
+    for same, by in ((again, 1e-6), (recomputed, 1e-3)):  # what precedes the passages is cached in float16
         assert same.ours["mean KL"] == pytest.approx(0, abs=by) and same.ours["same best token"] == 1
         assert same.ours["change of log-likelihood"].median == pytest.approx(0, abs=100 * by)
-    assert chunk.ours["mean KL"] > anew.ours["mean KL"]
+    assert chunk.ours["mean KL"] > recomputed.ours["mean KL"]
     change = chunk.ours["change of log-likelihood"]
     assert change.low <= change.median <= change.high
     assert change.median == pytest.approx(chunk.ours["log-likelihood"] - first.ours["log-likelihood"])
@@ -201,7 +203,7 @@ def test_a_question_set_names_a_wrong_value(questions, wrong):
 def test_one_question_is_too_few_to_compare(configured, questions, weights):
     one = replace(questions, limit=1)
     with pytest.raises(UserError, match=r"1 questions to answer: raise bench\.questions\.limit"):
-        configured("reading", questions=one, weights=weights).run()
+        configured("question_answering", questions=one, weights=weights).run()
 
 
 @pytest.mark.weights

@@ -1,4 +1,4 @@
-"""scripts/bench.py: a table, one JSON line that ends stdout, and files; README's tables; growth."""
+"""scripts/bench.py: a table, one JSON line that ends stdout, and files; growth."""
 
 import json
 from dataclasses import dataclass
@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import scipy.stats
 from omegaconf import OmegaConf
-from readme import ROOT, TABLES, included
 
 from rag.bench import page, peak_throughput
 from rag.bench.growth import passages, power_law, series
-from rag.bench.record import bench_json
+from rag.bench.record import bench_json, read_records
 from rag.bench.timing import Row
-from rag.runtime.measurement import Spread
+from rag.runtime.machine.measurement import Spread
 from rag.types import UserError
 
 
@@ -83,12 +82,14 @@ def test_a_share_above_its_peak_ends_a_benchmark_after_its_table(run, tmp_path, 
 
 def test_the_line_is_added_and_table_and_picture_are_replaced(run, tmp_path, capsys):
     for _ in range(2):
-        run(keep=str(tmp_path / "kept"), name="other")
+        run(keep=str(tmp_path / "results"), name="other")
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    for folder in (tmp_path / "run", tmp_path / "kept"):
+    for folder in (tmp_path / "run", tmp_path / "results"):
         assert sorted(path.name for path in folder.iterdir()) == ["other.jsonl", "other.md", "other.png"]
         assert (folder / "other.jsonl").read_text().splitlines() == printed
-        assert (folder / "other.md").read_text() == page.markdown(json.loads(printed[-1]))
+        records = read_records(folder / "other.jsonl")
+        assert records == [json.loads(line) for line in printed]
+        assert (folder / "other.md").read_text() == page.markdown("other", records, "other.png")
         assert (folder / "other.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -101,41 +102,21 @@ def test_a_table_in_markdown():
     record = json.loads(
         bench_json("attention", rows, peaks, command="python x.py", load_before=[0.5, 1.0, 1.5])
     )
-    said, table = page.markdown(record).split("\n\n")
+    title, run, table = page.markdown("attention", [record]).split("\n\n")
+    assert title == "# attention"
     assert table.splitlines() == [
         "| case | ours: ms | torch: ms | ratio to: torch |",
         "| --- | ---: | ---: | ---: |",
         "| a\\|b | 12.35 [11, 13] | 8.1 | 0.66 |",
         "| c | 2,000 | - | - |",
     ]
-    assert said.startswith("`python x.py`: 20")
-    assert "peaks 200 float32, 1,000 int8 billion operations/s, 30 GB/s" in said
-    assert "load average 0.5 before, " in said
+    assert run.startswith("`python x.py`: 20")
+    assert "peaks 200 float32, 1,000 int8 billion operations/s, 30 GB/s" in run
+    assert "load average 0.5 before, " in run
 
 
 def test_without_peers_there_is_no_picture_of_ratios():
     assert page.ratios([Row("c", {"ms": 1.0})]) is None
-
-
-# --- README's tables
-
-
-def test_readme_takes_each_table_between_its_marks(tmp_path):
-    (tmp_path / "search-1M.md").write_text("| new |\n")
-    text = "a\n<!-- bench:search-1M -->\n| old |\n<!-- /bench:search-1M -->\nb\n"
-    new = included(text, tmp_path)
-    assert new == "a\n<!-- bench:search-1M -->\n\n| new |\n\n<!-- /bench:search-1M -->\nb\n"
-    assert included(new, tmp_path) == new
-    with pytest.raises(FileNotFoundError, match=r"other\.md"):
-        included(text.replace("search-1M", "other"), tmp_path)
-
-
-def test_readmes_tables_are_the_kept_ones_and_these_the_records():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert included(readme) == readme, "run python scripts/readme.py"
-    for path in TABLES.glob("*.jsonl"):
-        record = json.loads(path.read_text().splitlines()[-1])
-        assert path.with_suffix(".md").read_text() == page.markdown(record), path.name
 
 
 # --- growth

@@ -22,7 +22,7 @@ from rag.index.dense.exact import DenseIndex
 from rag.index.dense.int8 import Int8Index
 from rag.index.dense.matryoshka import Matryoshka, MatryoshkaIndex
 from rag.ops import linear
-from rag.runtime.measurement import READ_RATE, WORKING_SET, Spread, Timing, Work
+from rag.runtime.machine.measurement import READ_RATE, WORKING_SET, Spread, Timing, Work
 from tests import tiny_models
 
 SMALL, LARGE = 16 << 20, 64 << 20
@@ -102,7 +102,7 @@ def test_each_rate_is_compared_with_the_peak_of_its_type():
     ("size", "share"),
     [(SMALL - 1, None), (SMALL, 20), (LARGE - 1, 20), (LARGE, 100 / 3), (10 * LARGE, 100 / 3)],
 )
-def test_reading_is_compared_with_reading_no_larger_a_set(size, share):
+def test_a_read_rate_is_compared_with_the_peak_of_an_array_no_larger(size, share):
     [row] = with_shares([Row("a", Work(10**10, size).rates(Timing(1.0, 1.0, 1.0, 1)))], PEAKS)
     assert row.ours.get("GB/s read, % of peak") == (None if share is None else pytest.approx(share))
 
@@ -251,7 +251,7 @@ def test_the_1_bit_scan_counts_its_codes_once_a_query(vectors, monkeypatch):
     assert index.work == index.exact.work
 
 
-def test_a_scan_of_prefixes_counts_these(vectors, monkeypatch):
+def test_a_matryoshka_scan_counts_its_first_dimensions(vectors, monkeypatch):
     monkeypatch.setattr(cost, "pays", lambda scan, rows, queries: queries < 32)
     index = MatryoshkaIndex(vectors, Matryoshka(dims=8, candidates=50))
     index.search(vectors[:5], 3)
@@ -310,7 +310,7 @@ def test_the_encoder_is_counted_in_the_type_that_it_multiplies_in(configured, mo
 
 @pytest.mark.parametrize("flags", [(), ("avx512_vnni",), ("avx512_vnni", "amx_bf16")])
 @pytest.mark.parametrize("rows", [1, 2, 128, 129])
-def test_an_int8_weight_is_multiplied_in_the_type_that_is_told(rows, flags, monkeypatch):
+def test_an_int8_weight_is_multiplied_in_the_type_that_product_type_returns(rows, flags, monkeypatch):
     monkeypatch.setattr(linear, "cpu_flags", lambda: flags)
     linear._multiplies.cache_clear()
     x, values, scale = np.ones((rows, 64), np.float32), np.ones((32, 64), np.int8), np.ones(32, np.float32)

@@ -19,8 +19,9 @@ from rag.bench.peers import print_left_out
 from rag.generate import Request, join_text
 from rag.generate.local import LocalGenerator
 from rag.generate.stop_text import AnswerText
-from rag.runtime import cache, file_hash, files
-from rag.runtime.machine import cores
+from rag.runtime.cache import entries, file_hash
+from rag.runtime.cache.folder import cache_root
+from rag.runtime.machine.hardware import cores
 from rag.types import Usage
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ class LlamaCppGenerator:
         if piece := text.finish():
             yield piece
         first = first or time.perf_counter()
-        yield Usage(len(prompt), made, first - begin, time.perf_counter() - first)
+        reason = text.finish_reason(made, request.max_new_tokens)
+        yield Usage(len(prompt), made, first - begin, time.perf_counter() - first, finish_reason=reason)
 
     def generate(self, requests: Sequence[Request]) -> list[str]:
         """Return the answers, written one after another."""
@@ -184,6 +186,6 @@ def requantised(path: Path, kind: str) -> Path:
         if failed := llama_cpp.llama_model_quantize(str(path).encode(), str(target).encode(), params):
             raise RuntimeError(f"llama.cpp could not make {kind} of {path}: code {failed}")
 
-    entry = files.cache_root() / "requantised" / f"{file_hash.file_sha256(path)[:16]}-{kind}"
-    folder = cache.get_or_make(entry, lambda: cache.write_folder(entry, quantise), cache.check_folder)
+    entry = cache_root() / "requantised" / f"{file_hash.file_sha256(path)[:16]}-{kind}"
+    folder = entries.get_or_make(entry, lambda: entries.write_folder(entry, quantise), entries.check_folder)
     return folder / "model.gguf"

@@ -25,14 +25,14 @@ from rag.evaluate.statistics import Statistics, intervals, randomisation
 from rag.generate import Request
 from rag.generate.local import LocalGenerator, WeightsDtype
 from rag.models import hub
-from rag.runtime.clock import Clock
+from rag.runtime.machine.clock import Clock
 from rag.runtime.options import Count, Filled, check_fields
 
 MEASURES = ("EM", "F1", "contains", "log-likelihood")
 
 
 @dataclass(frozen=True, slots=True)
-class ReadingOutcome:
+class EngineAnswers:
     """The answers of one engine to all tasks, in their order, and the seconds that they took."""
 
     texts: Sequence[str]
@@ -43,8 +43,8 @@ class ReadingOutcome:
 
 
 @dataclass(frozen=True)
-class ReadingBenchmark:
-    """Measure EM, F1, contains and the gold answer's log-likelihood; conf/bench/reading.yaml has the defaults."""
+class QuestionAnsweringBenchmark:
+    """Measure EM, F1, contains and gold log-likelihood; conf/bench/question_answering.yaml has the defaults."""
 
     questions: QuestionSet
     weights: Filled
@@ -64,14 +64,14 @@ class ReadingBenchmark:
             outcomes[LLAMA_CPP] = self._llama_cpp(model, generator, tasks)
         return rows(tasks, outcomes)
 
-    def _ours(self, generator: LocalGenerator, tasks: Sequence[Task]) -> ReadingOutcome:
+    def _ours(self, generator: LocalGenerator, tasks: Sequence[Task]) -> EngineAnswers:
         _ = generator.engine  # loads the weights
         begin = Clock.now()
         texts = generator.generate([self._request(task) for task in tasks])
         answered = Clock.now()
         scores = generator.log_likelihood([(task.messages, task.gold[0]) for task in tasks])
         scored = Clock.now()
-        return ReadingOutcome(
+        return EngineAnswers(
             texts,
             [score.total for score in scores],
             (answered - begin).wall,
@@ -90,7 +90,7 @@ class ReadingBenchmark:
     def _request(self, task: Task) -> Request:
         return Request(task.messages, max_new_tokens=self.max_new_tokens, stop=self.stop)
 
-    def _llama_cpp(self, model: LlamaCpp, ours: LocalGenerator, tasks: Sequence[Task]) -> ReadingOutcome:
+    def _llama_cpp(self, model: LlamaCpp, ours: LocalGenerator, tasks: Sequence[Task]) -> EngineAnswers:
         generator, tokenizer = LlamaCppGenerator(model, ours, ours.tokenizer.eos_ids), ours.tokenizer
         texts, scores, scoring_s, begin = [], [], 0.0, time.perf_counter()
         for task in tasks:
@@ -99,11 +99,11 @@ class ReadingBenchmark:
             scores.append(model.log_likelihood(tokenizer.encode(task.gold[0], special=False)))
             scoring_s += time.perf_counter() - started
             texts += generator.generate([self._request(task)])
-        return ReadingOutcome(texts, scores, time.perf_counter() - begin - scoring_s, scoring_s)
+        return EngineAnswers(texts, scores, time.perf_counter() - begin - scoring_s, scoring_s)
 
 
 def rows(
-    tasks: Sequence[Task], outcomes: dict[str, ReadingOutcome], options: Statistics = Statistics()
+    tasks: Sequence[Task], outcomes: dict[str, EngineAnswers], options: Statistics = Statistics()
 ) -> list[Row]:
     """Return a row for each measure, then one for the seconds.
 
@@ -153,7 +153,7 @@ def _interval_figures(values: Float64[np.ndarray, "N 4"], options: Statistics) -
     ]
 
 
-def _seconds(outcomes: dict[str, ReadingOutcome]) -> Row:
+def _seconds(outcomes: dict[str, EngineAnswers]) -> Row:
     """Return the seconds for all questions, and how many answers differ from ours in any letter."""
     seconds: dict[str, dict[str, float]] = {
         name: {"answering s": outcome.answering_s, "scoring s": outcome.scoring_s}
