@@ -1,8 +1,9 @@
 # make demo   from a bare clone to a cited answer: .venv, the default weights, an index of data/sample, a question
-# make test   the same set-up, then the whole test suite        make lint   ruff, import layers, types
+# make test   the same set-up, then the whole test suite        make lint   ruff, import layers, types, links
+# make docs   the website of docs/ in build/docs, strictly
 # PYTHON=/path/to/python3.12 chooses the interpreter, QUESTION='...' the demo's question.
 
-.PHONY: demo test lint setup bench-setup clean
+.PHONY: demo test lint docs setup bench-setup clean
 .DELETE_ON_ERROR:
 
 # The first interpreter of 3.11-3.13 that truly runs (a pyenv shim may not) and can make virtual environments.
@@ -19,6 +20,10 @@ export QUESTION ?= What caused the decline of the wandering albatrosses of Fenwi
 demo: .venv/.installed
 	$(PY) scripts/ingest.py corpus.path=data/sample/documents index.path=.demo/index
 	$(PY) scripts/generate.py index.path=.demo/index "question=$$QUESTION"
+	@echo
+	@echo "Your own folder:  $(PY) scripts/ingest.py corpus.path=DIR index.path=INDEX"
+	@echo "Your questions:   $(PY) scripts/generate.py index.path=INDEX"
+	@echo "A better reader:  add generator.weights=FILE.gguf, or =ollama:NAME, to that command"
 
 test: .venv/.installed-dev
 	$(PY) -m pytest --numprocesses=auto --dist=loadfile $(ARGS)
@@ -28,6 +33,11 @@ lint: .venv/.installed-dev
 	$(PY) -m ruff format --check .
 	.venv/bin/lint-imports
 	.venv/bin/mypy
+	$(PY) -m tests.docs.links
+
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "-> build/docs/index.html"
 
 setup: .venv/.installed-dev
 
@@ -49,6 +59,11 @@ clean:
 .venv/.installed-dev: .venv/.installed requirements-dev.txt
 	@echo "Installing requirements-dev.txt"
 	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed requirements-docs.txt
+	@echo "Installing requirements-docs.txt"
+	@$(PIP) -r requirements-docs.txt
 	@touch $@
 
 .venv/.installed-bench: .venv/.installed requirements-bench.txt
