@@ -2,18 +2,29 @@
 
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rag.evaluate.metrics import lower_is_better
 from rag.evaluate.statistics import Comparison
 from rag.report import plots
-from rag.report.leaderboard import Leaderboard, asked, common, defined, leaderboards, significance
-from rag.report.numbers import MISSING, difference, duration, number, p_value, setting, with_interval
-from rag.report.page import Block, Bullets, Heading, Paragraph, Picture, Table, html, markdown
+from rag.report.leaderboard import Leaderboard, asked, common, defined, leaderboards
+from rag.report.measures import answers, error_breakdown, every_measure, tuning
+from rag.report.numbers import MISSING, difference, duration, number, p_value, with_interval
+from rag.report.page import (
+    Block,
+    Bullets,
+    Heading,
+    Paragraph,
+    Picture,
+    Table,
+    html,
+    markdown,
+    slug_of,
+)
 from rag.report.plots import Mark
 from rag.report.provenance import cost, costs, differing_settings, environment
+from rag.report.queries import queries
 from rag.report.results import Failure, Run
 from rag.runtime.files import atomic_file
 from rag.types import UserError
@@ -26,17 +37,17 @@ def page(
     runs: Sequence[Run], failures: Sequence[Failure], baseline: str | None = None, measure: str | None = None
 ) -> list[Block]:
     """Return the whole report. Raise UserError as `leaderboards` does."""
-    tables = leaderboards(runs, baseline, measure)
-    blocks: list[Block] = [Heading(1, TITLE), Paragraph(_summary(runs, failures, tables))]
+    boards = leaderboards(runs, baseline, measure)
+    blocks: list[Block] = [Heading(1, TITLE), Paragraph(_summary(runs, failures, boards))]
     if failures:
         blocks += [
             Heading(2, "Failed jobs"),
             Bullets([f"{job.label} failed: {job.error}" for job in failures]),
         ]
-    for position, table in enumerate(tables, 1):
-        blocks += _dataset(table, f"{position}-{_slug(table.dataset)}")
+    for position, table in enumerate(boards, 1):
+        blocks += _dataset(table, f"{position}-{slug_of(table.dataset)}")
     if runs:
-        blocks += [Heading(2, "How this was measured"), Paragraph(_method(tables[0])), *environment(runs)]
+        blocks += [Heading(2, "How this was measured"), Paragraph(_method(boards[0])), *environment(runs)]
     return blocks
 
 
@@ -58,12 +69,8 @@ def write(folder: Path, blocks: Sequence[Block]) -> list[Path]:
     return [folder / name for name in files]
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "dataset"
-
-
-def _summary(runs: Sequence[Run], failures: Sequence[Failure], tables: Sequence[Leaderboard]) -> str:
-    datasets = f"{len(tables)} dataset{'s' if len(tables) != 1 else ''}"
+def _summary(runs: Sequence[Run], failures: Sequence[Failure], boards: Sequence[Leaderboard]) -> str:
+    datasets = f"{len(boards)} dataset{'s' if len(boards) != 1 else ''}"
     failed = (
         f" {len(failures)} failed and {'is' if len(failures) == 1 else 'are'} named below."
         if failures
@@ -76,7 +83,7 @@ def _dataset(table: Leaderboard, slug: str) -> Iterator[Block]:
     """Yield the blocks of one dataset; parts for which no run has data are left out."""
     yield Heading(2, table.dataset)
     yield _leaderboard(table)
-    yield Paragraph(_legend(table))
+    yield Paragraph(f"{_judged(table)}{_legend(table)}")
     if marks := _marks(table):
         shown = f"{table.measure} on {table.dataset}"
         confidence = table.options.confidence
@@ -104,12 +111,13 @@ def _dataset(table: Leaderboard, slug: str) -> Iterator[Block]:
         lower = lower_is_better(table.measure)
         picture = plots.win_loss(panels, table.measure, table.name(table.baseline), lower=lower)
         yield Picture(f"{slug}-queries.png", picture, f"{shown}: differences to the baseline, query by query")
-    yield from _all_measures(table)
-    yield from _answers(table)
-    yield from _error_breakdown(table, slug)
-    yield from _tuning(table)
+    yield from every_measure(table)
+    yield from answers(table)
+    yield from error_breakdown(table, slug)
+    yield from tuning(table)
     yield from costs(table)
     yield from differing_settings(table)
+    yield from queries(table)
 
 
 # --- the leaderboard
@@ -146,6 +154,12 @@ def _queries(table: Leaderboard, run: Run) -> str:
         return str(n)
     whole = f" of {table.queries}" if table.queries > asked(run) else ""
     return f"{n}{whole} (sample, seed {run.seed})"
+
+
+def _judged(table: Leaderboard) -> str:
+    """Return a sentence about the queries that are left out, or ""."""
+    left_out = max(run.unjudged for run in table.runs)
+    return f"{table.queries} of {table.queries + left_out} queries are judged. " if left_out else ""
 
 
 def _legend(table: Leaderboard) -> str:
@@ -214,110 +228,6 @@ def _partial(table: Leaderboard) -> Iterator[str]:
             f"{'; '.join(names)}: compared with the baseline on the {n} queries that both have, where the "
             f"baseline has {mean:.4f}; means over different queries do not compare by themselves."
         )
-
-
-# --- further tables
-
-
-def _all_measures(table: Leaderboard) -> Iterator[Block]:
-    """Yield the table of every other retrieval metric with its interval and its difference to the baseline."""
-    measures = [name for name in table.comparisons if name != table.measure]
-    if not measures:
-        return
-    header = ["system", *(title for name in measures for title in (name, "difference"))]
-    rows = []
-    for run in table.runs:
-        row = [table.name(run)]
-        for name in measures:
-            found = table.comparisons[name].get(run.label)
-            row += [with_interval(run.means.get(name), run.intervals.get(name)), _marked(found, name, table)]
-        rows.append(row)
-    yield Heading(3, "Every measure")
-    yield Table(header, rows, frozenset({table.runs.index(table.baseline)}))
-    yield Paragraph(
-        "▲ and ▼: significantly better or worse than the baseline, p corrected within each measure."
-    )
-
-
-def _marked(found: Comparison | None, measure: str, table: Leaderboard) -> str:
-    if found is None:
-        return ""
-    mark = {"better": " ▲", "worse": " ▼"}.get(significance(found, measure, table.options), "")
-    return f"{difference(found.difference)}{mark}"
-
-
-def _answers(table: Leaderboard) -> Iterator[Block]:
-    """Yield the table of answer metrics, one row for each system and condition."""
-    names = dict.fromkeys(name for run in table.runs for name in run.means if "/" in name)
-    measures = list(dict.fromkeys(name.partition("/")[2] for name in names))
-    conditions = list(dict.fromkeys(name.partition("/")[0] for name in names))
-    rows = []
-    for run in table.runs:
-        for condition in conditions:
-            keys = [f"{condition}/{measure}" for measure in measures]
-            if any(key in run.means for key in keys):
-                cells = [with_interval(run.means.get(key), run.intervals.get(key)) for key in keys]
-                rows.append([table.name(run), condition.replace("_", " "), *cells])
-    if rows:
-        yield Heading(3, "Answers")
-        named = [f"{name} (lower is better)" if lower_is_better(name) else name for name in measures]
-        yield Table(["system", "passages shown", *named], rows)
-
-
-def _error_breakdown(table: Leaderboard, slug: str) -> Iterator[Block]:
-    """Yield a figure and a table of the error breakdowns for each metric."""
-    found = [(table.name(run), run.error_breakdown) for run in table.runs if run.error_breakdown]
-    for measure in dict.fromkeys(parts["measure"] for _, parts in found):
-        chosen = [(name, parts) for name, parts in found if parts["measure"] == measure]
-        bars = [(name, parts["scores"].get("retrieved", 0.0), parts["errors"]) for name, parts in chosen]
-        yield Heading(3, f"Error breakdown: {measure}")
-        picture = plots.error_breakdown(bars, measure, max(parts["ceiling"] for _, parts in chosen))
-        name = f"{slug}-error-breakdown-{_slug(measure)}.png"
-        yield Picture(name, picture, f"{measure} reached and lost, by cause")
-        causes = list(dict.fromkeys(cause for _, parts in chosen for cause in parts["errors"]))
-        scores = list(dict.fromkeys(condition for _, parts in chosen for condition in parts["scores"]))
-        rows = [
-            [name, str(parts["n"])]
-            + [number(parts["scores"].get(condition)) for condition in scores]
-            + [with_interval(parts["errors"].get(c), parts["intervals"].get(c)) for c in causes]
-            for name, parts in chosen
-        ]
-        header = [f"{measure}, {condition.replace('_', ' ')}" for condition in scores]
-        yield Table(["system", "queries", *header, *(f"lost: {cause}" for cause in causes)], rows)
-
-
-def _tuning(table: Leaderboard) -> Iterator[Block]:
-    """Yield the tables of tuning: nested and naive figures, and the parameters chosen for each fold."""
-    tuned = [(table.name(run), run.tuning) for run in table.runs if run.tuning]
-    if not tuned:
-        return
-    yield Heading(3, "Tuning")
-    header = ["system", "family", "measure", "nested", "naive", "optimism", "naive choice"]
-    yield Table(header, [_tuned(name, tuning) for name, tuning in tuned])
-    yield Paragraph(
-        "Nested: each fold's queries were scored with parameters chosen on the other folds. Naive: chosen and "
-        "scored on the same queries; it is too good by the optimism."
-    )
-    header = ["system", "fold", "chosen on the other folds", "there", "on this fold", "queries"]
-    yield Table(header, [row for name, tuning in tuned for row in _folds(name, tuning)])
-
-
-def _tuned(name: str, tuning: Mapping) -> list[str]:
-    scores = [number(tuning["nested"]), number(tuning["naive"]), difference(tuning["optimism"])]
-    return [name, tuning["family"], tuning["measure"], *scores, _parameters(tuning["naive_parameters"])]
-
-
-def _folds(name: str, tuning: Mapping) -> Iterator[list[str]]:
-    for position, fold in enumerate(tuning["folds"], 1):
-        scores = [number(fold["train"]), number(fold["test"]), str(fold["queries"])]
-        yield [name, str(position), _parameters(fold["parameters"]), *scores]
-
-
-def _parameters(values: Mapping[str, object]) -> str:
-    return ", ".join(f"{name}={setting(value)}" for name, value in values.items())
-
-
-# --- statistics
 
 
 def _method(table: Leaderboard) -> str:

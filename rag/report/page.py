@@ -8,10 +8,12 @@ Every text is plain: markup in it is escaped and shown as typed.
 """
 
 import base64
+import math
 import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -62,8 +64,17 @@ class Picture:
     alt: str
 
 
-Block = Heading | Paragraph | Bullets | Table | Picture
+@dataclass(frozen=True)
+class Details:
+    """Blocks that are hidden until their one line, `summary`, is clicked."""
 
+    summary: str
+    blocks: Sequence["Block"]
+
+
+Block = Heading | Paragraph | Bullets | Table | Picture | Details
+
+_WIDEST = 6  # columns of figures beside each other
 _NUMERIC = re.compile(r"(?:[-+<]?[0-9].*|n/a|)", re.S)
 
 
@@ -73,8 +84,32 @@ def _numeric_columns(table: Table) -> list[bool]:
     return [any(column) and all(_NUMERIC.fullmatch(cell) for cell in column) for column in columns]
 
 
+def slug_of(text: str) -> str:
+    """Return a text as a part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "dataset"
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _unbroken(text: str) -> str:
+    """Return a number's text with no-break spaces: a line may end only before a bracket, as in "0.40 [0.36, 0.44]"."""
+    return re.sub(r" (?![\[(])", "\N{NO-BREAK SPACE}", _one_line(text))
+
+
+def tables(header: Sequence[str], rows: Sequence[Sequence[str]], named: int = 1) -> list[Table]:
+    """Return rows of many columns as tables of few, one below the other; each begins with the first `named` columns."""
+    rest = range(named, len(header))
+    count = max(1, math.ceil(len(rest) / _WIDEST))
+    portions = [rest[len(rest) * i // count : len(rest) * (i + 1) // count] for i in range(count)]
+    return [
+        Table(
+            [*header[:named], *(header[i] for i in portion)],
+            [[*row[:named], *(row[i] for i in portion)] for row in rows],
+        )
+        for portion in portions
+    ]
 
 
 # --- Markdown
@@ -97,6 +132,9 @@ def _markdown_block(block: Block) -> str:
             return _markdown_table(block)
         case Picture(name, _, alt):
             return f"![{_escaped(alt)}]({name})"
+        case Details(summary, blocks):
+            inner = "\n\n".join(_markdown_block(block) for block in blocks)
+            return f"<details><summary>{escape(_one_line(summary))}</summary>\n\n{inner}\n\n</details>"
 
 
 def _markdown_table(table: Table) -> str:
@@ -131,17 +169,19 @@ def html(title: str, blocks: Sequence[Block]) -> str:
         loader=loader,
         autoescape=True,
         trim_blocks=True,
+        lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
     environment.filters |= {
         "kind": lambda block: type(block).__name__,
         "one_line": _one_line,
+        "unbroken": _unbroken,
         "numeric_columns": _numeric_columns,
         "shown_size": _shown_size,
         "base64": lambda png: base64.b64encode(png).decode("ascii"),
     }
-    return environment.get_template("page.html").render(title=title, blocks=blocks)
+    return environment.get_template("page.html").render(title=title, blocks=blocks).lstrip()
 
 
 def _shown_size(png: bytes) -> tuple[int, int]:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from rag.report.leaderboard import Leaderboard
-from rag.report.numbers import LONGEST, MISSING, byte_size, duration, plain, rate, shortened
-from rag.report.page import Block, Heading, Paragraph, Table
+from rag.report.numbers import LONGEST, MISSING, byte_size, duration, plain, rate, setting, shortened
+from rag.report.page import Block, Details, Heading, Paragraph, Table
 from rag.report.results import Run
 
 _PATHS = {"path", "dir", "output", "runs"}  # last words of settings that are paths and change no result
@@ -35,13 +35,13 @@ def costs(table: Leaderboard) -> Iterator[Block]:
     columns = {title: cells for title, cells in columns.items() if set(cells) - {MISSING}}
     if not columns:
         return
-    reused = [_reused(run) for run in counted]
-    rows = [
-        [table.name(run), *cells, cached]
-        for run, cached, *cells in zip(counted, reused, *columns.values(), strict=True)
-    ]
+    names = [table.name(run) for run in counted]
     yield Heading(3, "Cost")
-    yield Table(["system", *columns, "cached from earlier runs"], rows)
+    yield Table(["system", *columns], [list(row) for row in zip(names, *columns.values(), strict=True)])
+    cached = [[table.name(run), *row] for run in counted for row in _cached(run)]
+    if cached:
+        header = ["system", "stage", "cached", "of"]
+        yield Details("What was cached from earlier runs", [Table(header, cached)])
 
 
 def cost(run: Run, key: str) -> float | int | None:
@@ -50,16 +50,18 @@ def cost(run: Run, key: str) -> float | int | None:
     return value if isinstance(value, float | int) and not isinstance(value, bool) else None
 
 
-def _reused(run: Run) -> str:
-    stages = (run.costs or {})["stages"].items()
-    return ", ".join(f"{name} {s['reused']:,} of {s['items']:,}" for name, s in stages if s["reused"])
+def _cached(run: Run) -> Iterator[list[str]]:
+    """Yield the stages of which results were cached, how many, and how many there were."""
+    for name, stage in (run.costs or {})["stages"].items():
+        if stage["reused"]:
+            yield [name, f"{stage['reused']:,}", f"{stage['items']:,}"]
 
 
 # --- settings
 
 
 def differing_settings(table: Leaderboard) -> Iterator[Block]:
-    """Yield the table of settings that differ: a column for each that most rows have, one for all others."""
+    """Yield the table of settings that differ, a column for each that most rows have, and hidden all others."""
     settings = [_without_paths(run.settings) for run in table.runs]
     known = [row for row in settings if row]
     if not known:
@@ -72,13 +74,22 @@ def differing_settings(table: Leaderboard) -> Iterator[Block]:
         return
     columns = {key: _shown(key, [row.get(key) for row in settings]) for key in differing}
     usual = [key for key, cells in columns.items() if sum(map(bool, cells)) > _USUAL * len(cells)][:_WIDEST]
-    own = {key: cells for key, cells in columns.items() if key not in usual}
     rows = [
-        [str(row + 1), run.label, *(columns[key][row] for key in usual)]
-        + ([", ".join(f"{key}={cells[row]}" for key, cells in own.items() if cells[row])] if own else [])
-        for row, run in enumerate(table.runs)
+        [str(row + 1), run.label, *(columns[key][row] for key in usual)] for row, run in enumerate(table.runs)
     ]
-    yield Table(["#", "label", *usual, *(["its other settings"] if own else [])], rows)
+    yield Table(["#", "label", *usual], rows)
+    others = [
+        [table.name(run), key, cells[row]]
+        for row, run in enumerate(table.runs)
+        for key, cells in columns.items()
+        if key not in usual and cells[row]
+    ]
+    if others:
+        header = ["system", "setting", "value"]
+        yield Details("Further settings that differ", [Table(header, others)])
+    same = [[key, setting(known[0][key])] for key in keys if key not in differing and known[0].get(key)]
+    if same:
+        yield Details("Settings that all share", [Table(["setting", "value"], same)])
 
 
 def _without_paths(settings: Mapping[str, object]) -> dict[str, str]:

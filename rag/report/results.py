@@ -1,8 +1,8 @@
 """Read and check the result folders of evaluations.
 
 A folder holds metrics.json and per_query.jsonl, or failure.json; and where the evaluation wrote them config.yaml,
-error_breakdown.json, tuning.json and costs.json. A file that does not fit its schema is an error that names it: a
-report over half of the results would be worse than none.
+error_breakdown.json, tuning.json, costs.json, queries.jsonl and run.trec. A file that does not fit its schema is an
+error that names it: a report over half of the results would be worse than none.
 """
 
 import os
@@ -41,6 +41,8 @@ class Run:
     tuning: Mapping | None = None
     costs: Mapping | None = None
     settings: Mapping[str, object] = field(default_factory=dict)  # of the configuration, by dotted names
+    unjudged: int = 0  # queries of the dataset that are left out, since nothing is judged for them
+    questions: Mapping[str, files.QueryText] = field(default_factory=dict)  # by query id
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ def _read(source: Path) -> Run | Failure:
         tuning=_if_there(source / "tuning.json", files.TuningRecord),
         costs=_if_there(source / "costs.json", files.Costs),
         settings=_settings(source / "config.yaml"),
+        unjudged=dataset.unjudged,
+        questions=_questions(source / "queries.jsonl"),
     )
 
 
@@ -181,6 +185,19 @@ def _per_query(path: Path) -> dict[str, dict[str, float | None]]:
     if not columns:
         raise UserError(f"{path} names no measure: give a file of per-query values.")
     return columns
+
+
+def _questions(path: Path) -> dict[str, files.QueryText]:
+    """Return query id -> its text and its relevant documents; nothing where the evaluation wrote none."""
+    if not path.exists():
+        return {}
+    rows = {}
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            row = fitted_record(where, parsed_json(where, line, files.REMEDY), files.QueryText, files.REMEDY)
+            rows[row.query] = row
+    return rows
 
 
 # --- settings
