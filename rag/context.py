@@ -24,7 +24,6 @@ DocumentText = Callable[[str], str]  # the text of a document, by its id
 _CHARS_PER_TOKEN = (
     16  # more than texts have: text farther away than this times the tokens allowed is not looked at
 )
-_CITATION = re.compile(r"\[\s*(\d{1,4}(?:\s*[,;]\s*\d{1,4})*)\s*\]")
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,12 @@ def trim(context: Context, max_tokens: int, count_tokens: CountTokens, render: R
 
     The passages that are left keep their order and are numbered again from 1; `dropped` grows by those that were left
     out or truncated. With `max_tokens` below one word the result is empty. A context that fits is returned unchanged.
+
+    Args:
+        context: the passages.
+        max_tokens: of the rendered passages.
+        count_tokens: of the generator's tokenizer.
+        render: a passage as it is in the prompt.
     """
     sources, dropped, tokens = context.sources, context.dropped, _total(context.sources, count_tokens, render)
     while sources and tokens > max_tokens:
@@ -123,16 +128,6 @@ def trim(context: Context, max_tokens: int, count_tokens: CountTokens, render: R
             sources = _renumbered(source for source in sources if source is not weakest)
         tokens = _total(sources, count_tokens, render)
     return Context(sources, tokens, dropped)
-
-
-def cited(answer: str, context: Context) -> tuple[int, ...]:
-    """Return the numbers cited in `answer` as [1], [1][2] or [1, 3], each once, in order of first mention.
-
-    Numbers that no source of `context` has are left out.
-    """
-    known = {source.n for source in context.sources}
-    numbers = (int(number) for group in _CITATION.findall(answer) for number in re.findall(r"\d+", group))
-    return tuple(dict.fromkeys(number for number in numbers if number in known))
 
 
 def _distinct(hits: Iterable[Hit]) -> list[Hit]:
@@ -244,8 +239,9 @@ def _union(left: Chunk, right: Chunk, documents_text: DocumentText | None) -> Ch
 def _numbered(hits: Sequence[Hit], order: Order) -> tuple[Source, ...]:
     """Return ranked hits as sources in prompt order."""
     return _renumbered(
-        Source(0, hit.chunk.path, hit.chunk.start, hit.chunk.end, hit.score, hit.chunk.text)
+        Source(0, chunk.path, chunk.start, chunk.end, hit.score, chunk.text, chunk.document_id)
         for hit in _ordered(hits, order)
+        for chunk in [hit.chunk]
     )
 
 

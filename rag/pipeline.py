@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32
 
-from rag.context import ContextOptions, build_context, cited, trim
+from rag.citations import cited, locate
+from rag.context import ContextOptions, build_context, trim
 from rag.embed import Embedder
 from rag.embed.vector_cache import CachedEmbedder, cached
 from rag.generate import Generator, Request
@@ -23,8 +24,9 @@ from rag.ingest.chunk.split import chunks_of
 from rag.ingest.load.folder import LoadOptions, Skipped, load_folder
 from rag.ops.sampling import Sampling
 from rag.prompt import PromptTemplate, render, render_passage
+from rag.retrieve.dependencies import dependencies_of
 from rag.retrieve.search import Search
-from rag.runtime.clock import Clock
+from rag.runtime.machine.clock import Clock
 from rag.runtime.options import Count, Filled, Seed, check_fields
 from rag.types import (
     Answer,
@@ -156,7 +158,7 @@ class _Reused:
         latest, before = {document.id: document for document in loaded}, old.all_documents()
         stays = np.array([latest.get(document.id, document) == document for document in before], bool)
         documents = [document for document, same in zip(before, stays, strict=True) if same]
-        spans = old.spans()
+        spans = old.spans
         rows = np.flatnonzero(stays[spans[:, 0]])
         chunks = [chunk_at(before[document], start, end) for document, start, end in spans[rows].tolist()]
         replaced = len(before) - len(documents)
@@ -240,14 +242,18 @@ class Reader:
     """The stages that make an answer of hits."""
 
     generator: Generator
-    template: PromptTemplate
-    context: ContextOptions
+    template: PromptTemplate = PromptTemplate()
+    context: ContextOptions = ContextOptions()
     sampling: Sampling = Sampling()
     options: AnswerOptions = AnswerOptions()
 
 
 def answer(
-    question: str, search: Search, reader: Reader, history: Sequence[Message] = ()
+    question: str,
+    search: Search,
+    reader: Reader,
+    history: Sequence[Message] = (),
+    search_text: str | None = None,
 ) -> Iterator[str | Answer]:
     """Yield the answer's text piece by piece as it is decoded, then the whole Answer.
 
@@ -260,17 +266,20 @@ def answer(
         search: finds passages.
         reader: makes an answer of them.
         history: the earlier messages of the conversation.
+        search_text: what passages are searched for, such as the question and earlier ones; None: the question.
 
     Raises:
         UserError: when not even one passage fits beside the question.
     """
     generator, template = reader.generator, reader.template
+    search_text = search_text or question
     _ = generator.context_length  # loads the weights, which is not part of retrieval
     begin = Clock.now()
-    hits = search(question)
-    context = select_context(hits, search.collection.index.document_text, search.score_threshold, reader)
+    hits = search(search_text)
+    document_text = search.collection.index.document_text
+    context = select_context(hits, document_text, search.score_threshold, reader)
     retrieval = Clock.now() - begin
-    truncated = tuple(_truncated_question(question, search))
+    truncated = tuple(_truncated_question(search_text, search))
     if not context.sources:
         yield template.abstain_answer
         timings = Timings(retrieval.working, 0.0, 0.0, 0, 0, retrieval.compiling)
@@ -292,16 +301,16 @@ def answer(
     timings = Timings(*seconds, usage.prompt_tokens, usage.new_tokens, prepare_s)
     text = "".join(pieces).strip()
     marked = cited(text, shown)
-    yield Answer(
-        question, text, False, shown.sources, timings, marked, (*truncated, *notices, *usage.notices)
-    )
+    sources = tuple(locate(source, document_text(source.document_id)) for source in shown.sources)
+    notices = (*truncated, *notices, *usage.notices)
+    yield Answer(question, text, False, sources, timings, marked, notices, usage.finish_reason)
 
 
 def _truncated_question(question: str, search: Search) -> Iterator[str]:
     """Yield a notice if the embedder cuts the question; an embedder says by `max_query_tokens` that it may."""
     embedder = search.collection.embedder
     limit = getattr(embedder, "max_query_tokens", None)
-    if limit is not None and "embedder" in search.method.depends_on:
+    if limit is not None and "embedder" in dependencies_of(search.method):
         tokens = len(embedder.token_spans(question))
         if tokens > limit:
             yield f"The question has {tokens:,} tokens, of which the embedder reads the first {limit}."
@@ -310,7 +319,14 @@ def _truncated_question(question: str, search: Search) -> Iterator[str]:
 def select_context(
     hits: Sequence[Hit], document_text: Callable[[str], str], score_threshold: float | None, reader: Reader
 ) -> Context:
-    """Return the passages to show, none when no hit is relevant; `score_threshold` replaces min_score "auto"."""
+    """Return the passages to show, none when no hit is relevant.
+
+    Args:
+        hits: in any order.
+        document_text: returns the text of a document by its id.
+        score_threshold: replaces min_score "auto".
+        reader: the stages that show and count passages.
+    """
     options = reader.context
     if options.min_score == "auto":
         options = replace(options, min_score=score_threshold)
@@ -327,9 +343,19 @@ def _shown(template: PromptTemplate, source: Source) -> str:
 def fit_context(
     question: str, context: Context, reader: Reader, history: Sequence[Message] = ()
 ) -> tuple[list[Message], Context, tuple[str, ...]]:
-    """Return messages that leave space for an answer, the context that they show, and notices of what was left out.
+    """Make the prompt, without the passages and turns for which there is no space beside the answer.
 
-    Raises UserError when not even one passage fits beside the question.
+    Args:
+        question: as the user asks it.
+        context: the passages to show.
+        reader: the stages that make an answer.
+        history: the earlier messages of the conversation.
+
+    Returns:
+        The messages, the context that they show, and notices of what was left out.
+
+    Raises:
+        UserError: when not even one passage fits beside the question.
     """
     generator, template = reader.generator, reader.template
     longest = generator.context_length - reader.options.max_new_tokens

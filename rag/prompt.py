@@ -29,7 +29,7 @@ class PromptTemplate:
         UserError: for an unknown placeholder, and when {question} or {text} is missing.
     """
 
-    user: str
+    user: str = "Passages:\n\n{context}\n\nQuestion: {question}"
     passage: str = "[{n}] {text}"
     system: str = ""
     separator: str = "\n\n"
@@ -59,6 +59,12 @@ def render(
 
     Placeholders are replaced in one pass, so a question, a passage or a path may contain texts that look like one. The
     messages have the spans of their passages, and the length of the first part, which comes from the template.
+
+    Args:
+        template: the texts with placeholders.
+        question: as the user asks it.
+        context: the passages to show.
+        history: the earlier messages of the conversation.
     """
     shown = _joined([_passage(template, source) for source in context.sources], template.separator)
     values = {"question": (question, ()), "context": shown}

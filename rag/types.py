@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+# Why an answer ended: the model ended it, or a stop string did; or it had as many tokens as it may have.
+FinishReason = Literal["stop", "length"]
+
 
 class UserError(Exception):
     """An error in the user's input. Its one sentence says what is wrong, where, and what to do about it.
@@ -63,6 +66,16 @@ class Source:
     end: int
     score: float
     text: str
+    document_id: str = ""
+    # Only the sources of an Answer have a line and a heading (rag.citations.locate).
+    first_line: int = (
+        0  # from 1, in the document's text; loading removes some blank lines of the file (rag.ingest.clean)
+    )
+    heading: str = ""  # the nearest one above the passage, or at its beginning; "" where there is none
+
+    @property
+    def last_line(self) -> int:
+        return self.first_line + self.text.count("\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +106,7 @@ class Message:
 class Usage:
     """The cost of one generation; a generator yields it last, after the pieces of text.
 
-    The seconds are disjoint: compiling or loading programs (`rag.runtime.clock.compile_seconds`), and with a server
+    The seconds are disjoint: compiling or loading programs (`rag.runtime.machine.clock`), and with a server
     loading the model, is only in `prepare_s`. Our own engine's weights are loaded before any of them begins.
     """
 
@@ -103,6 +116,7 @@ class Usage:
     decode_s: float  # from the first new token to the last
     prepare_s: float = 0.0
     notices: tuple[str, ...] = ()  # for the user
+    finish_reason: FinishReason = "stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +142,4 @@ class Answer:
     timings: Timings
     cited: tuple[int, ...] = ()  # the numbers of the sources that the answer cites as [n]
     notices: Sequence[str] = ()  # for the user: passages that were left out, a full cache
+    finish_reason: FinishReason = "stop"

@@ -13,9 +13,10 @@ from annotated_types import Ge, Le
 from launch import launch
 from settings import Shared
 
-from rag.runtime import eviction
-from rag.runtime.eviction import KINDS, Entry
-from rag.runtime.files import cache_root, discard, write_errors
+from rag.runtime.cache import eviction
+from rag.runtime.cache.eviction import KINDS, Entry
+from rag.runtime.cache.folder import cache_root, write_errors
+from rag.runtime.files import discard
 
 _DAY_S = 86_400
 Days = Annotated[float, Ge(0), Le(1e5)]

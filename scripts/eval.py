@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hydra_run import label, overrides, run_dir
 from launch import launch
 from settings import Part, build
+from sweep_summary import show_leaderboards
 from system import SystemSettings, build_method
 
 from rag.types import UserError
@@ -35,6 +36,7 @@ class EvalSettings(SystemSettings):
     plan: bool
     dataset: Part
     chunker: Part
+    metric: Part | None = None
     tuning: Part | None = None
     closed_book: Part
     evaluation: Part
@@ -46,7 +48,7 @@ def main(config: DictConfig) -> None:
     """Run the evaluation, or with plan=true print what it would compute."""
     from terminal import print_problem, progress_bars
 
-    from rag.runtime.cache import CHECKSUMS
+    from rag.runtime.cache.entries import CHECKSUMS
 
     experiment = build_experiment(config)
     for problem in experiment.dataset.problems:
@@ -89,7 +91,7 @@ def build_experiment(config: DictConfig) -> Experiment:
     """Build the evaluation that a configuration describes."""
     from rag.evaluate.experiment import Experiment
 
-    tuning = config.get("tuning")
+    metric, tuning = config.get("metric"), config.get("tuning")
     return Experiment(
         dataset=_shared(config.dataset),
         chunker=build(config.chunker),
@@ -98,6 +100,7 @@ def build_experiment(config: DictConfig) -> Experiment:
         generator=lambda: _shared(config.generator),
         evaluation=build(config.evaluation),
         statistics=build(config.statistics),
+        metric=build(metric) if metric else None,
         tuning=build(tuning) if tuning else None,
         ablation=build(config.ablation),
         prompt=build(config.prompt),
@@ -123,18 +126,35 @@ def _built(settings: str) -> Any:
 
 
 def describe(folder: Path, metrics: dict, config: DictConfig, dataset: Dataset) -> dict[str, Any]:
-    """Write the run's label, dataset name and configuration into its folder; return the metrics with these names."""
+    """Write the run's label, dataset name and configuration into its folder; return the metrics with these names.
+
+    Args:
+        folder: The run's folder.
+        metrics: The contents of the cached metrics.json, which has neither label nor name.
+        config: The configuration.
+        dataset: Its name and problems are added.
+    """
     from omegaconf import OmegaConf
 
+    from rag.evaluate.result_files import json_lines
     from rag.runtime.files import atomic_file
 
     metrics = metrics | {"label": label()}
-    metrics["dataset"] = {"name": dataset.name} | metrics["dataset"]
+    names = {"name": dataset.name, "unjudged": 0 if dataset.limit else len(dataset.unjudged)}
+    metrics["dataset"] = names | metrics["dataset"]
     metrics["warnings"] = [*dataset.problems, *metrics["warnings"]]
     texts = {
         "config.yaml": OmegaConf.to_yaml(config, resolve=True),
         "overrides.yaml": OmegaConf.to_yaml(overrides()),
         "metrics.json": json.dumps(metrics, indent=1, ensure_ascii=False) + "\n",
+        "queries.jsonl": json_lines(
+            {
+                "query": query,
+                "text": text,
+                "relevant": {name: grade for name, grade in dataset.qrels[query].items() if grade > 0},
+            }
+            for query, text in dataset.queries.items()
+        ),
     }
     for name, text in texts.items():
         with atomic_file(folder / name, "w") as file:
@@ -151,8 +171,9 @@ def show(metrics: dict[str, Any]) -> None:
     from rag.evaluate.metrics import lower_is_better
 
     d = metrics["dataset"]
-    sample = f", a sample by seed {d['seed']}" if d["limit"] else ""
-    title = f"{metrics['label']}\n{d['name']}: {d['queries']} queries{sample}"
+    judged = f"{d['queries']} of {d['queries'] + d['unjudged']} queries judged"
+    queries = f"{d['queries']} queries, a sample by seed {d['seed']}" if d["limit"] else judged
+    title = f"{metrics['label']}\n{d['name']}: {queries}"
     table = Table(title=Text(title))  # not rich's markup: a label has lists in brackets
     for heading in ("measure", "mean", f"{metrics['statistics']['confidence']:.0%} interval"):
         table.add_column(heading, justify="left" if heading == "measure" else "right")
@@ -173,4 +194,4 @@ def show_plan(experiment: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, "eval", EvalSettings)
+    launch(main, "eval", EvalSettings, after_sweep=show_leaderboards)

@@ -31,8 +31,13 @@ def overrides() -> list[str]:
 
 
 def groups(config_dir: Path) -> set[str]:
-    """Return the names of all config groups: the folders below `config_dir` that hold YAML files."""
-    return {path.parent.relative_to(config_dir).as_posix() for path in config_dir.glob("*/**/*.yaml")}
+    """Return the names of all config groups: folders below `config_dir` with YAML files, and those in defaults lists.
+
+    Only the second kind may be without a choice of ours, such as `metric`.
+    """
+    folders = {path.parent.relative_to(config_dir).as_posix() for path in config_dir.glob("*/**/*.yaml")}
+    listed = (re.findall(r"^  - (\w+): ", path.read_text(), re.M) for path in config_dir.glob("*.yaml"))
+    return folders.union(*listed)
 
 
 def label() -> str:
@@ -51,7 +56,7 @@ def label() -> str:
         swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
         swept |= set(HydraConfig.get().sweeper.get("params") or {})
         given = [override for override in given if override.partition("=")[0] in swept]
-    named = [o for o in given if not re.match(r"\+{0,2}dataset(\.(path|id|split))?=|plan=", o)]
+    named = [o for o in given if not re.match(r"\+{0,2}dataset(\.(path|id|split))?=|(plan|stages)=", o)]
     return " ".join(named) or "defaults"
 
 

@@ -58,19 +58,22 @@ def main(config) -> None:
 
 
 def audited(index: Index, search: VectorSearch, options: AuditOptions) -> str:
-    """Return the recall of a vector search against exact search, on queries mixed of the index's own vectors."""
-    from rag.index.dense.audit import audit, mixed_queries
+    """Return the recall of a vector search against exact search, on queries mixed of two vectors of the index."""
+    from rag.index.dense.audit import audit, mixed_queries, sample_pairs
     from rag.index.dense.exact import DenseIndex
     from rag.types import UserError
 
-    if not len(index):
-        raise UserError(f"The index at {index.path} has no chunk to search for: ingest a corpus first.")
+    if len(index) < 3:
+        raise UserError(
+            f"The index at {index.path} has {len(index)} chunks, and an audit needs 3, since a query is made of two "
+            "and searched among the others: ingest more documents."
+        )
     exact = DenseIndex(index.vectors)
-    queries = mixed_queries(exact, options.queries, options.seed)
-    found = audit(search.build(index.vectors), exact, queries, options.k)
+    pairs = sample_pairs(len(index), options.queries, options.seed)
+    found = audit(search.build(index.vectors), exact, mixed_queries(exact, pairs), options.k, sources=pairs)
     return (
         f"recall@{found.k} of {search}: {found.recall:.4f}, at least {found.at_least:.4f} with 95% confidence "
-        f"({found.queries} queries mixed of the index's own vectors)"
+        f"({found.queries} queries, each mixed of two vectors, searched among the others)"
     )
 
 

@@ -50,7 +50,7 @@ class PrefillSettings(Shared):
 def main(config) -> None:
     from terminal import progress_bars
 
-    from rag.generate.kv.chunk import ChunkPrefill
+    from rag.generate.kv.chunk import ChunkPrefiller
     from rag.generate.local import LocalGenerator
     from rag.index.store import Index
 
@@ -58,9 +58,9 @@ def main(config) -> None:
     if config.generator.get("kv_reuse") in ("none", "prefix"):
         config.generator.kv_reuse = "chunk"  # blend uses the same files
     generator, template, context = (build(config[name]) for name in ("generator", "prompt", "context"))
-    if not isinstance(generator, LocalGenerator) or not isinstance(generator.prefill, ChunkPrefill):
+    if not isinstance(generator, LocalGenerator) or not isinstance(generator.prefiller, ChunkPrefiller):
         raise UserError("Only our own engine caches passages: set generator=local.")
-    chunks = generator.prefill.cache
+    chunks = generator.prefiller.cache
     batches = [range(at, min(at + _BATCH, len(index))) for at in range(0, len(index), _BATCH)]
     missing: dict[Path, int] = {}
     begin, computed, entries = time.perf_counter(), 0, {}
@@ -83,7 +83,17 @@ def main(config) -> None:
 
 
 def require_room(missing: Mapping[Path, int], store: ChunkKVStore, limit_gb: float, force: bool) -> None:
-    """Print the bytes that the missing files will take. Raises UserError above `limit_gb`, unless `force`."""
+    """Print the bytes that the missing files will take.
+
+    Args:
+        missing: File -> tokens of its text.
+        store: The folder of the files, and the bytes of a token.
+        limit_gb: The most that may be written without `force`.
+        force: Whether more may be written.
+
+    Raises:
+        UserError: The files would take more than `limit_gb`, without `force`.
+    """
     tokens, nbytes = sum(missing.values()), sum(missing.values()) * store.token_bytes
     print(
         f"{len(missing)} texts of {tokens} tokens to prefill, at {store.token_bytes / 1e3:.1f} kB a token: "
@@ -100,7 +110,15 @@ def require_room(missing: Mapping[Path, int], store: ChunkKVStore, limit_gb: flo
 def prompts(
     index: Index, rows: range, template: PromptTemplate, options: ContextOptions, generator: Generator
 ) -> Iterator[list[Message]]:
-    """Yield a prompt for each of these chunks, with this chunk as its only passage."""
+    """Yield a prompt for each of these chunks, with this chunk as its only passage.
+
+    Args:
+        index: The index.
+        rows: The rows of the chunks.
+        template: The prompt's template.
+        options: How passages are made of chunks; no threshold is applied.
+        generator: Counts tokens.
+    """
     from rag.context import build_context
     from rag.prompt import render, render_passage
 

@@ -9,7 +9,7 @@ from settings import CONF
 
 # Settings whose value is free text; a leading dot means the last word of any dotted key.
 FREE_TEXT = (
-    *("question", "runs", "baseline", "output", "keep"),
+    *("question", "runs", "baseline", "output", "keep", "stages"),
     *(".path", ".url", ".model", ".uri"),
     *("generator.weights", "bench.weights"),
 )
@@ -20,6 +20,8 @@ TEMPLATES = (
     *(".query_prompt", ".document_prompt", ".finished", "reranker.prompt"),
 )
 TEXT_LISTS = (".stop", ".separators")
+MEASURE_LISTS = (".measures",)  # of names such as RBP(p=0.8)@10, which Hydra would take for a function
+_MEASURE = re.compile(r"""(["']).*?\1|\w+\(\w+=[^()]*\)(?:@\w+)?""", re.DOTALL)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
@@ -61,6 +63,8 @@ def quote_overrides(
             return start + re.sub(r"(?<![^,(])null(?![^,)])", "[]", value)
         if _is_one(key, TEXT_LISTS):
             return start + _unescaped_parts(value)
+        if _is_one(key, MEASURE_LISTS):
+            return start + _MEASURE.sub(lambda m: m[0] if m[1] else quote(m[0]), value)
         if not template and not _is_one(key, free_text):
             return argument
         if (sweep and re.fullmatch(r"choice\(.*\)", value, re.S)) or (value == "null" and key != "question"):

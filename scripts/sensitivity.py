@@ -86,7 +86,7 @@ def takes(part, setting: str) -> bool:
 def write(report: SensitivityReport) -> None:
     """Write sensitivity.json and verdict.txt into the run's folder."""
     from rag.runtime.files import atomic_file
-    from rag.runtime.machine import environment
+    from rag.runtime.machine.hardware import environment
 
     folder = run_dir()
     record = report.summary() | {"environment": environment()}

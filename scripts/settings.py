@@ -7,6 +7,7 @@ of plain values.
 
 import difflib
 import functools
+import importlib.util
 import inspect
 import pkgutil
 import sys
@@ -19,6 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import own_stages
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from rag.runtime.options import (
@@ -31,6 +33,7 @@ from rag.runtime.options import (
     type_error,
     wanted,
 )
+from rag.runtime.stages import wrong_result
 from rag.types import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -59,6 +62,7 @@ class Shared:
 
     device: Literal["auto", "cpu", "gpu"]
     profile: bool
+    stages: Filled | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,11 @@ def build(config: DictConfig, **arguments: object) -> Any:
         if (sentence := user_error(error)) is None:
             raise
         raise UserError(sentence) from error
-    return functools.partial(make, **arguments) if config.get("_partial_") else make(**arguments)
+    if config.get("_partial_"):
+        return functools.partial(make, **arguments)
+    if (built := make(**arguments)) is None:
+        raise wrong_result(target_of(config), config._target_, None, "what it builds")
+    return built
 
 
 def user_error(error: BaseException | None) -> str | None:
@@ -186,7 +194,7 @@ def _is_list(kind: Any) -> bool:
 
 def check_presence(config: DictConfig, schema: Any) -> None:
     """Raise UserError for a required setting or part that was removed on the command line: embedder=null, ~k."""
-    for name, (hint, required) in _entries(config, schema).items():
+    for name, (hint, required) in _declarations(config, schema).items():
         if required and name not in config.keys():  # noqa: SIM118 (`in config` is false for "???" too)
             check_setting(Setting(name, None, hint))
 
@@ -197,7 +205,7 @@ def settings_of(config: DictConfig, schema: Any = Part, given: Collection[str] =
     A part that is missing, null, or a plain value, is yielded too. Interpolations are resolved; a value that one refers
     to has the name of the setting with the interpolation. Raises UserError for a setting that nothing declares.
     """
-    entries, inside = _entries(config, schema), []
+    entries, inside = _declarations(config, schema), []
     for key in config:
         if key not in entries and not str(key).startswith("_"):
             raise UserError(_unknown(config._get_full_key(key), config.get("_target_"), entries))
@@ -208,7 +216,7 @@ def settings_of(config: DictConfig, schema: Any = Part, given: Collection[str] =
         if key not in config.keys() and (not required or key in given):  # noqa: SIM118
             continue
         value = config.get(key)
-        if isinstance(value, DictConfig) and _entries(value, hint) is not None:
+        if isinstance(value, DictConfig) and _declarations(value, hint) is not None:
             inside.append((value, hint))
         else:
             inside += ((part, Part) for part in _parts_in(value))
@@ -228,14 +236,14 @@ def _parts_in(value: object) -> Iterator:
             yield from _parts_in(item)
 
 
-class _Entry(NamedTuple):
+class _Declaration(NamedTuple):
     """A declared setting: its type, and whether it is required."""
 
     hint: Any
     required: bool
 
 
-def _entries(config, hint: Any) -> dict[str, _Entry] | None:
+def _declarations(config, hint: Any) -> dict[str, _Declaration] | None:
     """Return the declared settings of a mapping of type `hint`, by name; None where its type declares none."""
     if "_target_" in config:
         return _arguments(parameters_of(target_of(config)), config)
@@ -243,15 +251,15 @@ def _entries(config, hint: Any) -> dict[str, _Entry] | None:
         for metadata in getattr(kind, "__metadata__", ()):
             if isinstance(metadata, ArgumentsOf):
                 known = _arguments(parameters_of(metadata.target), config)
-                return {name: _Entry(entry.hint, False) for name, entry in known.items()}
+                return {name: _Declaration(entry.hint, False) for name, entry in known.items()}
         if is_dataclass(kind):
             return _arguments(parameters_of(kind), config)
         if typing.get_origin(kind) in (Mapping, dict) and typing.get_args(kind) and not is_plain(kind):
-            return {key: _Entry(typing.get_args(kind)[1], True) for key in config}
+            return {key: _Declaration(typing.get_args(kind)[1], True) for key in config}
     return None
 
 
-def _arguments(parameters: Mapping[str, inspect.Parameter], config) -> dict[str, _Entry]:
+def _arguments(parameters: Mapping[str, inspect.Parameter], config) -> dict[str, _Declaration]:
     """Return the settings that parameters declare; with **others these include every other key of the configuration.
 
     Positional arguments in `_args_` are no settings, and with `_partial_` none is required.
@@ -267,10 +275,10 @@ def _arguments(parameters: Mapping[str, inspect.Parameter], config) -> dict[str,
             continue
         if parameter.kind is parameter.VAR_KEYWORD:
             others = [key for key in config if key not in parameters and not str(key).startswith("_")]
-            entries |= {key: _Entry(parameter.annotation, False) for key in others}
+            entries |= {key: _Declaration(parameter.annotation, False) for key in others}
         elif parameter.kind is not parameter.VAR_POSITIONAL:
             required = parameter.default is parameter.empty and not partial
-            entries[name] = _Entry(_with_default(parameter), required)
+            entries[name] = _Declaration(_with_default(parameter), required)
     return entries
 
 
@@ -294,7 +302,7 @@ def target_of(config: DictConfig) -> Callable:
     """Return the class or function that the `_target_` of a part names. Raises UserError where it names none."""
     name, path = config._get_full_key("_target_"), config._target_
     try:
-        found = pkgutil.resolve_name(path)
+        found = _resolve(path)
         parameters_of(found)
     except Exception as error:  # of any kind, from a module's own lines
         raise UserError(
@@ -303,12 +311,28 @@ def target_of(config: DictConfig) -> Callable:
     return found
 
 
+def _resolve(path: str) -> Any:
+    """Import what a dotted path names. Raises what a module raised on import, which pkgutil hides in a package."""
+    try:
+        return pkgutil.resolve_name(path)
+    except AttributeError as error:
+        if isinstance(error.obj, types.ModuleType) and hasattr(error.obj, "__path__"):
+            module = f"{error.obj.__name__}.{error.name}"
+            if importlib.util.find_spec(module):
+                importlib.import_module(module)
+        raise
+
+
 def _reason(error: Exception) -> str:
     """Return what went wrong in an import, with module and line where the module's own code failed."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"]
     match error:
         case SyntaxError(filename=str(file), lineno=line):
             cause = f"{type(error).__name__} in {file}, line {line}: {error.msg}"
+        case AttributeError(obj=types.ModuleType(__file__=str(file)), name=name):
+            cause = f"{file} has no {name!r}"
+        case ModuleNotFoundError(name=name) if not frames:
+            cause = f"No module named {name!r} is installed{own_stages.searched()}"
         case _ if frames:
             cause = f"{type(error).__name__} in {frames[-1].filename}, line {frames[-1].lineno}: {error}"
         case _:

@@ -16,7 +16,7 @@ from tests import trials
 
 install_import_hook("rag", "tests.typecheck.check")  # before anything imports rag
 
-from rag.runtime.compilation_cache import enable_compilation_cache  # noqa: E402 (behind the hook)
+from rag.runtime.cache.compilation_cache import enable_compilation_cache  # noqa: E402 (behind the hook)
 
 enable_compilation_cache()  # most of the suite's time goes into compiling: a second run takes a quarter of it
 

@@ -345,7 +345,7 @@ def main(seed: int, cases: int, numbers: bool) -> None:
         for number in range(cases):
             name = list(kinds)[number % len(kinds)]
             start = time.monotonic()
-            found, told = outcome(kinds[name], random.Random(f"{seed} {number}"))
+            found, message = outcome(kinds[name], random.Random(f"{seed} {number}"))
             if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > limit:
                 found = "memory"
             line = {
@@ -353,7 +353,7 @@ def main(seed: int, cases: int, numbers: bool) -> None:
                 "kind": name,
                 "outcome": found,
                 "seconds": time.monotonic() - start,
-                "told": told,
+                "message": message,
             }
             print(json.dumps(line), flush=True)
 

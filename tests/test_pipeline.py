@@ -22,7 +22,7 @@ TEMPLATE = PromptTemplate(user="{context}\n\nQ: {question}", passage="[{n}] {tex
 
 @dataclass
 class Echo:
-    """A generator that answers with its number of messages, and keeps them. A token is a word."""
+    """A generator that records its messages. A token is a word."""
 
     context_length: int = 1000
     asked: list = field(default_factory=list)
@@ -39,7 +39,7 @@ class Echo:
         self.asked.append(request.messages)
         yield "see "
         yield "[1]"
-        yield Usage(self.prompt_tokens(request.messages), 2, 0.5, 0.25)
+        yield Usage(self.prompt_tokens(request.messages), 2, 0.5, 0.25, finish_reason="length")
 
     def generate(self, requests):
         raise NotImplementedError
@@ -80,6 +80,7 @@ def test_the_answer_streams_and_its_sources_are_spans_of_the_documents(search):
         assert f"[{source.n}] {source.text}" in generator.asked[0][-1].content
     assert (answer.timings.prefill_s, answer.timings.new_tokens) == (0.5, 2)
     assert answer.cited == (1,)
+    assert answer.finish_reason == "length"
 
 
 def test_without_a_relevant_hit_no_model_is_asked(search):
@@ -88,10 +89,11 @@ def test_without_a_relevant_hit_no_model_is_asked(search):
     assert answer.abstained
     assert text == answer.answer == TEMPLATE.abstain_answer
     assert (answer.sources, generator.asked) == ((), [])
+    assert answer.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("min_score", [None, 0.99])
-def test_a_question_that_the_embedder_cuts_is_told(search, min_score):
+def test_a_question_that_the_embedder_cuts_gives_a_notice(search, min_score):
     """What it does not read cannot be found."""
     embedder = search.collection.embedder
     _, answer = asked("what eats krill.", search, reader(Echo(), min_score=min_score))
@@ -104,7 +106,7 @@ def test_a_question_that_the_embedder_cuts_is_told(search, min_score):
     assert answer.notices == ()
 
 
-def test_a_long_prompt_loses_passages_and_says_so(search):
+def test_a_long_prompt_loses_passages_and_gives_a_notice(search):
     _, whole = asked("a whale eats krill", search, reader(Echo()))
     generator = Echo(context_length=whole.timings.prompt_tokens - 2 + 10)
     _, answer = asked("a whale eats krill", search, reader(generator))
@@ -114,7 +116,7 @@ def test_a_long_prompt_loses_passages_and_says_so(search):
     assert whole.notices == ()
 
 
-def test_old_turns_go_before_the_last_passage(search):
+def test_old_turns_are_left_out_before_the_last_passage(search):
     history = [
         Message("user", "old " * 30),
         Message("assistant", "older " * 30),
@@ -128,12 +130,12 @@ def test_old_turns_go_before_the_last_passage(search):
     assert any("oldest 2 messages" in notice for notice in answer.notices)
 
 
-def test_a_question_that_cannot_fit_is_told(search):
+def test_a_question_that_cannot_fit_is_an_error(search):
     with pytest.raises(UserError, match="leaves no room for a passage"):
         asked("krill " * 100, search, reader(Echo(context_length=50)))
 
 
-def test_another_embedder_than_the_index_was_made_with_is_told(search):
+def test_another_embedder_than_the_index_was_made_with_is_an_error(search):
     class Other(BagOfWords):
         def __init__(self):
             super().__init__()
@@ -143,7 +145,7 @@ def test_another_embedder_than_the_index_was_made_with_is_told(search):
         Index.open(Path(search.collection.index.path)).restore(Other())
 
 
-def test_k_below_one_is_told(search):
+def test_k_below_one_is_an_error(search):
     with pytest.raises(UserError, match="k=0"):
         Search(search.collection, Dense(), k=0)
 
@@ -154,6 +156,6 @@ def test_any_method_can_feed_the_reader(search):
 
 
 @pytest.mark.parametrize("options", [{"stop": "END"}, {"seed": -1}, {"seed": 1 << 32}, {"max_new_tokens": 0}])
-def test_answer_options_that_cannot_be_are_told(options):
+def test_invalid_answer_options_are_errors(options):
     with pytest.raises(UserError, match=f"AnswerOptions.{next(iter(options))}="):
         AnswerOptions(**options)

@@ -48,7 +48,7 @@ def test_a_passage_alone():
 BRACES = "{question} {context} {n} {text} {path} {{question}} {0} {} { \\1 \\g<0> %s $n {n!r} {n.__class__}"
 
 
-def test_what_looks_like_a_placeholder_in_data_is_left_alone():
+def test_data_that_look_like_a_placeholder_are_not_changed():
     (_, message) = render(TEMPLATE, BRACES, context_of((BRACES, BRACES)))
     assert message.content == f"[1] ({BRACES}) {BRACES}\n\nQ: {BRACES}"
 
@@ -93,9 +93,20 @@ def test_a_template_that_cannot_work_is_an_error_when_it_is_made(fields, message
         PromptTemplate(**({"user": "{question} {context}"} | fields))
 
 
+def stage_fields(path):
+    """Return the fields of a YAML file with those of the files in its `defaults`."""
+    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    inherited = [
+        stage_fields(path.with_name(f"{name}.yaml"))
+        for name in fields.pop("defaults", [])
+        if name != "_self_"
+    ]
+    return {name: value for some in (*inherited, fields) for name, value in some.items()}
+
+
 @pytest.mark.parametrize("path", sorted((CONF / "prompt").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_templates_that_come_with_the_project(path):
-    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    fields = stage_fields(path)
     assert fields.pop("_target_") == "rag.prompt.PromptTemplate"
     template = PromptTemplate(**fields)
     messages = render(template, "What is it?", context_of(("a.md", "It is a pump."), ("b.md", "It pumps.")))
@@ -113,7 +124,7 @@ def test_the_prompts_that_come_with_the_project():
 
 
 def test_the_seed_prompt_is_the_notebooks():
-    fields = yaml.safe_load((CONF / "prompt" / "seed.yaml").read_text(encoding="utf-8"))
+    fields = stage_fields(CONF / "prompt" / "seed.yaml")
     del fields["_target_"]
     assert render(PromptTemplate(**fields), "Why?", context_of(("d", "Because."))) == [
         Message(
@@ -132,13 +143,7 @@ def test_the_seed_prompt_is_the_notebooks():
 def test_chunker_and_context_groups_build_their_options(path):
     import importlib
 
-    def fields_of(path: Path) -> dict:
-        """With those of the choice that the file builds on."""
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-        below = fields.pop("defaults", None)
-        return (fields_of(path.parent / f"{below[0]}.yaml") if below else {}) | fields
-
-    fields = fields_of(path)
+    fields = stage_fields(path)
     module, _, name = fields.pop("_target_").rpartition(".")
     options = getattr(importlib.import_module(module), name)(**fields)
     assert hash(options) == hash(getattr(importlib.import_module(module), name)(**fields))
@@ -179,6 +184,6 @@ def test_the_spans_are_the_passages(question, texts, separator):
     assert ends == sorted(ends)
 
 
-def test_spans_make_no_difference_to_what_a_message_says():
+def test_spans_do_not_change_the_content_of_a_message():
     assert Message("user", "A", ((0, 1),), 1) == Message("user", "A")
     assert len({Message("user", "A", ((0, 1),)), Message("user", "A")}) == 1

@@ -1,15 +1,21 @@
-"""Tiny collections: a folder of four files, and indexes on disk with a stand-in embedder."""
+"""Tiny collections: a folder of four files, collections in memory, and indexes on disk with a stand-in embedder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from rag.embed import Embedder
+from rag.generate import Generator
 from rag.index import store, writer
 from rag.index.lexical.analyzer import Analyzer
 from rag.index.lexical.postings import LexicalIndex
+from rag.index.memory import MemoryIndex
 from rag.ingest.load.folder import Skipped, load_folder
-from rag.types import Chunk, Document
+from rag.retrieve.collection import Collection
+from rag.runtime.cache.memo import Memo
+from rag.types import Chunk, Document, chunk_at
 
 MANIFEST = "manifest.json"
 FILES = {
@@ -44,6 +50,18 @@ def load_all(path: Path, **options) -> tuple[dict[str, Document], dict[str, str]
     reasons = {s.path: s.reason for s in found if isinstance(s, Skipped)}
     assert len(documents) + len(reasons) == len(found), "a name came twice"
     return documents, reasons
+
+
+def collection_of(
+    texts: Sequence[str],
+    embedder: Embedder,
+    generator: Generator | None = None,
+    memo: Memo | None = None,
+) -> Collection:
+    """Return a collection in memory: the n-th text is the document `dn`, as one chunk."""
+    documents = [Document(f"d{n}", f"d{n}.txt", text) for n, text in enumerate(texts)]
+    chunks = [chunk_at(document, 0, len(document.text)) for document in documents]
+    return Collection(MemoryIndex(documents, chunks, embedder.encode), embedder, lambda: generator, memo)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from typing import Annotated
 import numpy as np
 from annotated_types import Ge, Le
 from jaxtyping import Float32, Float64, Int
+from pydantic import TypeAdapter
 
 from rag.embed import Progress
-from rag.runtime.cache_key import content_key
+from rag.runtime.cache.keys import content_key
 from rag.runtime.options import checked
+from rag.runtime.records import reason
 from rag.types import UserError
 
 BAG_OF_WORDS_VERSION = 1
@@ -54,9 +56,8 @@ class BagOfWords:
         self._column = {word: i for i, word in enumerate(vocabulary)}
         self.dim = len(self._column)
         self.spec = {"kind": "bag_of_words", "dim": self.dim}
-        self.fingerprint = content_key(
-            "bag_of_words", BAG_OF_WORDS_VERSION
-        )  # without the vocabulary of an index
+        # Without the vocabulary, which is that of an index.
+        self.fingerprint = content_key("bag_of_words", BAG_OF_WORDS_VERSION)
 
     def encode(
         self, texts: Sequence[str], progress: Progress = lambda done: None
@@ -109,10 +110,10 @@ class BagOfWords:
         """Return an embedder with the vocabulary that `save` wrote. Raises UserError when it cannot be read."""
         path = folder / _VOCABULARY
         try:
-            vocabulary = json.loads(path.read_text(encoding="utf-8"))
+            vocabulary = TypeAdapter(list[str]).validate_json(path.read_bytes(), strict=True)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"cannot read the index's words in {path} ({error}); ingest the corpus again"
+                f"cannot read the index's words in {path} ({reason(error)}); ingest the corpus again"
             ) from error
         return BagOfWords(self._max_bytes, self.score_threshold, vocabulary)
 

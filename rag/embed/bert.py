@@ -24,14 +24,15 @@ from rag.embed.packing import Batch, make_batch, pack_texts, plan_batches
 from rag.models import hub
 from rag.models.bert import checkpoint as bert_checkpoint
 from rag.models.bert import model as bert
-from rag.runtime import cache_key, file_hash
+from rag.runtime.cache import file_hash
+from rag.runtime.cache.keys import content_key
 from rag.runtime.options import Count, Filled, checked
 from rag.runtime.shapes import round_up_text
 from rag.types import UserError
 
 # A part of the fingerprint by which an index recognises its embedder, whatever the code. Increase it when the same
 # weights give other vectors than before, which cannot be compared with those of an index. Cached results do not need
-# it, since their keys contain the code (rag.runtime.import_closure).
+# it, since their keys contain the code (rag.runtime.code.import_closure).
 BERT_VERSION = 1
 
 _BLOCK = 2048  # texts that are tokenised and sorted together
@@ -90,7 +91,7 @@ class BertEmbedder:
         self.spec = {"kind": "bert", "uri": uri, "dim": self.dim, "dtype": dtype, **asdict(self._settings)}
         digests = [file_hash.file_sha256(file) for file in bert_checkpoint.source_files(path)]
         kind = "bert" if dtype == "float32" else f"bert in {dtype}"
-        self.fingerprint = cache_key.content_key(kind, BERT_VERSION, digests, asdict(self._settings))
+        self.fingerprint = content_key(kind, BERT_VERSION, digests, asdict(self._settings))
 
     def encode(
         self, texts: Sequence[str], progress: Progress = lambda done: None
@@ -174,9 +175,7 @@ class BertEmbedder:
         running: deque[tuple[Batch, jax.Array]] = deque()
         for batch in self._batches(list(index)):
             vectors = bert.embed(self._model, batch.tokens, batch.lengths, pooling=self._settings.pooling)
-            running.append(
-                (batch, vectors)
-            )  # dispatched without waiting: the next batch is prepared meanwhile
+            running.append((batch, vectors))  # it runs while the next batches are prepared
             if len(running) > _IN_FLIGHT:
                 collect(*running.popleft())
         for batch, vectors in running:

@@ -21,19 +21,19 @@ import numpy as np
 from jaxtyping import Float32
 
 from rag.embed import Embedder, Progress
-from rag.runtime import cache
-from rag.runtime.cache_key import content_key
+from rag.runtime.cache import entries
+from rag.runtime.cache.folder import cache_root, entry_lock, notice, write_errors
+from rag.runtime.cache.keys import content_key
+from rag.runtime.cache.memo import model_version
 from rag.runtime.checksums import Damaged
-from rag.runtime.clock import Clock
-from rag.runtime.files import cache_root, entry_lock, notice, write_errors
-from rag.runtime.import_closure import code_version
-from rag.runtime.memo import model_version
+from rag.runtime.code.import_closure import code_version
+from rag.runtime.machine.clock import Clock
 from rag.runtime.records import Record
 
 _BATCH = 256  # texts in a file: a killed process loses at most so many
 
 
-class _Plan(Record):
+class _MissingTexts(Record):
     """The indices of the texts of a request that were missing when it was first made."""
 
     missing: list[int]
@@ -125,9 +125,9 @@ class CachedEmbedder:
         self._read_new_files(remove_damaged=True)
         keys = list(unique)
         path = self._folder / f"{content_key(keys)}.todo"
-        if (plan := cache.get(path, partial(cache.read_record, schema=_Plan))) is None:
-            plan = _Plan(missing=[i for i, key in enumerate(keys) if key not in self._rows])
-            cache.write(path, plan.model_dump_json().encode())
+        if (plan := entries.get(path, partial(entries.read_record, schema=_MissingTexts))) is None:
+            plan = _MissingTexts(missing=[i for i, key in enumerate(keys) if key not in self._rows])
+            entries.write(path, plan.model_dump_json().encode())
         self._compute_missing([keys[i] for i in plan.missing], unique, encode, progress)
         lost = [key for key in keys if key not in self._rows]  # damaged or evicted since the plan
         self._compute_missing(lost, unique, encode, progress)
@@ -153,7 +153,7 @@ class CachedEmbedder:
         new = [i for i, key in enumerate(keys) if key not in self._rows]
         content, path = io.BytesIO(), self._folder / f"{content_key([keys[i] for i in new])}.npy"
         np.save(content, made[new])
-        cache.write(path, content.getvalue())
+        entries.write(path, content.getvalue())
         self._read_file(path)
 
     @property
@@ -179,7 +179,7 @@ class CachedEmbedder:
                         (self._folder / name).unlink(missing_ok=True)
 
     def _read_file(self, path: Path) -> None:
-        batch = cache.read_array(path)
+        batch = entries.read_array(path)
         if batch.dtype != self._row or batch.ndim != 1:
             raise Damaged(f"{path} holds other vectors")
         self._rows |= zip((key.tobytes() for key in batch["text"]), batch, strict=True)

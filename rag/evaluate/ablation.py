@@ -18,7 +18,7 @@ import numpy as np
 from annotated_types import DocInfo, Predicate
 from jaxtyping import Int
 
-from rag.context import cited
+from rag.citations import cited
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.metrics import GOLD_METRICS
 from rag.evaluate.retrieval import without_own_document
@@ -28,6 +28,7 @@ from rag.pipeline import AnswerOptions, Reader, fit_context, select_context
 from rag.prompt import PromptTemplate, render
 from rag.retrieve.collection import Collection
 from rag.runtime.options import Count, Seed, check_fields
+from rag.runtime.stages import wrong_result
 from rag.types import Chunk, Context, Hit, Message, UserError
 
 Span = tuple[str, int, int]  # document id, characters from and to, the end exclusive
@@ -178,7 +179,16 @@ def passages(
     hits: Sequence[Hit],
     ablation: ContextAblation,
 ) -> list[Hit]:
-    """Return the passages that a condition chooses for the prompt, best first; `hits` are the retriever's."""
+    """Return the passages that a condition chooses for the prompt, best first.
+
+    Args:
+        condition: The condition.
+        collection: All passages.
+        dataset: Judgements and evidence, which "oracle" and "random" depend on.
+        query: The query's id.
+        hits: The retriever's results for it, best first.
+        ablation: How many passages, and the seed of the random ones.
+    """
     judged = dataset.qrels.get(query, {})
     match condition:
         case "oracle":
@@ -261,7 +271,11 @@ def _answers(inputs: AblationInputs, prompts: Sequence[_Prompt]) -> dict[str, st
             Request(_messages(item), sampling, options.max_new_tokens, options.seed, options.stop)
             for item in items
         ]
-        return inputs.collection.generator.generate(requests)
+        generator = inputs.collection.generator
+        texts = generator.generate(requests)
+        if not isinstance(texts, list) or len(texts) != len(requests):
+            raise wrong_result(generator, "generate", texts, f"a list of {len(requests)} texts")
+        return texts
 
     items = [_plain(prompt.messages) for prompt in asking]
     settings = _AnswerSettings(sampling, options)

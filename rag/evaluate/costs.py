@@ -15,9 +15,9 @@ import numpy as np
 from rag.embed.vector_cache import CachedEmbedder
 from rag.retrieve import Retriever
 from rag.retrieve.collection import Collection
-from rag.runtime.clock import Clock
-from rag.runtime.machine import environment, peak_memory_bytes
-from rag.runtime.memo import Memo
+from rag.runtime.cache.memo import Memo
+from rag.runtime.machine.clock import Clock
+from rag.runtime.machine.hardware import environment, peak_memory_bytes
 
 _ENOUGH_S = 10.0  # seconds of timed questions: a method with a language model in it is timed on fewer
 _LEAST = 3  # questions, however long they take

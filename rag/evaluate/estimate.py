@@ -7,7 +7,7 @@ from rag.retrieve import Retriever
 from rag.retrieve.cached import cached_expand, cached_search
 from rag.retrieve.collection import Collection
 from rag.retrieve.search import Reranked, Transformed
-from rag.runtime.memo import Cost
+from rag.runtime.cache.memo import Cost
 
 
 def estimate_search(collection: Collection, method: Retriever, questions: Sequence[str], k: int) -> None:

@@ -18,6 +18,7 @@ from rag.evaluate.costs import costs, draw_probes, measure_latency
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.error_breakdown import error_breakdown
 from rag.evaluate.metrics import retrieval as retrieval_metrics
+from rag.evaluate.metrics.own import OwnMetric, check_own, own_ranking_rows
 from rag.evaluate.metrics.retrieval import DEFAULT_MEASURES
 from rag.evaluate.metrics.spans import DEFAULT_SPAN_MEASURES, is_span_measure
 from rag.evaluate.result_files import json_lines, json_text
@@ -27,19 +28,21 @@ from rag.evaluate.tuning.grids import Tuning
 from rag.evaluate.tuning.method import check_tunable, tune
 from rag.generate import Generator, describe
 from rag.ingest.chunk import Chunker
+from rag.ingest.chunk.whole import WholeChunker
 from rag.ops.sampling import Sampling
 from rag.pipeline import AnswerOptions, Progress, Reader
 from rag.prompt import PromptTemplate
 from rag.retrieve import Retriever
 from rag.retrieve.cached import cached_search
 from rag.retrieve.collection import Collection
-from rag.retrieve.search import Search
-from rag.runtime import cache
-from rag.runtime.cache_key import content_key
-from rag.runtime.files import cache_root
-from rag.runtime.import_closure import code_version
-from rag.runtime.machine import forget_peak_memory
-from rag.runtime.memo import Cost, Memo, model_version
+from rag.retrieve.dependencies import dependencies_of
+from rag.retrieve.search import Dense, Search
+from rag.runtime.cache import entries
+from rag.runtime.cache.folder import cache_root
+from rag.runtime.cache.keys import content_key
+from rag.runtime.cache.memo import Cost, Memo, model_version
+from rag.runtime.code.import_closure import code_version
+from rag.runtime.machine.hardware import forget_peak_memory
 from rag.runtime.options import Count, Filled, check_fields
 from rag.types import Hit, UserError
 
@@ -61,19 +64,25 @@ class EvaluationOptions:
             raise UserError(f"There is no measure {unknown[0]!r} of evidence: choose from such as {choices}.")
 
 
+def no_generator() -> Generator:
+    """Raise UserError: an evaluation that was given no language model asks for one."""
+    raise UserError("This evaluation asks a language model: give it one, as in generator=LocalGenerator.")
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One evaluation. Raises UserError for a tuning that the method or the ablation does not allow."""
 
     dataset: Dataset
-    chunker: Chunker
     embedder: Embedder
-    method: Retriever
-    generator: Callable[[], Generator]
-    prompt: PromptTemplate  # for questions with passages ...
-    closed_book: PromptTemplate  # ... and without
+    chunker: Chunker = WholeChunker()
+    method: Retriever = Dense()
+    generator: Callable[[], Generator] = no_generator
+    prompt: PromptTemplate = PromptTemplate()  # for questions with passages ...
+    closed_book: PromptTemplate = PromptTemplate(user="Question: {question}")  # ... and without
     evaluation: EvaluationOptions = EvaluationOptions()
     statistics: Statistics = Statistics()
+    metric: OwnMetric | None = None  # of the user's own
     tuning: Tuning | None = None
     ablation: ContextAblation = ContextAblation()
     context: ContextOptions = ContextOptions()
@@ -81,6 +90,8 @@ class Experiment:
     options: AnswerOptions = AnswerOptions()
 
     def __post_init__(self) -> None:
+        if self.metric:
+            check_own(self.metric)
         if self.tuning:
             check_tunable(self.tuning, self.method, self.dataset)
             if self.ablation.conditions:
@@ -90,7 +101,7 @@ class Experiment:
 
     @property
     def _uses_generator(self) -> bool:
-        return bool(self.ablation.conditions) or "generator" in self.method.depends_on
+        return bool(self.ablation.conditions) or "generator" in dependencies_of(self.method)
 
     @cached_property
     def key(self) -> str:
@@ -100,7 +111,7 @@ class Experiment:
         """
         answering = (self.ablation, self.prompt, self.closed_book, self.context, self.sampling, self.options)
         answers = answering if self.ablation.conditions else None
-        measuring = (self.evaluation, self.statistics, self.tuning)
+        measuring = (self.evaluation, self.statistics, self.tuning, self.metric)
         return content_key(
             self.dataset.fingerprint,
             (self.dataset.limit, self.dataset.seed),
@@ -122,9 +133,9 @@ class Experiment:
         def make() -> None:
             forget_peak_memory()
             files = self._result_files(Memo(cache_root() / "stages"), progress)
-            cache.write_folder(self.result_folder, partial(_write, files))
+            entries.write_folder(self.result_folder, partial(_write, files))
 
-        return cache.get_or_make(self.result_folder, make, cache.check_folder)
+        return entries.get_or_make(self.result_folder, make, entries.check_folder)
 
     def plan(self) -> list[tuple[str, int, int]]:
         """Return (stage, items, of them cached) of what `run` would need, without computing anything.
@@ -132,7 +143,7 @@ class Experiment:
         What follows from something not yet computed counts as not cached: searches before the chunks are
         known, texts that a language model has not written, passages to rerank, prompts to answer.
         """
-        if cache.get(self.result_folder, cache.check_folder):
+        if entries.get(self.result_folder, entries.check_folder):
             return [("result", 1, 1)]
         memo = Memo(cache_root() / "stages", dry=True)
         queries = list(self.dataset.queries.values())
@@ -144,7 +155,7 @@ class Experiment:
                 self.dataset, chunks, self.embedder, self.generator, memo
             )
             estimate.estimate_search(collection, self.method, queries, self.evaluation.depth + 1)
-            if "embedder" in self.method.depends_on:
+            if "embedder" in dependencies_of(self.method):
                 estimate.estimate_embedding(collection, [chunk.text for chunk in chunks])
         if self.ablation.conditions:
             questions = len(queries) + len(self.dataset.unanswerable)
@@ -160,7 +171,7 @@ class Experiment:
         )
         found = dataset_retrieval.search(collection, method, dataset, evaluation.depth)
         replies = self._replies(collection, found)
-        answered = [per_query.reply_metrics(dataset, reply, self.ablation) for reply in replies]
+        answered = [per_query.reply_metrics(dataset, reply, self.ablation, self.metric) for reply in replies]
         files: dict[str, str] = {}
         spans: dict[str, per_query.Row] = {}  # none of a tuned method, which ranks documents
         if self.tuning:
@@ -173,6 +184,7 @@ class Experiment:
             spans = per_query.span_rows(dataset, found, evaluation.span_measures, token_spans)
         rows = per_query.joined(
             per_query.retrieval_rows(dataset, ranking, evaluation.measures),
+            own_ranking_rows(self.metric, dataset.qrels, ranking) if self.metric else {},
             spans,
             per_query.answer_rows(replies, answered),
         )

@@ -12,6 +12,7 @@ from rag.evaluate.datasets import Dataset
 from rag.evaluate.metrics import ANSWER_METRICS, LIKELIHOOD_METRICS, measure_answer
 from rag.evaluate.metrics import retrieval as retrieval_metrics
 from rag.evaluate.metrics.answers import JudgedAnswer
+from rag.evaluate.metrics.own import OwnMetric, own_answer_row
 from rag.evaluate.metrics.retrieval import Run
 from rag.evaluate.metrics.spans import DocumentTokens, span_measures
 from rag.types import Hit
@@ -33,7 +34,11 @@ def span_rows(
 ) -> dict[str, Row]:
     """Return query id -> metrics of the chunks found, of the judged queries with evidence.
 
-    `token_spans` is the embedder's: it returns the character spans of a text's tokens.
+    Args:
+        dataset: Documents and evidence.
+        found: Query id -> hits, best first.
+        measures: Names of span metrics.
+        token_spans: Returns the character spans of a text's tokens, as an embedder does.
     """
     tokens = DocumentTokens(dataset.corpus, token_spans)
     return {
@@ -43,8 +48,17 @@ def span_rows(
     }
 
 
-def reply_metrics(dataset: Dataset, reply: Reply, ablation: ContextAblation) -> Row:
-    """Return the metrics of one answer, with the log-likelihood of the gold answer where it was asked for."""
+def reply_metrics(
+    dataset: Dataset, reply: Reply, ablation: ContextAblation, own: OwnMetric | None = None
+) -> Row:
+    """Return the metrics of one answer.
+
+    Args:
+        dataset: Gold answers and judgements.
+        reply: The answer.
+        ablation: The conditions for which the log-likelihood of the gold answer is a metric.
+        own: A metric of the user's own.
+    """
     judged = dataset.qrels.get(reply.query, {})
     answer = JudgedAnswer(
         answer=reply.answer,
@@ -56,7 +70,8 @@ def reply_metrics(dataset: Dataset, reply: Reply, ablation: ContextAblation) -> 
         log_likelihood=reply.log_likelihood,
     )
     scored = reply.condition in ablation.likelihood
-    return measure_answer(answer, ANSWER_METRICS + LIKELIHOOD_METRICS if scored else ANSWER_METRICS)
+    row = measure_answer(answer, ANSWER_METRICS + LIKELIHOOD_METRICS if scored else ANSWER_METRICS)
+    return row | (own_answer_row(own, answer) if own else {})
 
 
 def answer_rows(replies: Sequence[Reply], metrics: Sequence[Row]) -> dict[str, Row]:

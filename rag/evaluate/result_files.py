@@ -65,6 +65,7 @@ class DatasetRecord(SampleRecord):
     """The queries, and the name that the run gave the dataset."""
 
     name: str
+    unjudged: Whole = 0  # queries that are left out
 
 
 class StatisticsRecord(OpenRecord):
@@ -156,3 +157,11 @@ class QueryValues(OpenRecord):
     __pydantic_extra__: dict[str, Value]
 
     query: str
+
+
+class QueryText(OpenRecord):
+    """A line of queries.jsonl: the text of a query, and the grades of its relevant documents."""
+
+    query: str
+    text: str
+    relevant: dict[str, int]

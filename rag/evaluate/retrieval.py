@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,10 +18,12 @@ from rag.pipeline import Progress
 from rag.retrieve import Retriever
 from rag.retrieve.cached import cached_search
 from rag.retrieve.collection import Collection
-from rag.runtime.cache_key import content_key
-from rag.runtime.import_closure import code_version
-from rag.runtime.memo import Memo, model_version
+from rag.runtime.cache.keys import content_key
+from rag.runtime.cache.memo import Memo, model_version
+from rag.runtime.code.import_closure import code_version
 from rag.types import Chunk, Hit, UserError, chunk_at
+
+T = TypeVar("T")  # a passage
 
 
 def build_collection(
@@ -52,13 +54,26 @@ def build_collection(
     def embed(texts: Sequence[str]) -> np.ndarray:
         return fitted.encode(texts, progress=lambda done: progress("embed", done, len(texts)))
 
-    return Collection(MemoryIndex(dataset.corpus, chunks, embed), fitted, generator, memo)
+    return Collection(
+        MemoryIndex(dataset.corpus, chunks, embed),
+        fitted,
+        generator,
+        memo,
+        dataset.queries | dataset.unanswerable_queries,
+    )
 
 
 def chunk_all(
     dataset: Dataset, chunker: Chunker, embedder: Embedder, memo: Memo | None = None
 ) -> list[Chunk] | None:
-    """Return the chunks of all documents, in order, or None where a dry memo does not have them all."""
+    """Return the chunks of all documents, in order, or None where a dry memo does not have them all.
+
+    Args:
+        dataset: The documents.
+        chunker: Divides each of them.
+        embedder: Counts tokens for the chunker, and embeds sentences for some.
+        memo: Caches the chunks; None computes them.
+    """
     if memo is None:
         return [c for document in dataset.corpus for c in chunks_of(document, chunker, embedder)]
     texts = {document.id: document for document in dataset.corpus}
@@ -81,17 +96,50 @@ def chunk_all(
 
 
 def search(collection: Collection, method: Retriever, dataset: Dataset, depth: int) -> dict[str, list[Hit]]:
-    """Return query id -> hits, best first, deep enough for `depth` documents where so many can be found."""
-    found: dict[str, list[Hit]] = {}
-    short, k = list(dataset.queries), depth + 1  # one more, for the question's own document
+    """Return query id -> hits, best first.
+
+    Args:
+        collection: The passages.
+        method: The retriever.
+        dataset: The queries.
+        depth: How many documents the hits of a query are from, where so many can be found.
+    """
+    texts = list(dataset.queries.values())
+
+    def some(asked: Sequence[int], k: int) -> list[list[Hit]]:
+        return cached_search(collection, method, [texts[i] for i in asked], k)
+
+    k = depth + 1  # one more, for the question's own document
+    found = search_deeper(some, len(texts), k, lambda hit: hit.chunk.document_id, depth)
+    return dict(zip(dataset.queries, found, strict=True))
+
+
+def search_deeper(
+    search: Callable[[Sequence[int], int], Sequence[list[T]]],
+    questions: int,
+    k: int,
+    document: Callable[[T], str],
+    depth: int,
+) -> list[list[T]]:
+    """Search for passages, and again for more where they are from too few documents.
+
+    Args:
+        search: Returns the k best passages of these questions, which are given by number.
+        questions: How many there are.
+        k: The passages to search for at first.
+        document: Returns the document of a passage.
+        depth: How many documents are enough.
+
+    Returns:
+        The passages of each question, best first: of `depth` documents where so many can be found.
+    """
+    found: list[list[T]] = [[] for _ in range(questions)]
+    short = list(range(questions))
     while short:
-        hits = cached_search(collection, method, [dataset.queries[query] for query in short], k)
-        found |= zip(short, hits, strict=True)
-        short = [
-            query
-            for query in short
-            if len(found[query]) == k and len({hit.chunk.document_id for hit in found[query]}) < depth
-        ]
+        for i, passages in zip(short, search(short, k), strict=True):
+            found[i] = passages
+        full = [i for i in short if len(found[i]) == k]
+        short = [i for i in full if len({document(passage) for passage in found[i]}) < depth]
         k *= 4
     return found
 

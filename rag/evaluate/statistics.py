@@ -1,6 +1,6 @@
 """Statistics of means over queries: bootstrap intervals, paired tests, and the smallest detectable difference.
 
-    R resamples, Q queries, C columns: a metric or a system each
+    R resamples, Q queries, J columns: a metric or a system each
 
 The queries are a sample of those that might be asked. So a mean has a bootstrap interval; two systems
 are compared on the queries that both have, by a randomisation test of the mean difference (Smucker, Allan and
@@ -12,38 +12,27 @@ The interval is the bias-corrected and accelerated one (BCa, Efron 1987) at leve
 of 0 and 1, nominal 95% covered 94-96% at 50 to 200 queries (97.5% for 50 scores that are all 0 or 1). BCa alone
 covered 93.6-95.4%, plain percentiles 89-95%, the studentised bootstrap 89-97% with intervals up to twice as wide.
 At 20 queries of which nearly all score the same, every method falls short (85% at worst, percentiles 79%).
-
-All resamples of all columns are one compiled call. Queries and columns are padded to powers of two, so that a
-sweep compiles few programs. A number drawn depends on the seed, the resample and the query's position alone, so
-a column's result depends neither on the other columns nor on the padding (up to rounding).
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from annotated_types import Ge, Le
-from jax.scipy.special import ndtr, ndtri
-from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, Key, UInt32
+from jaxtyping import Float, Float32, Float64, Int
 from scipy import stats
 
+from rag.evaluate.resampling import bootstrap, pack_columns, pad_columns, sign_flips
 from rag.runtime.options import Seed, check_fields
-from rag.runtime.shapes import next_power_of_two
 from rag.types import UserError
 
 FEW = 25  # queries: below this the order of systems is unstable (Buckley and Voorhees 2000; 50 are better)
 WIDE = 0.5  # of the mean: an interval wider than that says little
 
-_WORD = 32  # signs drawn at once
-_COLUMNS = 4  # the narrowest program
-_ELEMENTS = 1 << 22  # numbers in a block of resamples: 16 MiB
 _TIE = 1e-9  # scores of one query that differ by less are a tie
-_ROUNDING = 1e-6  # relative: what float32 sums of the same numbers may differ by
 
 Confidence = Annotated[float, Ge(0.001), Le(0.999)]
 
@@ -80,15 +69,15 @@ class Comparison:
 
 def table(
     per_query: Mapping[str, Mapping[str, float | None]], measures: Sequence[str]
-) -> Float64[np.ndarray, "Q C"]:
+) -> Float64[np.ndarray, "Q J"]:
     """Return the scores as an array, queries in the order given; NaN where a metric is None or missing."""
     rows = [[scores.get(measure) for measure in measures] for scores in per_query.values()]
     return np.array(rows, np.float64).reshape(len(rows), len(measures))
 
 
 def intervals(
-    values: Float[np.ndarray, "Q C"], options: Statistics = Statistics()
-) -> Float64[np.ndarray, "C 2"]:
+    values: Float[np.ndarray, "Q J"], options: Statistics = Statistics()
+) -> Float64[np.ndarray, "J 2"]:
     """Compute the bootstrap interval of each column's mean.
 
     Args:
@@ -100,10 +89,10 @@ def intervals(
     """
     counts = np.isfinite(values).sum(axis=0)
     means = _means(values)
-    columns = _packed(values - means, np.isfinite(values))
+    columns = pack_columns(values - means, np.isfinite(values))
     normal = _widened_normal_quantile(counts, options.confidence)
-    padded = [_padded(x, columns.shape[1]) for x in (counts.astype(np.int32), normal)]
-    offsets = _bootstrap(columns, *padded, jax.random.key(options.seed), options.resamples)
+    padded = [pad_columns(x, columns.shape[1]) for x in (counts.astype(np.int32), normal)]
+    offsets = bootstrap(columns, *padded, jax.random.key(options.seed), options.resamples)
     bounds = means[:, None] + np.asarray(offsets, np.float64)[: len(means)]
     return np.where(counts[:, None] < 2, np.nan, bounds)
 
@@ -161,8 +150,8 @@ def _difference(system: float | None, baseline: float | None) -> float:
 
 
 def randomisation(
-    differences: Float[np.ndarray, "Q C"], options: Statistics = Statistics()
-) -> Float64[np.ndarray, "C"]:
+    differences: Float[np.ndarray, "Q J"], options: Statistics = Statistics()
+) -> Float64[np.ndarray, "J"]:
     """Return the two-sided p of each column's mean: how often random signs give one as far from 0.
 
     NaN does not count. Queries without a difference change nothing and are left out. Where the sign patterns of the
@@ -172,14 +161,14 @@ def randomisation(
     differing = np.isfinite(differences) & (np.abs(differences) > _TIE)
     counts = differing.sum(axis=0)
     exact = counts <= int(math.log2(options.resamples))
-    columns = _packed(np.where(differing, differences, 0.0), differing)
-    padded = [_padded(x, columns.shape[1]) for x in (counts.astype(np.int32), exact)]
+    columns = pack_columns(np.where(differing, differences, 0.0), differing)
+    padded = [pad_columns(x, columns.shape[1]) for x in (counts.astype(np.int32), exact)]
     key = jax.random.key(options.seed)
-    hits = np.asarray(_sign_flips(columns, *padded, key, options.resamples), np.float64)[: len(counts)]
+    hits = np.asarray(sign_flips(columns, *padded, key, options.resamples), np.float64)[: len(counts)]
     return np.where(exact, hits / 2.0 ** np.where(exact, counts, 0), (hits + 1) / (options.resamples + 1))
 
 
-def holm(p: Float[np.ndarray, "C"]) -> Float64[np.ndarray, "C"]:
+def holm(p: Float[np.ndarray, "J"]) -> Float64[np.ndarray, "J"]:
     """Return adjusted p-values, which bound the chance of any false finding in the family (Holm 1979)."""
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p), np.float64)
@@ -188,8 +177,8 @@ def holm(p: Float[np.ndarray, "C"]) -> Float64[np.ndarray, "C"]:
 
 
 def detectable(
-    differences: Float[np.ndarray, "Q C"], options: Statistics = Statistics()
-) -> Float64[np.ndarray, "C"]:
+    differences: Float[np.ndarray, "Q J"], options: Statistics = Statistics()
+) -> Float64[np.ndarray, "J"]:
     """Return the smallest mean difference that so many queries would show, with the power asked for, two-sided.
 
     (t[1 - alpha/2] + t[power]) sd / sqrt(n), t of n - 1 degrees of freedom and sd that of the per-query
@@ -210,7 +199,7 @@ def interval_or_none(bounds: Float[np.ndarray, "2"]) -> list[float] | None:
 
 
 def warnings(
-    values: Float[np.ndarray, "Q C"], measures: Sequence[str], options: Statistics = Statistics()
+    values: Float[np.ndarray, "Q J"], measures: Sequence[str], options: Statistics = Statistics()
 ) -> list[str]:
     """Return sentences that a reader should know before trusting the columns' means; none when all is well."""
     counts = np.isfinite(values).sum(axis=0)
@@ -230,7 +219,7 @@ def warnings(
     return sentences
 
 
-def _few_sentence(counts: Int[np.ndarray, "C"], measures: Sequence[str]) -> str:
+def _few_sentence(counts: Int[np.ndarray, "J"], measures: Sequence[str]) -> str:
     n = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     return (
         f"Only n = {n} queries stand behind {', '.join(measures)}: below {FEW} the order of systems is not "
@@ -246,108 +235,12 @@ def _equal_sentence(measure: str, value: float, n: int) -> str:
     )
 
 
-def _means(values: Float[np.ndarray, "Q C"]) -> Float64[np.ndarray, "C"]:
+def _means(values: Float[np.ndarray, "Q J"]) -> Float64[np.ndarray, "J"]:
     n = np.isfinite(values).sum(axis=0)
     return np.where(n == 0, np.nan, np.nansum(values, axis=0, dtype=np.float64) / np.maximum(n, 1))
 
 
-def _widened_normal_quantile(n: Int[np.ndarray, "C"], confidence: float) -> Float32[np.ndarray, "C"]:
+def _widened_normal_quantile(n: Int[np.ndarray, "J"], confidence: float) -> Float32[np.ndarray, "J"]:
     """Return Hesterberg's expanded level: the t quantile, times sqrt(n / (n - 1)), as a standard normal quantile."""
     n = np.maximum(n, 2)
     return (stats.t.ppf((1 + confidence) / 2, n - 1) * np.sqrt(n / (n - 1))).astype(np.float32)
-
-
-def _packed(
-    values: Float[np.ndarray, "Q C"], counts: Bool[np.ndarray, "Q C"]
-) -> Float32[np.ndarray, "Q_padded C_padded"]:
-    """Move each column's values that count to the front, followed by zeros, in an array of few possible shapes."""
-    q, m = values.shape
-    columns = np.zeros((next_power_of_two(max(q, _WORD)), next_power_of_two(max(m, _COLUMNS))), np.float32)
-    for i in range(m):
-        counted = values[counts[:, i], i]
-        columns[: len(counted), i] = counted
-    return columns
-
-
-def _padded(values: np.ndarray, length: int) -> np.ndarray:
-    """Pad with 2: a padding column then counts two equal values, so that nothing divides by zero."""
-    return np.concatenate([values, np.full(length - len(values), 2, values.dtype)])
-
-
-@partial(jax.jit, static_argnames="resamples")
-def _bootstrap(
-    deviations: Float32[Array, "Q C"],
-    counts: Int32[Array, "C"],
-    normal: Float32[Array, "C"],
-    key: Key[Array, ""],
-    resamples: int,
-) -> Float32[Array, "C 2"]:
-    """Return BCa intervals around the mean, from deviations of which the first counts[c] of column c count."""
-
-    def resampled_mean(
-        uniform: Float32[Array, "Q"], column: Float32[Array, "Q"], n: Int32[Array, ""]
-    ) -> Float32[Array, ""]:
-        drawn = jnp.minimum((uniform * n).astype(jnp.int32), n - 1)
-        counted = jnp.where(jnp.arange(len(column)) < n, column[drawn], 0.0)
-        return counted.sum() / jnp.maximum(n, 1)
-
-    def resample(b: Int[Array, ""]) -> Float32[Array, "C"]:
-        uniform = jax.random.uniform(jax.random.fold_in(key, b), deviations.shape[:1])
-        return jax.vmap(resampled_mean, (None, 1, 0))(uniform, deviations, counts)
-
-    means = jax.lax.map(resample, jnp.arange(resamples), batch_size=_block(deviations.size, resamples))
-    return jax.vmap(_bca, (1, 1, 0))(means, deviations, normal)
-
-
-def _bca(
-    means: Float32[Array, "R"], deviations: Float32[Array, "Q"], normal: Float32[Array, ""]
-) -> Float32[Array, "2"]:
-    """Return quantiles of the resampled means, shifted for their bias and for the values' skew (Efron 1987)."""
-    rounding = _ROUNDING * jnp.abs(means).max()
-    below = ((means < -rounding).mean() + (means <= rounding).mean()) / 2  # of the observed mean, here 0
-    bias = ndtri(jnp.clip(below, 1 / (len(means) + 1), len(means) / (len(means) + 1)))
-    squares = (deviations**2).sum()
-    skew = jnp.where(squares > 0, (deviations**3).sum() / (6 * jnp.maximum(squares, 1e-30) ** 1.5), 0.0)
-    shifted = bias + jnp.array([-1.0, 1.0]) * normal
-    return jnp.quantile(means, ndtr(bias + shifted / (1 - skew * shifted)))
-
-
-@partial(jax.jit, static_argnames="resamples")
-def _sign_flips(
-    differences: Float32[Array, "Q C"],
-    counts: Int32[Array, "C"],
-    exact: Bool[Array, "C"],
-    key: Key[Array, ""],
-    resamples: int,
-) -> Int32[Array, "C"]:
-    """Count how many of R random sign patterns (for exact columns: of all patterns) give a sum as far from 0."""
-    sums = partial(jnp.einsum, "q,qc->c", precision=jax.lax.Precision.HIGHEST)
-    rounding = _ROUNDING * jnp.abs(differences).sum(axis=0)
-    reach = jnp.abs(differences.sum(axis=0)) - rounding
-    patterns = 1 << jnp.minimum(counts, 30)
-
-    def resample(b: Int32[Array, ""]) -> Bool[Array, "C"]:
-        words = jax.random.bits(jax.random.fold_in(key, b), (len(differences) // _WORD,))
-        drawn = sums(_signs(words), differences)
-        counted = sums(_signs(b.astype(jnp.uint32)[None]), differences[:_WORD])  # pattern b of all patterns
-        far = jnp.abs(jnp.where(exact, counted, drawn)) >= reach
-        return far & (~exact | (b < patterns))
-
-    return jax.lax.map(
-        resample, jnp.arange(resamples), batch_size=_block(len(differences) + counts.size, resamples)
-    ).sum(axis=0)
-
-
-def _signs(words: UInt32[Array, "W"]) -> Float32[Array, "Q"]:
-    """Return the bits of the words, lowest first, as +1 and -1; Q = 32 W."""
-    bits = words[:, None] >> jnp.arange(_WORD, dtype=jnp.uint32) & 1
-    return 1.0 - 2.0 * bits.ravel().astype(jnp.float32)
-
-
-def _block(elements: int, resamples: int) -> int:
-    """Return how many resamples, of so many elements each, are computed at once: a divisor of them if possible.
-
-    A divisor leaves no smaller last block to compile a second program for.
-    """
-    most = max(1, min(resamples, _ELEMENTS // elements))
-    return max((n for n in range(most // 2 + 1, most + 1) if resamples % n == 0), default=most)

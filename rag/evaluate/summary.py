@@ -9,11 +9,9 @@ from jaxtyping import Float64
 from rag.evaluate import statistics as paired_statistics
 from rag.evaluate.ablation import Reply
 from rag.evaluate.datasets import Dataset
+from rag.evaluate.metrics import RESERVED_KEYS
 from rag.evaluate.per_query import Row
 from rag.evaluate.statistics import Statistics, interval_or_none
-
-# Keys of metrics.json beside the metrics' own names: those have an "@" or a "/", or are rows of the table of metrics.
-RESERVED_KEYS = frozenset({"label", "key", "dataset", "means", "intervals", "statistics", "warnings"})
 
 
 def summary(

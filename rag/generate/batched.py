@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from rag.generate import Request
 from rag.generate.engine import Engine
-from rag.generate.prefill_batches import TokenRequest, plan_batches
-from rag.generate.scheduler import BatchPrefill, Scheduler, run
+from rag.generate.prefill_batches import TokenRequest, plan_prefill
+from rag.generate.scheduler import BatchPrefiller, Scheduler, run
 from rag.generate.stop_text import AnswerText
 from rag.models.tokenizer.tokenizer import Tokenizer
 from rag.ops.sampling import Sampling
+
+_Asked = tuple[TokenRequest, tuple[str, ...]]  # with the strings that end the answer
 
 
 def generate_batched(
@@ -16,44 +18,41 @@ def generate_batched(
 ) -> list[str]:
     """Return the answers to requests, in their order. Raises UserError as `Engine.check` does.
 
-    Requests with the same sampling, max_new_tokens and stop strings are decoded together.
+    Requests with the same sampling are decoded together; equal requests are answered once.
+
+    Args:
+        engine: runs the model.
+        tokenizer: the model's.
+        requests: in any order, with any options.
+        tokens_per_batch: cache slots of all rows that are decoded together, unless one row alone needs more.
     """
-    prompts = [tuple(tokenizer.chat(request.messages)) for request in requests]
-    alike: dict[tuple[Sampling, int, tuple[str, ...]], list[int]] = {}
-    for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-        engine.check([prompt], request.max_new_tokens)
-        options = (request.sampling, request.max_new_tokens, tuple(request.stop))
-        alike.setdefault(options, []).append(i)
-    texts = [""] * len(requests)
-    for (sampling, max_new_tokens, stop), members in alike.items():
-        asked = [(prompts[i], requests[i].seed) for i in members]
-        different = list(dict.fromkeys(asked))  # equal requests are answered once
-        answers = [AnswerText(tokenizer, stop) for _ in different]
-        found = _decode(engine, different, sampling, max_new_tokens, answers, tokens_per_batch)
-        for i, request_ids in zip(members, asked, strict=True):
-            texts[i] = found[request_ids]
-    return texts
+    asked: list[_Asked] = []
+    for request in requests:
+        asked.append((TokenRequest.of(tokenizer.chat(request.messages), request), tuple(request.stop)))
+        engine.check(asked[-1][0])
+    groups: dict[Sampling, dict[_Asked, None]] = {}
+    for one in asked:
+        groups.setdefault(one[0].sampling, {})[one] = None
+    texts: dict[_Asked, str] = {}
+    for group in groups.values():
+        texts |= _decode(engine, tokenizer, list(group), tokens_per_batch)
+    return [texts[one] for one in asked]
 
 
 def _decode(
-    engine: Engine,
-    requests: Sequence[TokenRequest],
-    sampling: Sampling,
-    max_new_tokens: int,
-    answers: Sequence[AnswerText],
-    tokens_per_batch: int,
-) -> dict[TokenRequest, str]:
-    """Return the text of each request, made by its AnswerText."""
-    pieces: list[list[str]] = [[] for _ in requests]
+    engine: Engine, tokenizer: Tokenizer, asked: Sequence[_Asked], tokens_per_batch: int
+) -> dict[_Asked, str]:
+    """Return the answer to each of these different requests of equal sampling."""
+    requests = [request for request, _ in asked]
+    answers = [AnswerText(tokenizer, stop) for _, stop in asked]
+    pieces: list[list[str]] = [[] for _ in asked]
 
     def on_tokens(i: int, tokens: list[int]) -> bool:
         pieces[i].append(answers[i].push(tokens))
         return not answers[i].stopped
 
-    batches = plan_batches(requests, max_new_tokens, tokens_per_batch)
-    prefill_batch = BatchPrefill(engine, requests, max_new_tokens, sampling)
-    run(batches, prefill_batch, Scheduler(engine, sampling, tokens_per_batch, len(requests)), on_tokens)
+    scheduler = Scheduler(engine, requests[0].sampling, tokens_per_batch, len(requests))
+    run(plan_prefill(requests, tokens_per_batch), BatchPrefiller(engine, requests), scheduler, on_tokens)
     return {
-        request: "".join(some) + answer.finish()
-        for request, some, answer in zip(requests, pieces, answers, strict=True)
+        one: "".join(some) + answer.finish() for one, some, answer in zip(asked, pieces, answers, strict=True)
     }

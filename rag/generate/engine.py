@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from rag import native
 from rag.generate import decode_state
-from rag.generate.decode_state import DecodeState, check_capacity, pad_prompts, random_keys
+from rag.generate.decode_state import DecodeRules, DecodeState, check_capacity, pad_requests
+from rag.generate.prefill_batches import TokenRequest
 from rag.models.llama.model import KVCache, Llama
 from rag.models.placement import pack
 from rag.ops.sampling import Sampling
@@ -46,113 +47,72 @@ class Engine:
         """Return how many cache slots `prefill` makes, and `prefill_suffix` asks for, for a prompt and its answer."""
         return round_up_prompt(round_up_prompt(prompt_tokens) + max_new_tokens)
 
-    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def rules(self, sampling: Sampling) -> DecodeRules:
+        """Return the static argument of the programs that choose tokens."""
+        return DecodeRules(sampling, self.end_ids)
+
+    def check(self, request: TokenRequest) -> None:
         """Raise UserError for an empty prompt, no new tokens, or a prompt that leaves them no room in the context."""
-        limit = self.model.config.max_position_embeddings
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
-        if not prompts or not all(prompts):
+        limit, length = self.model.config.max_position_embeddings, len(request.prompt)
+        if request.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {request.max_new_tokens}; ask for at least one token")
+        if not length:
             raise UserError("a prompt holds no tokens; give the model something to read")
-        longest = max(map(len, prompts))
-        if longest + max_new_tokens > limit:
+        if length + request.max_new_tokens > limit:
             raise UserError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {limit}; "
-                "shorten the prompt or lower max_new_tokens"
+                f"a prompt of {length} tokens and {request.max_new_tokens} new ones exceed the model's context of "
+                f"{limit}; shorten the prompt or lower max_new_tokens"
             )
 
-    def prefill(
-        self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = Sampling(), seed: int = 0
-    ) -> DecodeState:
-        """Prefill a prompt and choose its first new token; the seed alone decides the random draws.
+    def prefill(self, request: TokenRequest) -> DecodeState:
+        """Prefill a prompt and choose its first new token. Raises UserError as `check` does."""
+        self.check(request)
+        length = len(request.prompt)
+        capacity = self.capacity(length, request.max_new_tokens)
+        check_capacity(length, request.max_new_tokens, capacity)
+        prompts = pad_requests([request], round_up_prompt(length))
+        rules = self.rules(request.sampling)
+        return decode_state.prefill_prompts(self.packed, prompts, capacity=capacity, rules=rules)
 
-        Raises UserError as `check` does.
-        """
-        self.check([prompt], max_new_tokens)
-        capacity = self.capacity(len(prompt), max_new_tokens)
-        check_capacity([len(prompt)], max_new_tokens, capacity)
-        return decode_state.prefill(
-            self.packed,
-            pad_prompts([prompt], round_up_prompt(len(prompt))),
-            *self._row(prompt, max_new_tokens, seed),
-            capacity=capacity,
-            sampling=sampling,
-            end_ids=self.end_ids,
-        )
-
-    def prefill_suffix(
-        self,
-        cache: KVCache,
-        prompt: Sequence[int],
-        fresh: Sequence[int],
-        max_new_tokens: int,
-        sampling: Sampling = Sampling(),
-        seed: int = 0,
-    ) -> DecodeState:
+    def prefill_suffix(self, cache: KVCache, request: TokenRequest, fresh: Sequence[int]) -> DecodeState:
         """Prefill a prompt's tokens at the positions `fresh`; the cache holds the keys and values of all others.
 
         Args:
             cache: one row of `capacity` slots; it is donated.
-            prompt: all tokens of the prompt.
+            request: the prompt and how to answer it.
             fresh: ascending positions. The prompt's last token must be among them: it decides the first new token.
-            max_new_tokens: the most tokens of the answer.
-            sampling: how tokens are chosen.
-            seed: decides the random draws.
 
         Raises:
             UserError: as `check` does.
             ValueError: for a cache of another capacity, or without the last token.
         """
-        self.check([prompt], max_new_tokens)
-        count, capacity = len(fresh), cache.capacity
-        if fresh[-1] != len(prompt) - 1 or capacity != self.capacity(len(prompt), max_new_tokens):
+        self.check(request)
+        length, capacity = len(request.prompt), cache.capacity
+        if fresh[-1] != length - 1 or capacity != self.capacity(length, request.max_new_tokens):
             raise ValueError("the last token must be fresh, and the cache of Engine.capacity")
-        check_capacity([len(prompt)], max_new_tokens, capacity)
-        padding = round_up_suffix(count) - count
-        behind = np.minimum(
-            len(prompt) + np.arange(padding), capacity - 1
-        )  # overwritten before they are read
+        check_capacity(length, request.max_new_tokens, capacity)
+        padding = round_up_suffix(len(fresh)) - len(fresh)
+        behind = np.minimum(length + np.arange(padding), capacity - 1)  # overwritten before they are read
         positions = np.concatenate([np.asarray(fresh), behind]).astype(np.int32)
-        tokens = np.asarray([*(prompt[at] for at in fresh), *[0] * padding], np.int32)
+        tokens = np.asarray([*(request.prompt[at] for at in fresh), *[0] * padding], np.int32)
         return decode_state.prefill_suffix(
             self.packed,
             cache,
+            pad_requests([request], capacity),
             tokens[None],
             positions[None],
-            np.int32(count - 1),
-            pad_prompts([prompt], capacity),
-            *self._row(prompt, max_new_tokens, seed),
-            sampling=sampling,
-            end_ids=self.end_ids,
+            np.int32(len(fresh) - 1),
+            rules=self.rules(request.sampling),
         )
 
-    def start_decode(
-        self,
-        cache: KVCache,
-        last: Float[Array, "1 M"],
-        prompt: Sequence[int],
-        max_new_tokens: int,
-        sampling: Sampling = Sampling(),
-        seed: int = 0,
-    ) -> DecodeState:
-        """Return the state behind a prompt that the cache, which is donated, holds whole.
+    def start_decode(self, cache: KVCache, last: Float[Array, "1 M"], request: TokenRequest) -> DecodeState:
+        """Return the state after a prompt that the cache, which is donated, holds whole.
 
         `last` is the hidden state of the prompt's last token. Raises RuntimeError when the answer does not fit.
         """
-        check_capacity([len(prompt)], max_new_tokens, cache.capacity)
-        return decode_state.start_decode(
-            self.packed,
-            cache,
-            last,
-            pad_prompts([prompt], cache.capacity),
-            *self._row(prompt, max_new_tokens, seed),
-            sampling=sampling,
-            end_ids=self.end_ids,
-        )
-
-    def _row(self, prompt: Sequence[int], max_new_tokens: int, seed: int) -> tuple:
-        """Return length, budget and random key of a one-row state."""
-        length, budget = np.array([len(prompt)], np.int32), np.array([max_new_tokens], np.int32)
-        return length, budget, random_keys([seed])
+        check_capacity(len(request.prompt), request.max_new_tokens, cache.capacity)
+        prompts, rules = pad_requests([request], cache.capacity), self.rules(request.sampling)
+        return decode_state.start_decode(self.packed, cache, last, prompts, rules=rules)
 
     def decode(self, state: DecodeState, sampling: Sampling) -> tuple[DecodeState, list[list[int]]]:
         """Run one dispatch of `steps_per_dispatch` steps; the state is donated.
@@ -164,8 +124,7 @@ class Engine:
             self.packed,
             state,
             steps=self.steps_per_dispatch,
-            sampling=sampling,
-            end_ids=self.end_ids,
+            rules=self.rules(sampling),
             loop=self.loop,
         )
         return state, self.answer_tokens(np.asarray(made))

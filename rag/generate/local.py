@@ -16,10 +16,10 @@ from jaxtyping import Float32
 from rag.generate import LogLikelihood, Request, join_text
 from rag.generate.batched import generate_batched
 from rag.generate.engine import Engine
-from rag.generate.kv import Prefill
-from rag.generate.kv.chunk import ChunkKVOptions, ChunkPrefill
+from rag.generate.kv import Prefiller
+from rag.generate.kv.chunk import ChunkKVOptions, ChunkPrefiller
 from rag.generate.kv.chunk_store import KVDtype
-from rag.generate.kv.plain import PlainPrefill
+from rag.generate.kv.plain import PlainPrefiller
 from rag.generate.kv.prefix import PrefixCache
 from rag.generate.scoring import log_probs
 from rag.generate.speculative import DraftLengthPolicy, stream_speculatively, supports_speculation
@@ -29,8 +29,8 @@ from rag.models.conversion_cache import file_digests
 from rag.models.llama import checkpoint as llama_checkpoint
 from rag.models.llama import model as llama
 from rag.models.tokenizer.tokenizer import DEFAULT_DATE, Tokenizer
-from rag.runtime import cache_key
-from rag.runtime.clock import Clock
+from rag.runtime.cache.keys import content_key
+from rag.runtime.machine.clock import Clock
 from rag.runtime.options import Count, Date, Filled, Share, Whole, checked
 from rag.types import Message, Usage
 
@@ -42,7 +42,17 @@ _DEFAULT_DATE = DEFAULT_DATE.isoformat()
 def load_engine(
     path: Path, dtype: str, steps_per_dispatch: int | None, date: day
 ) -> tuple[Engine, Tokenizer]:
-    """Return an engine with a checkpoint's weights in this dtype, and its tokenizer, whose templates get the date."""
+    """Load a checkpoint's weights and tokenizer.
+
+    Args:
+        path: a GGUF file or a Hugging Face folder.
+        dtype: of the weights: "int8" or a name that jax.numpy knows.
+        steps_per_dispatch: of the engine.
+        date: given to chat templates that ask for today's date.
+
+    Returns:
+        The engine and the tokenizer.
+    """
     model, tokenizer = llama_checkpoint.load(path, int8=dtype == "int8", date=date)
     llama.use_native(model)
     if model.native:
@@ -106,12 +116,12 @@ class LocalGenerator:
         These are the checkpoint's files, dtype, context length, the date, and how passages' KV caches are computed.
         """
         reuse = self._chunk_options and (self._kv_reuse, replace(self._chunk_options, path=None))
-        return cache_key.content_key(self._model_fingerprint, self._date.isoformat(), *(reuse or ()))
+        return content_key(self._model_fingerprint, self._date.isoformat(), *(reuse or ()))
 
     @cached_property
     def _model_fingerprint(self) -> str:
         files = file_digests(llama_checkpoint.source_files(self._path))
-        return cache_key.content_key("llama", files, self.dtype, self._limit)
+        return content_key("llama", files, self.dtype, self._limit)
 
     @cached_property
     def _loaded(self) -> tuple[Engine, Tokenizer]:
@@ -126,13 +136,13 @@ class LocalGenerator:
         return self._loaded[1]
 
     @cached_property
-    def prefill(self) -> Prefill:
+    def prefiller(self) -> Prefiller:
         """Return what prefills prompts, chosen by kv_reuse."""
         engine, tokenizer = self._loaded
         if self._chunk_options:
-            return ChunkPrefill(engine, tokenizer, self._model_fingerprint, self._chunk_options)
+            return ChunkPrefiller(engine, tokenizer, self._model_fingerprint, self._chunk_options)
         prefixes = PrefixCache(engine, self._prefix_bytes) if self._kv_reuse == "prefix" else None
-        return PlainPrefill(engine, tokenizer, self._tokens_per_batch, prefixes)
+        return PlainPrefiller(engine, tokenizer, self._tokens_per_batch, prefixes)
 
     @property
     def context_length(self) -> int:
@@ -146,13 +156,13 @@ class LocalGenerator:
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Return the number of tokens of a conversation in the checkpoint's chat format."""
-        return len(self.prefill.prompt(messages))
+        return len(self.prefiller.prompt(messages))
 
     def stream(self, request: Request) -> Iterator[str | Usage]:
         """Yield the answer's text as it is decoded, then its Usage. A stop string ends it and is left out."""
         engine = self.engine  # the weights are loaded before the clock starts
         begin = Clock.now()
-        prompt, state = self.prefill.start(request)
+        prompt, state = self.prefiller.start(request)
         if self._draft_policy and supports_speculation(request.sampling):
             answer = stream_speculatively(engine, state, prompt, self._draft_policy)
         else:
@@ -169,8 +179,10 @@ class LocalGenerator:
             yield piece
         end = Clock.now()
         prefill_time, decode_time = (prefilled or end) - begin, end - (prefilled or end)
-        prepare_s = prefill_time.compiling + decode_time.compiling
-        yield Usage(len(prompt), new_tokens, prefill_time.working, decode_time.working, prepare_s)
+        compiling = prefill_time.compiling + decode_time.compiling
+        seconds = (prefill_time.working, decode_time.working, compiling)
+        reason = text.finish_reason(new_tokens, request.max_new_tokens)
+        yield Usage(len(prompt), new_tokens, *seconds, finish_reason=reason)
 
     def generate(self, requests: Sequence[Request]) -> list[str]:
         """Return the answers to any number of requests of any lengths, in their order.
@@ -178,9 +190,7 @@ class LocalGenerator:
         They are decoded together, as many as `tokens_per_batch` allows (rag.generate.batched); which do depends on the
         requests and not on their order. Raises UserError as `Engine.check` does.
         """
-        if not requests:
-            return []
-        if not self.prefill.batched:
+        if not self.prefiller.batched:
             return [join_text(self.stream(request)) for request in requests]
         return generate_batched(self.engine, self.tokenizer, requests, self._tokens_per_batch)
 
@@ -191,7 +201,7 @@ class LocalGenerator:
         that would end the answer is not counted. Raises UserError for a pair beyond the context.
         """
         ids = [(messages, self.tokenizer.encode(text, special=False)) for messages, text in pairs]
-        return [_total(values) for values in self.prefill.log_probs(ids)]
+        return [_total(values) for values in self.prefiller.log_probs(ids)]
 
     def text_log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
         """Return log p(second text | first text) of each pair, in order, without a chat format.
@@ -199,9 +209,9 @@ class LocalGenerator:
         The two become tokens separately: a space between them belongs at the beginning of the second, as byte-level
         tokens carry it. Raises UserError for a pair beyond the context, and for a first text without tokens.
         """
-        encode = self.tokenizer.encode
-        ids = [(encode(prompt), encode(text, special=False)) for prompt, text in pairs]
-        return [_total(values) for values in log_probs(self.engine.model, ids, self._tokens_per_batch)]
+        engine, tokenizer = self._loaded
+        ids = [(tokenizer.encode(a), tokenizer.encode(b, special=False)) for a, b in pairs]
+        return [_total(values) for values in log_probs(engine.model, ids, self._tokens_per_batch)]
 
 
 def _total(log_probabilities: Float32[np.ndarray, "n"]) -> LogLikelihood:

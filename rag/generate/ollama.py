@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from annotated_types import Ge, Gt, Le
 
 from rag.generate import Request, join_text
-from rag.runtime.cache_key import content_key
+from rag.runtime.cache.keys import content_key
 from rag.runtime.options import Count, Filled, check_fields
 from rag.runtime.records import OpenRecord, parse_json
 from rag.types import Message, Usage, UserError
@@ -30,15 +30,16 @@ _Amount = Annotated[int, Ge(0), Le(2**63 - 1)]
 S = TypeVar("S", bound=OpenRecord)
 
 
-class _Message(OpenRecord):
+class _LineMessage(OpenRecord):
     content: str | None = None
 
 
 class _ChatLine(OpenRecord):
     """A line of the answer to /api/chat; the last one has done=true and the counts."""
 
-    message: _Message = _Message()
+    message: _LineMessage = _LineMessage()
     done: bool = False
+    done_reason: str = ""
     prompt_eval_count: _Amount = 0  # a server leaves out what it still had in its cache
     eval_count: _Amount = 0
     prompt_eval_duration: _Amount = 0  # nanoseconds, as the others
@@ -52,6 +53,7 @@ class _ChatLine(OpenRecord):
             prefill_s=self.prompt_eval_duration / 1e9,
             decode_s=self.eval_duration / 1e9,
             prepare_s=self.load_duration / 1e9,
+            finish_reason="length" if self.done_reason == "length" else "stop",
         )
 
 

@@ -7,6 +7,8 @@ from itertools import groupby, pairwise
 import numpy as np
 from jaxtyping import Int
 
+from rag.generate import Request
+from rag.ops.sampling import Sampling
 from rag.runtime.shapes import (
     next_power_of_two,
     previous_power_of_two,
@@ -20,7 +22,20 @@ PREFILL_TOKENS = 1024  # padded tokens prefilled at once; chosen, not measured
 PREFIX_STEP = 64  # prefixes are cut to a multiple of this, so that few programs are compiled
 MAX_BOUNDARY_BUDGET = 160  # new tokens at most that `boundary_budgets` proposes
 
-TokenRequest = tuple[tuple[int, ...], int]  # a prompt's token ids, and the seed of its draws
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """A Request whose conversation has become token ids."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    seed: int = 0
+
+    @staticmethod
+    def of(prompt: Sequence[int], request: Request) -> "TokenRequest":
+        """Return the request with these ids as its prompt; its stop strings need text and are left out."""
+        return TokenRequest(tuple(prompt), request.max_new_tokens, request.sampling, request.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +91,14 @@ def max_rows(capacity: int, tokens_per_batch: int) -> int:
     return min(MAX_ROWS, previous_power_of_two(max(1, tokens_per_batch // capacity)))
 
 
-def plan_batches(
-    requests: Sequence[TokenRequest], new_tokens: int, tokens_per_batch: int
-) -> list[PrefillBatch]:
+def plan_prefill(requests: Sequence[TokenRequest], tokens_per_batch: int) -> list[PrefillBatch]:
     """Return the batches in the order in which they join: short prompts first, each prefix group in one run.
 
     No batch needs less capacity than the one before it, nor more rows than `max_rows` of its capacity.
     """
-    prompts = [prompt for prompt, _ in requests]
-    order = sorted(range(len(requests)), key=lambda i: (len(prompts[i]), requests[i]))
-    rank = {i: at for at, i in enumerate(order)}
+    prompts = [request.prompt for request in requests]
+    keys = [(len(r.prompt), r.prompt, r.seed, r.max_new_tokens) for r in requests]
+    rank = {i: at for at, i in enumerate(sorted(range(len(requests)), key=keys.__getitem__))}
     groups: list[tuple[int, list[int]]] = []
     alone: list[int] = []  # prompts without a common prefix
     for prefix, group in prefix_groups(prompts):
@@ -94,8 +107,8 @@ def plan_batches(
         else:
             alone += group
     alone.sort(key=rank.__getitem__)
-    runs = [[batch] for batch in _batches(alone, prompts, 0, new_tokens, tokens_per_batch)] + [
-        _batches(sorted(group, key=rank.__getitem__), prompts, prefix, new_tokens, tokens_per_batch)
+    runs = [[batch] for batch in _batches(alone, requests, 0, tokens_per_batch)] + [
+        _batches(sorted(group, key=rank.__getitem__), requests, prefix, tokens_per_batch)
         for prefix, group in groups
     ]
     runs.sort(key=lambda run: (run[-1].capacity, min(rank[i] for batch in run for i in batch.members)))
@@ -103,24 +116,20 @@ def plan_batches(
 
 
 def _batches(
-    waiting: list[int],
-    prompts: Sequence[tuple[int, ...]],
-    prefix: int,
-    new_tokens: int,
-    tokens_per_batch: int,
+    waiting: list[int], requests: Sequence[TokenRequest], prefix: int, tokens_per_batch: int
 ) -> list[PrefillBatch]:
     """Cut sorted requests into batches of prompts that are padded to the same length and fit."""
+    widths = {i: prefill_width(len(requests[i].prompt), prefix) for i in waiting}
+    # Cache slots of a prompt as it is prefilled, padding included, and of its answer.
+    slots = {i: max(widths[i], len(requests[i].prompt) + requests[i].max_new_tokens) for i in waiting}
     batches = []
-    # All of a prefix group have the capacity of its longest prompt, so that its batches stay one after another.
-    group_capacity = _capacity(prompts[waiting[-1]], prefix, new_tokens) if prefix and waiting else 0
     while waiting:
-        width = prefill_width(len(prompts[waiting[0]]), prefix)
+        width = widths[waiting[0]]
         most = max(1, PREFILL_TOKENS // (width - prefix))
-        alike = sum(prefill_width(len(prompts[i]), prefix) == width for i in waiting[:most])
-        count = previous_power_of_two(alike)
-        # The last of them is the longest and decides the capacity; fewer may need less of it, and so fit.
-        while True:
-            capacity = group_capacity or _capacity(prompts[waiting[count - 1]], 0, new_tokens)
+        count = previous_power_of_two(sum(widths[i] == width for i in waiting[:most]))
+        while True:  # fewer may need less capacity, and so fit
+            # All of a prefix group have the same capacity, so that its batches stay one after another.
+            capacity = round_up_cache(max(slots[i] for i in (slots if prefix else waiting[:count])))
             if count <= max_rows(capacity, tokens_per_batch):
                 break
             count //= 2
@@ -129,13 +138,8 @@ def _batches(
     return batches
 
 
-def _capacity(prompt: tuple[int, ...], prefix: int, new_tokens: int) -> int:
-    """Return the cache slots of a prompt as it is prefilled, padding included, and of its answer."""
-    return round_up_cache(max(prefill_width(len(prompt), prefix), len(prompt) + new_tokens))
-
-
 def prefill_width(length: int, prefix: int) -> int:
-    """Return the cache slots that a prompt of `length` tokens takes while it is prefilled behind a prefix."""
+    """Return the cache slots that a prompt of `length` tokens takes while it is prefilled after a prefix."""
     return prefix + round_up_suffix(length - prefix) if prefix else round_up_prompt(length)
 
 
@@ -157,7 +161,7 @@ def batch_by_length(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[t
 
 
 def boundary_budgets(lengths: Sequence[int], most: int) -> list[int]:
-    """Return numbers of new tokens for which a cache has just enough room behind the shortest of some prompts.
+    """Return numbers of new tokens for which a cache has just enough room after the shortest of some prompts.
 
     The prompts are those of `lengths` tokens that are prefilled together. An engine that gave a cache of the shortest
     to the others too would overwrite their tokens, so these numbers test it.

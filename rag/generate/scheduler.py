@@ -17,14 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int
 
 from rag.generate.decode_state import (
+    DecodeRules,
     DecodeState,
+    Prompts,
     check_capacity,
     choose_first_token,
-    pad_prompts,
-    prefill,
+    pad_requests,
+    prefill_prompts,
     random_keys,
 )
 from rag.generate.engine import Engine
@@ -42,31 +44,38 @@ def prefill_prefix(packed: Packed[Llama], tokens: Int[Array, "1 S"]) -> KVCache:
     return forward(packed.module, tokens, jnp.zeros(1, jnp.int32))[1]
 
 
-@partial(jax.jit, static_argnames=("sampling", "end_ids"))
+@partial(jax.jit, static_argnames=("rules",))
 def prefill_after_prefix(
-    packed: Packed[Llama],
-    prefix: KVCache,
-    tokens: Int[Array, "B T"],
-    length: Int[Array, "B"],
-    budget: Int[Array, "B"],
-    key: Key[Array, "B"],
-    *,
-    sampling: Sampling,
-    end_ids: tuple[int, ...],
+    packed: Packed[Llama], prefix: KVCache, prompts: Prompts, *, rules: DecodeRules
 ) -> DecodeState:
-    """Prefill right-padded prompts as decode_state.prefill does; all begin with the tokens of the one-row `prefix`."""
-    model, (rows, width), start = packed.module, tokens.shape, prefix.capacity
+    """Prefill as decode_state.prefill_prompts does, after a common prefix.
+
+    Args:
+        packed: the model.
+        prefix: one row of exactly the prefix's keys and values.
+        prompts: all of them begin with the prefix.
+        rules: how tokens are chosen.
+    """
+    model, (tokens, length, *_), start = packed.module, prompts, prefix.capacity
+    rows, width = tokens.shape
     cache = jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), prefix.resized(width))
     hidden, cache = forward(model, tokens[:, start:], jnp.full(rows, start, jnp.int32), cache)
     last = jnp.take_along_axis(hidden, (length - start - 1)[:, None, None], axis=1)[:, 0]
-    return choose_first_token(model, cache, last, tokens, length, budget, key, sampling, end_ids)
+    return choose_first_token(model, cache, last, prompts, rules)
 
 
 @partial(jax.jit, donate_argnames=("state",))
 def insert_row(
     state: DecodeState, part: DecodeState, source: Int[Array, ""], row: Int[Array, ""]
 ) -> DecodeState:
-    """Return the state with `part`'s row `source` as its `row`; of the cache, only the slots that both have."""
+    """Return the state with another state's row in place of one of its own.
+
+    Args:
+        state: it is donated.
+        part: the other state; of its cache, the slots that both have are copied.
+        source: the row of `part`.
+        row: the row of `state` that is replaced.
+    """
     shared = min(state.cache.capacity, part.cache.capacity)
 
     def put(into: Array, new: Array) -> Array:
@@ -96,35 +105,23 @@ def empty_state(part: DecodeState, rows: int, capacity: int) -> DecodeState:
     )
 
 
-class BatchPrefill:
-    """Prefills batches of requests; caches the prefix of the newest prefix group."""
+class BatchPrefiller:
+    """Prefills batches of requests of equal sampling; caches the prefix of the newest prefix group."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        requests: Sequence[TokenRequest],
-        max_new_tokens: int,
-        sampling: Sampling = Sampling(),
-    ):
+    def __init__(self, engine: Engine, requests: Sequence[TokenRequest]):
         self._engine, self._requests = engine, requests
-        self._budget, self._sampling = max_new_tokens, sampling
         self._prefix: tuple[tuple[int, ...], KVCache] | None = None
 
     def __call__(self, batch: PrefillBatch) -> DecodeState:
         """Return a state with a row for each member of the batch, in order, its first new token chosen."""
-        prompts, seeds = zip(*(self._requests[i] for i in batch.members), strict=True)
-        width = prefill_width(max(map(len, prompts)), batch.prefix)
-        packed, end_ids = self._engine.packed, self._engine.end_ids
-        inputs = (
-            pad_prompts(prompts, width),
-            np.array([len(prompt) for prompt in prompts], np.int32),
-            np.full(len(prompts), self._budget, np.int32),
-            random_keys(seeds),
-        )
+        requests = [self._requests[i] for i in batch.members]
+        width = prefill_width(max(len(request.prompt) for request in requests), batch.prefix)
+        packed, prompts = self._engine.packed, pad_requests(requests, width)
+        rules = self._engine.rules(requests[0].sampling)
         if not batch.prefix:
-            return prefill(packed, *inputs, capacity=width, sampling=self._sampling, end_ids=end_ids)
-        prefix = self._cached_prefix(prompts[0][: batch.prefix])
-        return prefill_after_prefix(packed, prefix, *inputs, sampling=self._sampling, end_ids=end_ids)
+            return prefill_prompts(packed, prompts, capacity=width, rules=rules)
+        prefix = self._cached_prefix(requests[0].prompt[: batch.prefix])
+        return prefill_after_prefix(packed, prefix, prompts, rules=rules)
 
     def _cached_prefix(self, tokens: tuple[int, ...]) -> KVCache:
         if self._prefix is None or self._prefix[0] != tokens:
@@ -136,7 +133,14 @@ class Scheduler:
     """Assigns requests to the rows of one decode batch, and decodes them."""
 
     def __init__(self, engine: Engine, sampling: Sampling, tokens_per_batch: int, most: int = MAX_ROWS):
-        """Make an empty batch, of at most `most` rows and of as many as `tokens_per_batch` allows."""
+        """Make an empty batch.
+
+        Args:
+            engine: runs the model.
+            sampling: of all requests.
+            tokens_per_batch: cache slots of all rows, unless one row alone needs more.
+            most: rows at most.
+        """
         self._engine, self._sampling, self._most = engine, sampling, next_power_of_two(most)
         self._tokens_per_batch = tokens_per_batch
         self._capacity = 0
@@ -162,8 +166,9 @@ class Scheduler:
         Raises:
             RuntimeError: for a row that the cache could not hold with its whole answer, or without enough free rows.
         """
-        left = np.asarray(part.remaining).max() + 1  # prefill chose the first new token
-        check_capacity(np.asarray(part.length).tolist(), int(left), batch.capacity)
+        left = np.asarray(part.remaining) + 1  # prefill chose the first new token
+        for length, new_tokens in zip(np.asarray(part.length).tolist(), left.tolist(), strict=True):
+            check_capacity(length, new_tokens, batch.capacity)
         if not self.has_room(batch):
             raise RuntimeError(
                 f"{len(batch.members)} prompts were to join {self.busy} busy rows, which are too many"
@@ -222,10 +227,10 @@ def run(
     """Answer all requests.
 
     Args:
-        batches: the plan (rag.generate.prefill_batches.plan_batches).
+        batches: the plan (rag.generate.prefill_batches.plan_prefill).
         prefill_batch: prefills one of them.
         scheduler: holds the rows.
-        on_tokens: receives (request, its new tokens) and returns whether the answer goes on.
+        on_tokens: receives (request, its new tokens) and returns whether the answer continues.
     """
     waiting = deque(batches)
     while waiting or scheduler.busy:

@@ -40,7 +40,15 @@ def token_log_probs(
     position: Int[Array, "n"],
     token: Int[Array, "n"],
 ) -> Float32[Array, "n"]:
-    """Return log p(token[i]) after the tokens 0..position[i] of row[i], by a float32 softmax over the vocabulary."""
+    """Return the log-probabilities of tokens, by a float32 softmax over the vocabulary.
+
+    Args:
+        model: the model.
+        hidden: the states of `hidden_states`.
+        row: the row of each token's text.
+        position: of the token before it in that row.
+        token: the tokens.
+    """
     scores = logits(model, hidden[row, position])
     return jnp.take_along_axis(scores, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(scores, axis=1)
 
@@ -62,7 +70,7 @@ def log_probs(
     for some, size in batch_by_length([len(inputs[i]) for i in order], tokens_per_batch):
         members = order[some]
         tokens = np.zeros((size, round_up_prompt(len(inputs[members[0]]))), np.int32)
-        for row, i in zip(tokens, members, strict=False):  # rows behind the members are padding
+        for row, i in zip(tokens, members, strict=False):  # rows after the members are padding
             row[: len(inputs[i])] = inputs[i]
         for i, values in zip(
             members, _batch_log_probs(model, tokens, [pairs[i] for i in members]), strict=True
@@ -75,7 +83,14 @@ def log_probs(
 def hidden_after_cache(
     packed: Packed[Llama], cache: KVCache, tokens: Int[Array, "1 T"], positions: Int[Array, "1 T"]
 ) -> Float[Array, "1 T M"]:
-    """Return states of tokens at any positions; the cache holds the keys and values of other positions."""
+    """Return the states of tokens after others that are in a cache.
+
+    Args:
+        packed: the model.
+        cache: the keys and values of other positions.
+        tokens: some of the text.
+        positions: of these tokens, ascending.
+    """
     return forward(packed.module, tokens, positions, cache)[0]
 
 
@@ -86,9 +101,14 @@ def log_probs_after_cache(
     fresh: Sequence[int],
     continuation: Sequence[int],
 ) -> Float32[np.ndarray, "n"]:
-    """Return what `log_probs` does, of one pair; the cache holds the prompt's tokens but those at positions `fresh`.
+    """Return what `log_probs` returns for one pair, with most of the prompt in a cache.
 
-    The prompt's last token must be fresh, and the cache have room for the continuation.
+    Args:
+        packed: the model.
+        cache: the keys and values of the prompt's tokens except the fresh ones, with room for the continuation.
+        prompt: all its tokens.
+        fresh: the positions of the tokens that are not in the cache; the last token must be one of them.
+        continuation: the tokens to score.
     """
     hidden = _states_after_cache(packed, cache, prompt, fresh, continuation[:-1])
     wanted = np.zeros((3, round_up(len(continuation), TOKENS_PER_CALL)), np.int32)
@@ -107,7 +127,14 @@ def next_log_probs(model: Llama, prompt: Sequence[int]) -> Float32[np.ndarray, "
 def next_log_probs_after_cache(
     packed: Packed[Llama], cache: KVCache, prompt: Sequence[int], fresh: Sequence[int]
 ) -> Float32[np.ndarray, "V"]:
-    """Return what `next_log_probs` does; the cache holds the prompt's tokens but those at the positions `fresh`."""
+    """Return what `next_log_probs` returns, with most of the prompt in a cache; see `log_probs_after_cache`.
+
+    Args:
+        packed: the model.
+        cache: the keys and values of the prompt's tokens except the fresh ones.
+        prompt: all its tokens.
+        fresh: the positions of the tokens that are not in the cache; the last token must be one of them.
+    """
     hidden = _states_after_cache(packed, cache, prompt, fresh, ())
     return np.asarray(_distribution(packed.module, hidden, np.int32(len(fresh) - 1)))
 
@@ -131,7 +158,7 @@ def _states_after_cache(
     positions = [*fresh, *range(len(prompt), len(prompt) + len(continuation))]
     padding = round_up_suffix(len(tokens)) - len(tokens)
     # Padding is written to the last slot, so no token may be there.
-    check_capacity([len(prompt)], len(continuation) + (padding > 0), cache.capacity)
+    check_capacity(len(prompt), len(continuation) + (padding > 0), cache.capacity)
     behind = range(positions[-1] + 1, positions[-1] + 1 + padding)
     return hidden_after_cache(
         packed,

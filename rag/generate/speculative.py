@@ -2,7 +2,7 @@
 
 An answer from passages copies much of them. So the longest suffix of the text that occurs earlier in it is looked up
 (prompt lookup, Saxena 2023; by a suffix automaton, SAM decoding, Hu et al. 2024, arXiv:2411.10666), and the tokens that
-followed it there are the draft. The model runs on its newest token and the draft together, chooses a token behind each,
+followed it there are the draft. The model runs on its newest token and the draft together, chooses a token after each,
 and accepts the draft up to the first disagreement (Leviathan et al. 2023, for greedy choices). The answer is that of
 plain decoding, up to the rounding by which products of several rows differ from those of one.
 
@@ -26,7 +26,7 @@ from rag.generate.suffix_automaton import SuffixAutomaton
 from rag.models.llama.model import Llama, forward, logits
 from rag.models.placement import Packed
 from rag.ops.sampling import Sampling
-from rag.runtime.clock import Clock
+from rag.runtime.machine.clock import Clock
 
 DRAFT_SIZES = (3, 7)  # tokens of a draft; a program is compiled for each
 
@@ -44,10 +44,19 @@ _FORGET_AFTER = 64  # consecutive plain steps after which verifications may have
 def verify(
     packed: Packed[Llama], state: DecodeState, draft: Int[Array, "n"], *, end_ids: tuple[int, ...]
 ) -> tuple[DecodeState, Int[Array, "n+1"]]:
-    """Return the tokens that greedy decoding makes next: the accepted draft tokens and one more, then -1.
+    """Run the model on a draft, and accept it up to the first token that greedy decoding would not choose.
 
-    The state has one row, unfinished, with room for the draft in its cache. The keys and values of a rejected token
-    stay behind the row's length until they are overwritten. An empty draft is a step of plain decoding.
+    The keys and values of a rejected token stay after the row's length until they are overwritten. An empty draft is
+    a step of plain decoding.
+
+    Args:
+        packed: the model.
+        state: one row, unfinished, with room for the draft in its cache; it is donated.
+        draft: the proposed tokens.
+        end_ids: the tokens that end an answer.
+
+    Returns:
+        The new state, and its new tokens: the accepted ones and one more, then -1.
     """
     model = packed.module
     tokens = jnp.concatenate([state.token, draft])[None]
@@ -84,7 +93,7 @@ class DraftLengthPolicy:
         self._plain = 0
 
     def size(self, match: int, most: int) -> int:
-        """Return how many tokens to draft behind a match of `match` tokens: 0, or one of DRAFT_SIZES up to `most`."""
+        """Return how many tokens to draft after a match of `match` tokens: 0, or one of DRAFT_SIZES up to `most`."""
         sizes = [0, *(size for size in DRAFT_SIZES if match and size <= most)]
         best = max(sizes, key=lambda size: self.expected(match, size) / self.cost(size))
         self._plain = 0 if best else self._plain + 1
@@ -170,6 +179,6 @@ def stream_speculatively(
 
 
 def _max_draft(state: DecodeState, tokens: int) -> int:
-    """Return how many draft tokens fit the cache behind a text of so many tokens; 0 before the budget's last token."""
+    """Return how many draft tokens fit the cache after a text of so many tokens; 0 before the budget's last token."""
     in_cache = tokens - 1  # the newest is not
     return state.cache.capacity - in_cache - 1 if int(np.asarray(state.remaining)[0]) > 1 else 0

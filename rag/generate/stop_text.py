@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rag.models.tokenizer.tokenizer import Tokenizer
+from rag.types import FinishReason
 
 
 class StoppedText:
@@ -51,3 +52,7 @@ class AnswerText:
     def finish(self) -> str:
         """Return the rest of the text."""
         return self._text.push(self._decoder.finish()) + self._text.finish()
+
+    def finish_reason(self, new_tokens: int, max_new_tokens: int) -> FinishReason:
+        """Return why the answer ended, by its number of tokens; an end token is not one of them."""
+        return "length" if new_tokens == max_new_tokens and not self.stopped else "stop"

@@ -37,7 +37,13 @@ def reciprocal_rank(
 ) -> Float[Array, "C"]:
     """Return the sum over arms of weight / (constant + rank) (Cormack, Clarke and Buettcher 2009).
 
-    Ranks count from 1. An arm that did not find a candidate adds 0 to it, as if its rank were infinity.
+    An arm that did not find a candidate adds 0 to it, as if its rank were infinity.
+
+    Args:
+        ranks: of each candidate in each arm, from 1.
+        found: which candidates each arm found.
+        constant: the larger, the less the first ranks count.
+        weights: one for each arm.
     """
     terms = jnp.where(found, weights[:, None] / (constant + jnp.where(found, ranks, 1)), 0.0)
     return _sum(terms)

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float32, Int
 
-from rag.runtime.cache_key import content_key
+from rag.runtime.cache.keys import content_key
 from rag.types import Chunk, Document
 
 
@@ -57,6 +57,7 @@ class MemoryIndex:
         """Return the documents' ids in their order."""
         return list(self._documents)
 
+    @cached_property
     def spans(self) -> Int[np.ndarray, "N 3"]:
         """Return the row of each chunk's document, its first character and its end, exclusive (int64)."""
         rows = {name: row for row, name in enumerate(self._documents)}

@@ -16,7 +16,14 @@ Normalizer = Literal["min_max", "theoretical_min_max", "z_score", "dbsf"]
 def normalize(
     normalizer: Normalizer, scores: Float[Array, "C"], found: Bool[Array, "C"], low: ScalarLike
 ) -> Float[Array, "C"]:
-    """Return one arm's scores on the scale of the normalizer of that name; only theoretical_min_max uses `low`."""
+    """Return one arm's scores on the scale of a normalizer.
+
+    Args:
+        normalizer: the name of the function.
+        scores: of all candidates, any number where the arm did not find the candidate.
+        found: which candidates the arm found.
+        low: the lowest score that the arm can give; only theoretical_min_max uses it.
+    """
     match normalizer:
         case "min_max":
             return min_max(scores, found)

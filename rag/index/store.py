@@ -32,7 +32,7 @@ from rag.index import manifest as manifests
 from rag.index.lexical.postings import LexicalIndex
 from rag.index.manifest import EMBEDDER, LEXICAL, Manifest
 from rag.index.segment import Segment, VerifiedTable
-from rag.runtime import cache_key
+from rag.runtime.cache.keys import content_key
 from rag.runtime.checksums import Damaged
 from rag.types import Chunk, Document, UserError, chunk_at
 
@@ -72,10 +72,7 @@ class Index:
 
     @classmethod
     def open(cls, path: Path) -> "Index":
-        """Open the index at `path`.
-
-        Raises UserError when there is none, when it has another format, and when a file is missing or truncated.
-        """
+        """Open the index at `path`. Raises UserError if there is none, or of another format, or a file is damaged."""
         manifest = manifests.read(path)
         while True:
             try:
@@ -113,17 +110,7 @@ class Index:
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of the documents' texts and the chunks' spans, not of the vectors."""
         files = self.manifest.files
-        return cache_key.content_key([files[name].sha256 for name in ("documents.arrow", "chunks.arrow")])
-
-    @property
-    def generation(self) -> int:
-        """Return how many indexes were written to this folder, this one included."""
-        return self.manifest.generation
-
-    @property
-    def documents(self) -> int:
-        """Return the number of documents."""
-        return len(self._documents)
+        return content_key([files[name].sha256 for name in ("documents.arrow", "chunks.arrow")])
 
     @property
     def vectors(self) -> Float32[np.ndarray, "N E"]:
@@ -169,7 +156,7 @@ class Index:
         for row in wanted:
             if not 0 <= row < len(self):
                 raise IndexError(f"chunk {row} of {len(self)}")
-        spans = self._spans[wanted].tolist()
+        spans = self.spans[wanted].tolist()
         documents = self._documents_at({document for document, _, _ in spans})
         return [chunk_at(documents[document], start, end) for document, start, end in spans]
 
@@ -191,12 +178,9 @@ class Index:
         with _undamaged(self.path):
             return self._documents.column("id")
 
+    @cached_property
     def spans(self) -> Int64[np.ndarray, "N 3"]:
         """Return the row of each chunk's document, its first character and its end character (exclusive)."""
-        return self._spans
-
-    @cached_property
-    def _spans(self) -> Int64[np.ndarray, "N 3"]:
         with _undamaged(self.path):
             self._chunks.check()
             with pa.ipc.open_file(pa.py_buffer(self._chunks.content)) as reader:

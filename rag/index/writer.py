@@ -8,6 +8,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rag.index.manifest import EMBEDDER, LEXICAL, SEGMENT, EmbedderRecord, FileR
 from rag.index.segment import write_checksums
 from rag.index.store import CHUNKS, DOCUMENTS, exists
 from rag.runtime import files as cache_files
-from rag.runtime.machine import environment
+from rag.runtime.machine.hardware import environment
 from rag.types import Chunk, Document, UserError, chunk_at
 
 _LOCK = f"{manifests.NAME}.lock"
@@ -82,9 +83,12 @@ def write_index(
                 raise UserError(f"Another program changed the index at {path} meanwhile: run this again.")
             name = f"segment-{latest + 1:06d}-{uuid.uuid4().hex[:8]}"
             with cache_files.atomic_folder(path / name) as folder:
-                _write_table(folder / "documents.arrow", DOCUMENTS, documents, _document_row)
+                _write_table(folder / "documents.arrow", DOCUMENTS, documents, attrgetter(*DOCUMENTS.names))
                 _write_table(
-                    folder / "chunks.arrow", CHUNKS, chunks, lambda chunk: _chunk_row(chunk, document_rows)
+                    folder / "chunks.arrow",
+                    CHUNKS,
+                    chunks,
+                    lambda chunk: (document_rows[chunk.document_id], chunk.start, chunk.end),
                 )
                 np.save(folder / "vectors.npy", vectors)
                 (folder / EMBEDDER).mkdir()
@@ -92,9 +96,8 @@ def write_index(
                 if lexical is not None:
                     (folder / LEXICAL).mkdir()
                     lexical.save(folder / LEXICAL)
-                files = {
-                    file.relative_to(folder).as_posix(): _file_record(file) for file in _files_below(folder)
-                }
+                written = sorted(file for file in folder.rglob("*") if file.is_file())
+                files = {file.relative_to(folder).as_posix(): _file_record(file) for file in written}
                 checksums = write_checksums(folder, list(files))
             manifest = Manifest(
                 format=manifests.FORMAT,
@@ -143,7 +146,7 @@ def check_writable(path: Path) -> None:
     if not os.path.lexists(path):
         return
     if not path.is_dir():
-        raise UserError(f"index.path={path} is not a folder: choose another place for the index.")
+        raise UserError(f"index.path={path} is not a folder: choose a folder for the index.")
     names = os.listdir(path)
     if exists(path):
         try:
@@ -192,14 +195,6 @@ def check_vectors(vectors: Float[np.ndarray, "N E"]) -> None:
             )
 
 
-def _document_row(document: Document) -> tuple[str, ...]:
-    return document.id, document.path, document.title, document.text
-
-
-def _chunk_row(chunk: Chunk, document_rows: Mapping[str, int]) -> tuple[int, ...]:
-    return document_rows[chunk.document_id], chunk.start, chunk.end
-
-
 def _write_table(path: Path, schema: pa.Schema, items: Sequence, row: Callable[[Any], tuple]) -> None:
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for start in range(0, len(items), _BATCH_ROWS):
@@ -212,10 +207,6 @@ def _write_table(path: Path, schema: pa.Schema, items: Sequence, row: Callable[[
                     "character, which cannot be stored: remove it."
                 ) from error
             writer.write_batch(pa.record_batch(arrays, schema=schema))
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _file_record(path: Path) -> FileRecord:

@@ -33,6 +33,9 @@ def fill(module: M, tensors: Mapping[str, np.ndarray], table: Sequence[Rule], so
     """Return the abstract `module` (from `nnx.eval_shape`) with every parameter taken from `tensors`.
 
     Args:
+        module: shapes in place of weights.
+        tensors: by their names in the file.
+        table: the rules.
         source: the checkpoint's name in errors.
 
     Raises:
@@ -59,7 +62,17 @@ def _match(table: Sequence[Rule], name: str) -> tuple[Rule | None, str]:
 
 
 def fill_paths(module: M, found: Mapping[str, np.ndarray], unknown: Sequence[str], source: str) -> M:
-    """Do the same as `fill` with parameters by their dotted paths; `unknown` are the file's names without a rule."""
+    """Return the abstract `module` with every parameter taken from arrays.
+
+    Args:
+        module: shapes in place of weights.
+        found: the arrays by the parameters' dotted paths.
+        unknown: names in the file that have no rule, for the error.
+        source: the checkpoint's name in errors.
+
+    Raises:
+        UserError: tensors are unknown, missing or of another shape.
+    """
     graph, state = nnx.split(module)
     flat = {dotted(path): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
     missing = sorted(flat.keys() - found.keys())
@@ -85,9 +98,12 @@ def dotted(path: Iterable[Any]) -> str:
 
 
 def check_layers(names: Iterable[str], pattern: str, count: int, source: str) -> None:
-    """Compare the number of layers in a configuration with the layers that the tensors' names tell of.
+    """Compare the number of layers in a configuration with the layers in the tensors' names.
 
     Args:
+        names: of the tensors.
+        count: the layers in the configuration.
+        source: the checkpoint's name in errors.
         pattern: how the names of a layer's tensors begin, with {i} for its number.
 
     Raises:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Le
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rag.runtime.records import Record, misfit, parse_json, reason
 from rag.types import UserError
 
 C = TypeVar("C", bound="Configuration")
+S = TypeVar("S")
 
 Rows = Annotated[int, Ge(1), Le(1 << 24)]  # of an embedding
 Width = Annotated[int, Ge(1), Le(1 << 20)]
@@ -51,12 +52,37 @@ def validate(schema: type[C], values: Mapping[str, Any], source: str) -> C:
 
 
 def head_size(stated: int | None, width: int, heads: int, source: str) -> int:
-    """Return the head dimension: the stated one, or width / heads. Raises UserError if that is not whole."""
+    """Return the head dimension.
+
+    Args:
+        stated: the one in the configuration; None: the width is divided among the heads.
+        width: of the model.
+        heads: their number.
+        source: the checkpoint's name in errors.
+
+    Raises:
+        UserError: the quotient is not whole.
+    """
     if stated is None and width % heads:
         raise UserError(
             f"{source} divides a width of {width} among {heads} heads; its configuration is damaged, fetch it again"
         )
     return stated or width // heads
+
+
+def write_settings(path: Path, settings: object) -> None:
+    """Write a dataclass as a JSON object, for `read_settings`."""
+    path.write_bytes(TypeAdapter(type(settings)).dump_json(settings, indent=1))
+
+
+def read_settings(path: Path, schema: type[S]) -> S:
+    """Return the dataclass in a file of `write_settings`. Raises UserError if it is missing or damaged."""
+    try:
+        return TypeAdapter(schema).validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise UserError(f"{path.parent} lacks {path.name}; convert the checkpoint again") from error
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged ({misfit(error)}); convert the checkpoint again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

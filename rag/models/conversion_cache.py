@@ -5,7 +5,7 @@ parameter, below the names and SHA-256 of the source files and the version of th
 
     converted/<sources>/<code>/   a file equal to one that other code made is a hard link to it
 
-A folder with a missing or changed file is converted again (rag.runtime.cache).
+A folder with a missing or changed file is converted again (rag.runtime.cache.entries).
 """
 
 import filecmp
@@ -19,8 +19,10 @@ import numpy as np
 from flax import nnx
 
 from rag.models.checkpoint import dotted, fill_paths
-from rag.runtime import cache, cache_key, file_hash, files
-from rag.runtime.import_closure import code_version
+from rag.runtime.cache import entries, file_hash
+from rag.runtime.cache.folder import cache_root
+from rag.runtime.cache.keys import content_key
+from rag.runtime.code.import_closure import code_version
 from rag.types import UserError
 
 M = TypeVar("M", bound=nnx.Module)
@@ -38,7 +40,7 @@ def converted_folder(kind: str, sources: Sequence[Path], convert: Callable[[Path
         UserError: the cache cannot be written, or a source file has changed while its time stamp has not.
     """
     digests = file_digests(sources)
-    parent = files.cache_root() / "converted" / cache_key.content_key(kind, digests)
+    parent = cache_root() / "converted" / content_key(kind, digests)
     folder = parent / code_version(convert)
 
     def fill(unfinished: Path) -> None:
@@ -47,9 +49,9 @@ def converted_folder(kind: str, sources: Sequence[Path], convert: Callable[[Path
 
     def make() -> None:
         _check_unchanged(sources, digests)
-        cache.write_folder(folder, fill)
+        entries.write_folder(folder, fill)
 
-    return cache.get_or_make(folder, make, cache.check_folder, lock=parent)
+    return entries.get_or_make(folder, make, entries.check_folder, lock=parent)
 
 
 def file_digests(sources: Sequence[Path], *, fresh: bool = False) -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ _SCALARS = {  # numpy's dtypes by the numbers of types
 }  # fmt: skip
 
 
-class _Damaged(Exception):
+class _BadHeader(Exception):
     """The header does not follow the format; the message says where."""
 
 
@@ -61,8 +61,8 @@ def read(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     try:
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return _Reader(content).read()
-    except (OSError, ValueError, _Damaged) as error:  # ValueError: an empty file
+        return _HeaderReader(content).read()
+    except (OSError, ValueError, _BadHeader) as error:  # ValueError: an empty file
         raise UserError(f"cannot read {path} as GGUF ({reason(error)}); fetch the file again") from error
 
 
@@ -74,7 +74,7 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-class _Reader:
+class _HeaderReader:
     """Reads a header from its beginning to its end."""
 
     def __init__(self, content: mmap.mmap):
@@ -82,23 +82,23 @@ class _Reader:
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self._bytes(4, "the magic number") != MAGIC:
-            raise _Damaged("it does not begin with GGUF")
+            raise _BadHeader("it does not begin with GGUF")
         if (version := self._number("<I", "the version")) not in VERSIONS:
-            raise _Damaged(f"its version is {version}, and {' and '.join(map(str, VERSIONS))} are known")
+            raise _BadHeader(f"its version is {version}, and {' and '.join(map(str, VERSIONS))} are known")
         tensors = self._count("<Q", "tensors", 24, _MAX_TENSORS)
         entries = self._count("<Q", "entries", 13, _MAX_ENTRIES)
         metadata: dict[str, Any] = {}
         for _ in range(entries):
             key = self._string("a key")
             if key in metadata:
-                raise _Damaged(f"the key {_short(key)} stands there twice")
+                raise _BadHeader(f"the key {_short(key)} occurs twice")
             metadata[key] = self._value(key, self._number("<I", f"the type of {_short(key)}"))
         return metadata, self._tensors(tensors, self._alignment(metadata))
 
     def _alignment(self, metadata: Mapping[str, Any]) -> int:
         alignment = metadata.get("general.alignment", _ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
-            raise _Damaged(f"general.alignment is {_short(alignment)}, which is no power of two")
+            raise _BadHeader(f"general.alignment is {_short(alignment)}, which is no power of two")
         return alignment
 
     def _bytes(self, count: int, what: str) -> bytes:
@@ -108,16 +108,16 @@ class _Reader:
 
     def _require(self, count: int, what: str) -> None:
         if count > len(self._content) - self._at:
-            raise _Damaged(f"it ends inside {what}, behind byte {self._at}")
+            raise _BadHeader(f"it ends inside {what}, behind byte {self._at}")
 
     def _number(self, form: str, what: str) -> int:
         return struct.unpack(form, self._bytes(struct.calcsize(form), what))[0]
 
     def _count(self, form: str, what: str, least_bytes: int, most: int) -> int:
-        """Return how many of something follow. Raises _Damaged if the file has no room for so many."""
+        """Return how many of something follow. Raises _BadHeader if the file has no room for so many."""
         count = self._number(form, f"the number of {what}")
         if count > most or count * least_bytes > len(self._content):
-            raise _Damaged(f"it says that it has {count:,} {what}")
+            raise _BadHeader(f"it says that it has {count:,} {what}")
         return count
 
     def _string(self, what: str) -> str:
@@ -125,7 +125,7 @@ class _Reader:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise _Damaged(f"{what} is not UTF-8, behind byte {self._at - len(data)}") from error
+            raise _BadHeader(f"{what} is not UTF-8, behind byte {self._at - len(data)}") from error
 
     def _value(self, key: str, kind: int) -> Any:
         if kind == _STRING:
@@ -136,7 +136,7 @@ class _Reader:
 
     def _scalars(self, key: str, kind: int, count: int) -> list[Any]:
         if kind not in _SCALARS:
-            raise _Damaged(f"the value of {_short(key)} is of the unknown type {kind}")
+            raise _BadHeader(f"the value of {_short(key)} is of the unknown type {kind}")
         dtype = np.dtype(_SCALARS[kind])
         data = self._bytes(count * dtype.itemsize, f"the value of {_short(key)}")
         if dtype.kind == "b":
@@ -148,11 +148,11 @@ class _Reader:
         count = self._number("<Q", f"the length of {_short(key)}")
         self._items += count
         if self._items > _MAX_ITEMS:
-            raise _Damaged(
+            raise _BadHeader(
                 f"the array {_short(key)} has {count:,} items; {_MAX_ITEMS:,} are read of all arrays"
             )
         if kind == _ARRAY:
-            raise _Damaged(f"the array {_short(key)} is one of arrays")
+            raise _BadHeader(f"the array {_short(key)} is one of arrays")
         if kind != _STRING:
             return self._scalars(key, kind, count)
         self._require(8 * count, f"the value of {_short(key)}")
@@ -165,7 +165,7 @@ class _Reader:
         tensors: dict[str, Tensor] = {}
         for name, shape, kind, offset in found:
             if name in tensors:
-                raise _Damaged(f"the tensor {_short(name)} stands there twice")
+                raise _BadHeader(f"the tensor {_short(name)} occurs twice")
             tensors[name] = self._placed(name, shape, kind, start + offset)
         return tensors
 
@@ -174,7 +174,7 @@ class _Reader:
         what = f"the description of the tensor {_short(name)}"
         dimensions = self._number("<I", what)
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise _Damaged(f"the tensor {_short(name)} has {dimensions:,} dimensions")
+            raise _BadHeader(f"the tensor {_short(name)} has {dimensions:,} dimensions")
         shape = tuple(self._number("<Q", what) for _ in range(dimensions))[::-1]
         return name, shape, self._number("<I", what), self._number("<Q", what)
 
@@ -185,12 +185,12 @@ class _Reader:
             kind = GGMLQuantizationType(number)
             block, size = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError) as error:
-            raise _Damaged(f"the tensor {_short(name)} is of the unknown type {number}") from error
+            raise _BadHeader(f"the tensor {_short(name)} is of the unknown type {number}") from error
         if 0 in shape or shape[-1] % block:
-            raise _Damaged(f"the tensor {_short(name)} of type {kind.name} has the shape {_short(shape)}")
+            raise _BadHeader(f"the tensor {_short(name)} of type {kind.name} has the shape {_short(shape)}")
         nbytes = math.prod(shape) // block * size
         if start + nbytes > len(self._content):
-            raise _Damaged(f"it ends inside the tensor {_short(name)}, whose shape is {_short(shape)}")
+            raise _BadHeader(f"it ends inside the tensor {_short(name)}, whose shape is {_short(shape)}")
         data = np.frombuffer(self._content, np.uint8, nbytes, start)
         return Tensor(name, kind, shape, data.reshape(*shape[:-1], shape[-1] // block * size))
 

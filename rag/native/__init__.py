@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float16, Float32, Int, Int8, Int32
 
 from rag.native import build
-from rag.runtime.machine import cores
+from rag.runtime.machine.hardware import cores
 
 FEW = 8  # tokens whose prefill is faster than XLA's even without AMX
 MOST_DIM = 256  # of a head

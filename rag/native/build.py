@@ -17,13 +17,16 @@ from pathlib import Path
 
 import jax
 
-from rag.runtime import cache, cache_key, files
-from rag.runtime.machine import cpu_flags
+from rag.runtime import files
+from rag.runtime.cache import entries
+from rag.runtime.cache.folder import cache_root, notice, private_file, private_folder, write_errors
+from rag.runtime.cache.keys import content_key
+from rag.runtime.machine.hardware import cpu_flags
 from rag.types import UserError
 
 _ENTRY = Path(__file__).with_name("cpp") / "calls.cc"
 _WANTED = os.environ.get("RAG_NATIVE") != "0"
-# Cached results depend on these files and variables, besides Python code; rag.runtime.import_closure reads both.
+# Cached results depend on these files and variables, besides Python code; rag.runtime.code.import_closure reads both.
 RAG_SOURCES = ("cpp/*.h", "cpp/*.cc")
 RAG_ENVIRONMENT = ("RAG_NATIVE",)
 _TARGETS = {"rag_attention": "RagAttention", "rag_decoder": "RagDecoder", "rag_linear": "RagLinear"}
@@ -50,7 +53,7 @@ def load() -> ctypes.CDLL | None:
         loaded.RagHasTiles.restype = ctypes.c_bool
         functions = {target: getattr(loaded, symbol) for target, symbol in _TARGETS.items()}
     except (OSError, AttributeError, UserError) as error:  # not loaded, no such symbol, not written
-        files.notice(f"The native library cannot be used, so XLA does its work: {error}")
+        notice(f"The native library cannot be used, so XLA does its work: {error}")
         return None
     for target, function in functions.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
@@ -62,7 +65,7 @@ def library() -> Path | None:
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if compiler is None:
         return None
-    key = cache_key.content_key(
+    key = content_key(
         [
             file.read_text(encoding="utf-8")
             for pattern in RAG_SOURCES
@@ -74,7 +77,7 @@ def library() -> Path | None:
         metadata.version("jaxlib"),
         "sealed",
     )
-    path = files.private_folder(files.cache_root() / "native") / f"{key}.so"
+    path = private_folder(cache_root() / "native") / f"{key}.so"
     log = path.with_suffix(".log")
     if not path.exists() and _failed_lately(log):
         return None
@@ -84,7 +87,7 @@ def library() -> Path | None:
             _build(compiler, path, log)
 
     with suppress(FileNotFoundError):
-        return files.private_file(cache.get_or_make(path, make, cache.verified_path))
+        return private_file(entries.get_or_make(path, make, entries.verified_path))
     return None
 
 
@@ -105,10 +108,10 @@ def _build(compiler: str, path: Path, log: Path) -> None:
         command = [compiler, *_FLAGS, includes, str(_ENTRY), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode == 0:
-            cache.write(path, built.read_bytes())
+            entries.write(path, built.read_bytes())
             return
-    with files.write_errors():
+    with write_errors():
         files.discard(path)  # a damaged one
         with files.atomic_file(log) as file:
             file.write(done.stderr)
-    files.notice(f"{compiler} cannot build {_ENTRY.name}, so XLA does its work: {log}")
+    notice(f"{compiler} cannot build {_ENTRY.name}, so XLA does its work: {log}")

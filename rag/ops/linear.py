@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Num
 
 from rag import native
-from rag.runtime.machine import cpu_flags
+from rag.runtime.machine.hardware import cpu_flags
 
 _FEW = 128  # rows up to which digits are faster than converting the weight
 _STACKED = 32  # rows up to which both digits go in one product: XLA's int8 kernels are slow for a single row
@@ -68,9 +68,13 @@ def quantize(weight: Float[Array, "O M"]) -> tuple[Int8[Array, "O M"], Float32[A
 
 
 def product_type(rows: int, width: int, *, by_native: bool = False, x_dtype: str = "float32") -> str:
-    """Return the type in which `linear` multiplies rows of `width` inputs by an int8 weight on this machine.
+    """Return the type in which `linear` multiplies by an int8 weight on this machine; "int8" is by two digits.
 
-    "int8" is by two digits.
+    Args:
+        rows: R.
+        width: M.
+        by_native: as for `linear`.
+        x_dtype: the dtype of the inputs.
     """
     if by_native:
         return "int8" if native.int8_digits(rows, width) else "float32"

@@ -36,7 +36,14 @@ def _base_frequencies(head_dim: int, theta: float) -> np.ndarray:
 def rotations(
     positions: Int[Array, "B T"], head_dim: int, theta: float, factors: tuple[float, ...] | None = None
 ) -> Float[Array, "2 B T half"]:
-    """Return cosine and sine of every position and frequency, float32; `factors` divide the frequencies."""
+    """Return cosine and sine of every position and frequency, in float32.
+
+    Args:
+        positions: from 0.
+        head_dim: D.
+        theta: the base of the frequencies.
+        factors: divide the D/2 frequencies; None is 1 for each.
+    """
     frequencies = _base_frequencies(head_dim, theta) / np.asarray(factors or 1.0)
     angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])

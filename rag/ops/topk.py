@@ -53,7 +53,11 @@ def best_members(
 ) -> tuple[Float[Array, "k"], Int[Array, "k"]]:
     """Return the k highest scores of candidates, best first, and their ids; the first candidate wins a tie.
 
-    Ids of n and above are padding.
+    Args:
+        scores: of the candidates.
+        ids: their ids; those of n and above are padding.
+        n: see `ids`.
+        k: the number of results.
     """
     best, positions = top_k(jnp.where(ids < n, scores, -jnp.inf), k)
     return best, ids[positions]

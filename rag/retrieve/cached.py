@@ -6,11 +6,14 @@ everything.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 from rag.retrieve import Retriever
 from rag.retrieve.collection import Collection
 from rag.retrieve.rerank import Reranker
 from rag.retrieve.transform import Transform
+from rag.runtime.stages import wrong_result
 from rag.types import Hit
 
 StoredHits = Sequence[Sequence[int | float]]  # the row and the score of each hit, as JSON holds them
@@ -19,12 +22,19 @@ StoredHits = Sequence[Sequence[int | float]]  # the row and the score of each hi
 def cached_search(
     collection: Collection, method: Retriever, questions: Sequence[str], k: int
 ) -> list[list[Hit]]:
-    """Return `method.search`: at most k hits for each question, best first."""
+    """Return `method.search`: at most k hits for each question, best first.
+
+    Args:
+        collection: what is searched; its memo caches the results.
+        method: the retriever.
+        questions: any number of them.
+        k: the most hits of a question.
+    """
     if collection.memo is None:
-        return method.search(collection, questions, k)
+        return _run(collection, method, "search", questions, k)
 
     def compute(questions: Sequence[str]) -> list[StoredHits]:
-        return [_pack(hits) for hits in method.search(collection, questions, k)]
+        return [_pack(hits) for hits in _run(collection, method, "search", questions, k)]
 
     found = collection.cached_map(f"search {type(method).__name__}", (method, k), questions, compute)
     return [_unpack(collection, packed) for packed in found]
@@ -33,14 +43,21 @@ def cached_search(
 def cached_rerank(
     collection: Collection, method: Reranker, questions: Sequence[str], hits: Sequence[Sequence[Hit]]
 ) -> list[list[Hit]]:
-    """Return `method.rerank`: each question's hits with new scores, best first; a reranker may leave some out."""
+    """Return `method.rerank`: each question's hits with new scores, best first; a reranker may leave some out.
+
+    Args:
+        collection: where the hits were found; its memo caches the results.
+        method: the reranker.
+        questions: any number of them.
+        hits: those of each question.
+    """
     if collection.memo is None:
-        return method.rerank(collection, questions, hits)
+        return _run(collection, method, "rerank", questions, hits)
 
     def compute(items: Sequence[tuple[str, StoredHits]]) -> list[StoredHits]:
         questions, packed = zip(*items, strict=True)
         candidates = [_unpack(collection, one) for one in packed]
-        return [_pack(ranked) for ranked in method.rerank(collection, questions, candidates)]
+        return [_pack(ranked) for ranked in _run(collection, method, "rerank", questions, candidates)]
 
     items = [(question, _pack(found)) for question, found in zip(questions, hits, strict=True)]
     ranked = collection.cached_map(f"rerank {type(method).__name__}", method, items, compute, batch=16)
@@ -54,11 +71,41 @@ def cached_expand(collection: Collection, method: Transform, questions: Sequence
     """
 
     def compute(questions: Sequence[str]) -> list[list[str]]:
-        return method.expand(collection, questions)
+        with collection.running(method):
+            texts = method.expand(collection, questions)
+        if not _is_list_of(list | tuple, texts, len(questions)) or not all(map(_are_texts, texts)):
+            raise wrong_result(method, "expand", texts, f"{len(questions)} lists of texts, one a question")
+        return texts
 
     name = f"transform {type(method).__name__}"
     texts = collection.cached_map(name, method, questions, compute, batch=16, passages=False)
     return [some or [] for some in texts]  # None where a dry memo, which only counts, computes nothing
+
+
+def _run(
+    collection: Collection, stage: Any, method: str, questions: Sequence[str], argument: Any
+) -> list[list[Hit]]:
+    """Run "search" or "rerank" of a stage. Raises UserError where it does not return a ranking for each question."""
+    with collection.running(stage):
+        found = getattr(stage, method)(collection, questions, argument)
+    if not _is_list_of(list | tuple, found, len(questions)) or not all(map(_is_ranking, found)):
+        wanted = f"{len(questions)} lists of hits, one a question, with scores that never rise"
+        raise wrong_result(stage, method, found, wanted)
+    return found
+
+
+def _is_ranking(hits: Sequence[Any]) -> bool:
+    return _is_list_of(Hit, hits) and all(one.score >= next.score for one, next in pairwise(hits))
+
+
+def _are_texts(texts: Sequence[Any]) -> bool:
+    return _is_list_of(str, texts)
+
+
+def _is_list_of(kind: Any, value: Any, length: int | None = None) -> bool:
+    """Return whether a value is a list or tuple of objects of a class, so many where `length` says."""
+    right = isinstance(value, list | tuple) and length in (None, len(value))
+    return right and all(isinstance(item, kind) for item in value)
 
 
 def _pack(hits: Sequence[Hit]) -> StoredHits:

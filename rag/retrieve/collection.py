@@ -4,10 +4,11 @@ A method is a frozen dataclass of options, so that it can be compared, made into
 that is large is here, made when it is first needed and shared by the methods that use it. N is the number of chunks.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,12 @@ from rag.index.lexical.analyzer import Analyzer
 from rag.index.lexical.postings import LexicalIndex
 from rag.index.memory import MemoryIndex
 from rag.index.store import Index
-from rag.runtime.cache_key import content_key
-from rag.runtime.clock import Clock
-from rag.runtime.import_closure import code_version
-from rag.runtime.memo import Memo, model_version
-from rag.types import Chunk, Hit, UserError
+from rag.retrieve.dependencies import check_declared, dependencies_of
+from rag.runtime.cache.keys import content_key
+from rag.runtime.cache.memo import Memo, model_version
+from rag.runtime.code.import_closure import code_version
+from rag.runtime.machine.clock import Clock
+from rag.types import Chunk, Hit
 
 
 class Collection:
@@ -36,6 +38,7 @@ class Collection:
         embedder: the one that made the vectors of the index.
         generator: returns the language model; called when a method first needs it.
         memo: where results are cached; None computes everything.
+        queries: id -> text of a dataset's queries, for methods that know them by their ids.
     """
 
     def __init__(
@@ -44,16 +47,19 @@ class Collection:
         embedder: Embedder,
         generator: Callable[[], Generator] | None = None,
         memo: Memo | None = None,
+        queries: Mapping[str, str] = MappingProxyType({}),
     ):
-        self.index, self.embedder, self._generator, self.memo = index, embedder, generator, memo
+        self.index, self._embedder, self._generator, self.memo = index, embedder, generator, memo
+        self.queries = queries
+        self._running: list[Any] = []  # the stages that run now, the outermost first
         self._dense: dict[VectorSearch, VectorIndex] = {}
         self._lexical: dict[Analyzer, LexicalIndex] = {}
         self.build_s = 0.0  # seconds spent on building vector indexes and postings
 
     def fresh(self) -> "Collection":
         """Return a collection of the same index and models with nothing cached or built, to measure a search."""
-        embedder = self.embedder.uncached if isinstance(self.embedder, CachedEmbedder) else self.embedder
-        return Collection(self.index, embedder, self._generator)
+        embedder = self._embedder.uncached if isinstance(self._embedder, CachedEmbedder) else self._embedder
+        return Collection(self.index, embedder, self._generator, queries=self.queries)
 
     @property
     def nbytes(self) -> int:
@@ -61,12 +67,41 @@ class Collection:
         dense = sum(index.nbytes for index in self._dense.values())
         return dense + sum(index.nbytes for index in self._lexical.values())
 
-    @cached_property
+    @property
+    def embedder(self) -> Embedder:
+        """Return the embedder. Raises UserError while a stage runs that does not depend on it."""
+        check_declared("embedder", self._running)
+        return self._embedder
+
+    @property
+    def query_ids(self) -> Mapping[str, Sequence[str]]:
+        """Return text -> ids of a dataset's queries. Raises UserError while a stage runs that depends on none."""
+        check_declared("queries", self._running)
+        ids: dict[str, list[str]] = {}
+        for query, text in self.queries.items():
+            ids.setdefault(text, []).append(query)
+        return ids
+
+    @property
     def generator(self) -> Generator:
-        """Return the language model. Raises RuntimeError when the collection was made without one."""
+        """Return the language model. Raises UserError while a stage runs that does not depend on it."""
+        check_declared("generator", self._running)
+        return self._loaded_generator
+
+    @cached_property
+    def _loaded_generator(self) -> Generator:
         if self._generator is None:
             raise RuntimeError("this collection has no generator, and a method asks for one")
         return self._generator()
+
+    @contextmanager
+    def running(self, stage: Any) -> Iterator[None]:
+        """Let a stage run in the block: it may use no model that its `depends_on` does not name."""
+        self._running.append(stage)
+        try:
+            yield
+        finally:
+            self._running.pop()
 
     def dense(self, options: VectorSearch) -> VectorIndex:
         """Return the vector index that these options build of the chunks' vectors."""
@@ -116,7 +151,7 @@ class Collection:
     @cached_property
     def _by_document(self) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
         """Return the rows of the chunks, sorted by the number of their document, and these numbers."""
-        documents = self.index.spans()[:, 0]
+        documents = self.index.spans[:, 0]
         order = np.argsort(documents, kind="stable")
         return order, documents[order]
 
@@ -154,25 +189,17 @@ class Collection:
 
     def cache_key(self, method: Any, passages: bool = True) -> str:
         """Return a key of all that a method's results depend on: its options, models and code, and the passages."""
-        models = sorted({name for part in _dataclasses(method) for name in _models_of(part)})
-        versions = {name: model_version(self._model(name)) for name in models}
+        models = sorted({name for part in _dataclasses(method) for name in dependencies_of(part)})
+        versions = {name: self._version(name) for name in models}
         corpus = self.index.fingerprint if passages else None
         return content_key(method, versions, corpus, code_version(method, type(self)))
 
-    def _model(self, name: str) -> Any:
-        """Return the embedder or the generator without the cache around it."""
-        model = getattr(self, name)
-        return model.uncached if isinstance(model, CachedEmbedder) else model
-
-
-def _models_of(part: Any) -> Sequence[str]:
-    """Return the models that a part of a method depends on. Raises UserError for one that names them in the old way."""
-    if not hasattr(part, "depends_on") and hasattr(part, "uses"):
-        raise UserError(
-            f"{type(part).__module__}.{type(part).__qualname__} names its models in `uses`, which is called "
-            "`depends_on` now: rename it, or its results would be found again under another model."
-        )
-    return getattr(part, "depends_on", ())
+    def _version(self, name: str) -> str:
+        """Return a cache key of the embedder, without the cache around it, the generator, or the queries."""
+        if name == "queries":
+            return content_key(dict(self.queries))
+        model = self._embedder if name == "embedder" else self._loaded_generator
+        return model_version(model.uncached if isinstance(model, CachedEmbedder) else model)
 
 
 def _dataclasses(value: Any) -> Iterator[Any]:

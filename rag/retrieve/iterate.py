@@ -16,6 +16,7 @@ from rag.prompt import PromptTemplate
 from rag.retrieve import Retriever
 from rag.retrieve.cached import cached_search
 from rag.retrieve.collection import Collection
+from rag.retrieve.dependencies import dependencies_of
 from rag.retrieve.search import fuse_searches
 from rag.retrieve.transform.instruction import Instruction
 from rag.retrieve.transform.parse import lines, normal, without_echoes
@@ -65,7 +66,7 @@ class Iterative(Instruction):
 
     @property
     def depends_on(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.retriever.depends_on, "generator")))
+        return (*dependencies_of(self.retriever), "generator")
 
     @property
     def template(self) -> PromptTemplate:

@@ -16,6 +16,7 @@ from rag.index.lexical.weighting import BM25Weights, TfIdfWeights
 from rag.retrieve import Retriever
 from rag.retrieve.cached import cached_expand, cached_rerank, cached_search
 from rag.retrieve.collection import Collection
+from rag.retrieve.dependencies import dependencies_of
 from rag.retrieve.rerank import Reranker
 from rag.retrieve.transform import Transform
 from rag.runtime.options import Count, check_fields
@@ -71,7 +72,7 @@ class Hybrid:
 
     @property
     def depends_on(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for arm in self.arms.values() for name in arm.depends_on))
+        return dependencies_of(*self.arms.values())
 
     @property
     def lower_bounds(self) -> list[float] | None:
@@ -103,7 +104,7 @@ class Reranked:
 
     @property
     def depends_on(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.retriever.depends_on, *self.reranker.depends_on)))
+        return dependencies_of(self.retriever, self.reranker)
 
     def inner(self, k: int) -> list[tuple[Retriever, int]]:
         """Return the method that is searched with the same questions, with its k: for estimates and tuning."""
@@ -138,7 +139,7 @@ class Transformed:
 
     @property
     def depends_on(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.retriever.depends_on, *self.transform.depends_on)))
+        return dependencies_of(self.retriever, self.transform)
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
         expanded = cached_expand(collection, self.transform, questions)

@@ -1,1 +1,1 @@
-"""Services for every stage: the cache and its keys, checksums, clocks, option types, JSON schemas, array sizes."""
+"""Services for every stage: cache/, code/ (its versions), machine/; option types, JSON records, files, array sizes."""

@@ -11,7 +11,6 @@ memory map ignore the trailer.
 
 XXH3 finds accidental damage, not attacks: whoever may write to a folder may also write its checksums.
 Source: Y. Collet, xxhash.com; github.com/Cyan4973/xxHash, doc/xxhash_spec.md.
-Letters: P pieces.
 """
 
 import mmap
@@ -27,6 +26,7 @@ import xxhash
 from jaxtyping import UInt64
 
 from rag.runtime.files import file_stamp
+from rag.runtime.shapes import ceil_div
 
 PIECE = 1 << 16  # bytes of a piece, which has one checksum
 
@@ -38,7 +38,7 @@ class Damaged(Exception):
     """A file is not as it was written. The message begins with its path and says how it differs."""
 
 
-def piece_checksums(path: Path) -> UInt64[np.ndarray, "P"]:
+def piece_checksums(path: Path) -> UInt64[np.ndarray, "pieces"]:
     """Return the XXH3-64 of each piece of a file; pieces have PIECE bytes, and the last may have fewer."""
     with memory_map(path) as content:
         return _checksums(content, range(pieces(len(content))))
@@ -46,7 +46,7 @@ def piece_checksums(path: Path) -> UInt64[np.ndarray, "P"]:
 
 def pieces(size: int) -> int:
     """Return how many pieces a file of `size` bytes has."""
-    return -(-size // PIECE)
+    return ceil_div(size, PIECE)
 
 
 def check_size(path: Path, size: int) -> None:
@@ -60,7 +60,7 @@ def check_size(path: Path, size: int) -> None:
 class CheckedFile:
     """A memory-mapped file; `check` verifies the pieces that are about to be used, each once."""
 
-    def __init__(self, path: Path, size: int, checksums: UInt64[np.ndarray, "P"]):
+    def __init__(self, path: Path, size: int, checksums: UInt64[np.ndarray, "pieces"]):
         """Map a file into memory, without verifying it.
 
         Args:
@@ -111,7 +111,7 @@ class CheckedFile:
         self._verified[numbers] = True
 
 
-def _checksums(content: memoryview, numbers: range | np.ndarray) -> UInt64[np.ndarray, "P"]:
+def _checksums(content: memoryview, numbers: range | np.ndarray) -> UInt64[np.ndarray, "pieces"]:
     digests = (xxhash.xxh3_64_intdigest(content[i * PIECE : (i + 1) * PIECE]) for i in map(int, numbers))
     return np.fromiter(digests, np.uint64, len(numbers))
 

@@ -143,10 +143,17 @@ def convert(name: str, value: object, hint: object) -> object:
 
 
 def type_error(name: str, value: object, asked: str, takes_text: bool = False) -> str:
-    """Return the error message for a value of the wrong type; `asked` describes the right type."""
+    """Return the error message for a value of the wrong type.
+
+    Args:
+        name: of the setting.
+        value: the wrong value.
+        asked: describes the right type.
+        takes_text: whether text is one of the right types; the message then says how to write a number as text.
+    """
     as_text = takes_text and isinstance(value, int | float)
     hint = f"; as text write {name}='\"{spelled(value)}\"'" if as_text else ""
-    return f"{name}={spelled(value)} will not do: it must be {asked}{hint}."
+    return f"{name}={spelled(value)} is not valid: it must be {asked}{hint}."
 
 
 @functools.cache

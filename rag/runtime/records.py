@@ -61,7 +61,7 @@ class _Yaml(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         fields = super().construct_mapping(node, deep)
         if len(fields) < len(node.value) or not all(isinstance(name, str) for name in fields):
-            raise ValueError("a name stands twice in one mapping, or is no text")
+            raise ValueError("a name occurs twice in one mapping, or is no text")
         return fields
 
 
@@ -91,7 +91,17 @@ def read_record(path: Path, schema: type[R], remedy: str) -> R:
 
 
 def fitted_record(name: object, value: Any, schema: type[R], remedy: str) -> R:
-    """Return a parsed value as a record. Raises UserError, which begins with `name`, if it does not fit the schema."""
+    """Return a parsed value as a record.
+
+    Args:
+        name: of the file or text, with which the error message begins.
+        value: what JSON or YAML held.
+        schema: the class of the record.
+        remedy: what the user should do about an error; the end of the error message.
+
+    Raises:
+        UserError: the value does not fit the schema.
+    """
     try:
         return schema.model_validate(value)
     except ValidationError as error:
@@ -138,6 +148,8 @@ def misfit(error: ValidationError) -> str:
             return f"it has {position!r}, which is unknown"
         case "value_error":
             return f"{position}: {first['ctx']['error']}"
+        case "model_type":
+            return f"{position or 'it'}: input should be a JSON object"
     return f"{position or 'it'}: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
@@ -155,6 +167,6 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise ValueError(f"{name!r} stands twice in one object")
+            raise ValueError(f"{name!r} occurs twice in one object")
         fields[name] = value
     return fields

@@ -5,6 +5,8 @@ therefore padded to a few sizes. Powers of two give the fewest programs and wast
 give more programs and waste less.
 """
 
+from typing import Any
+
 _CACHE_STEP = 512  # slots: a KV cache of at least so many has a multiple of them
 
 
@@ -29,9 +31,14 @@ def power_of_two_near_sqrt(n: int) -> int:
     return 1 << (n.bit_length() // 2)
 
 
+def ceil_div(n: Any, divisor: int) -> Any:
+    """Return n / divisor rounded up, for an int or an array of integers."""
+    return -(-n // divisor)
+
+
 def round_up(n: int, multiple: int) -> int:
     """Return the least multiple of `multiple` that is not below n."""
-    return -(-n // multiple) * multiple
+    return ceil_div(n, multiple) * multiple
 
 
 def round_up_text(length: int, longest: int) -> int:

@@ -20,6 +20,8 @@ class PatientSweeper(Sweeper):
 
     # Called with the settings, the folder and the error of each combination left out; scripts/launch.py sets it.
     leave_out: ClassVar[Callable[[Sequence[str], Path, Exception], None]]
+    # Called with the folder of all jobs when these are done; likewise.
+    after_sweep: ClassVar[Callable[[Path], None]]
 
     def __init__(self, max_batch_size: int | None = None, params: Mapping[str, str] | None = None):
         """Take the settings of Hydra's own sweeper.
@@ -51,6 +53,7 @@ class PatientSweeper(Sweeper):
             for job in batch:
                 _ = job.return_value  # raises what the job has raised
             results.append(batch)
+        type(self).after_sweep(folder)
         return results
 
     def _composable(self, jobs: Sequence[Sequence[str]], folder: Path) -> list[Sequence[str]]:

@@ -25,7 +25,7 @@ _SILENT_S = (
 )
 _SHOWN, _LAST = 8, 400  # the number of faults that a failing test prints, and the last characters of each
 
-# Outcomes of a trial: the old state or the new one stands, the answer is the same or is refused by name, ...
+# Outcomes of a trial: the old state or the new one is found, the answer is the same, or an error names the file, ...
 GOOD = frozenset({"old", "new", "same", "refused", "needed"})
 FAULTS = frozenset({
     "lost",  # the old data cannot be read, or the written data is missing
@@ -71,7 +71,7 @@ class Summary:
             pytest.fail("\n".join([f"{len(self.trials)} trials: {counts}", *lines]), pytrace=False)
 
 
-def tell(trials: Iterable[Trial]) -> None:
+def print_trials(trials: Iterable[Trial]) -> None:
     """Print the results of trials, one line each, for the watching process."""
     for trial in trials:
         print(json.dumps([trial.number, trial.outcome, trial.done, trial.detail]), flush=True)
@@ -89,12 +89,12 @@ def main(trials: Callable[[int, int, Path], Iterator[Trial]]) -> None:
     count, first = (int(argument) for argument in (*sys.argv[1:], "0")[:2])
     with tempfile.TemporaryDirectory() as folder:
         try:
-            tell(trials(first, count, Path(folder).resolve()))
+            print_trials(trials(first, count, Path(folder).resolve()))
         except Unavailable as error:
             print(json.dumps([0, "unavailable", "", str(error)]), flush=True)
 
 
-def run(name: str, count: int, before: Sequence[str] = (), behind: Sequence[str] = ()) -> Summary:
+def run(name: str, count: int, before: Sequence[str] = (), after: Sequence[str] = ()) -> Summary:
     """Run the trials of tests/crash/<name>.py and return their results.
 
     The test is skipped where the machine cannot do this. After a crash or a hang the process is started again with the
@@ -104,21 +104,21 @@ def run(name: str, count: int, before: Sequence[str] = (), behind: Sequence[str]
         name: the campaign's module.
         count: the number of trials.
         before: words of the command line before the interpreter.
-        behind: words of the command line after the arguments.
+        after: words of the command line after the arguments.
     """
     memory = Path("/dev/shm")  # if it exists, because thousands of small folders are made and removed
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        return Summary(_watched(name, count, before, behind, os.environ | {"TMPDIR": folder}))
+        return Summary(_watched(name, count, before, after, os.environ | {"TMPDIR": folder}))
 
 
 def _watched(
-    name: str, count: int, before: Sequence[str], behind: Sequence[str], environment: Mapping[str, str]
+    name: str, count: int, before: Sequence[str], after: Sequence[str], environment: Mapping[str, str]
 ) -> list[Trial]:
     trials: list[Trial] = []
     first = 0
     while first < count:
         begun, code, errors = None, None, ""
-        command = [*before, sys.executable, "-m", f"tests.crash.{name}", str(count), str(first), *behind]
+        command = [*before, sys.executable, "-m", f"tests.crash.{name}", str(count), str(first), *after]
         for line in _lines(command, environment):
             if not isinstance(line, str):
                 code, errors = line

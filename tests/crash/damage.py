@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rag import native
-from rag.runtime import compilation_cache
+from rag.runtime.cache import compilation_cache
 from rag.types import UserError
 from tests.crash import workloads
 

@@ -13,7 +13,8 @@ from typing import Any
 from rag.embed import vector_cache
 from rag.embed.bert import BertEmbedder
 from rag.embed.vector_cache import CachedEmbedder
-from rag.runtime import file_hash, import_closure
+from rag.runtime.cache import file_hash
+from rag.runtime.code import import_closure
 from tests import tiny_models
 from tests.crash import campaign, workloads
 from tests.crash.campaign import Trial

@@ -91,19 +91,20 @@ def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
     gc.freeze()  # makes the collection after each trial quick
     for number in range(first, count):
         draw = random.Random(f"damage to an index {number}")
-        subject, place = made[number % len(made)], folder / f"trial {number}"
-        linked(subject.path, place)
-        files = sorted(path for path in place.rglob("*") if path.is_file() and path.suffix != ".lock")
+        subject, trial_folder = made[number % len(made)], folder / f"trial {number}"
+        linked(subject.path, trial_folder)
+        files = sorted(path for path in trial_folder.rglob("*") if path.is_file() and path.suffix != ".lock")
         done, damaged = damage(draw, files)
         done = f"{subject.name}: {done}"
         if damaged[0].name == "manifest.json":
-            damaged.append(place)  # without a manifest the error names the folder
+            damaged.append(trial_folder)  # without a manifest the error names the folder
         campaign.begin(number, done)
         yield Trial(
-            number, *verdict(subject.wanted, ask(place, subject.embedder, subject.methods), damaged, done)
+            number,
+            *verdict(subject.wanted, ask(trial_folder, subject.embedder, subject.methods), damaged, done),
         )
         gc.collect()  # frees memory maps
-        shutil.rmtree(place)
+        shutil.rmtree(trial_folder)
 
 
 if __name__ == "__main__":

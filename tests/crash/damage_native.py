@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rag.runtime import files
+from rag.runtime.cache.folder import cache_root
 from tests.crash import campaign
 from tests.crash.campaign import Trial
 from tests.crash.damage import damage, linked, verdict
@@ -43,23 +43,23 @@ def _used(home: Path) -> str | None:
 def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
     home = folder / "home"
     if (
-        built := files.cache_root() / "native"
+        built := cache_root() / "native"
     ).exists():  # copied from the machine's own cache, because building is slow
         shutil.copytree(built, home / "cache" / "native")
     wanted, used = (forked(partial(call, home)).result for call in (_call, _used))
     for number in range(first, count if wanted is not None else first):
-        place = folder / f"trial {number}"
-        linked(home, place)
-        done, damaged = damage(random.Random(f"native {number}"), [place / "cache" / "native" / used])
+        trial_folder = folder / f"trial {number}"
+        linked(home, trial_folder)
+        done, damaged = damage(random.Random(f"native {number}"), [trial_folder / "cache" / "native" / used])
         campaign.begin(number, done)
-        ended = forked(partial(_call, place))
+        ended = forked(partial(_call, trial_folder))
         if ended.signal:
             yield Trial(number, "hang" if ended.hung else "crash", done, f"signal {ended.signal}")
         elif ended.result is None and ended.error is None:
             yield Trial(number, "refused", done, "XLA does its work")
         else:
             yield Trial(number, *verdict([wanted], [ended.error or ended.result], damaged, done))
-        shutil.rmtree(place)
+        shutil.rmtree(trial_folder)
 
 
 if __name__ == "__main__":

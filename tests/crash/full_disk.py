@@ -40,12 +40,12 @@ def ingest(corpus: Path, home: Path) -> tuple[int, str]:
         "ingest.py", f"corpus.path={corpus}", f"index.path={home / 'index'}", "embedder=bag_of_words", "chunker=fixed",
         f"chunker.size={CHUNKER.size}", f"chunker.overlap={CHUNKER.overlap}", f"hydra.run.dir={home.parent / 'run'}",
     ]  # fmt: skip
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+    captured = io.StringIO()
+    with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(io.StringIO()):
         try:
             runpy.run_path(str(_SCRIPTS / "ingest.py"), run_name="__main__")
         except SystemExit as ended:
-            return int(ended.code or 0), told.getvalue()
+            return int(ended.code or 0), captured.getvalue()
     raise RuntimeError("a script ends by exiting")
 
 
@@ -61,21 +61,21 @@ def call(corpus: Path, home: Path) -> tuple[int, str]:
 
 def outcome(case: Case, home: Path, ended: Ended) -> tuple[str, str]:
     """Return (outcome, detail) of a run of `ingest` on a disk that may have been full."""
-    code, told = (None, "") if ended.result is None else ended.result
+    code, errors = (None, "") if ended.result is None else ended.result
     found = or_error(lambda: case.workload.look(home))
     if found != (case.new if code == 0 else case.old):
-        return "lost", f"exit code {code}: {told} {ended.text}"
+        return "lost", f"exit code {code}: {errors} {ended.text}"
     if code is None:
         return ("hang" if ended.hung else "traceback"), f"signal {ended.signal} {ended.text}"
-    told = "\n".join(
-        line for line in told.splitlines() if line.strip() and "\u2501" not in line
+    errors = "\n".join(
+        line for line in errors.splitlines() if line.strip() and "\u2501" not in line
     )  # no progress bars
-    if "\n" in told or code not in (0, 2) or (code == 2) != bool(told):
-        return "not one sentence", f"exit code {code}: {told}"
+    if "\n" in errors or code not in (0, 2) or (code == 2) != bool(errors):
+        return "not one sentence", f"exit code {code}: {errors}"
     if code == 0:
         return "new", ""
     left = sorted(path.name for path in (home / "index").iterdir() if path.name.startswith("."))
-    return ("rubbish", f"{left}") if left else ("refused", told)
+    return ("rubbish", f"{left}") if left else ("refused", errors)
 
 
 def _case(folder: Path, draw: random.Random, size: tuple[int, int]) -> tuple[Case, Path]:
@@ -106,9 +106,9 @@ def _refused(first: int, count: int, folder: Path) -> Iterator[Trial]:
     """Yield trials with a full disk from each call on; one in ten runs the script, the others what it calls."""
     numbers = itertools.count()
     for seed in itertools.count():
-        draw, place = random.Random(seed), folder / str(seed)
+        draw, trial_folder = random.Random(seed), folder / str(seed)
         case, corpus = _case(
-            place, draw, (3, 30) if seed == 0 else (draw.randint(2, 9), draw.choice([40, 400]))
+            trial_folder, draw, (3, 30) if seed == 0 else (draw.randint(2, 9), draw.choice([40, 400]))
         )
         points = list(range(1, case.calls + 1))
         draw.shuffle(points)
@@ -120,7 +120,7 @@ def _refused(first: int, count: int, folder: Path) -> Iterator[Trial]:
             run = ingest if number % 10 == 0 else call
             done = f"{run.__name__}, no room from call {at} of {case.calls} on"
             campaign.begin(number, done)
-            home = place / "home"
+            home = trial_folder / "home"
             shutil.copytree(case.before, home)
             ended = trapped(partial(run, corpus, home), home, full_at=at)
             if ended.result is not None:
@@ -128,7 +128,7 @@ def _refused(first: int, count: int, folder: Path) -> Iterator[Trial]:
             result, detail = outcome(case, home, ended)
             yield Trial(number, result, done, detail)
             shutil.rmtree(home)
-        shutil.rmtree(place)
+        shutil.rmtree(trial_folder)
 
 
 def _small(first: int, count: int, folder: Path, small: Path) -> Iterator[Trial]:

@@ -104,8 +104,8 @@ def _judged(case: Case, home: Path, ended: bool) -> tuple[str, str]:
 def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
     numbers = itertools.count()
     for seed in itertools.count():
-        draw, place = random.Random(f"kills {seed}"), folder / str(seed)
-        cases = [Case.of(workload, place) for workload in workloads(place, seed)]
+        draw, trial_folder = random.Random(f"kills {seed}"), folder / str(seed)
+        cases = [Case.of(workload, trial_folder) for workload in workloads(trial_folder, seed)]
         points = [(case, at) for case in cases for at in range(1, case.calls + 1)]
         draw.shuffle(points)
         for case, at in points:
@@ -116,7 +116,7 @@ def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
                 done = f"{case.workload.name} {seed}, killed at call {at} of {case.calls}{', torn' * torn}"
                 campaign.begin(number, done)
                 yield Trial(number, *_killed(case, folder / "home", at, torn, done))
-        shutil.rmtree(place)
+        shutil.rmtree(trial_folder)
 
 
 def _killed(case: Case, home: Path, at: int, torn: bool, done: str) -> tuple[str, str, str]:

@@ -39,21 +39,21 @@ def cut(case: Case, disk: Disk, home: Path, ended: bool) -> tuple[str, str]:
 def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
     number = 0
     for seed in itertools.count():
-        draw, place = random.Random(f"power {seed}"), folder / str(seed)
-        cases = [Case.of(workload, place) for workload in workloads(place, seed)]
+        draw, trial_folder = random.Random(f"power {seed}"), folder / str(seed)
+        cases = [Case.of(workload, trial_folder) for workload in workloads(trial_folder, seed)]
         runs = [(case, record(case, folder / "home")) for case in cases]
         for _ in range(_EACH):
             case, run = draw.choice(runs)
-            ended, said, disk = run.drawn(draw)
+            ended, description, disk = run.drawn(draw)
             if number >= first:
-                done = f"{case.workload.name} {seed}, {said}"
+                done = f"{case.workload.name} {seed}, {description}"
                 campaign.begin(number, done)
                 outcome, detail = cut(case, disk, folder / "home", ended)
                 yield Trial(number, outcome, done, detail)
             number += 1
             if number >= count:
                 return
-        shutil.rmtree(place)
+        shutil.rmtree(trial_folder)
 
 
 if __name__ == "__main__":

@@ -52,14 +52,14 @@ class Step:
     offset: int = 0
     data: bytes = b""
     site: str = ""
-    said: str = ""  # a description for people
+    description: str = ""
 
     @property
     def needs(self) -> frozenset[int]:
         """Return what must be synced to make this step durable."""
         if self.kind != "name":
             return frozenset({self.node})
-        return frozenset(place[0] for place in (self.put, self.removed) if place is not None)
+        return frozenset(location[0] for location in (self.put, self.removed) if location is not None)
 
     def apply(self, disk: Disk) -> None:
         match self.kind:
@@ -142,8 +142,8 @@ class Recording:
         return disk
 
     def _told(self, point: int, missing: frozenset[int], zeros: frozenset[int]) -> str:
-        lost = [self.steps[i].said for i in sorted(missing)] + [
-            f"zeros in {self.steps[i].said}" for i in sorted(zeros)
+        lost = [self.steps[i].description for i in sorted(missing)] + [
+            f"zeros in {self.steps[i].description}" for i in sorted(zeros)
         ]
         return f"power cut after step {point} of {len(self.steps)} without {_few(lost)}"
 
@@ -171,7 +171,7 @@ def _choices(
         yield every - {one}, none
         yield none, frozenset({one})
     for _ in range(drawn if len(loose) > 1 else 0):
-        fates = {i: draw.choice("kept missing zeros".split()) for i in loose}
+        fates = {i: draw.choice("present missing zeros".split()) for i in loose}
         yield (
             frozenset(i for i in loose if fates[i] == "missing"),
             frozenset(i for i in loose if fates[i] == "zeros"),
@@ -183,7 +183,7 @@ def recording(root: Path, events: Sequence[Event], before: "Snapshot") -> Record
     nodes, live = dict(before.nodes), before.disk.copy()
     steps: list[Step] = []
 
-    def place(path: str) -> tuple[int, str]:
+    def location(path: str) -> tuple[int, str]:
         *folders, name = Path(path).relative_to(root).parts
         node = 0
         for folder in folders:
@@ -193,11 +193,11 @@ def recording(root: Path, events: Sequence[Event], before: "Snapshot") -> Record
     def named(path: str) -> int:
         if Path(path) == root:
             return 0
-        folder, name = place(path)
+        folder, name = location(path)
         return live.folders[folder][name]
 
     def step(event: Event) -> Step:
-        said = f"{event.kind} {Path(event.path).relative_to(root)}"
+        description = f"{event.kind} {Path(event.path).relative_to(root)}"
         match event.kind:
             case "create" | "mkdir":
                 node = nodes[event.inode] = 1 + max([*live.folders, *live.files, *nodes.values()])
@@ -205,18 +205,24 @@ def recording(root: Path, events: Sequence[Event], before: "Snapshot") -> Record
                     live.folders[node] = {}
                 else:
                     live.files[node] = b""
-                return Step("name", node, put=place(event.path), said=said)
+                return Step("name", node, put=location(event.path), description=description)
             case "rename":
                 return Step(
-                    "name", named(event.path), put=place(event.other), removed=place(event.path), said=said
+                    "name",
+                    named(event.path),
+                    put=location(event.other),
+                    removed=location(event.path),
+                    description=description,
                 )
             case "link":
-                return Step("name", named(event.path), put=place(event.other), said=said)
+                return Step("name", named(event.path), put=location(event.other), description=description)
             case "unlink":
-                return Step("name", named(event.path), removed=place(event.path), said=said)
+                return Step("name", named(event.path), removed=location(event.path), description=description)
             case "fsync":
-                return Step("fsync", nodes[event.inode], site=event.site, said=said)
-        return Step(event.kind, nodes[event.inode], offset=event.offset, data=event.data, said=said)
+                return Step("fsync", nodes[event.inode], site=event.site, description=description)
+        return Step(
+            event.kind, nodes[event.inode], offset=event.offset, data=event.data, description=description
+        )
 
     for event in events:
         steps.append(step(event))

@@ -41,10 +41,10 @@ def trials(first: int, count: int, folder: Path) -> Iterator[Trial]:
 
 def _fault(case: Case, run: Recording, site: str, home: Path) -> str | None:
     """Return the first fault without the syncs of a line, or None."""
-    for ended, said, disk in run.without(site).states(random.Random(site), _DRAWN, than=run):
+    for ended, description, disk in run.without(site).states(random.Random(site), _DRAWN, than=run):
         outcome, detail = cut(case, disk, home, ended)
         if outcome in _FAULTS:
-            return f"{outcome}, {said} ({detail[-200:]})"
+            return f"{outcome}, {description} ({detail[-200:]})"
     return None
 
 

@@ -19,7 +19,7 @@ def test_an_open_index_answers_after_it_was_replaced(tmp_path):
     pipeline.ingest(corpora[0], path, CHUNKER, BagOfWords(), ANALYZER)
     wanted, before = _answers(Index.open(path)), Index.open(path)
     pipeline.ingest(corpora[1], path, CHUNKER, BagOfWords(), ANALYZER)  # as another process would
-    assert Index.open(path).generation == 2
+    assert Index.open(path).manifest.generation == 2
     assert _answers(before) == wanted != _answers(Index.open(path))
 
 

@@ -1,5 +1,5 @@
 /* Traps the system calls by which a process changes files below one folder. Each is counted and recorded; on request
-   the process dies at one of them (SIGKILL), or is told that the disk is full.
+   the process dies at one of them (SIGKILL), or gets the error that the disk is full.
 
    A seccomp filter turns those calls into the signal SIGSYS, whose handler makes them itself: nothing that runs in the
    process, compiled libraries included, can write past it. The filter lets calls through that come from crash_raw.

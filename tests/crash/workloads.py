@@ -38,7 +38,7 @@ from rag.ingest.chunk.fixed import FixedChunker
 from rag.models.llama.model import LlamaConfig
 from rag.prompt import PromptTemplate, render
 from rag.retrieve.search import Lexical
-from rag.runtime.import_closure import code_version
+from rag.runtime.code.import_closure import code_version
 from rag.types import Context, Document, Hit, Source
 from tests.tiny_models import byte_level
 
@@ -180,11 +180,11 @@ _TEMPLATE = PromptTemplate(user="{context} {question}", passage="{text}", system
 
 
 def _read(packed: None, tokens: np.ndarray) -> np.ndarray:
-    """Return keys and values [B, L, 2, K, T, D] that depend on each token and its position, in place of a decoder."""
+    """Return keys and values [B, L, 2, K, T, D] that depend on each token and its position, without a decoder."""
     shape = (len(tokens), 2, 2, 1, tokens.shape[1], 8)
     waves = np.sin(np.arange(2 * 2 * 8).reshape(2, 2, 1, 1, 8) + 1)
-    places = np.asarray(tokens)[:, None, None, None, :, None] + np.arange(tokens.shape[1])[:, None] / 7
-    return np.broadcast_to(places * waves / 300, shape).astype(np.float16)
+    positions = np.asarray(tokens)[:, None, None, None, :, None] + np.arange(tokens.shape[1])[:, None] / 7
+    return np.broadcast_to(positions * waves / 300, shape).astype(np.float16)
 
 
 def chunk_reader(dtype: str = "float16") -> ChunkKVCache:

@@ -14,7 +14,7 @@ from rag.embed.bert import BertEmbedder
 from rag.embed.packing import max_texts, pack_texts, plan_batches
 from rag.models.bert import checkpoint as bert_checkpoint
 from rag.models.bert import model as bert
-from rag.runtime.memo import model_version
+from rag.runtime.cache.memo import model_version
 from rag.runtime.shapes import round_up_text
 from rag.types import UserError
 from tests.reference import ENCODER_TOLERANCE, counter_cosine
@@ -246,7 +246,7 @@ def test_weights_in_fewer_bits(folder, embedder, dtype):
     assert model_version(less) != model_version(embedder)  # the key of cached vectors
 
 
-def test_an_unknown_dtype_is_told(folder):
+def test_an_unknown_dtype_is_refused(folder):
     with pytest.raises(UserError, match=r"dtype=float16 .* float32, bfloat16 or int8"):
         BertEmbedder(str(folder), dtype="float16")
 
@@ -305,6 +305,9 @@ def test_the_vocabulary_is_saved_and_restored(tmp_path):
     assert restored.dim == bag.dim == restored.encode([""]).shape[1]
     np.testing.assert_array_equal(restored.encode(SEED), bag.encode(SEED))
     assert restored.fingerprint == bag.fingerprint == BagOfWords().fingerprint
+    (tmp_path / "vocabulary.json").write_text('["ice", 3]')
+    with pytest.raises(UserError, match=r"vocabulary\.json .*valid string.*ingest the corpus again$"):
+        bag.restore(tmp_path)
     (tmp_path / "vocabulary.json").unlink()
     with pytest.raises(UserError, match=r"vocabulary\.json.*ingest the corpus again"):
         BagOfWords().restore(tmp_path)

@@ -8,12 +8,12 @@ import pytest
 
 from rag.embed import Embedder, vector_cache
 from rag.embed.vector_cache import CachedEmbedder
-from rag.runtime import cache
+from rag.runtime.cache import entries
 from tests.damage import WAYS
 
 
 class Lengths:
-    """It embeds a text as its length and the size of its batch, which stands for a rounding error."""
+    """It embeds a text as its length and the size of its batch, as a rounding error would depend on it."""
 
     dim = 2
     score_threshold = 0.5
@@ -127,8 +127,8 @@ def test_damaged_vectors_are_computed_again(tmp_path, way, capsys):
         assert 0 < embedder.missing(texts) < 3
         np.testing.assert_array_equal(embedder.encode(texts), whole)
         assert len(again.batches) == 1
-        told = capsys.readouterr().err
-        assert (file.name in told and told.count("\n") == 1) == (way != "gone")
+        printed = capsys.readouterr().err
+        assert (file.name in printed and printed.count("\n") == 1) == (way != "gone")
         np.testing.assert_array_equal(CachedEmbedder(Lengths(fail_after=0), tmp_path).encode(texts), whole)
         assert capsys.readouterr().err == ""
     assert not list(tmp_path.rglob("*.todo"))
@@ -165,7 +165,7 @@ def test_vectors_of_another_shape_are_not_taken(tmp_path, capsys):
     [file] = tmp_path.rglob("*.npy")
     content = io.BytesIO()
     np.save(content, np.zeros((3, 2), np.float32))
-    cache.write(file, content.getvalue())
+    entries.write(file, content.getvalue())
     assert CachedEmbedder(Lengths(), tmp_path).encode(["a"]).tolist() == [[1, 1]]
     assert "holds other vectors: its vectors are computed again" in capsys.readouterr().err
 
@@ -182,11 +182,11 @@ def test_what_is_known_is_not_looked_for_on_the_disk(tmp_path, monkeypatch):
     embedder.encode(texts[::-1])
     embedder.missing(texts)
     assert looks == []
-    monkeypatch.setattr(vector_cache.cache, "read_array", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(vector_cache.entries, "read_array", lambda path: pytest.fail("read again"))
     assert embedder.encode(texts)[:, 0].tolist() == [len(text) for text in texts]
 
 
-def test_a_read_only_folder_that_holds_everything_will_do(tmp_path, monkeypatch):
+def test_a_read_only_folder_is_read_without_a_lock(tmp_path, monkeypatch):
     texts = ["a", "bb", "ccc"]
     whole = CachedEmbedder(Lengths(), tmp_path).encode(texts)
     monkeypatch.setattr(vector_cache, "entry_lock", lambda path: pytest.fail("a lock is a file in the cache"))

@@ -27,7 +27,7 @@ from rag.evaluate.metrics import retrieval as retrieval_metrics
 from rag.evaluate.metrics.spans import is_span_measure
 from rag.evaluate.summary import RESERVED_KEYS
 from rag.report import results
-from rag.runtime.measurement import Spread
+from rag.runtime.machine.measurement import Spread
 from rag.types import UserError
 from tests.tiny_models import write_decoder
 
@@ -88,6 +88,7 @@ def metrics_shape(measures: dict) -> dict:
             "name": str,
             "fingerprint": str,
             "queries": int,
+            "unjudged": int,
             "limit": (int, type(None)),
             "seed": int,
         },
@@ -160,7 +161,9 @@ SENSITIVITY = {
     "skipped": [str],
     "environment": ENVIRONMENT,
 }
-SOURCE = {"n": int, "path": str, "start": int, "end": int, "score": float, "text": str}
+SOURCE = {"n": int, "path": str, "document_id": str, "start": int, "end": int, "score": float, "text": str}
+SOURCE |= {"first_line": int, "last_line": int, "heading": str, "excerpt": str, "best": bool}
+QUERY = {"query": str, "text": str, "relevant": Each(int)}
 ONE_ANSWER = {
     "question": str,
     "answer": str,
@@ -176,6 +179,7 @@ ONE_ANSWER = {
     },
     "cited": [int],
     "notices": [str],
+    "finish_reason": str,
     "generator": str,
     "environment": ENVIRONMENT,
 }
@@ -255,7 +259,7 @@ def test_the_files_of_an_evaluation(home, run):
             "answers.jsonl",
             "error_breakdown.json",
         ),
-        *("config.yaml", "overrides.yaml"),
+        *("config.yaml", "overrides.yaml", "queries.jsonl"),
     }
     found, measures = strict((folder / "metrics.json").read_text()), RETRIEVAL | ANSWERED
     assert misfit(found, metrics_shape(measures)) == ""
@@ -279,6 +283,9 @@ def test_the_files_of_an_evaluation(home, run):
         chosen = [reply for reply in replies if reply["condition"] == condition]
         assert misfit(chosen, [shape]) == "" and len(chosen) == 4
     assert misfit(strict((folder / "error_breakdown.json").read_text()), ERROR_BREAKDOWN) == ""
+    queries = lines(folder / "queries.jsonl")
+    assert misfit(queries, [QUERY]) == ""
+    assert queries[0] == {"query": "q seal", "text": "seal?", "relevant": {"seal": 1}} and len(queries) == 3
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["dataset"]["path"] == str(home / "beir") and config["ablation"]["k"] == 1
     assert "ablation.k=1" in yaml.safe_load((folder / "overrides.yaml").read_text())
@@ -345,7 +352,7 @@ def test_a_benchmarks_line(home, monkeypatch, capsys):
 # --- the schemas themselves, and names
 
 
-def test_a_schema_refuses_what_is_not_so():
+def test_a_schema_rejects_other_values():
     shape = {"a": [float], "b": (int, type(None)), "c": Each(str)}
     assert misfit({"a": [1.0], "b": None, "c": {"x": "y"}}, shape) == ""
     for wrong in (

@@ -95,7 +95,7 @@ def test_text_of_any_script_survives(write):
     assert dataset.queries["q1"] == odd
 
 
-def test_what_is_odd_but_tolerable_is_listed(write):
+def test_faults_that_change_no_figure_are_listed_as_problems(write):
     corpus = [
         *CORPUS,
         {"_id": "e1", "title": "", "text": ""},
@@ -111,13 +111,13 @@ def test_what_is_odd_but_tolerable_is_listed(write):
     assert len(dataset.corpus) == 6
 
 
-def test_a_query_with_irrelevant_judgements_only_stays_and_is_listed(write):
+def test_a_query_without_a_relevant_document_is_evaluated_and_listed_as_a_problem(write):
     dataset = load_beir(write(qrels=["q1\td1\t0", "q1\td2\t-1", "q2\td2\t1"]))
     assert dataset.qrels["q1"] == {"d1": 0, "d2": -1}
     assert "no relevant document for q1" in dataset.problems[0]
 
 
-def test_judgements_of_unknown_ids_are_errors_or_with_strict_off_left_out(write):
+def test_judgements_of_unknown_ids_are_errors_or_left_out_without_strict(write):
     path = write(qrels=[*QRELS, "q2\tgone\t1", "nobody\td1\t1"])
     both = r'document "gone" \(line 5\), query "nobody" \(line 6\)'
     with pytest.raises(UserError, match=both):
@@ -128,14 +128,14 @@ def test_judgements_of_unknown_ids_are_errors_or_with_strict_off_left_out(write)
     assert "left out" in dataset.problems[0]
 
 
-def test_long_lists_of_faults_are_cut(write):
+def test_a_long_list_of_faults_is_shortened(write):
     path = write(qrels=[*QRELS, *(f"q1\tgone{i}\t1" for i in range(9))])
     with pytest.raises(UserError, match=r'"gone4" \(line 9\) and 4 more') as error:
         load_beir(path)
     assert "gone5" not in str(error.value)
 
 
-def test_queries_that_are_documents_make_self_hits(write):
+def test_queries_that_are_documents_do_not_find_themselves(write):
     own = {
         "_id": "d1",
         "text": "the  tide TURNS twice.",
@@ -149,7 +149,7 @@ def test_queries_that_are_documents_make_self_hits(write):
     assert not load_beir(write(queries=[chance, QUERIES[1]], qrels=["d1\td2\t1", "q2\td2\t1"])).drop_self_hits
 
 
-def test_one_query_that_ends_like_the_document_of_its_number_is_chance(write):
+def test_one_query_that_ends_like_the_document_of_its_id_is_no_document(write):
     """Otherwise the document that answers would be taken from every query, and every measure be 0."""
     end = {"_id": "d1", "text": "twice."}
     relevant = load_beir(write(queries=[end, QUERIES[1]], qrels=["d1\td1\t1", "q2\td2\t1"]))
@@ -164,18 +164,18 @@ def test_one_query_that_ends_like_the_document_of_its_number_is_chance(write):
 
 
 @pytest.mark.parametrize("grade", ["10001", "-10001", "4294967296", "9" * 18])
-def test_grades_that_trec_eval_cannot_count_are_told(write, grade):
+def test_grades_that_trec_eval_cannot_count_are_errors(write, grade):
     with pytest.raises(UserError, match="use grades up to 10,000"):
         load_beir(write(qrels=[f"q1\td1\t{grade}", "q2\td2\t1"]))
 
 
 @pytest.mark.parametrize("grade", ["1_0", "٣", "1.0", "9" * 19, ""])
-def test_grades_are_plain_whole_numbers(write, grade):
+def test_a_grade_that_is_no_integer_is_an_error(write, grade):
     with pytest.raises(UserError, match="qrels"):
         load_beir(write(qrels=[f"q1\td1\t{grade}", "q2\td2\t1"]))
 
 
-def test_an_id_that_trec_eval_would_cut_is_told(write):
+def test_an_id_that_trec_eval_would_cut_is_an_error(write):
     cut = {"_id": "q\0b", "text": "What turns?"}
     with pytest.raises(UserError, match=r"has U\+0000 in the id 'q\\x00b'"):
         load_beir(write(queries=[cut, *QUERIES]))
@@ -186,29 +186,47 @@ def test_an_id_that_trec_eval_would_cut_is_told(write):
     [
         ({"corpus": [*CORPUS, CORPUS[0]]}, r'corpus\.jsonl, line 4 repeats the id "d1" of line 1'),
         ({"queries": [QUERIES[0], *QUERIES]}, r'queries\.jsonl, line 2 repeats the id "q1" of line 1'),
-        ({"corpus": [CORPUS[0], "{broken"]}, r"corpus\.jsonl, line 2 is not valid JSON"),
-        ({"corpus": ["[1]"]}, r'corpus\.jsonl, line 1 has no strings "_id" and "text"'),
-        ({"corpus": [{"_id": 1, "text": "x"}]}, r'corpus\.jsonl, line 1 has no strings "_id" and "text"'),
-        ({"corpus": [{"_id": "d1"}]}, r'corpus\.jsonl, line 1 has no strings "_id" and "text"'),
-        ({"corpus": [{"_id": " ", "text": "x"}]}, r'corpus\.jsonl, line 1 has an empty "_id"'),
-        ({"corpus": [{"_id": "d1", "text": "x", "title": 3}]}, r'corpus\.jsonl, line 1: "title" must be'),
+        ({"corpus": [CORPUS[0], "{broken"]}, r"corpus\.jsonl, line 2 is not JSON"),
+        ({"corpus": ["[1]"]}, r"corpus\.jsonl, line 1 holds no JSON object"),
+        (
+            {"corpus": [{"_id": 1, "text": "x"}]},
+            r"corpus\.jsonl, line 1 .*\(_id: input should be a valid string",
+        ),
+        ({"corpus": [{"_id": "d1"}]}, r"corpus\.jsonl, line 1 .*\(it has no 'text'"),
+        ({"corpus": [{"_id": " ", "text": "x"}]}, r"corpus\.jsonl, line 1 .*\(_id: it is empty"),
+        (
+            {"corpus": [{"_id": "d1", "text": "x", "title": 3}]},
+            r"corpus\.jsonl, line 1 .*\(title: input should be",
+        ),
         ({"corpus": []}, r"corpus\.jsonl is empty"),
-        ({"queries": [{"_id": "q1", "text": " "}]}, r'queries\.jsonl, line 1: the query "q1" is empty'),
+        ({"queries": [{"_id": "q1", "text": " "}]}, r"queries\.jsonl, line 1 .*\(text: it is empty"),
         (
             {"queries": [{**QUERIES[0], "answers": "tide"}]},
-            r'queries\.jsonl, line 1: "answers" must be a list',
+            r"queries\.jsonl, line 1 .*\(answers: input should be a valid list",
         ),
-        ({"queries": [{**QUERIES[0], "answers": [1]}]}, r'queries\.jsonl, line 1: "answers" must be a list'),
+        ({"queries": [{**QUERIES[0], "answers": [1]}]}, r"queries\.jsonl, line 1 .*\(answers\.0: input"),
         (
             {"queries": [{**QUERIES[0], "answers": ["x", " "]}]},
-            r'line 1: an answer of the query "q1" is empty',
+            r"line 1 .*\(answers\.1: it is empty",
         ),
-        ({"queries": [{**QUERIES[0], "evidence": "d1"}]}, r'line 1: "evidence" must be a list of objects'),
+        (
+            {"queries": [{**QUERIES[0], "evidence": "d1"}]},
+            r"line 1 .*\(evidence: input should be a valid list",
+        ),
+        ({"queries": [{**QUERIES[0], "evidence": [3]}]}, r"\(evidence\.0: input should be a JSON object"),
+        (
+            {"queries": [{**QUERIES[0], "evidence": [{"quote": "tide"}]}]},
+            r"it has no 'evidence\.0\.document'",
+        ),
+        (
+            {"queries": [{**QUERIES[0], "evidence": [{"document": "d1", "start": False, "end": 3}]}]},
+            r"\(evidence\.0\.start: input should be a valid integer",
+        ),
         (
             {"queries": [*QUERIES[:2], {**QUERIES[2], "evidence": [{"document": "d1", "quote": "tide"}]}]},
             r'line 3: query "q3" is flagged unanswerable but has evidence',
         ),
-        ({"queries": [{**QUERIES[0], "answerable": "no"}]}, r'queries\.jsonl, line 1: "answerable" must be'),
+        ({"queries": [{**QUERIES[0], "answerable": "no"}]}, r"queries\.jsonl, line 1 .*\(answerable: input"),
         (
             {"queries": [{**QUERIES[0], "answerable": False}]},
             r'"q1" of .* is flagged unanswerable but judged',
@@ -222,7 +240,7 @@ def test_an_id_that_trec_eval_would_cut_is_told(write):
         ({"qrels": []}, r"test\.tsv judges no query"),
     ],
 )
-def test_what_would_make_figures_wrong_is_an_error_with_file_line_and_id(write, change, message):
+def test_a_malformed_row_is_an_error_with_file_line_and_id(write, change, message):
     queries = change.get("queries", QUERIES)
     if any(isinstance(row, dict) and len(queries) == 1 for row in queries):
         change = {"qrels": ["q1\td1\t1"], **change}
@@ -284,7 +302,6 @@ def test_a_quote_from_a_file_is_found_after_cleaning(write):
     ("item", "message"),
     [
         ({"document": "d9", "quote": "tide"}, r'the unknown document "d9" \(line 1, query "q1"\)'),
-        ({"quote": "tide"}, r'the unknown document "None"'),
         ({"document": "d1", "quote": "moon"}, r'"moon", which does not occur once in document "d1"'),
         ({"document": "d1", "quote": "t"}, r'"t", which does not occur once in document "d1"'),
         ({"document": "d1", "quote": " "}, r'an empty quote of document "d1"'),
@@ -292,11 +309,10 @@ def test_a_quote_from_a_file_is_found_after_cleaning(write):
         ({"document": "d1", "start": 5, "end": 5}, r"the span 5 to 5 of the 27 characters"),
         ({"document": "d1", "start": 0, "end": 28}, r"the span 0 to 28 of the 27 characters"),
         ({"document": "d1", "start": -1, "end": 3}, r"the span -1 to 3 of the 27 characters"),
-        ({"document": "d1", "start": False, "end": 3}, r"the span False to 3 of the 27 characters"),
-        ({"document": "d1", "start": 0, "end": 4, "quote": "Ice"}, r"not what stands at 0 to 4 of"),
+        ({"document": "d1", "start": 0, "end": 4, "quote": "Ice"}, r"not the text from 0 to 4 of"),
     ],
 )
-def test_evidence_that_is_not_there_is_an_error_or_with_strict_off_left_out(write, item, message):
+def test_evidence_that_is_not_in_its_document_is_an_error_or_left_out_without_strict(write, item, message):
     path = write(queries=with_evidence(item, {"document": "d1", "quote": "twice"}))
     with pytest.raises(UserError, match=r"queries\.jsonl gives evidence that is not there: .*" + message):
         load_beir(path)
@@ -312,7 +328,7 @@ def many(count):
     return queries, [f"q{i}\td1\t1" for i in range(count)]
 
 
-def test_a_sample_has_the_same_queries_whatever_their_order(write):
+def test_a_sample_does_not_depend_on_the_order_of_the_queries(write):
     queries, qrels = many(40)
     whole = load_beir(write(queries=queries, qrels=qrels))
     sample = whole.sample(10, seed=3)
@@ -332,7 +348,7 @@ def test_a_sample_has_the_same_queries_whatever_their_order(write):
 
 
 @pytest.mark.parametrize("limit", [0, -1, True])
-def test_a_sample_of_nothing_is_an_error(write, limit):
+def test_a_sample_of_no_query_is_an_error(write, limit):
     with pytest.raises(UserError, match=rf"limit={str(limit).lower()} "):
         load_beir(write(), limit=limit)
 
@@ -345,7 +361,7 @@ def test_every_query_is_drawn_about_as_often(write):
     assert all(60 <= count <= 120 for count in counts.values()), counts  # 90 expected, deviation 8
 
 
-def test_the_fingerprint_is_of_contents_not_of_places(write, tmp_path_factory):
+def test_the_fingerprint_depends_on_contents_not_on_paths(write, tmp_path_factory):
     fingerprint = load_beir(write()).fingerprint
     assert len(fingerprint) == 64
     elsewhere = tmp_path_factory.mktemp("other")

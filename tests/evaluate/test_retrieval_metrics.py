@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rag.evaluate.metrics import retrieval as retrieval_metrics
-from rag.evaluate.metrics.retrieval import canonical_scores, evaluate, read_trec_run, trec_lines
+from rag.evaluate.metrics.retrieval import canonical_scores, evaluate, trec_lines
+from rag.retrieve.run_file import read_trec_run
 from rag.types import UserError
 from tests.reference import METRIC_TOLERANCE, metric_oracle, ranking_oracle
 
@@ -245,4 +246,7 @@ def test_a_missing_run_file_is_named(tmp_path):
 
 def test_no_optional_library_changes_the_figures():
     """RR with a cut-off comes from a provider that is part of ir_measures, whatever else is installed."""
-    assert [provider.NAME for provider in retrieval_metrics._PROVIDER.providers] == ["pytrec_eval", "msmarco"]
+    names = [provider.NAME for provider in retrieval_metrics._PROVIDER.providers]
+    assert names[:2] == ["pytrec_eval", "msmarco"]
+    ours = [retrieval_metrics._measure(name) for name in NAMES]
+    assert all(any(one.supports(m) for one in retrieval_metrics._PROVIDER.providers[:2]) for m in ours)

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from rag.evaluate.resampling import bootstrap, sign_flips
 from rag.evaluate.statistics import (
     Statistics,
-    _bootstrap,
-    _sign_flips,
     _widened_normal_quantile,
     compare,
     detectable,
@@ -57,8 +56,8 @@ def test_queries_without_a_value_are_left_out_of_their_column_only():
     gaps[::3, 1] = np.nan
     whole, ours = intervals(values, QUICK), intervals(gaps, QUICK)
     np.testing.assert_array_equal(ours[0], whole[0])
-    kept = gaps[~np.isnan(gaps[:, 1]), 1:]
-    np.testing.assert_allclose(ours[1], intervals(kept, QUICK)[0], atol=1e-6)
+    defined = gaps[~np.isnan(gaps[:, 1]), 1:]
+    np.testing.assert_allclose(ours[1], intervals(defined, QUICK)[0], atol=1e-6)
 
 
 def test_a_column_does_not_depend_on_its_neighbours_or_the_padding():
@@ -86,7 +85,7 @@ def test_too_few_values_have_no_interval_and_equal_ones_a_point():
     np.testing.assert_allclose(bounds[2], 0.3)
 
 
-def test_an_interval_does_not_move_with_the_scale_of_the_values():
+def test_an_interval_scales_with_the_values():
     values = skewed(60, 1)
     np.testing.assert_allclose(intervals(values * 1e6 - 1e6), intervals(values) * 1e6 - 1e6, rtol=1e-5)
 
@@ -111,7 +110,7 @@ def test_a_95_percent_interval_covers_between_93_and_97_percent(n, shapes):
     means, columns = datasets.mean(axis=0), datasets.shape[1]
     normal = jnp.asarray(_widened_normal_quantile(np.full(columns, n), 0.95))
     counts = jnp.full(columns, n, jnp.int32)
-    bounds = means[:, None] + _bootstrap(datasets - means, counts, normal, jax.random.key(0), 1000)
+    bounds = means[:, None] + bootstrap(datasets - means, counts, normal, jax.random.key(0), 1000)
     for i, (zeros, ones, a, b) in enumerate(shapes):
         low, high = bounds[i * sets : (i + 1) * sets].T
         truth = ones + (1 - zeros - ones) * a / (a + b)
@@ -145,7 +144,7 @@ def test_an_exact_p_needs_no_more_patterns_than_resamples():
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.1, 0.2, 0.3])
-def test_a_drawn_p_is_scipys(shift):
+def test_p_of_random_signs_is_scipys(shift):
     differences = skewed(60, 2) @ [1, -1] + shift
     expected = stats.permutation_test(
         (differences,), np.mean, permutation_type="samples", n_resamples=20_000, rng=3
@@ -166,18 +165,18 @@ def test_queries_that_tie_or_are_missing_leave_p_exact():
     assert randomisation(column, QUICK) == [all_patterns_p(differing)]
 
 
-def test_the_randomisation_test_errs_in_five_percent_of_true_hypotheses():
+def test_the_randomisation_test_rejects_five_percent_of_true_hypotheses():
     """Two systems of one distribution, 4,000 times, as the columns of the program that `compare` runs."""
     trials, n = 4000, 60
     pairs = draw((2 * n, trials), 5, 0.3, 0.2, 2.0, 3.0)
     differences = jnp.zeros((64, trials)).at[:n].set(pairs[:n] - pairs[n:])
     counts, exact = jnp.full(trials, n, jnp.int32), jnp.zeros(trials, bool)
-    hits = _sign_flips(differences, counts, exact, jax.random.key(0), 999)
+    hits = sign_flips(differences, counts, exact, jax.random.key(0), 999)
     rejected = float((((hits + 1) / 1000) <= 0.05).mean())
     assert 0.04 <= rejected <= 0.06  # three standard errors
 
 
-def test_a_comparison_counts_its_queries_and_says_what_it_could_find():
+def test_a_comparison_has_its_queries_and_the_detectable_difference():
     baseline = {"a": 0.5, "b": 0.25, "c": None, "d": 1.0, "e": 0.0}
     better = {"a": 0.75, "b": 0.25, "c": 1.0, "d": 0.5, "e": 1.0, "other": 1.0}
     result = compare(baseline, {"better": better, "same": baseline, "one": {"a": 1.0, "b": math.nan}})
@@ -203,12 +202,12 @@ def test_a_comparison_counts_its_queries_and_says_what_it_could_find():
     assert compare(baseline, {}) == {}
 
 
-def test_systems_of_other_queries_are_refused():
+def test_systems_with_different_queries_are_an_error():
     with pytest.raises(UserError, match=r'"theirs" and the baseline have no query in common'):
         compare({"a": 1.0}, {"ours": {"a": 0.5}, "theirs": {"b": 0.5}})
 
 
-def test_holm_worked_by_hand():
+def test_holm_of_an_example_computed_by_hand():
     """0.01 * 4, 0.03 * 3, then 0.04 * 2 is raised to 0.09, and 0.05 * 1 too."""
     np.testing.assert_allclose(holm(np.array([0.04, 0.01, 0.05, 0.03])), [0.09, 0.04, 0.09, 0.09])
     assert holm(np.array([0.7, 0.6])).tolist() == [1.0, 1.0]
@@ -238,7 +237,7 @@ def test_the_detectable_difference_has_the_power_asked_for(n):
     assert power == pytest.approx(0.8, abs=0.01)
 
 
-def test_warnings_name_the_measures_and_stay_silent_when_all_is_well():
+def test_warnings_name_the_metrics_and_there_are_none_without_a_problem():
     assert warnings(np.linspace([0.3, 0.5], [0.7, 0.6], 30), ["nDCG@10", "F1"]) == []
     steady = np.linspace(0.4, 0.6, 30)[:, None]
     values = np.concatenate([steady, np.zeros((30, 1)), np.full((30, 1), np.nan)], axis=1)
@@ -250,7 +249,7 @@ def test_warnings_name_the_measures_and_stay_silent_when_all_is_well():
     assert wide.startswith("The 95% interval of citation is wider than half the mean")
 
 
-def test_a_table_holds_nan_where_a_measure_is_not_defined():
+def test_a_table_has_nan_where_a_metric_is_not_defined():
     per_query = {"a": {"x": 1.0, "y": None}, "b": {"x": 0.5}}
     np.testing.assert_array_equal(table(per_query, ["y", "x"]), [[np.nan, 1.0], [np.nan, 0.5]])
     assert table({}, ["x"]).shape == (0, 1)
@@ -270,12 +269,12 @@ def test_a_table_holds_nan_where_a_measure_is_not_defined():
         {"seed": 99999999999999999999},
     ],
 )
-def test_bad_settings_are_named(setting):
+def test_an_invalid_option_is_named(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         Statistics(**setting)
 
 
-def test_every_seed_that_is_allowed_draws():
+def test_the_smallest_and_the_largest_seed_can_be_used():
     bounds = [intervals(skewed(40, 1), Statistics(resamples=100, seed=seed)) for seed in (0, 2**32 - 1)]
     assert np.isfinite(bounds).all()
     assert not np.array_equal(*bounds)

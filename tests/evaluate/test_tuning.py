@@ -15,7 +15,7 @@ from rag.evaluate.metrics import retrieval as retrieval_metrics
 from rag.evaluate.tuning.bm25 import tune_bm25
 from rag.evaluate.tuning.cross_validation import nested_cross_validation
 from rag.evaluate.tuning.fusion import fusion_points, fusion_values, tune_fusion
-from rag.evaluate.tuning.grids import BM25Grid, ConvexGrid, ReciprocalRankGrid, Tuning
+from rag.evaluate.tuning.grids import ConvexGrid
 from rag.evaluate.tuning.ranking_metric import JudgedCandidates, RankingMetric
 from rag.index.fusion import Convex, score_table
 from rag.index.lexical.analyzer import Analyzer
@@ -25,6 +25,7 @@ from rag.index.memory import MemoryIndex
 from rag.retrieve.collection import Collection
 from rag.retrieve.search import Lexical
 from rag.types import Document, UserError, chunk_at
+from tests.evaluate.default_options import bm25_grid, convex_grid, rrf_grid, tuning
 from tests.reference import metric_oracle, ranking_oracle
 from tests.typecheck import unchecked
 
@@ -75,13 +76,13 @@ def point_values(grid, rankings: dict, qrels: dict, name: str, lower_bounds=None
 @pytest.mark.parametrize(
     "grid",
     [
-        ReciprocalRankGrid(constants=[0, 1, 60], steps=4, depths=[2, 5, 100]),
-        ConvexGrid(normalizers=["min_max", "theoretical_min_max"], steps=4, depths=[7, 2]),
-        ConvexGrid(normalizers=["min_max"], steps=3),
+        rrf_grid(constants=[0, 1, 60], steps=4, depths=[2, 5, 100]),
+        convex_grid(normalizers=["min_max", "theoretical_min_max"], steps=4, depths=[7, 2]),
+        convex_grid(normalizers=["min_max"], steps=3),
     ],
 )
 @pytest.mark.parametrize("measure", ["nDCG@3", "MRR@10"])
-def test_every_point_has_the_measure_of_the_ranking_by_the_formula(grid, measure):
+def test_every_point_has_the_metric_of_the_ranking_by_the_formula(grid, measure):
     rankings, qrels = some_rankings(25, 2)
     points = fusion_points(grid, 2)
     values = point_values(grid, rankings, qrels, measure, lower_bounds=[-2.0])
@@ -93,10 +94,10 @@ def test_every_point_has_the_measure_of_the_ranking_by_the_formula(grid, measure
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_every_point_has_the_measure_of_the_search_at_it(measure):
+def test_every_point_has_the_metric_of_a_search_with_its_parameters(measure):
     """All normalisers, three arms: the program that chooses against the code that fuses, and the metrics."""
     rankings, qrels = some_rankings(20, 3, seed=1)
-    grid, lower_bounds = ConvexGrid(steps=2), [-1.0, 6.0, 13.0]
+    grid, lower_bounds = convex_grid(steps=2), [-1.0, 6.0, 13.0]
     values = point_values(grid, rankings, qrels, measure, lower_bounds)
     for j, point in enumerate(fusion_points(grid, 3)):
         found = Convex(**point).fuse_batch([rankings[q] for q in sorted(qrels)], lower_bounds)
@@ -106,20 +107,20 @@ def test_every_point_has_the_measure_of_the_search_at_it(measure):
         np.testing.assert_allclose(values[:, j], expected, atol=CLOSE)
 
 
-def test_points_are_the_whole_grid_and_the_nearest_to_equal_weights_stands_first():
-    points = fusion_points(ReciprocalRankGrid(constants=[1, 2], steps=4, depths=[5, 10]), 2)
+def test_points_are_the_whole_grid_and_nearly_equal_weights_come_first():
+    points = fusion_points(rrf_grid(constants=[1, 2], steps=4, depths=[5, 10]), 2)
     assert len(points) == 2 * 4 * 5
     assert points[0] == {"constant": 1.0, "depths": [5, 5], "weights": [0.5, 0.5]}
     assert {tuple(p["weights"]) for p in points} == {(i / 4, 1 - i / 4) for i in range(5)}
-    assert len(fusion_points(ConvexGrid(steps=4), 3)) == 4 * 15
-    assert "depths" not in fusion_points(ConvexGrid(), 2)[0]
+    assert len(fusion_points(convex_grid(steps=4), 3)) == 4 * 15
+    assert "depths" not in fusion_points(convex_grid(), 2)[0]
 
 
 def test_a_passage_counts_for_its_document():
-    """Rows 0 and 2 are passages of b, row 1 of a: a document is as good as its best passage, and stands once."""
+    """Rows 0 and 2 are passages of b, row 1 of a: a document has the score of its best passage, once."""
     rankings = {"q": [[(0, 3.0), (2, 2.0), (1, 1.0)]], "r": [[(1, 3.0), (0, 1.0)]]}
     qrels = {"q": {"a": 1}, "r": {"b": 1}}
-    options = Tuning(ReciprocalRankGrid(constants=[60]), "MRR@10", folds=2)
+    options = tuning(rrf_grid(constants=[60]), measure="MRR@10", folds=2)
     tuned = tune_fusion(rankings, qrels, options, document=lambda row: "bab"[int(row)])
     assert tuned.per_query == {"q": 0.5, "r": 0.5}
     assert [fold.train for fold in tuned.folds] == [0.5, 0.5]  # by the program
@@ -133,8 +134,8 @@ def choose(values: np.ndarray) -> int:
 
 def test_no_query_is_judged_by_what_it_helped_to_choose():
     rankings, qrels = some_rankings(23, 2, seed=3)
-    grid = ReciprocalRankGrid(constants=[1.3, 60.7], steps=5)  # no two sums are equal but for rounding
-    tuned = tune_fusion(rankings, qrels, Tuning(grid, "nDCG@3", folds=4, seed=2))
+    grid = rrf_grid(constants=[1.3, 60.7], steps=5)  # no two sums are equal but for rounding
+    tuned = tune_fusion(rankings, qrels, tuning(grid, measure="nDCG@3", folds=4, seed=2))
     values = point_values(grid, rankings, qrels, "nDCG@3")
     points, row = fusion_points(grid, 2), {q: i for i, q in enumerate(sorted(qrels))}
     assert sorted(q for fold in tuned.folds for q in fold.queries) == sorted(qrels)
@@ -157,7 +158,7 @@ def test_no_query_is_judged_by_what_it_helped_to_choose():
     assert list(tuned.per_query) == list(qrels)
 
 
-def test_on_noise_the_naive_choice_is_too_good_and_the_nested_is_not():
+def test_on_noise_the_naive_estimate_is_too_high_and_the_nested_is_not():
     """200 points without any merit (mean 0.5): the best of them looks good on its own 40 queries."""
     rng = np.random.default_rng(0)
     qrels = {f"q{i:02}": {"d": 1} for i in range(40)}
@@ -167,7 +168,8 @@ def test_on_noise_the_naive_choice_is_too_good_and_the_nested_is_not():
     def runs(point, queries):
         return {q: {"d" if hits[int(q[1:]), point["point"]] else "e": 1.0} for q in queries}
 
-    tuned = nested_cross_validation("noise", "MRR@10", 5, 0, qrels, points, hits.astype(np.float32), runs)
+    options = tuning(rrf_grid(), measure="MRR@10", folds=5)
+    tuned = nested_cross_validation(options, qrels, points, hits.astype(np.float32), runs)
     assert tuned.naive == hits.mean(axis=0).max() > 0.65
     assert abs(tuned.nested - 0.5) < 2 * 0.5 / math.sqrt(40)
     assert tuned.optimism > 0.1
@@ -176,7 +178,7 @@ def test_on_noise_the_naive_choice_is_too_good_and_the_nested_is_not():
 def test_a_seed_decides_the_folds_and_the_result_is_strict_json():
     rankings, qrels = some_rankings(12, 2, seed=4)
     first, again, other = (
-        tune_fusion(rankings, qrels, Tuning(ConvexGrid(["min_max"]), folds=3, seed=seed))
+        tune_fusion(rankings, qrels, tuning(convex_grid(normalizers=["min_max"]), folds=3, seed=seed))
         for seed in (0, 0, 1)
     )
     assert first == again
@@ -188,20 +190,20 @@ def test_a_seed_decides_the_folds_and_the_result_is_strict_json():
     assert set(record["folds"][0]) == {"parameters", "train", "test", "queries"}
 
 
-def test_a_judged_query_that_was_not_asked_counts_as_zero():
+def test_a_judged_query_without_results_counts_as_zero():
     rankings, qrels = some_rankings(6, 2, seed=5)
     del rankings["q3"]
-    tuned = tune_fusion(rankings, qrels, Tuning(ReciprocalRankGrid(), folds=2))
+    tuned = tune_fusion(rankings, qrels, tuning(rrf_grid(), folds=2))
     assert tuned.per_query["q3"] == 0.0
     assert "q3" not in tuned.run
     assert len(tuned.per_query) == 6
 
 
-def test_what_is_reported_and_chosen_is_no_deeper_than_the_evaluation():
-    """One query; the arm that is right names the document third, so of two documents neither way finds it."""
+def test_tuning_uses_no_more_documents_than_the_evaluation():
+    """One query; the arm that is right names the document third, so it is not among the first two documents."""
     rankings = {q: [[("x", 3.0), ("y", 2.0), ("d", 1.0)], [("x", 2.0), ("y", 1.0)]] for q in ("q", "r")}
     qrels = {"q": {"d": 1}, "r": {"d": 1}}
-    options = Tuning(ReciprocalRankGrid(constants=[60]), "Success@10", folds=2)
+    options = tuning(rrf_grid(constants=[60]), measure="Success@10", folds=2)
     deep = tune_fusion(rankings, qrels, options)
     assert (deep.nested, deep.naive, deep.folds[0].train) == (1.0, 1.0, 1.0)
     cut = tune_fusion(rankings, qrels, options, depth=2)
@@ -209,9 +211,9 @@ def test_what_is_reported_and_chosen_is_no_deeper_than_the_evaluation():
     assert (cut.nested, cut.naive, cut.folds[0].train) == (0.0, 0.0, 0.0)
 
 
-def test_passages_of_one_document_are_one_of_the_depth():
+def test_passages_of_one_document_count_once_for_the_depth():
     rankings = {q: [[(0, 4.0), (2, 3.0), (1, 2.0), (3, 1.0)]] for q in ("q", "r")}
-    options = Tuning(ReciprocalRankGrid(constants=[60]), folds=2)
+    options = tuning(rrf_grid(constants=[60]), folds=2)
     tuned = tune_fusion(
         rankings, {"q": {"a": 1}, "r": {"a": 1}}, options, document=lambda row: "babc"[row], depth=2
     )
@@ -262,8 +264,8 @@ def test_bm25_points_and_runs_are_those_of_the_formula():
         "q3": {"d0": 1},
         "q4": {"d2": 1, "d3": 2},
     }
-    grid = BM25Grid(k1=[0.2, 1, 3], b=[0, 0.5, 1])
-    tuned = tune_bm25(index, QUESTIONS, qrels, Tuning(grid, "nDCG@3", folds=2), lambda row: f"d{row}")
+    grid = bm25_grid(k1=[0.2, 1, 3], b=[0, 0.5, 1])
+    tuned = tune_bm25(index, QUESTIONS, qrels, tuning(grid, measure="nDCG@3", folds=2), lambda row: f"d{row}")
     points = grid.points()
     values = np.array(
         [
@@ -293,7 +295,7 @@ def test_bm25_points_and_runs_are_those_of_the_formula():
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 100])
 @pytest.mark.parametrize("weights", [BM25Weights(), BM25Weights("bm25+", delta=1.0), BM25Weights("atire")])
-def test_one_point_is_the_plain_search_at_it(depth, weights):
+def test_one_point_gives_the_results_of_a_search_with_its_parameters(depth, weights):
     """Of documents cut into many chunks, of which the best have most: both deepen until they have enough."""
     rng = np.random.default_rng(7)
     words = ["red", "fox", "snow", "dog", "house", "winding", "the", "roof"]
@@ -314,7 +316,7 @@ def test_one_point_is_the_plain_search_at_it(depth, weights):
     expected = retrieval.documents(found, dataset, depth)
     assert max(map(len, expected.values())) == min(depth, len(documents))
 
-    index, options = collection.lexical(WORDS), Tuning(BM25Grid([1.5], [0.75]), "nDCG@10", folds=2)
+    index, options = collection.lexical(WORDS), tuning(bm25_grid(k1=[1.5], b=[0.75]), folds=2)
     other = replace(weights, k1=0.3, b=0.1)  # which the grid replaces
     tuned = tune_bm25(
         index, QUESTIONS, qrels, options, lambda row: chunks[row].document_id, depth, weights=other
@@ -334,46 +336,46 @@ def test_one_point_is_the_plain_search_at_it(depth, weights):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Tuning(folds=1), "folds=1 "),
-        (lambda: Tuning(seed=-1), "seed=-1"),
-        (lambda: Tuning(seed=2**32), "seed=4294967296"),
-        (lambda: Tuning(seed=99999999999999999999), "seed=99999999999999999999"),
-        (lambda: Tuning(measure="P@" + "9" * 400), "measure is"),
-        (lambda: Tuning(measure="MAP"), r'measure is "MAP"'),
-        (lambda: Tuning(measure="nDCG"), r'measure is "nDCG"'),
-        (lambda: unchecked(ConvexGrid, normalizers=["softmax"]), "softmax"),
-        (lambda: ConvexGrid(normalizers=[]), "normalizers=.* not empty"),
-        (lambda: ConvexGrid(steps=0), "steps=0 "),
-        (lambda: ConvexGrid(steps=101), "steps=101 "),
-        (lambda: ConvexGrid(depths=[10, 0]), r"depths=\[10,0\]"),
-        (lambda: ReciprocalRankGrid(depths=[2**31]), r"depths=\[2147483648\]"),
-        (lambda: ReciprocalRankGrid(constants=[-1]), "constant"),
-        (lambda: BM25Grid(b=[1.5]), r"b=\[1\.5\]"),
-        (lambda: BM25Grid(k1=[]), "k1=.* not empty"),
-        (lambda: BM25Grid(k1=[1.5, 1e39]), r"k1=\[1\.5,1e\+39\]"),
+        (lambda: tuning(convex_grid(), folds=1), "folds=1 "),
+        (lambda: tuning(convex_grid(), seed=-1), "seed=-1"),
+        (lambda: tuning(convex_grid(), seed=2**32), "seed=4294967296"),
+        (lambda: tuning(convex_grid(), seed=99999999999999999999), "seed=99999999999999999999"),
+        (lambda: tuning(convex_grid(), measure="P@" + "9" * 400), "measure is"),
+        (lambda: tuning(convex_grid(), measure="MAP"), r'measure is "MAP"'),
+        (lambda: tuning(convex_grid(), measure="nDCG"), r'measure is "nDCG"'),
+        (lambda: unchecked(ConvexGrid, normalizers=["softmax"], steps=10, depths=[]), "softmax"),
+        (lambda: convex_grid(normalizers=[]), "normalizers=.* not empty"),
+        (lambda: convex_grid(steps=0), "steps=0 "),
+        (lambda: convex_grid(steps=101), "steps=101 "),
+        (lambda: convex_grid(depths=[10, 0]), r"depths=\[10,0\]"),
+        (lambda: rrf_grid(depths=[2**31]), r"depths=\[2147483648\]"),
+        (lambda: rrf_grid(constants=[-1]), "constant"),
+        (lambda: bm25_grid(b=[1.5]), r"b=\[1\.5\]"),
+        (lambda: bm25_grid(k1=[]), "k1=.* not empty"),
+        (lambda: bm25_grid(k1=[1.5, 1e39]), r"k1=\[1\.5,1e\+39\]"),
     ],
 )
-def test_a_bad_option_is_named(make, message):
+def test_an_invalid_option_is_named(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
 
-def test_what_cannot_be_tuned_is_refused_in_one_sentence():
+def test_inputs_that_cannot_be_tuned_are_errors():
     rankings, qrels = some_rankings(4, 2)
     index = LexicalIndex.build(TEXTS, WORDS)
     cases = [
-        (lambda: tune_fusion(rankings, qrels, Tuning(BM25Grid())), "no arms to fuse"),
-        (lambda: tune_fusion(rankings, qrels, Tuning()), "theoretical_min_max needs"),
-        (lambda: tune_fusion(rankings, qrels, Tuning(ReciprocalRankGrid(), folds=5)), "5 for 4 judged"),
+        (lambda: tune_fusion(rankings, qrels, tuning(bm25_grid())), "no arms to fuse"),
+        (lambda: tune_fusion(rankings, qrels, tuning(convex_grid())), "theoretical_min_max needs"),
+        (lambda: tune_fusion(rankings, qrels, tuning(rrf_grid(), folds=5)), "5 for 4 judged"),
         (
-            lambda: tune_fusion({**rankings, "q1": [[]]}, qrels, Tuning(ReciprocalRankGrid())),
+            lambda: tune_fusion({**rankings, "q1": [[]]}, qrels, tuning(rrf_grid())),
             r"\[1, 2\] arms",
         ),
         (
-            lambda: tune_fusion(rankings, qrels, Tuning(), lower_bounds=[0.0, 0.0, 0.0]),
+            lambda: tune_fusion(rankings, qrels, tuning(convex_grid()), lower_bounds=[0.0, 0.0, 0.0]),
             "3 lower_bounds for 2 arms",
         ),
-        (lambda: tune_bm25(index, {}, qrels, Tuning(ConvexGrid()), str), "choose a BM25Grid"),
+        (lambda: tune_bm25(index, {}, qrels, tuning(convex_grid()), str), "choose a BM25Grid"),
     ]
     for call, message in cases:
         with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""Stages of a user's own, in a folder beside: their results are found again as long as their code is the same."""
+"""Stages of a user's own: cached results are used as long as the code of these stages is the same."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ from rag.evaluate.statistics import Statistics
 from rag.ingest.chunk.whole import WholeChunker
 from rag.prompt import PromptTemplate
 from rag.retrieve.search import Lexical, Reranked
-from rag.runtime.memo import model_version
+from rag.runtime.cache.memo import model_version
 from rag.types import Document, UserError
 
 WORDS = ("seal", "whale", "gull", "crab", "tern", "skua")
@@ -86,7 +86,7 @@ def mine(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def job(modules) -> Experiment:
+def experiment(modules) -> Experiment:
     qrels = {f"q{i}": {f"{word}{grade}": grade for grade in (1, 2)} for i, word in enumerate(WORDS)}
     prompt = PromptTemplate(user="{question}")
     return Experiment(
@@ -135,50 +135,52 @@ NEGATED = ("float(len(text))", "-float(len(text))")
     ids=["scores", "reranker", "chunker"],
 )  # fmt: skip
 def test_results_of_changed_code_are_computed_again_and_no_others(mine, edits, recomputed):
-    first = job(mine())
+    first = experiment(mine())
     before = figure(first)
-    changed = job(mine(**edits))
+    changed = experiment(mine(**edits))
     assert changed.plan()[0] == ("result", 1, 0)
     assert changed.key != first.key
     assert abs(figure(changed) - before) > 0.01
     found = stages(changed)
     assert {name for name, reused in found.items() if not reused} == recomputed
-    undone = job(mine(**{name: (new, old) for name, (old, new) in edits.items()}))
+    undone = experiment(mine(**{name: (new, old) for name, (old, new) in edits.items()}))
     assert undone.key == first.key
     assert figure(undone) == before
 
 
 def test_unchanged_code_is_not_run_again(mine, monkeypatch):
-    first = job(mine())
+    first = experiment(mine())
     before = figure(first)
     modules = mine(my_reranker=("@dataclass", "# said more plainly\n@dataclass"))
-    again = job(modules)
+    again = experiment(modules)
     assert again.key == first.key
     assert again.plan() == [("result", 1, 1)]
     monkeypatch.setattr(Experiment, "_result_files", lambda *_: pytest.fail("this was computed before"))
     assert figure(again) == before
 
 
-def test_another_job_is_put_together_of_the_stages_that_are_there(mine):
-    first = job(mine())
+def test_another_experiment_reuses_the_cached_stages(mine):
+    first = experiment(mine())
     before = figure(first)
-    changed = replace(job(mine()), statistics=Statistics(resamples=101))
+    changed = replace(experiment(mine()), statistics=Statistics(resamples=101))
     assert changed.key != first.key
     assert figure(changed) == before
     assert all(stages(changed).values())
 
 
-def test_a_users_embedder_has_its_code_in_the_keys_of_what_it_made(mine):
+def test_the_code_of_a_users_embedder_is_in_the_key(mine):
     def with_embedder(modules):
-        return replace(job(modules), embedder=modules["my_embedder"].Shouting(), chunker=WholeChunker())
+        return replace(
+            experiment(modules), embedder=modules["my_embedder"].Shouting(), chunker=WholeChunker()
+        )
 
     before = with_embedder(mine()).key
     assert with_embedder(mine(my_embedder=("pass", "loud = True"))).key != before
     assert with_embedder(mine(my_embedder=("loud = True", "pass"))).key == before
 
 
-def test_a_stage_that_was_made_before_its_module_was_loaded_again_is_told(mine):
-    old = job(mine())
+def test_a_stage_built_before_its_module_was_reloaded_is_an_error(mine):
+    old = experiment(mine())
     mine(my_scores=NEGATED)
     with pytest.raises(
         UserError, match=r"my_.*\.\w+ was loaded again after this one was made: make it again"
@@ -186,19 +188,19 @@ def test_a_stage_that_was_made_before_its_module_was_loaded_again_is_told(mine):
         _ = old.key
 
 
-def test_a_stage_whose_code_is_broken_or_in_no_file_is_told(mine, monkeypatch, tmp_path):
+def test_a_stage_whose_code_is_broken_or_in_no_file_is_an_error(mine, monkeypatch, tmp_path):
     modules = mine()
     (tmp_path / "mine" / "my_scores.py").write_text("def score(:\n")
     sys.modules.pop("my_scores")  # it is imported when it is first needed
     with pytest.raises(UserError, match=r"my_scores\.py cannot be read as Python"):
-        _ = job(modules).key
+        _ = experiment(modules).key
     monkeypatch.setitem(sys.modules, "__main__", type(sys)("__main__"))
     monkeypatch.setattr(modules["my_reranker"].Longest, "__module__", "__main__")
     with pytest.raises(UserError, match="in no file, as in a notebook"):
-        _ = job(modules).key
+        _ = experiment(modules).key
 
 
-def test_what_an_object_of_a_users_class_holds_counts(tmp_path, monkeypatch):
+def test_attributes_of_a_users_object_are_in_the_key(tmp_path, monkeypatch):
     """An embedder around another one: a plain class, whose attributes are objects of another module."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_outer.py").write_text(

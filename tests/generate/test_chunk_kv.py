@@ -2,7 +2,6 @@
 
 import io
 from dataclasses import replace
-from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from rag.generate.decode_state import pad_prompts
 from rag.generate.engine import Engine
 from rag.generate.kv import chunk_cache
 from rag.generate.kv.blend import blend
-from rag.generate.kv.chunk import ChunkKVOptions, ChunkPrefill
+from rag.generate.kv.chunk import ChunkKVOptions, ChunkPrefiller
 from rag.generate.kv.prompt_parts import split_prompt
 from rag.generate.local import LocalGenerator
 from rag.generate.scoring import log_probs
@@ -24,9 +23,10 @@ from rag.models.llama import model as llama
 from rag.models.llama.model import KVCache, Llama, forward
 from rag.models.placement import pack
 from rag.prompt import PromptTemplate, render
-from rag.runtime import cache as disk_cache
+from rag.runtime.cache import entries
 from rag.types import Context, Message, Source, UserError
 from tests.damage import WAYS
+from tests.generate.decode import request, written
 from tests.tiny_models import DECODER, write_decoder
 from tests.typecheck import unchecked
 
@@ -53,7 +53,9 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture
 def reader(loaded, tmp_path):
-    return lambda **options: ChunkPrefill(*loaded, "f" * 64, ChunkKVOptions(str(tmp_path / "kv"), **options))
+    return lambda **options: ChunkPrefiller(
+        *loaded, "f" * 64, ChunkKVOptions(str(tmp_path / "kv"), **options)
+    )
 
 
 def asked(*passages, question="Who dug it?", history=(), template=TEMPLATE):
@@ -106,12 +108,12 @@ def test_neither_question_nor_history_nor_path_changes_what_is_cached(loaded):
 
 def test_the_first_passage_is_exact(loaded, reader):
     engine, _ = loaded
-    template = replace(TEMPLATE, passage="{text}")  # nothing stands between the prefix and it
+    template = replace(TEMPLATE, passage="{text}")  # nothing is between the prefix and it
     ids, state = started(reader(), asked(PASSAGES[0], template=template), 16)
-    plain = engine.prefill(ids, 16)
+    plain = engine.prefill(request(ids, 16))
     assert difference(state.cache, plain.cache, slice(0, len(ids))) < HALF
     assert np.array_equal(state.token, plain.token)
-    texts = [list(chain(*engine.stream(some))) for some in (state, plain)]
+    texts = [written(engine, some) for some in (state, plain)]
     assert texts[0] == texts[1] and len(texts[0]) > 1
 
 
@@ -153,7 +155,7 @@ def test_keys_are_rotated_to_the_passages_position(loaded, reader, dtype, tolera
 def test_recomputing_everything_is_a_plain_prefill(loaded, reader, options):
     engine, _ = loaded
     ids, state = started(reader(**options), asked(*PASSAGES), 8)
-    plain = engine.prefill(ids, 8)
+    plain = engine.prefill(request(ids, 8))
     assert difference(state.cache, plain.cache, slice(0, len(ids))) < HALF
     assert np.array_equal(state.token, plain.token)
     _, mixed = started(reader(), asked(*PASSAGES), 8)
@@ -229,7 +231,7 @@ def test_another_model_prefix_or_dtype_has_files_of_its_own(loaded, reader, tmp_
         reader().cache.store.path((1,), (2,)),
         reader().cache.store.path((), (1, 2)),
         reader(dtype="int8").cache.store.path((1,), (2,)),
-        ChunkPrefill(*loaded, "e" * 64, ChunkKVOptions(str(tmp_path / "kv"))).cache.store.path((1,), (2,)),
+        ChunkPrefiller(*loaded, "e" * 64, ChunkKVOptions(str(tmp_path / "kv"))).cache.store.path((1,), (2,)),
     }
     assert len(paths) == 4
 
@@ -238,7 +240,7 @@ def as_another(path):
     """Put a file there that is whole, and holds something else."""
     content = io.BytesIO()
     np.save(content, np.zeros((2, 2), np.float16))
-    disk_cache.write(path, content.getvalue())
+    entries.write(path, content.getvalue())
 
 
 @pytest.mark.parametrize("way", [*WAYS, "another"])
@@ -254,8 +256,10 @@ def test_a_damaged_file_is_computed_again(loaded, reader, dtype, way, capsys):
         (WAYS | {"another": as_another})[way](file)
         again, state = started(reader(dtype=dtype), chat, 4)
         assert again == ids and difference(state.cache, intact.cache, slice(0, len(ids))) == 0
-        told = capsys.readouterr().err
-        assert (file.name in told and "made again" in told) == (way != "gone") and told.count("\n") < 2
+        message = capsys.readouterr().err
+        assert (file.name in message and "made again" in message) == (way != "gone") and message.count(
+            "\n"
+        ) < 2
     assert [file.read_bytes() for file in files] == before
     WAYS["middle"](files[0])
     assert reader(dtype=dtype).cache.fill([chat]).computed == 1
@@ -292,7 +296,7 @@ def test_a_conversation_without_passages(loaded, reader):
     chat = [Message("user", "Hello there")]
     ids, state = started(reader(), chat, 4)
     assert ids == tokenizer.chat(chat)
-    assert np.array_equal(state.token, engine.prefill(ids, 4).token)
+    assert np.array_equal(state.token, engine.prefill(request(ids, 4)).token)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +307,7 @@ def test_a_conversation_without_passages(loaded, reader):
         ({"blend_share": 1.5}, r"blend_share=1\.5"),
     ],
 )
-def test_options_that_cannot_be(options, message):
+def test_invalid_options_are_errors(options, message):
     with pytest.raises(UserError, match=message):
         unchecked(ChunkKVOptions, **options)
 

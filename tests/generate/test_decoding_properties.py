@@ -20,17 +20,15 @@ from hypothesis import strategies as st
 from rag import native
 from rag.generate.engine import Engine
 from rag.generate.kv.prefix import PrefixCache
-from rag.generate.prefill_batches import max_rows, plan_batches
+from rag.generate.prefill_batches import max_rows, plan_prefill
 from rag.generate.speculative import DraftLengthPolicy, stream_speculatively
 from rag.models.layers import quantize_weights
 from rag.models.llama import model as llama
-from rag.ops.sampling import Sampling
 from rag.runtime.shapes import round_up_cache, round_up_prompt, round_up_suffix
-from tests.generate.decode import alone, batch, together
+from tests.generate.decode import alone, batch, request, together, written
 from tests.tiny_models import DECODER, tiny_decoder
 from tests.trials import tries
 
-GREEDY = Sampling()
 SEED = st.integers(0, 1 << 30)
 
 
@@ -62,11 +60,12 @@ def prompts_of(draw, lengths: st.SearchStrategy[int], trunks: st.SearchStrategy[
     prompts=prompts_of(near(8, 64, 128, 192, 256, 512, 1024) | st.integers(1, 1300), near(64, 130, 500), 24),
     new_tokens=near(1, 16, 32, 64, 128, 256) | st.integers(1, 600),
     room=near(1, 128, 512, 1024, 4096, 16384) | st.integers(1, 20_000),
+    mixed=st.booleans(),
 )
-@example(prompts=[ids(0, 200), ids(1, 250)], new_tokens=32, room=4096)
-def test_a_plan_has_room_for_every_answer(prompts, new_tokens, room):
-    requests = [(prompt, 0) for prompt in prompts]
-    groups = plan_batches(requests, new_tokens, room)
+@example(prompts=[ids(0, 200), ids(1, 250)], new_tokens=32, room=4096, mixed=False)
+def test_a_plan_has_room_for_every_answer(prompts, new_tokens, room, mixed):
+    requests = [request(prompt, new_tokens + (i % 3 if mixed else 0)) for i, prompt in enumerate(prompts)]
+    groups = plan_prefill(requests, room)
     assert sorted(i for group in groups for i in group.members) == list(range(len(prompts)))
     capacities = [group.capacity for group in groups]
     assert capacities == sorted(capacities)  # so that the cache only grows
@@ -74,7 +73,7 @@ def test_a_plan_has_room_for_every_answer(prompts, new_tokens, room):
         members = [prompts[i] for i in group.members]
         assert len(members).bit_count() == 1 and len(members) <= max_rows(group.capacity, room)
         assert group.capacity == round_up_cache(group.capacity)  # few programs
-        assert max(map(len, members)) + new_tokens <= group.capacity
+        assert all(len(prompts[i]) + requests[i].max_new_tokens <= group.capacity for i in group.members)
         if group.prefix:
             assert len({member[: group.prefix] for member in members}) == 1
             assert group.prefix < min(map(len, members))
@@ -147,19 +146,30 @@ def one_by_one(engine: Engine, prompts, budget: int) -> list[list[int]]:
 def few_rows(engine: Engine, prompts, budget: int) -> list[list[int]]:
     """Rows that change hands, in a cache that grows; each answer is ended early, as a stop string ends it."""
     wanted = [1 + 5 * i % budget for i in range(len(prompts))]
-    made = together(engine, [(prompt, 0) for prompt in prompts], budget, GREEDY, 800, wanted)
+    made = together(engine, [request(prompt, budget) for prompt in prompts], 800, wanted)
     assert all(len(row) >= n or engine.end_ids for row, n in zip(made, wanted, strict=True))
     return [row[:n] for row, n in zip(made, wanted, strict=True)]
 
 
 def cached_prefix(engine: Engine, prompts, budget: int) -> list[list[int]]:
     cache = PrefixCache(engine, 1 << 28)
-    return [list(chain(*engine.stream(cache.prefill(prompt, budget)))) for prompt in prompts]
+    return [written(engine, cache.prefill(request(prompt, budget))) for prompt in prompts]
+
+
+def mixed_budgets(engine: Engine, prompts, budget: int) -> list[list[int]]:
+    """Answer requests with different budgets together; the shorter answers are completed one by one."""
+    budgets = [max(1, budget - 13 * (i % 3)) for i in range(len(prompts))]
+    made = together(engine, list(map(request, prompts, budgets)))
+    assert all(len(row) <= n for row, n in zip(made, budgets, strict=True))
+    return [
+        row if n == budget or len(row) < n else row + alone(engine, (*prompt, *row), budget - n)
+        for prompt, row, n in zip(prompts, made, budgets, strict=True)
+    ]
 
 
 def speculative(engine: Engine, prompts, budget: int) -> list[list[int]]:
     policy = Eager()
-    states = (engine.prefill(prompt, budget) for prompt in prompts)
+    states = (engine.prefill(request(prompt, budget)) for prompt in prompts)
     return [
         list(chain(*stream_speculatively(engine, state, prompt, policy)))
         for prompt, state in zip(prompts, states, strict=True)
@@ -177,6 +187,7 @@ WAYS = {
     "alone": one_by_one,
     "continuous": batch,
     "few rows": few_rows,
+    "mixed budgets": mixed_budgets,
     "cached prefix": cached_prefix,
     "speculative": speculative,
 }
@@ -219,6 +230,7 @@ def test_every_way_writes_the_tokens_of_plain_greedy_decoding(poisoned):
     )
     @example(prompts=[ids(0, 200), ids(1, 250)], budget=33, ends=(), way="continuous")
     @example(prompts=[ids(n, n) for n in (250, 3, 60, 200, 64, 130)], budget=33, ends=(), way="few rows")
+    @example(prompts=[ids(n, n) for n in (250, 3, 60, 200)], budget=33, ends=(), way="mixed budgets")
     @example(prompts=[ids(0, 200), ids(1, 250)], budget=33, ends=(), way="alone")
     @example(prompts=[ids(2, 60), ids(2, 64), ids(2, 65)], budget=64, ends=(), way="cached prefix")
     @example(prompts=[ids(3, 5) * 12, ids(3, 5) * 25], budget=33, ends=(7, 19, 31), way="speculative")

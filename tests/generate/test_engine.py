@@ -1,7 +1,5 @@
 """The engine against the plain definition of decoding: feed everything again for each token."""
 
-from itertools import chain
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,7 @@ from rag.models.llama.model import forward, logits
 from rag.ops.sampling import Sampling
 from rag.runtime.shapes import round_up_prompt
 from rag.types import UserError
-from tests.generate.decode import alone, batch, together
+from tests.generate.decode import alone, answer, batch, request, together, written
 from tests.tiny_models import DECODER, tiny_decoder
 
 whole = jax.jit(forward)
@@ -74,13 +72,11 @@ def test_an_end_token_ends_its_row_alone_and_is_left_out(model, expected):
 
 
 def test_sampling_depends_on_the_seed_and_not_on_the_batch_or_the_dispatch(model):
-    options, requests = (
-        Sampling(temperature=1.0, top_p=0.95),
-        [(tuple(PROMPTS[0]), 1), (tuple(PROMPTS[1]), 2)],
-    )
-    made = together(Engine(model, ()), requests, 12, options)
+    options = Sampling(temperature=1.0, top_p=0.95)
+    requests = [request(prompt, 12, options, seed) for seed, prompt in enumerate(PROMPTS[:2], 1)]
+    made = together(Engine(model, ()), requests)
     single = Engine(model, (), steps_per_dispatch=1)
-    assert made == [alone(single, prompt, 12, options, seed) for prompt, seed in requests]
+    assert made == [answer(single, one) for one in requests]
     assert alone(Engine(model, ()), PROMPTS[0], 12, options, seed=9) != made[0]
 
 
@@ -92,7 +88,7 @@ def test_repetition_penalty_forbids_what_was_seen(model):
 
 def test_the_cache_is_donated(model):
     engine = Engine(model, ())
-    state = engine.prefill([1, 2, 3, 4], 9)
+    state = engine.prefill(request([1, 2, 3, 4], 9))
     engine.decode(state, Sampling())
     assert state.cache.keys[0].is_deleted()
 
@@ -119,21 +115,21 @@ def test_an_int8_model_is_the_float_model_of_its_rounded_weights():
 @pytest.mark.parametrize("fresh", [[79], [3, 4, 50, 79], list(range(40, 80)), list(range(80))])
 def test_a_prefilled_suffix_gives_the_answer_of_a_whole_prefill(model, expected, fresh):
     """Whichever tokens are fresh: exact here, because the cache of the others is that of the whole prompt."""
-    engine, prompt = Engine(model, ()), PROMPTS[2]
-    cache = engine.prefill(prompt, 20).cache
+    engine, asked = Engine(model, ()), request(PROMPTS[2], 20)
+    cache = engine.prefill(asked).cache
     holes = jax.tree.map(lambda a: a.at[:, :, jnp.asarray(fresh)].set(7.0), cache)
-    state = engine.prefill_suffix(holes, prompt, fresh, 20)
+    state = engine.prefill_suffix(holes, asked, fresh)
     np.testing.assert_allclose(state.cache.values[1][:, :, :80], cache.values[1][:, :, :80], atol=2e-5)
-    assert list(chain(*engine.stream(state))) == expected[2]
+    assert written(engine, state) == expected[2]
 
 
 def test_a_suffix_ends_with_the_last_token_and_needs_a_cache_of_its_size(model):
     engine = Engine(model, ())
-    cache = engine.prefill([1, 2, 3], 5).cache
+    cache = engine.prefill(request([1, 2, 3], 5)).cache
     with pytest.raises(ValueError, match="last token must be fresh"):
-        engine.prefill_suffix(cache, [1, 2, 3], [1], 5)
+        engine.prefill_suffix(cache, request([1, 2, 3], 5), [1])
     with pytest.raises(ValueError, match=r"Engine\.capacity"):
-        engine.prefill_suffix(cache, [1, 2, 3], [2], 500)
+        engine.prefill_suffix(cache, request([1, 2, 3], 500), [2])
 
 
 def test_a_cached_forward_equals_the_whole_one(model):
@@ -154,14 +150,13 @@ def test_buckets_hold_their_length_and_are_few():
 
 
 @pytest.mark.parametrize(
-    ("prompts", "budget", "message"),
+    ("prompt", "budget", "message"),
     [
-        ([[1, 2]], 0, "at least one token"),
-        ([[1], []], 4, "no tokens"),
+        ([1, 2], 0, "at least one token"),
         ([], 4, "no tokens"),
-        ([[1] * 500], 13, "exceed the model's context of 512"),
+        ([1] * 500, 13, "500 tokens and 13 new ones exceed the model's context of 512"),
     ],
 )
-def test_what_cannot_be_decoded_is_told(model, prompts, budget, message):
+def test_a_request_that_cannot_be_decoded_is_an_error(model, prompt, budget, message):
     with pytest.raises(UserError, match=message):
-        Engine(model, ()).check(prompts, budget)
+        Engine(model, ()).check(request(prompt, budget))

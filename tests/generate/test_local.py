@@ -14,9 +14,10 @@ from rag.generate import Request, join_text, scheduler
 from rag.generate.engine import Engine
 from rag.generate.kv.chunk_cache import ChunkKVCache
 from rag.generate.local import LocalGenerator
+from rag.generate.speculative import DraftLengthPolicy
 from rag.generate.stop_text import StoppedText
 from rag.ops.sampling import Sampling
-from rag.runtime.clock import Clock
+from rag.runtime.machine.clock import Clock
 from rag.types import Message, Usage, UserError
 from tests.generate.decode import alone
 from tests.tiny_models import write_decoder
@@ -54,6 +55,23 @@ def test_the_stream_is_the_decoded_tokens(generator):
     assert (usage.prompt_tokens, usage.new_tokens) == (len(prompt), len(tokens))
     assert usage.prefill_s > 0
     assert generator.prompt_tokens(CHATS[0]) == len(prompt)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_why_an_answer_ended(generator, monkeypatch, speculative):
+    monkeypatch.setattr(generator, "_draft_policy", DraftLengthPolicy() if speculative else None)
+    text, usage = written(generator, CHATS[0], max_new_tokens=24)
+    assert (usage.new_tokens, usage.finish_reason) == (24, "length")
+    stopped, usage = written(generator, CHATS[0], max_new_tokens=24, stop=(text[-3:],))
+    assert usage.finish_reason == "stop"
+    assert text.startswith(stopped)
+    engine = generator.engine
+    tokens = alone(engine, generator.tokenizer.chat(CHATS[0]), 24)
+    last = next(i for i, token in enumerate(tokens) if i > 2 and token not in tokens[:i])
+    monkeypatch.setattr(engine, "end_ids", (*engine.end_ids, tokens[last]))
+    for budget in (last + 1, last + 2):  # the end token is the last that is allowed, or not
+        _, usage = written(generator, CHATS[0], max_new_tokens=budget)
+        assert (usage.new_tokens, usage.finish_reason) == (last, "stop")
 
 
 def test_a_batch_gives_what_each_chat_gives_alone(generator):
@@ -213,7 +231,7 @@ def test_passages_belong_to_prefill(fresh, monkeypatch, reuse, where):
         return slow(*arguments)
 
     monkeypatch.setattr(ChunkKVCache, where, slowly)
-    shutil.rmtree(generator.prefill.cache.store.folder)
+    shutil.rmtree(generator.prefiller.cache.store.folder)
     _, usage = written(generator, ASKED, max_new_tokens=3)
     assert usage.prefill_s >= 0.5
     assert usage.prepare_s == 0
@@ -233,7 +251,7 @@ def test_a_slow_decode_is_no_preparation(fresh, monkeypatch):
     assert usage.decode_s >= 0.25 and usage.prepare_s == 0
 
 
-def test_a_template_is_told_the_date_of_the_settings_and_not_that_of_the_clock(tmp_path, monkeypatch):
+def test_a_template_gets_the_date_of_the_settings_and_not_that_of_the_clock(tmp_path, monkeypatch):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
     (tmp_path / "dated").mkdir()
     write_decoder(tmp_path / "dated")
@@ -315,11 +333,11 @@ def test_no_text_is_held_back_longer_than_it_must():
     assert list(map(StoppedText(("XY",)).push, "aXbX")) == ["a", "", "Xb", ""]
 
 
-def test_settings_that_cannot_be_are_told(tmp_path):
+def test_invalid_settings_are_errors(tmp_path):
     with pytest.raises(UserError, match="dtype=int3"):
         LocalGenerator(dtype="int3")
     for date in ("1 May", "2026-02-30", "2026-01-01T10:00", ""):
-        with pytest.raises(UserError, match=r"date=.* will not do: it must be a date, as 2026-01-31"):
+        with pytest.raises(UserError, match=r"date=.* is not valid: it must be a date, as 2026-01-31"):
             LocalGenerator(date=date)
     with pytest.raises(UserError, match="tokens_per_batch=0"):
         LocalGenerator(tokens_per_batch=0)

@@ -162,6 +162,13 @@ def test_counts_missing_from_the_last_line_are_zero():
         assert answer(url) == [Usage(0, 0, 0.0, 0.0)]
 
 
+@pytest.mark.parametrize(("reason", "expected"), [("stop", "stop"), ("length", "length"), ("load", "stop")])
+def test_why_the_answer_ended(reason, expected):
+    with server(line(LAST | {"done_reason": reason})) as (url, _):
+        [usage] = answer(url)
+    assert usage.finish_reason == expected
+
+
 def test_no_server():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

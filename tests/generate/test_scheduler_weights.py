@@ -34,7 +34,7 @@ def prompts_of(reader: LocalGenerator, lengths) -> list[tuple[int, ...]]:
 
 
 def gap(reader: LocalGenerator, prompt, answer, other) -> float:
-    """How far apart the logits of the first tokens that differ are, in standard deviations; inf if one text ends."""
+    """Return the distance between the logits of the first tokens that differ, in standard deviations."""
     at = next(i for i, (a, b) in enumerate(zip([*answer, -1], [*other, -1], strict=False)) if a != b)
     text = np.asarray([[*prompt, *answer[:at]]], np.int32)
     hidden, _ = forward(reader.engine.model, text, np.zeros(1, np.int32))

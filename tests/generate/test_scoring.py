@@ -100,7 +100,7 @@ def test_programs_are_few_and_hold_no_weights(model):
     assert len(text) < 200_000  # weights that became constants would stand in it
 
 
-def test_what_cannot_be_scored_is_told(model):
+def test_what_cannot_be_scored_is_an_error(model):
     with pytest.raises(UserError, match="no tokens"):
         log_probs(model, [([1], [2]), ([], [2])])
     with pytest.raises(UserError, match="513 tokens long and the model's context 512"):

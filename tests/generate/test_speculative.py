@@ -1,4 +1,4 @@
-"""Speculative against plain decoding, the automaton against a search by hand, the policy against what it is told."""
+"""Speculative against plain decoding, the automaton against a search by hand, the policy against known costs."""
 
 import random
 from dataclasses import replace
@@ -23,7 +23,7 @@ from rag.generate.suffix_automaton import SuffixAutomaton
 from rag.models.llama.model import Llama, forward
 from rag.ops.sampling import Sampling
 from rag.types import Message, Usage
-from tests.generate.decode import alone
+from tests.generate.decode import alone, request
 from tests.tiny_models import DECODER, write_decoder
 
 BUDGET = 60
@@ -76,7 +76,7 @@ def prompt_of(seed: int) -> list[int]:
 
 def steps_of(engine, prompt, policy, budget=BUDGET):
     """Return the tokens of each step."""
-    return list(stream_speculatively(engine, engine.prefill(prompt, budget), prompt, policy))
+    return list(stream_speculatively(engine, engine.prefill(request(prompt, budget)), prompt, policy))
 
 
 def drafted(engine, prompt, policy, budget=BUDGET):
@@ -129,7 +129,7 @@ def test_an_end_token_inside_a_draft_ends_the_answer_before_it(engine, prompt, a
 @pytest.mark.parametrize("made", [1, 3, 5])
 def test_an_end_token_at_each_position_of_an_accepted_draft(engine, prompt, answer, made):
     """The draft is the answer itself, so that the end token alone decides where it ends."""
-    state = engine.prefill(prompt, BUDGET)
+    state = engine.prefill(request(prompt, BUDGET))
     draft = np.array(answer[1:6], np.int32)
     end_ids = (answer[made],)
     first = answer.index(end_ids[0], 1)
@@ -140,7 +140,7 @@ def test_an_end_token_at_each_position_of_an_accepted_draft(engine, prompt, answ
 
 def test_an_answer_may_fill_the_cache_to_its_last_slot(engine):
     prompt = [*prompt_of(9), 1, 2, 3, 4]
-    state = engine.prefill(prompt, 64)
+    state = engine.prefill(request(prompt, 64))
     assert state.cache.capacity == len(prompt) + 64
     assert drafted(engine, prompt, Always(DRAFT_SIZES[-1]), 64) == alone(engine, prompt, 64)
 
@@ -167,7 +167,7 @@ def test_rejected_tokens_leave_no_trace_in_the_cache(engine, prompt, answer, mon
 
 
 def by_hand(text: list[int]) -> tuple[int, int]:
-    """(tokens of the longest ending that stands earlier, where its first occurrence ends)."""
+    """(tokens of the longest ending that occurs earlier, where its first occurrence ends)."""
     for length in range(len(text) - 1, 0, -1):
         for end in range(length, len(text)):
             if text[end - length : end] == text[len(text) - length :]:
@@ -176,7 +176,7 @@ def by_hand(text: list[int]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("letters", [1, 2, 3, 8])
-def test_the_match_is_the_longest_ending_that_stands_earlier(letters):
+def test_the_match_is_the_longest_ending_that_occurs_earlier(letters):
     draw = random.Random(letters)
     automaton, text = SuffixAutomaton(), []
     for _ in range(60):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rag.generate.engine import Engine
+from rag.generate.prefill_batches import TokenRequest
 from rag.models import checkpoint, placement
 from rag.models.llama.checkpoint import huggingface_table, unpermute
 from rag.models.llama.model import Llama, LlamaConfig, abstract
@@ -56,7 +57,11 @@ def main() -> None:
     golden = json.loads((folder / "stories260K_golden.json").read_text())
     bos, *expected = golden["greedy_ids_from_bos"]
     engine = Engine(read(folder / "stories260K.bin"), ())
-    made = [token for tokens in engine.stream(engine.prefill([bos], len(expected))) for token in tokens]
+    made = [
+        token
+        for tokens in engine.stream(engine.prefill(TokenRequest((bos,), len(expected))))
+        for token in tokens
+    ]
     same = sum(a == b for a, b in zip(made, expected, strict=True))
     print(f"{same} of {len(expected)} greedy ids are the same")
     sys.exit(same != len(expected))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rag.index.lexical.analyzer import ENGLISH_STOP_WORDS, WORDS, Analyzer
-from rag.runtime.cache_key import content_key
+from rag.runtime.cache.keys import content_key
 from rag.types import UserError
 
 TEXTS = (

@@ -199,7 +199,7 @@ def test_the_compiled_program(dtype, queries):
         assert temporary < 4 * n * (2 * refine.FEW + queries / 8)
 
 
-def test_bad_queries_are_told():
+def test_bad_queries_are_refused():
     index = DenseIndex(_units(10))
     questions = _units(2)
     with pytest.raises(UserError, match="have 23 dimensions and the index has 24"):
@@ -216,7 +216,7 @@ def test_a_query_of_zeros_takes_the_first_rows():
     np.testing.assert_array_equal(scores, np.zeros((1, 4)))
 
 
-def test_vectors_without_a_cosine_are_told(monkeypatch):
+def test_vectors_without_a_cosine_are_refused(monkeypatch):
     monkeypatch.setattr(writer, "_CHECKED_ROWS", 16)
     writer.check_vectors(_units(50))
     writer.check_vectors(np.zeros((0, 8), np.float32))

@@ -251,12 +251,12 @@ def test_a_table_shows_what_each_arm_says():
     assert table.scores.tolist() == [[1.0, 2.0, 0.0], [0.0, 0.0, 3.0]]
 
 
-def test_lows_of_the_option_go_first():
+def test_lower_bounds_of_the_option_go_first():
     given = fuse(Convex("theoretical_min_max"), [LEXICAL, DENSE], (0.0, -1.0))
     assert fuse(Convex("theoretical_min_max", lower_bounds=(0, -1)), [LEXICAL, DENSE], (-5.0, -5.0)) == given
 
 
-def test_one_low_serves_any_number_of_arms():
+def test_one_lower_bound_serves_any_number_of_arms():
     queries = [[LEXICAL], [LEXICAL, DENSE]]
     one = Convex("theoretical_min_max").fuse_batch(queries, [-1.0])
     assert one == [fuse(Convex("theoretical_min_max"), arms, [-1.0] * len(arms)) for arms in queries]

@@ -198,7 +198,13 @@ def test_what_is_no_index_is_named(tmp_path):
     with pytest.raises(UserError, match="no whole lexical index"):
         LexicalIndex.load(tmp_path)
     LexicalIndex.build(["one"], PLAIN).save(tmp_path)
-    meta = json.loads((tmp_path / "lexical.json").read_text()) | {"format": 99}
+    text = (tmp_path / "lexical.json").read_text()
+    (tmp_path / "lexical.json").write_text(json.dumps(json.loads(text) | {"terms": [1]}))
+    with pytest.raises(
+        UserError, match=r"lexical\.json is not as it should be \(terms\.0: .*build the index again"
+    ):
+        LexicalIndex.load(tmp_path)
+    meta = json.loads(text) | {"format": 99}
     (tmp_path / "lexical.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="another format"):
         LexicalIndex.load(tmp_path)

@@ -184,8 +184,8 @@ def test_rounding_covers_the_worst_order_of_summing(dim):
 
 @on_cpu
 @pytest.mark.parametrize("dim", [24, 100, 385])
-@pytest.mark.parametrize("apart", [0.0, 1e-7, 1e-6])
-def test_near_duplicates_are_ordered_by_the_scores_that_are_returned(dim, apart, monkeypatch):
+@pytest.mark.parametrize("distance", [0.0, 1e-7, 1e-6])
+def test_near_duplicates_are_ordered_by_the_scores_that_are_returned(dim, distance, monkeypatch):
     """Rows as close to each other as rounding, or equal, fifty about each of 12 queries, in groups of their own: each
     program rounds them otherwise."""
     monkeypatch.setattr(cost, "pays", lambda *args: True)
@@ -193,7 +193,7 @@ def test_near_duplicates_are_ordered_by_the_scores_that_are_returned(dim, apart,
     vectors, queries, noise = (rng.standard_normal((n, dim)) for n in (4300, 40, 614))
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     near = np.resize(queries[:12] + 0.3 * noise[:12] / dim**0.5, noise.shape)
-    vectors[3::7] = near + apart * noise / dim**0.5
+    vectors[3::7] = near + distance * noise / dim**0.5
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     queries = queries.astype(np.float32)
     expected = _reference(vectors, queries, 10)

@@ -41,7 +41,7 @@ def test_round_trip(tmp_path):
     documents, chunks, vectors = write_index(tmp_path / "new" / "index")
     index = checked_index(tmp_path / "new" / "index")
     assert len(index) == len(chunks)
-    assert index.documents == 3
+    assert index.manifest.documents == 3
     assert index.chunks([5, 0, 5, len(chunks) - 1]) == [chunks[5], chunks[0], chunks[5], chunks[-1]]
     assert index.chunks(np.arange(len(chunks))) == chunks
     for document in documents:
@@ -72,7 +72,7 @@ def test_more_rows_than_a_record_batch(tmp_path, monkeypatch):
 def test_nothing_in_it(tmp_path):
     writer.write_index(tmp_path / "index", [], [], np.zeros((0, 8), np.float32), StubEmbedder())
     index = checked_index(tmp_path / "index")
-    assert (len(index), index.documents, index.vectors.shape) == (0, 0, (0, 8))
+    assert (len(index), index.manifest.documents, index.vectors.shape) == (0, 0, (0, 8))
 
 
 def test_unknown_rows_and_documents(tmp_path):
@@ -86,7 +86,7 @@ def test_unknown_rows_and_documents(tmp_path):
         index.document_text("nowhere.md")
 
 
-def test_what_the_embedder_learned_is_kept(tmp_path):
+def test_what_the_embedder_learned_is_stored(tmp_path):
     write_index(tmp_path, embedder=StubEmbedder(("hello", "world")))
     index = checked_index(tmp_path)
     assert index.restore(StubEmbedder()).words == ("hello", "world")
@@ -111,7 +111,7 @@ def test_replacing_leaves_open_indexes_alone(tmp_path):
     before = store.Index.open(path)
     write_index(path, "bb")
     assert holds(path, "bb")
-    assert store.Index.open(path).generation == 2
+    assert store.Index.open(path).manifest.generation == 2
     assert before.chunks(range(len(before))) == chunks
     np.testing.assert_array_equal(before.vectors, vectors)
     assert before.restore(StubEmbedder()).words == ("hello", "world")
@@ -120,7 +120,7 @@ def test_replacing_leaves_open_indexes_alone(tmp_path):
     assert len(list(path.glob("segment-*"))) == 1
 
 
-def test_postings_are_kept_and_mapped(tmp_path):
+def test_postings_are_stored_and_mapped(tmp_path):
     chunks = write_index_with_postings(tmp_path)
     lexical = checked_index(tmp_path).lexical
     assert lexical.analyzer == Analyzer(stop_words=["of"])
@@ -240,7 +240,7 @@ def test_two_writers_take_turns(tmp_path, monkeypatch):
     assert len(most) == 6
     assert max(most) == 1
     assert holds(path, "a") or holds(path, "bb")
-    assert store.Index.open(path).generation == 6
+    assert store.Index.open(path).manifest.generation == 6
 
 
 def test_opening_while_it_is_replaced(tmp_path, monkeypatch):
@@ -255,7 +255,7 @@ def test_opening_while_it_is_replaced(tmp_path, monkeypatch):
 
     monkeypatch.setattr(store, "_shared_lock", replaced_meanwhile)
     index = store.Index.open(path)
-    assert index.generation == 2
+    assert index.manifest.generation == 2
     assert index.chunks([0]) == make_chunks(make_documents("bb"))[:1]
 
 

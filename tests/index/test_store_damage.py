@@ -211,7 +211,7 @@ def test_a_damaged_index_is_not_added_to(tmp_path):
         ("{", "is not JSON"),
         ("\xff", "is not JSON"),
         ("[" * 200_000, "is not JSON .*nested too deep"),
-        ('{"format": 2, "format": 2}', "'format' stands twice"),
+        ('{"format": 2, "format": 2}', "'format' occurs twice"),
         ('{"format": 2, "generation": NaN}', "NaN is no number"),
         ("[]", "holds no JSON object"),
         ('{"name": "my web app"}', "not the manifest of an index"),
@@ -335,7 +335,7 @@ def test_chunks_that_contradict_their_document(tmp_path, wrong):
     assert not (tmp_path / "index").exists()
 
 
-def test_bad_input_is_told_before_anything_is_written(tmp_path):
+def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     def write(documents, vectors):
         chunks = make_chunks(documents)
         writer.write_index(tmp_path / "index", documents, chunks, vectors, StubEmbedder())
@@ -351,7 +351,7 @@ def test_bad_input_is_told_before_anything_is_written(tmp_path):
     assert not (tmp_path / "index").exists()
 
 
-def test_half_a_character_is_told(tmp_path):
+def test_half_a_character_is_refused(tmp_path):
     documents = [Document("a", "a", "before \ud83e after")]
     with pytest.raises(UserError, match="half of a character"):
         writer.write_index(

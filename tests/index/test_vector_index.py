@@ -1,4 +1,4 @@
-"""The indexes beside the exact one: what they find against DenseIndex and float64, proofs, audits."""
+"""The indexes beside the exact one: what they find against DenseIndex and float64, and proofs."""
 
 from dataclasses import FrozenInstanceError
 from functools import partial
@@ -11,7 +11,6 @@ import pytest
 from rag import native
 from rag.index.dense import VectorIndex, audit, binary, cost, int8
 from rag.index.dense import exact as exact_index
-from rag.index.dense.audit import Audit, wilson
 from rag.index.dense.binary import Binary, BinaryIndex
 from rag.index.dense.exact import DenseIndex, Exact
 from rag.index.dense.int8 import Int8Index, Int8Scan, Proofs
@@ -101,7 +100,7 @@ def test_an_empty_index_finds_nothing(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_bad_queries_are_told(options):
+def test_bad_queries_are_refused(options):
     index = options.build(_units(300))
     with pytest.raises(UserError, match="have 47 dimensions and the index has 48"):
         index.search(_units(2)[:, :47], 3)
@@ -123,7 +122,7 @@ def test_bad_queries_are_told(options):
         (lambda: Matryoshka(dims=49).build(_units(10)), "dims is 49 and the vectors have 48"),
     ],
 )
-def test_bad_options_are_told(make, setting):
+def test_bad_options_are_refused(make, setting):
     with pytest.raises(UserError, match=setting):
         make()
 
@@ -271,30 +270,6 @@ def test_the_prefix_scan_renormalises():
     np.testing.assert_array_equal(ids, [[77]])
 
 
-# --- the audit ----------------------------------------------------------------------------------------------
-
-
-def test_an_audit_counts_what_is_missing():
-    """An index that knows only some of the rows."""
-    vectors, queries = _units(1000), _units(30, seed=8)
-    audited = audit.audit(DenseIndex(vectors[:600]), DenseIndex(vectors), queries, 10)
-    expected = top_k_oracle(_exact(queries, vectors), 10)[1]
-    assert audited.recall == pytest.approx(np.mean(expected < 600))
-    assert audit.audit(DenseIndex(vectors), DenseIndex(vectors), queries, 10).recall == 1.0
-    with pytest.raises(ValueError, match="needs queries"):
-        audit.audit(DenseIndex(vectors), DenseIndex(vectors), queries[:0], 10)
-
-
-def test_wilsons_bound():
-    """Solves (p - b)^2 = z^2 b (1 - b) / n, from below; worked for n = 50."""
-    for share in (0.5, 0.9, 1.0):
-        bound = wilson(share, 50)
-        assert bound < share
-        assert (share - bound) ** 2 == pytest.approx(1.6448536**2 * bound * (1 - bound) / 50)
-    assert wilson(1.0, 50) == pytest.approx(1 / (1 + 1.6448536**2 / 50))
-    assert isinstance(Audit(1.0, 0.9, 5, 10), Audit)
-
-
 @on_cpu
 def test_the_scan_multiplies_integers():
     """The compiled scan holds one int8 x int8 product of all rows, and never their floats."""
@@ -360,7 +335,7 @@ def test_the_exact_index_says_what_it_multiplies(monkeypatch):
     assert index.product_dtype(32, 10) == "float32"
 
 
-def test_queries_that_float32_does_not_hold_are_told():
+def test_queries_that_float32_does_not_hold_are_refused():
     with pytest.raises(UserError, match="NaN or infinity"):
         DenseIndex(_units(20)).search(np.full((1, 48), 1e300), 3)
 

@@ -303,8 +303,8 @@ def test_a_text_longer_than_a_block_is_divided_as_others_are(tokeniser, text, bl
         whole = chunks_of(document, WholeChunker(), tokeniser)
     assert all(c.text == text[c.start : c.end] and 0 < len(c.text) <= block for c in made)
     assert all(a.start < b.start and a.end < b.end for a, b in pairwise(made))
-    inside = {place for c in made for place in range(c.start, c.end)}
-    assert all(place in inside for place, sign in enumerate(text) if not sign.isspace())
+    inside = {position for c in made for position in range(c.start, c.end)}
+    assert all(position in inside for position, sign in enumerate(text) if not sign.isspace())
     assert whole == chunks_of(document, WholeChunker(), tokeniser)
     if len(text) <= block:
         assert made == chunks_of(document, SentenceChunker(6, 2), tokeniser)

@@ -213,7 +213,7 @@ def test_bfloat16_weights_are_stored_as_float32(tmp_path):
             np.testing.assert_array_equal(loaded[name].get_value(), array.astype(np.float32))
 
 
-def test_files_that_are_damaged_are_told(tmp_path):
+def test_files_that_are_damaged_are_errors(tmp_path):
     folder = write_encoder(tmp_path / "tiny")
     config = json.loads((folder / "config.json").read_text())
     del config["num_attention_heads"]
@@ -230,7 +230,7 @@ def test_files_that_are_damaged_are_told(tmp_path):
             bert_checkpoint.load(folder)
 
 
-def test_what_this_encoder_cannot_do_is_told(tmp_path):
+def test_unsupported_settings_of_encoders_are_errors(tmp_path):
     folder = write_encoder(tmp_path / "tiny")
     write_sentence_files(folder, MEAN, modules=("Dense",))
     with pytest.raises(UserError, match="module Dense"):
@@ -238,12 +238,12 @@ def test_what_this_encoder_cannot_do_is_told(tmp_path):
     write_sentence_files(folder, MEAN | {"pooling_mode_max_tokens": True})
     with pytest.raises(UserError, match="pooling_mode_mean_tokens \\+ pooling_mode_max_tokens"):
         bert_checkpoint.load(folder)
-    for change, told in (
+    for change, message in (
         ({"model_type": "mpnet"}, "'mpnet' model"),
         ({"position_embedding_type": "relative_key"}, "relative_key"),
         ({"hidden_act": "silu"}, "silu"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             bert_checkpoint.load(write_encoder(tmp_path / "other", **change))
     with pytest.raises(UserError, match=r"neither a GGUF file nor a folder with a config\.json"):
         bert_checkpoint.load(tmp_path)

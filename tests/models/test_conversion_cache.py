@@ -7,7 +7,9 @@ from functools import partial
 import pytest
 
 from rag.models import conversion_cache
-from rag.runtime import cache, files
+from rag.runtime import files
+from rag.runtime.cache import entries
+from rag.runtime.cache.folder import cache_root
 from rag.types import UserError
 
 
@@ -48,7 +50,7 @@ def test_what_other_code_converted_is_not_found_and_what_is_equal_takes_no_room(
     assert [(folder / "other.npy").read_text() for folder in (first, second)] == ["one", "two"]
     assert (first / "same.npy").samefile(second / "same.npy")
     assert not (first / "other.npy").samefile(second / "other.npy")
-    assert sorted(path.name for path in second.iterdir()) == [cache.CHECKSUMS, "other.npy", "same.npy"]
+    assert sorted(path.name for path in second.iterdir()) == [entries.CHECKSUMS, "other.npy", "same.npy"]
 
 
 def test_a_file_of_a_folder_that_is_renamed_is_another_checkpoint(tmp_path, monkeypatch):
@@ -70,7 +72,7 @@ def test_a_file_of_a_folder_that_is_renamed_is_another_checkpoint(tmp_path, monk
     assert first == renamed != other
 
 
-def test_a_cache_that_cannot_be_written_is_told_unless_all_is_there(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_an_error_unless_all_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "source"
     source.write_text("weights")
@@ -96,7 +98,7 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match="no"):
         conversion_cache.converted_folder("toy", [source], fail)
-    assert not list((files.cache_root() / "converted").rglob("half"))
+    assert not list((cache_root() / "converted").rglob("half"))
     assert (
         conversion_cache.converted_folder("toy", [source], lambda folder: (folder / "whole").touch())
         / "whole"

@@ -51,7 +51,7 @@ DAMAGED = {
     "it has 3 entries": header(0, count=3),
     "it ends inside a key": header(0, struct.pack("<Q", 2**63) + b"a" * 30),
     "a key is not UTF-8, behind byte 32": header(0, entry(b"\xff\xfe", U32, b"\0" * 4)),
-    "the key 'a' stands there twice": header(0, ENTRY, ENTRY),
+    "the key 'a' occurs twice": header(0, ENTRY, ENTRY),
     "the value of 'a' is of the unknown type 77": header(0, entry(b"a", 77, b"\0" * 8)),
     "a text of 'a' is not UTF-8": header(0, entry(b"a", ARRAY, array(STRING, 1, text(b"\xc3\x28")))),
     "the array 'a' has 1,152,921,504,606,846,976 items": header(0, entry(b"a", ARRAY, array(0, 2**60))),
@@ -65,18 +65,18 @@ DAMAGED = {
     "is of the unknown type 4": header(1) + tensor(b"t", (4,), 4) + b"\0" * 64,  # Q4_2, which is no more
     "whose shape is (4294967296, 4294967296)": header(1) + tensor(b"t", (2**32, 2**32)) + b"\0" * 64,
     "it ends inside the tensor 't'": header(1) + tensor(b"t", (4,), 0, 2**63) + b"\0" * 64,
-    "the tensor 't' stands there twice": header(2) + tensor(b"t", (4,)) * 2 + b"\0" * 64,
+    "the tensor 't' occurs twice": header(2) + tensor(b"t", (4,)) * 2 + b"\0" * 64,
     "cannot mmap an empty file": b"",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("told", DAMAGED)
-def test_damaged_headers_are_told(tmp_path, told):
+@pytest.mark.parametrize("message", DAMAGED)
+def test_damaged_headers_are_errors(tmp_path, message):
     path = tmp_path / "model.gguf"
-    path.write_bytes(DAMAGED[told])
+    path.write_bytes(DAMAGED[message])
     with pytest.raises(UserError) as caught:
         gguf_file.read(path)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert is_one_sentence(str(caught.value))
 
 

@@ -13,7 +13,7 @@ from rag.models.bert import checkpoint as bert_checkpoint
 from rag.models.llama import checkpoint as llama_checkpoint
 from rag.models.tokenizer import gguf as tokenizer_gguf
 from rag.models.tokenizer.gguf import from_metadata
-from rag.models.tokenizer.huggingface import from_folder
+from rag.models.tokenizer.huggingface import load as load_folder
 from rag.types import UserError
 from tests import tiny_models
 from tests.one_sentence import is_one_sentence
@@ -25,7 +25,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
 
 
-def told(load, path: Path) -> str:
+def error_of(load, path: Path) -> str:
     with pytest.raises(UserError) as caught:
         load(path)
     assert is_one_sentence(str(caught.value)), str(caught.value)
@@ -64,14 +64,14 @@ def test_gguf_metadata_are_compared_with_the_tensors(tmp_path, name):
     change, want = GGUF[name]
     metadata, tensors = decoder_gguf()
     write_gguf(tmp_path / "model.gguf", metadata | change, tensors)
-    assert want in told(llama_checkpoint.load, tmp_path / "model.gguf")
+    assert want in error_of(llama_checkpoint.load, tmp_path / "model.gguf")
 
 
-def test_a_projection_whose_rows_are_not_whole_heads_is_told(tmp_path):
+def test_a_projection_whose_rows_are_not_whole_heads_is_an_error(tmp_path):
     metadata, tensors = decoder_gguf()
     tensors["blk.0.attn_q.weight"] = tensors["blk.0.attn_q.weight"][:-1]
     write_gguf(tmp_path / "model.gguf", metadata, tensors)
-    assert "with shape (15, 16)" in told(llama_checkpoint.load, tmp_path / "model.gguf")
+    assert "with shape (15, 16)" in error_of(llama_checkpoint.load, tmp_path / "model.gguf")
 
 
 def test_the_unchanged_gguf_loads(tmp_path):
@@ -85,17 +85,17 @@ def test_weights_are_finite_numbers(tmp_path, number):
     metadata, tensors = decoder_gguf()
     tensors["blk.1.ffn_up.weight"][3, 5] = number
     write_gguf(tmp_path / "model.gguf", metadata, tensors)
-    sentence = told(llama_checkpoint.load, tmp_path / "model.gguf")
+    sentence = error_of(llama_checkpoint.load, tmp_path / "model.gguf")
     assert "'blk.1.ffn_up.weight'" in sentence and "finite numbers up to 65504" in sentence
     tensors = {"a": np.array([1, number], np.float32)}
     save_file(tensors, tmp_path / "model.safetensors")
-    assert "'a'" in told(tensor_files.read_safetensors, tmp_path)
+    assert "'a'" in error_of(tensor_files.read_safetensors, tmp_path)
 
 
-def test_tensors_of_unknown_numbers_are_told(tmp_path):
+def test_tensors_of_unknown_numbers_are_errors(tmp_path):
     header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"1234")
-    assert "'a'" in (sentence := told(tensor_files.read_safetensors, tmp_path))
+    assert "'a'" in (sentence := error_of(tensor_files.read_safetensors, tmp_path))
     assert "of type F8_E4M3; only F32, F16, BF16, F64 are known" in sentence
 
 
@@ -129,7 +129,7 @@ def test_a_decoders_settings_have_types_and_ranges(tmp_path, name, value, want):
     (tmp_path / "m").mkdir()
     tiny_models.write_decoder(tmp_path / "m")
     change_json(tmp_path / "m" / "config.json", **{name: value})
-    assert want in told(llama_checkpoint.load, tmp_path / "m")
+    assert want in error_of(llama_checkpoint.load, tmp_path / "m")
 
 
 ENCODER = {
@@ -154,14 +154,14 @@ def test_an_encoders_settings_have_types_and_ranges(tmp_path, file, values, want
     tiny_models.write_sentence_files(folder, {"pooling_mode": "cls"})
     (folder / "sentence_bert_config.json").write_text("{}")  # so that the tokenizer's length is asked for
     change_json(folder / file, **values)
-    assert want in told(bert_checkpoint.load, folder)
+    assert want in error_of(bert_checkpoint.load, folder)
 
 
 @pytest.mark.parametrize(
     ("content", "want"),
     [
         ("[" * 100_000, "nested too deep"),
-        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('{"a": 1, "a": 2}', "'a' occurs twice"),
         ('{"a": NaN}', "NaN is no number"),
         ("[]", "holds no JSON object"),
         ('{"a": "\\ud800"}', "one half of a character"),
@@ -169,17 +169,17 @@ def test_an_encoders_settings_have_types_and_ranges(tmp_path, file, values, want
         ("\xff", "can't decode"),
     ],
 )
-def test_json_that_is_none_is_told(tmp_path, content, want):
+def test_json_that_is_none_is_an_error(tmp_path, content, want):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
-    assert want in told(tensor_files.read_config, tmp_path)
+    assert want in error_of(tensor_files.read_config, tmp_path)
 
 
-def test_a_tokenizer_that_fails_at_unknown_words_is_told(tmp_path):
+def test_a_tokenizer_that_fails_at_unknown_words_is_an_error(tmp_path):
     folder = tiny_models.write_encoder(tmp_path / "m")
     values = json.loads((folder / "tokenizer.json").read_text())
     values["model"]["unk_token"] = "[NONE]"
     (folder / "tokenizer.json").write_text(json.dumps(values))
-    assert "Missing [UNK] token" in told(bert_checkpoint.load, folder)
+    assert "Missing [UNK] token" in error_of(bert_checkpoint.load, folder)
 
 
 REAL_PATTERNS = [
@@ -195,7 +195,7 @@ def test_patterns_of_real_tokenizers_are_used(tmp_path, pattern):
     folder = tiny_models.write_encoder(tmp_path / "m")
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     change_json(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split]})
-    assert from_folder(folder).encode("seal (on) ice")
+    assert load_folder(folder).encode("seal (on) ice")
 
 
 @pytest.mark.parametrize(
@@ -205,14 +205,14 @@ def test_patterns_without_end_are_refused(tmp_path, pattern):
     folder = tiny_models.write_encoder(tmp_path / "m")
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     change_json(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split]})
-    assert "may take without end" in told(from_folder, folder)
+    assert "may take without end" in error_of(load_folder, folder)
 
 
 def test_texts_that_grow_without_end_are_refused(tmp_path):
     folder = tiny_models.write_encoder(tmp_path / "m")
     steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 20}] * 3
     change_json(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
-    assert "makes texts 8,000 times as long" in told(from_folder, folder)
+    assert "makes texts 8,000 times as long" in error_of(load_folder, folder)
 
 
 def test_an_emoji_in_escapes_is_text(tmp_path):
@@ -224,17 +224,17 @@ def test_an_emoji_in_escapes_is_text(tmp_path):
 def test_files_outside_of_the_folder_are_not_read(tmp_path, path):
     index = {"weight_map": {"a": path}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "outside of its folder" in told(tensor_files.read_safetensors, tmp_path)
+    assert "outside of its folder" in error_of(tensor_files.read_safetensors, tmp_path)
     folder = tiny_models.write_encoder(tmp_path / "m")
     (folder / "modules.json").write_text(json.dumps([{"type": "a.Pooling", "path": path}]))
-    assert "outside of its own" in told(bert_checkpoint.load, folder)
+    assert "outside of its own" in error_of(bert_checkpoint.load, folder)
 
 
 def test_a_classifier_needs_labels(tmp_path):
     folder = tiny_models.write_encoder(tmp_path / "m")
     tensors = load_file(folder / "model.safetensors") | {"classifier.weight": np.zeros((0, 16), np.float32)}
     save_file(tensors, folder / "model.safetensors")
-    assert "classifier.weight with shape (0, 16)" in told(bert_checkpoint.load_classifier, folder)
+    assert "classifier.weight with shape (0, 16)" in error_of(bert_checkpoint.load_classifier, folder)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])

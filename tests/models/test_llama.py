@@ -80,7 +80,7 @@ def as_gguf(config, weights, family):
     return renamed
 
 
-def test_unknown_architectures_and_scalings_are_told(goldens):
+def test_unknown_architectures_and_scalings_are_errors(goldens):
     config = json.loads(str(goldens["llama/config"]))
     with pytest.raises(UserError, match=r"'gemma'.*take a checkpoint of llama"):
         llama_configuration.config_from_huggingface(config | {"model_type": "gemma"}, "here")
@@ -88,7 +88,7 @@ def test_unknown_architectures_and_scalings_are_told(goldens):
         llama_configuration.config_from_huggingface(config | {"rope_scaling": {"rope_type": "yarn"}}, "here")
 
 
-def test_activations_and_windows_that_are_not_known_are_told(goldens):
+def test_activations_and_windows_that_are_not_known_are_errors(goldens):
     config = json.loads(str(goldens["qwen2/config"]))
     with pytest.raises(UserError, match="activation 'gelu'"):
         llama_configuration.config_from_huggingface(config | {"hidden_act": "gelu"}, "here")
@@ -96,7 +96,7 @@ def test_activations_and_windows_that_are_not_known_are_told(goldens):
         llama_configuration.config_from_huggingface(config | {"use_sliding_window": True}, "here")
 
 
-def test_settings_that_are_missing_are_told(goldens, tmp_path, monkeypatch):
+def test_settings_that_are_missing_are_errors(goldens, tmp_path, monkeypatch):
     monkeypatch.setenv("RAG_CACHE", str(tmp_path / "cache"))
     config = json.loads(str(goldens["llama/config"]))
     with pytest.raises(UserError, match="rope_scaling, lacks the setting 'factor'"):
@@ -143,15 +143,15 @@ def test_rope_scaling_of_gguf_files(scaling, tensor, factors):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "'yarn'"),
         ({"llama.rope.scaling.type": "longrope"}, "'longrope'"),
         ({"llama.rope.dimension_count": 4}, "rotates 4 of its heads' 8 dimensions"),
     ],
 )
-def test_rotations_of_gguf_files_that_are_not_known_are_told(change, told):
-    with pytest.raises(UserError, match=told):
+def test_rotations_of_gguf_files_that_are_not_known_are_errors(change, message):
+    with pytest.raises(UserError, match=message):
         llama_configuration.config_from_gguf(GGUF | change, {})
 
 

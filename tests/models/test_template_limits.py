@@ -90,7 +90,7 @@ def test_long_conversations_fit():
     assert len(template([Message("user", "x" * 10**6), Message("user", "")], True)) == 2 * 10**6 + 6
 
 
-def test_what_is_spent_is_counted_anew_for_each_rendering(monkeypatch):
+def test_each_rendering_has_a_budget_of_its_own(monkeypatch):
     monkeypatch.setattr(template_limits, "UNITS", 3000)
     template = ChatTemplate("{% for i in range(100) %}{{ i }}{% endfor %}", {}, date(2026, 1, 1))
     assert len({template([Message("user", "hello")], True) for _ in range(30)}) == 1

@@ -53,7 +53,7 @@ def test_to_ask_whether_a_gguf_has_a_tensor_does_not_read_it(monkeypatch):
     assert "there" not in tensors
 
 
-def test_a_file_that_is_no_gguf_is_told(tmp_path):
+def test_a_file_that_is_no_gguf_is_an_error(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + b"\0" * 3)
     with pytest.raises(UserError, match=r"cannot read .*model.gguf as GGUF"):
@@ -79,7 +79,7 @@ def test_safetensors_of_one_file_and_of_shards(tmp_path):
     np.testing.assert_array_equal(tensor_files.read_safetensors(sharded)["b"], one + 1)
 
 
-def test_safetensors_that_are_missing_or_damaged_are_told(tmp_path):
+def test_safetensors_that_are_missing_or_damaged_are_errors(tmp_path):
     with pytest.raises(UserError, match=r"holds neither model\.safetensors"):
         tensor_files.read_safetensors(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint")
@@ -88,7 +88,7 @@ def test_safetensors_that_are_missing_or_damaged_are_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("index", "told"),
+    ("index", "message"),
     [
         ("{", "is not valid JSON"),
         ("[]", "holds no JSON object"),
@@ -100,14 +100,14 @@ def test_safetensors_that_are_missing_or_damaged_are_told(tmp_path):
         ),
     ],
 )
-def test_a_shard_index_that_is_wrong_is_told(tmp_path, index, told):
+def test_a_shard_index_that_is_wrong_is_an_error(tmp_path, index, message):
     (tmp_path / "one.safetensors").touch()
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         tensor_files.read_safetensors(tmp_path)
 
 
-def test_a_configuration_that_is_missing_or_incomplete_is_told(tmp_path):
+def test_a_configuration_that_is_missing_or_incomplete_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"holds no config\.json"):
         tensor_files.read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"a": ')

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from rag.models.tokenizer import load_tokenizer
-from rag.models.tokenizer.huggingface import from_folder
+from rag.models.tokenizer.huggingface import load as load_folder
 from rag.models.tokenizer.tokenizer import Tokenizer
 from rag.types import Message, UserError
 from tests.tiny_models import BYTES, CHATML, byte_level, sentencepiece, wordpiece
@@ -184,7 +184,7 @@ def huggingface_folder(folder: Path, config: dict, **files: dict) -> Path:
 def test_folder_special_tokens(tmp_path):
     config = {"bos_token": {"content": "<s>"}, "pad_token": None, "chat_template": CHATML}
     maps = {"special_tokens_map": {"eos_token": "</s>"}, "generation_config": {"eos_token_id": [1, 7]}}
-    tokenizer = from_folder(huggingface_folder(tmp_path, config, **maps))
+    tokenizer = load_folder(huggingface_folder(tmp_path, config, **maps))
     assert (tokenizer.bos_id, tokenizer.spec.pad_id) == (0, None)
     assert tokenizer.spec.eos_ids == (1, 7, len(BYTES) + 2)
     assert tokenizer.spec.chat_template == CHATML
@@ -202,13 +202,13 @@ def test_folder_chat_template_files(tmp_path, where):
     folder = huggingface_folder(tmp_path, {"chat_template": named if where == "list" else "no"})
     if where == "file":
         (folder / "chat_template.jinja").write_text("yes")
-    assert from_folder(folder).spec.chat_template == "yes"
+    assert load_folder(folder).spec.chat_template == "yes"
 
 
 def test_folder_sentencepiece_decoder(tmp_path):
     sentencepiece()._core.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-    tokenizer = from_folder(tmp_path)
+    tokenizer = load_folder(tmp_path)
     assert (tokenizer.spec.kind, tokenizer.spec.strips_space) == ("sentencepiece", True)
     assert tokenizer.decode(tokenizer.encode("abc \u00e9")) == "abc \u00e9"
 
@@ -217,7 +217,7 @@ def test_folder_metaspace_decoder(tmp_path):
     core = tokenizers.Tokenizer(models.BPE({"\u2581a": 0, "a": 1}, [], unk_token=None))
     core.decoder = decoders.Metaspace(prepend_scheme="never")
     core.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = from_folder(tmp_path)
+    tokenizer = load_folder(tmp_path)
     assert tokenizer.decode([0, 1, 0]) == " aa a"
 
 
@@ -226,7 +226,7 @@ def test_folder_without_a_tokenizer(tmp_path, content, message):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        from_folder(tmp_path)
+        load_folder(tmp_path)
 
 
 def test_folder_with_a_damaged_config(tmp_path):
@@ -234,7 +234,7 @@ def test_folder_with_a_damaged_config(tmp_path):
     for content in ("{", "[]"):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(UserError, match=r"tokenizer_config\.json"):
-            from_folder(tmp_path)
+            load_folder(tmp_path)
 
 
 # --- conversations in pieces
@@ -312,7 +312,7 @@ def test_default_generator_equals_llama_cpp(generator_weights):
 
 @pytest.mark.weights
 def test_default_embedder_tokenizer(embedder_weights):
-    tokenizer = from_folder(embedder_weights)
+    tokenizer = load_folder(embedder_weights)
     assert tokenizer.encode("Hello, world") == [101, 7592, 1010, 2088, 102]
     assert len(tokenizer.encode("word " * 300)) == 302  # the file's own padding and truncation to 128 are off
     assert (tokenizer.vocab_size, tokenizer.spec.pad_id) == (30522, 0)

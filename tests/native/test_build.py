@@ -9,7 +9,7 @@ import pytest
 
 from rag import native
 from rag.native import build
-from rag.runtime import cache as disk_cache
+from rag.runtime.cache import entries
 from tests.damage import WAYS
 
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler, or no CPU backend")
@@ -26,8 +26,8 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(build, "_FLAGS", ("--no-such-flag",))
     assert build.library() is None
     [log] = tmp_path.rglob("*.log")
-    told = capsys.readouterr().err
-    assert f"XLA does its work: {log}" in told and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert f"XLA does its work: {log}" in printed and printed.count("\n") == 1
     assert "no-such-flag" in log.read_text()
     assert not list(tmp_path.rglob("*.so"))
     monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("asked again"))
@@ -44,7 +44,7 @@ def built(monkeypatch, tmp_path):
 
     def write(compiler, path, log):
         built.append(path)
-        disk_cache.write(path, b"\x7fELF" * 100)
+        entries.write(path, b"\x7fELF" * 100)
 
     monkeypatch.setattr(build, "_build", write)
     return built
@@ -75,9 +75,11 @@ def test_a_folder_that_others_may_write_to_is_refused(built, capsys):
     path = build.library()
     os.chmod(path.parent, 0o777)
     assert unloaded() is None
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        f"run `chmod -R go-w {path.parent}`" in told and "XLA does its work" in told and told.count("\n") == 1
+        f"run `chmod -R go-w {path.parent}`" in printed
+        and "XLA does its work" in printed
+        and printed.count("\n") == 1
     )
 
 
@@ -107,9 +109,11 @@ def test_a_library_that_lacks_a_symbol_is_left_alone(monkeypatch, tmp_path, sour
         path.write_text("no library")
     monkeypatch.setattr(build, "library", lambda: path)
     assert unloaded() is None
-    told = capsys.readouterr().err
-    assert told.startswith("The native library cannot be used, so XLA does its work: ") and reason in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert (
+        printed.startswith("The native library cannot be used, so XLA does its work: ") and reason in printed
+    )
+    assert printed.count("\n") == 1
 
 
 def test_it_can_be_switched_off():

@@ -19,7 +19,7 @@ def keys(count, seed=0):
     return jax.random.split(jax.random.key(seed), count)
 
 
-def kept(options, logits=LOGITS):
+def not_filtered(options, logits=LOGITS):
     return np.asarray(filter_logits(jnp.asarray(logits), options) > -1e29)
 
 
@@ -35,7 +35,9 @@ def kept(options, logits=LOGITS):
     ],
 )
 def test_filters_keep_the_tokens_that_their_definitions_name(options, expected):
-    np.testing.assert_array_equal(kept(options), [np.array(expected, bool), np.array(expected, bool)[::-1]])
+    np.testing.assert_array_equal(
+        not_filtered(options), [np.array(expected, bool), np.array(expected, bool)[::-1]]
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -48,7 +50,7 @@ def test_filters_keep_the_tokens_that_their_definitions_name(options, expected):
 def test_filters_equal_the_oracle(values, top_k, top_p, min_p):
     logits = np.array([values], np.float32)
     expected, decided = kept_by_filters(logits[0], top_k, top_p, min_p)
-    got = kept(Sampling(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p), logits)[0]
+    got = not_filtered(Sampling(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p), logits)[0]
     np.testing.assert_array_equal(got[decided], expected[decided])
     assert got[logits[0].argmax()]
 
@@ -100,6 +102,6 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_s
         {"repetition_penalty": 0.0},
     ],
 )
-def test_values_outside_their_range_are_told(options):
+def test_values_outside_their_range_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         Sampling(**options)

@@ -54,7 +54,7 @@ def test_rows_and_spans(both):
     made, chunks = both
     assert made.hits([2, 0], [0.5, 0.25]) == [Hit(chunks[2], 0.5, 2), Hit(chunks[0], 0.25, 0)]
     names = made.index.document_ids()
-    spans = made.index.spans()
+    spans = made.index.spans
     assert spans.dtype == np.int64
     assert [(names[document], start, end) for document, start, end in spans.tolist()] == [
         (chunk.document_id, chunk.start, chunk.end) for chunk in chunks
@@ -120,7 +120,7 @@ def test_passages_are_those_of_a_look_at_every_chunk(grades, spans, k, seed):
     assert [hit.chunk for hit in passages("random", made, data, "q", (), reading)] == drawn
 
 
-def test_a_stage_that_names_its_models_in_the_old_way_is_told():
+def test_a_stage_that_names_its_models_in_the_old_way_is_refused():
     """Without its models in the cache key its results would be found again under another model."""
 
     @dataclass(frozen=True)

@@ -8,14 +8,14 @@ import pytest
 
 from rag.embed.bag_of_words import BagOfWords
 from rag.index.fusion import Convex
-from rag.index.memory import MemoryIndex
 from rag.retrieve import Retriever
 from rag.retrieve.cached import cached_search
 from rag.retrieve.collection import Collection
 from rag.retrieve.iterate import Iterative
 from rag.retrieve.search import Dense
-from rag.runtime.memo import Memo
-from rag.types import Chunk, Document, Hit, UserError
+from rag.runtime.cache.memo import Memo
+from rag.types import Hit, UserError
+from tests.tiny_collections import collection_of
 from tests.tiny_models import GenerateOnly
 
 DESIGNED = [
@@ -29,7 +29,7 @@ BLUE, RED = (f"where was the designer of the {colour} lantern born" for colour i
 
 
 def designer_first(prompt: str) -> str:
-    """A careful reader: asks where the designer was born once it knows who that is, until it is told."""
+    """A careful reader: asks where the designer was born once it knows who that is, until the prompt says where."""
     colour = re.search(r"designer of the (\w+) lantern", prompt)[1]
     if not (designer := re.search(rf"{colour} lantern was designed by (\w+)", prompt)):
         return f"who designed the {colour} lantern"
@@ -38,7 +38,7 @@ def designer_first(prompt: str) -> str:
 
 @dataclass
 class Reader(GenerateOnly):
-    """A generator that answers a prompt by a function, and keeps what it was asked."""
+    """A generator that answers a prompt by a function, and records the prompts."""
 
     answer: Callable[[str], str] = designer_first
     context_length: int = 1000
@@ -51,10 +51,7 @@ class Reader(GenerateOnly):
 
 
 def collection(reader: Reader, memo: Memo | None = None) -> Collection:
-    documents = [Document(f"d{i}", f"d{i}", text) for i, text in enumerate(TEXTS)]
-    chunks = [Chunk(f"{d.id}:0-{len(d.text)}", d.id, d.path, 0, len(d.text), d.text) for d in documents]
-    embedder = BagOfWords().fit(TEXTS)
-    return Collection(MemoryIndex(documents, chunks, embedder.encode), embedder, lambda: reader, memo)
+    return collection_of(TEXTS, BagOfWords().fit(TEXTS), reader, memo)
 
 
 def iterative(**options) -> Iterative:
@@ -123,7 +120,7 @@ def test_the_step_budget_ends_it(steps):
 
     @dataclass(frozen=True)
     class Noted:
-        depends_on = ()
+        depends_on = ("embedder",)
 
         def search(self, collection, questions, k):
             searched.extend(questions)

@@ -6,21 +6,24 @@ import numpy as np
 import pytest
 
 from rag.embed.bag_of_words import BagOfWords
-from rag.index.memory import MemoryIndex
 from rag.retrieve.collection import Collection
 from rag.retrieve.rerank import Reranker, mmr
 from rag.retrieve.rerank.mmr import MMR
-from rag.types import Chunk, Document, Hit, UserError
+from rag.types import Hit, UserError
+from tests.tiny_collections import collection_of
 
 DIM = 12
 
 
 class Known(BagOfWords):
-    """An embedder that knows these questions."""
+    """An embedder that knows these passages and questions."""
 
-    def __init__(self, queries: dict[str, np.ndarray]):
+    def __init__(self, vectors: np.ndarray, queries: dict[str, np.ndarray]):
         super().__init__()
-        self._queries = queries
+        self._vectors, self._queries = vectors, queries
+
+    def encode(self, texts: Sequence[str], progress=None) -> np.ndarray:
+        return self._vectors
 
     def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
         return np.array([self._queries[text] for text in texts], np.float32).reshape(-1, DIM)
@@ -30,13 +33,9 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def collection_of(vectors: np.ndarray, queries: dict[str, np.ndarray]) -> Collection:
-    """Passages "0", "1" ... with these vectors, and an embedder that knows these questions."""
-    texts = [str(i) for i in range(len(vectors))]
-    documents = [Document(text, text, text) for text in texts]
-    chunks = [Chunk(f"{text}:0-{len(text)}", text, text, 0, len(text), text) for text in texts]
-    index = MemoryIndex(documents, chunks, lambda _: vectors)
-    return Collection(index, Known(queries))
+def collection_with(vectors: np.ndarray, queries: dict[str, np.ndarray]) -> Collection:
+    """Return the passages "0", "1" ... with these vectors, and an embedder that knows these questions."""
+    return collection_of([str(i) for i in range(len(vectors))], Known(vectors, queries))
 
 
 def plain_mmr(relevance: np.ndarray, vectors: np.ndarray, weight: float) -> list[tuple[int, float]]:
@@ -57,7 +56,7 @@ def random_case(seed: int, passages: int, questions: int):
     rng = np.random.default_rng(seed)
     vectors = unit(rng.normal(size=(passages, DIM)))
     queries = {f"q{i}": vector for i, vector in enumerate(unit(rng.normal(size=(questions, DIM))))}
-    return collection_of(vectors, queries), vectors.astype(np.float64), queries, rng
+    return collection_with(vectors, queries), vectors.astype(np.float64), queries, rng
 
 
 def ranked(collection: Collection, rows, scores=None) -> list[Hit]:
@@ -100,7 +99,7 @@ def test_a_repeated_passage_waits_for_another_subject():
     axes = np.eye(DIM, dtype=np.float32)
     near = unit(axes[0] + 0.1 * axes[1])
     other = unit(axes[0] * 0.5 + axes[2])
-    collection = collection_of(np.stack([near, near, other]), {"q": axes[0]})
+    collection = collection_with(np.stack([near, near, other]), {"q": axes[0]})
     found = [ranked(collection, [0, 1, 2])]
     assert [hit.chunk.text for hit in MMR(0.5).rerank(collection, ["q"], found)[0]] == ["0", "2", "1"]
     assert [hit.chunk.text for hit in MMR(1).rerank(collection, ["q"], found)[0]] == ["0", "1", "2"]
@@ -108,7 +107,7 @@ def test_a_repeated_passage_waits_for_another_subject():
 
 def test_ties_keep_the_order_that_they_came_in():
     same = np.tile(np.eye(DIM, dtype=np.float32)[0], (20, 1))
-    collection = collection_of(same, {"q": same[0]})
+    collection = collection_with(same, {"q": same[0]})
     order = [7, 3, 19, 0, 11]
     [hits] = MMR(0.5).rerank(collection, ["q"], [ranked(collection, order)])
     assert [hit.chunk.text for hit in hits] == [str(row) for row in order]
@@ -140,7 +139,7 @@ def test_few_programs_serve_many_questions():
     assert mmr._take_all._cache_size() <= 3  # 16, 32 and 64 candidates
 
 
-def test_it_is_a_reranker_kept_by_its_options():
+def test_equal_options_make_equal_rerankers():
     assert isinstance(MMR(), Reranker)
     assert MMR(1) == MMR(1.0)
     assert MMR.depends_on == ("embedder",)

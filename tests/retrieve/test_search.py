@@ -11,15 +11,15 @@ from rag.embed.bag_of_words import BagOfWords
 from rag.index.fusion import Convex, ReciprocalRank
 from rag.index.lexical.analyzer import Analyzer
 from rag.index.lexical.weighting import BM25Weights, TfIdfWeights
-from rag.index.memory import MemoryIndex
 from rag.retrieve import Retriever
 from rag.retrieve.cached import cached_search
 from rag.retrieve.collection import Collection
 from rag.retrieve.rerank import Reranker
 from rag.retrieve.search import Dense, Hybrid, Lexical, Reranked, Search, Transformed
 from rag.retrieve.transform import Transform
-from rag.runtime.memo import Memo
-from rag.types import Chunk, Document, Hit, UserError
+from rag.runtime.cache.memo import Memo
+from rag.types import Hit, UserError
+from tests.tiny_collections import collection_of
 
 TEXTS = ["a seal eats fish", "a whale eats krill", "a gull nests on the cliff", "krill drift in swarms"]
 METHODS = {
@@ -31,10 +31,7 @@ METHODS = {
 
 
 def collection(texts: Sequence[str] = TEXTS, memo: Memo | None = None) -> Collection:
-    documents = [Document(f"d{i}", f"d{i}", text) for i, text in enumerate(texts)]
-    chunks = [Chunk(f"{d.id}:0-{len(d.text)}", d.id, d.path, 0, len(d.text), d.text) for d in documents]
-    embedder = BagOfWords().fit(list(texts))
-    return Collection(MemoryIndex(documents, chunks, embedder.encode), embedder, memo=memo)
+    return collection_of(texts, BagOfWords().fit(texts), memo=memo)
 
 
 def names(hits: Sequence[Hit]) -> list[str]:
@@ -197,6 +194,6 @@ def test_other_passages_and_models_are_another_cache_key():
         (lambda: Search(collection(), Dense(), 0), "k=0"),
     ],
 )
-def test_what_cannot_be_is_told(make, says):
+def test_what_cannot_be_is_refused(make, says):
     with pytest.raises(UserError, match=says):
         make()

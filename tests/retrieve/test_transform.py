@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 
 from rag.embed.bag_of_words import BagOfWords
 from rag.generate import Request
-from rag.index.memory import MemoryIndex
 from rag.ops.sampling import Sampling
 from rag.retrieve.collection import Collection
 from rag.retrieve.transform import Transform
@@ -18,6 +16,7 @@ from rag.retrieve.transform.multi_query import MultiQuery
 from rag.retrieve.transform.parse import distinct, lines, passage, without_echoes
 from rag.retrieve.transform.rewrite import Rewrite
 from rag.types import Message, UserError
+from tests.tiny_collections import collection_of
 from tests.tiny_models import GenerateOnly
 
 Q = "Who built the tower of the old castle?"
@@ -29,7 +28,7 @@ DECOMPOSE = Decompose(user="Split into simpler questions.\nQuestion: {question}"
 
 @dataclass
 class Scripted(GenerateOnly):
-    """A generator that writes what `answers` holds for the question in the prompt; keeps what it was asked."""
+    """A generator that writes what `answers` holds for the question in the prompt; records what it was asked."""
 
     answers: dict[str, str | list[str]]
     context_length: int = 1000
@@ -46,9 +45,7 @@ class Scripted(GenerateOnly):
 
 
 def collection_with(generator: Scripted) -> Collection:
-    return Collection(
-        MemoryIndex([], [], lambda _: np.zeros((0, 1), np.float32)), BagOfWords(), lambda: generator
-    )
+    return collection_of([], BagOfWords(), generator)
 
 
 def expand(transform: Transform, written: str | list[str], question: str = Q) -> list[str]:
@@ -171,7 +168,7 @@ def test_hyde_writes_passages_with_seeds_of_their_own():
 
 @pytest.mark.parametrize("transform", [REWRITE, MULTI, HYDE, DECOMPOSE])
 @pytest.mark.parametrize("written", ["", "\n \n", "...", f"Question: {Q}", "Passage:", "<think>"])
-def test_where_nothing_is_left_the_question_stands_for_itself(transform, written):
+def test_where_no_text_is_left_the_question_itself_is_searched(transform, written):
     assert expand(transform, written) == [Q]
 
 
@@ -237,7 +234,7 @@ def test_transforms_are_hashable_and_depend_on_the_model(transform):
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [
-        (lambda: Rewrite(user="no place for it"), r"\{question\}"),
+        (lambda: Rewrite(user="no placeholder"), r"\{question\}"),
         (lambda: Rewrite(user="{question} {count}"), "count"),
         (lambda: Rewrite(user="{question}", max_new_tokens=0), "max_new_tokens=0"),
         (lambda: Rewrite(user="{question}", temperature=-1), "temperature"),

@@ -25,8 +25,8 @@ def content_of(size: int) -> bytes:
     return np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8).tobytes()
 
 
-def flipped(content: bytes, place: int, change: int) -> bytes:
-    return content[:place] + bytes([content[place] ^ change]) + content[place + 1 :]
+def flipped(content: bytes, position: int, change: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ change]) + content[position + 1 :]
 
 
 def sealed(path, content: bytes) -> bytes:
@@ -55,12 +55,12 @@ def test_a_changed_byte_fails_in_its_piece_alone(tmp_path_factory, data, size, c
     path.write_bytes(content_of(size))
     sums = piece_checksums(path)
     ends = [0, size - 1, *(at for piece in range(PIECE, size, PIECE) for at in (piece - 1, piece))]
-    place = data.draw(st.one_of(st.sampled_from(ends), st.integers(0, size - 1)))
+    position = data.draw(st.one_of(st.sampled_from(ends), st.integers(0, size - 1)))
     start = data.draw(st.one_of(st.sampled_from(ends), st.integers(0, size)))
     stop = data.draw(st.one_of(st.sampled_from(ends), st.integers(start, size)))
-    path.write_bytes(flipped(path.read_bytes(), place, change))
+    path.write_bytes(flipped(path.read_bytes(), position, change))
     file = CheckedFile(path, size, sums)
-    touches = start < stop and start // PIECE <= place // PIECE <= (stop - 1) // PIECE
+    touches = start < stop and start // PIECE <= position // PIECE <= (stop - 1) // PIECE
     for _ in range(2):  # a piece that failed is not remembered as one that passed
         if touches:
             with pytest.raises(Damaged, match="has changed since it was written"):
@@ -90,9 +90,14 @@ def test_other_sizes_and_missing_files(tmp_path):
 def test_a_file_that_is_not_as_it_was_written(tmp_path_factory, data, size, change):
     path = tmp_path_factory.getbasetemp() / "sealed"
     whole = sealed(path, content_of(size))
-    places = st.one_of(st.integers(0, len(whole) - 1), st.integers(size, len(whole) - 1))
-    place = len(whole) - 1 if data is None else data.draw(places)
-    for damaged in (flipped(whole, place, change), whole[:place], whole + whole[place:], whole[place + 1 :]):
+    positions = st.one_of(st.integers(0, len(whole) - 1), st.integers(size, len(whole) - 1))
+    position = len(whole) - 1 if data is None else data.draw(positions)
+    for damaged in (
+        flipped(whole, position, change),
+        whole[:position],
+        whole + whole[position:],
+        whole[position + 1 :],
+    ):
         path.write_bytes(damaged)
         for read in (verify_file, read_verified):
             with pytest.raises(Damaged, match=r"sealed (is cut short|has changed since it was written)"):

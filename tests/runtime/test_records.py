@@ -27,7 +27,7 @@ class Open(OpenRecord):
         ("{", "Expecting property name"),
         ("NaN", "NaN is no number"),
         ("[-Infinity]", "-Infinity is no number"),
-        ('{"a": {"b": 1, "c": 2, "b": 1}}', "'b' stands twice"),
+        ('{"a": {"b": 1, "c": 2, "b": 1}}', "'b' occurs twice"),
         ("[" * 200_000, "nested too deep"),
         ('{"a":' * 200_000, "nested too deep"),
     ],
@@ -58,10 +58,10 @@ def test_what_is_no_json(tmp_path, text, reason):
 def test_what_does_not_fit_the_schema(tmp_path, text, reason):
     path = tmp_path / "file.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"file\.json is not as it should be") as told:
+    with pytest.raises(UserError, match=r"file\.json is not as it should be") as error:
         read_record(path, Outer, "write it again")
-    assert reason in str(told.value)
-    assert "\n" not in str(told.value)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_what_fits(tmp_path):
@@ -88,5 +88,5 @@ def test_other_files(tmp_path):
 def test_a_name_that_stands_twice_is_found_in_linear_time():
     """A list of names that is searched for each of them took 36 s for 60,000."""
     text = "{" + ",".join(f'"{i}": 0' for i in range(200_000)) + ', "199999": 1}'
-    with pytest.raises(ValueError, match="'199999' stands twice"):
+    with pytest.raises(ValueError, match="'199999' occurs twice"):
         parse_json(text)

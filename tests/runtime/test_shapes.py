@@ -1,5 +1,8 @@
 """Rounding of sizes: never down, idempotent, and to few sizes."""
 
+import math
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +27,12 @@ def test_a_rounded_size_holds_the_size_and_stays(name, n, m):
     assert rounded(n) >= n
     assert rounded(rounded(n)) == rounded(n)
     assert n > m or rounded(n) <= rounded(m)
+
+
+@given(n=st.integers(-1000, 1000), divisor=st.integers(1, 50))
+def test_ceil_div_rounds_up(n, divisor):
+    assert shapes.ceil_div(n, divisor) == math.ceil(n / divisor)
+    assert shapes.ceil_div(np.array([n, 0]), divisor).tolist() == [math.ceil(n / divisor), 0]
 
 
 @given(n=st.integers(1, 1 << 40))

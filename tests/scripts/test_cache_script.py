@@ -10,8 +10,9 @@ import prefill
 import pytest
 
 from rag.generate.kv import chunk_cache
-from rag.runtime import eviction
-from rag.runtime.files import cache_root, locked
+from rag.runtime.cache import eviction
+from rag.runtime.cache.folder import cache_root
+from rag.runtime.files import locked
 from rag.types import UserError
 from tests.run_script import run_script
 from tests.tiny_models import write_decoder
@@ -80,7 +81,7 @@ def test_clean_removes_what_it_is_asked_to(run, entries, overrides, gone):
 
 
 def test_what_is_cleaned_is_made_again(run, monkeypatch):
-    from rag.runtime.memo import Memo
+    from rag.runtime.cache.memo import Memo
 
     assert Memo(cache_root() / "stages").map("s", "v", [1], lambda items: items) == [1]
     assert [entry.kind for entry in eviction.entries(["stages"])] == ["stages"]

@@ -2,10 +2,12 @@
 
 import re
 
+import explain
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from launch import CONF
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from settings import check
 
 from rag.types import UserError
@@ -14,12 +16,17 @@ from tests.run_script import settings_class
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "shared")
 
 
-def checked(config, primary: str) -> None:
-    """Check a whole configuration as its script does, with somewhere for what must be given."""
+def filled(config: DictConfig) -> DictConfig:
+    """Fill in the settings that a person must give, and return the configuration."""
     OmegaConf.set_struct(config, False)
     for key in OmegaConf.missing_keys(config):
         OmegaConf.update(config, key, "somewhere")
-    check(config, settings_class(primary))
+    return config
+
+
+def checked(config: DictConfig, primary: str) -> None:
+    """Check a whole configuration as its script does."""
+    check(filled(config), settings_class(primary))
 
 
 def groups(primary: str) -> list[str]:
@@ -97,7 +104,7 @@ def test_a_method_is_a_whole_evaluation(method):
         ),
     ],
 )
-def test_a_value_of_another_type_is_named(primary, overrides, wanted):
+def test_a_value_of_another_type_is_an_error_that_names_it(primary, overrides, wanted):
     group = overrides[-1].lstrip("+").partition(".")[0]
     with pytest.raises(UserError, match=wanted):
         check(composed(primary, *overrides)[group])
@@ -111,6 +118,25 @@ def test_a_value_that_fits_passes(override):
 @pytest.mark.parametrize("score", ["auto", "null", "1", "0.5"])
 def test_a_choice_of_types_takes_each(score):
     check(composed("generate", f"context.min_score={score}").context)
+
+
+def test_a_number_of_questions_is_answered_with_the_setting_that_takes_it():
+    config = composed("bench", "bench=quality", "bench.questions=20")
+    sentence = (
+        "The setting 'bench.questions' is called 'bench.questions.limit' now: write bench.questions.limit=20"
+    )
+    with pytest.raises(UserError, match=sentence):
+        explain.check_divided(config)
+    explain.check_divided(composed("bench", "bench=quality", "bench.questions.limit=20"))
+
+
+def test_a_group_of_another_name_is_answered_with_the_nearest():
+    with pytest.raises(HydraException) as error:
+        composed("bench", "bench=quality", "prompt@bench.prompt=short")
+    sentence = explain.explain(error.value, "bench", CONF)
+    assert (
+        sentence == "There is no group 'prompt@bench.prompt': did you mean 'prompt@bench.questions.prompt'?"
+    )
 
 
 def test_benchmarks_take_the_default_weights():

@@ -29,8 +29,8 @@ def evaluate(tmp_path_factory) -> Callable[[str], dict[str, float]]:
         assert script == "scripts/eval.py"
         with initialize_config_dir(str(CONF), version_base="1.3"), pytest.MonkeyPatch.context() as patch:
             config = compose("eval", quote_overrides(overrides))
-            patch.setattr("rag.runtime.files.cache_root", lambda: home)
-            patch.setattr("rag.runtime.files.cache_root", lambda: home)
+            patch.setattr("rag.evaluate.experiment.cache_root", lambda: home)
+            patch.setattr("rag.embed.vector_cache.cache_root", lambda: home)
             patch.setattr(eval_script, "run_dir", lambda: home / "run")
             patch.setattr(eval_script, "overrides", lambda: overrides)
             patch.setattr(eval_script, "label", lambda: command)
@@ -58,10 +58,10 @@ def test_a_command_gives_what_the_table_promises(evaluate, command):
         assert float(low) <= measured[measure] <= float(high), measure
 
 
-def test_the_readme_shows_the_table():
-    readme = Path(ROOT / "README.md").read_text()
+def test_the_documents_show_the_table():
+    page = Path(ROOT / "docs" / "experiments.md").read_text()
     for command, measure, low, high in ROWS:
-        assert f"| `{command}` | {measure} | {low} to {high} |" in readme
+        assert f"| `{command}` | {measure} | {low} to {high} |" in page
 
 
 def test_the_table_promises_something():

@@ -154,7 +154,7 @@ def test_ingesting_again_replaces_the_index(corpus, tmp_path):
     pipeline.ingest(corpus, tmp_path / "index", SentenceChunker(8), BagOfWords())
     (corpus / "seal.txt").unlink()
     report = pipeline.ingest(corpus, tmp_path / "index", SentenceChunker(8), BagOfWords())
-    assert report.documents == Index.open(tmp_path / "index").documents == 2
+    assert report.documents == Index.open(tmp_path / "index").manifest.documents == 2
 
 
 def test_a_folder_with_nothing_to_read_leaves_no_index(tmp_path):
@@ -252,7 +252,7 @@ def test_adding_what_is_there_writes_nothing(corpus, tmp_path):
     pipeline.ingest(corpus, tmp_path / "index", *stages, Analyzer())
     report = pipeline.ingest(corpus, tmp_path / "index", *stages, Analyzer(), add=True)
     assert (report.documents, report.added, report.replaced, report.embedded) == (3, 0, 0, 0)
-    assert (Index.open(tmp_path / "index").generation, report.postings) == (1, "unchanged")
+    assert (Index.open(tmp_path / "index").manifest.generation, report.postings) == (1, "unchanged")
     plain = Analyzer(stop_words=None)
     assert pipeline.ingest(corpus, tmp_path / "index", *stages, plain, add=True).postings == "built"
     assert Index.open(tmp_path / "index").lexical.analyzer == plain
@@ -276,7 +276,7 @@ def test_what_does_not_fit_the_index_is_not_added(corpus, more, tmp_path, chunke
     pipeline.ingest(corpus, tmp_path / "index", SentenceChunker(8), Letters())
     with pytest.raises(UserError, match=message):
         pipeline.ingest(more, tmp_path / "index", chunker, embedder, add=True)
-    assert checked_index(tmp_path / "index").generation == 1
+    assert checked_index(tmp_path / "index").manifest.generation == 1
 
 
 def test_adding_nothing_readable_is_told(corpus, tmp_path):
@@ -284,7 +284,7 @@ def test_adding_nothing_readable_is_told(corpus, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="the folder is empty"):
         pipeline.ingest(tmp_path / "empty", tmp_path / "index", SentenceChunker(8), Letters(), add=True)
-    assert checked_index(tmp_path / "index").documents == 3
+    assert checked_index(tmp_path / "index").manifest.documents == 3
 
 
 class Killed(BaseException):
@@ -307,7 +307,7 @@ def test_killed_while_adding(corpus, more, tmp_path, monkeypatch):
         pipeline.ingest(more, tmp_path / "index", *stages, add=True)
     assert texts_of(tmp_path / "index") == before
     assert pipeline.ingest(more, tmp_path / "index", *stages, add=True).documents == 5
-    assert checked_index(tmp_path / "index").generation == 2
+    assert checked_index(tmp_path / "index").manifest.generation == 2
 
 
 @pytest.mark.parametrize("existing", [True, False])

@@ -84,3 +84,4 @@ def test_what_fails_in_a_sweep_is_named_and_the_rest_runs(home):
     assert "takes retriever=bm25" in errors["retriever=dense"]
     assert any("no retriever 'nowhere'" in error for error in errors.values())
     assert "2 of the sweep's jobs failed" in done.stderr
+    assert "python scripts/report.py runs=failing" in done.stdout

@@ -17,7 +17,7 @@ from process import system_error
 
 from rag.types import UserError
 from tests import trials
-from tests.report.test_report import save
+from tests.report.result_folders import save
 from tests.tiny_models import write_decoder
 
 ROOT = CONF.parent
@@ -71,7 +71,7 @@ MANY = "for i in range(100_000): print('a line of the result', i)"
         ("print(1)", "mkdir gone; cd gone; rmdir ../gone; {}", 2, "The current folder is gone"),
         ("files = [open(os.devnull) for _ in range(30)]", "ulimit -n 20; {}", 2, "this process may have 20."),
         ("bytearray(1 << 50)", "{}", 2, "Not enough memory"),
-        ("launch._explain = lambda *_: bytearray(1 << 50)\n1 / 0", "{}", 2, "Not enough memory: use"),
+        ("launch.explain = lambda *_: bytearray(1 << 50)\n1 / 0", "{}", 2, "Not enough memory: use"),
         ("os.kill(os.getpid(), 15); time.sleep(9)", "{}; exit $?", 143, None),
     ],
 )

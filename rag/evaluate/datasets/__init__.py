@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from rag.evaluate.datasets.questions import Evidence
-from rag.runtime.cache_key import content_key
+from rag.runtime.cache.keys import content_key
 from rag.runtime.options import Count, Seed, checked
 from rag.types import Document
 

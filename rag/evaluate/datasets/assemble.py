@@ -27,9 +27,9 @@ def assemble(
     questions: Sequence[Question],
     judgements: Iterable[Judgement],
     source: str,
-    corpus_source: str,
-    strict: bool,
-    problems: Sequence[str],
+    corpus_source: str | None = None,
+    strict: bool = True,
+    problems: Sequence[str] = (),
 ) -> Dataset:
     """Check the parts of a dataset against each other and return it.
 
@@ -42,7 +42,7 @@ def assemble(
         questions: Queries with unique ids.
         judgements: Relevance judgements.
         source: The file of the judgements, for messages.
-        corpus_source: The file or folder of the documents, for messages.
+        corpus_source: The file or folder of the documents, for messages; None: the same file.
         strict: Whether judgements of unknown ids are an error; otherwise they are left out and listed in `problems`.
         problems: Sentences to begin `problems` with.
 
@@ -50,7 +50,7 @@ def assemble(
         UserError: for an empty corpus or query, judgements that contradict each other or the flag "answerable", none
             at all, and, when `strict`, for judgements of unknown ids.
     """
-    found = [*problems, *_corpus_problems(corpus, corpus_source)]
+    found = [*problems, *_corpus_problems(corpus, corpus_source or source)]
     documents = {document.id: document.text for document in corpus}
     check_ids((*documents, *(question.id for question in questions)), name)
     texts = {question.id: question.text for question in questions}

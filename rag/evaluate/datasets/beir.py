@@ -9,18 +9,24 @@ plain files. Evidence: see rag.evaluate.datasets.questions; a text begins with t
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.datasets.assemble import Judgement, assemble
-from rag.evaluate.datasets.files import json_rows, lines_of
+from rag.evaluate.datasets.files import TextRow, json_rows, lines_of
 from rag.evaluate.datasets.questions import read_questions
 from rag.ingest.load.folder import Skipped, load_folder
 from rag.runtime.options import Count, Filled, Seed
 from rag.types import Document, UserError
 
 _HEADER = ["query-id", "corpus-id", "score"]
+
+
+class DocumentRow(TextRow):
+    """A line of corpus.jsonl."""
+
+    title: str | None = None
 
 
 def load_beir(
@@ -68,7 +74,7 @@ def load_beir(
 def _corpus(path: Path, problems: list[str]) -> tuple[Path, tuple[Document, ...]]:
     source = path / "corpus.jsonl"
     if source.exists():
-        return source, tuple(_document(source, line, row) for line, row in json_rows(source))
+        return source, tuple(_document(row) for _, row in json_rows(source, DocumentRow))
     source = path / "documents"
     if not source.is_dir():
         raise UserError(f"The dataset {path} has neither corpus.jsonl nor documents/: add one of them.")
@@ -78,11 +84,9 @@ def _corpus(path: Path, problems: list[str]) -> tuple[Path, tuple[Document, ...]
     return source, tuple(item for item in loaded if isinstance(item, Document))
 
 
-def _document(file: Path, line: int, row: Mapping) -> Document:
-    title = row.get("title") or ""
-    if not isinstance(title, str):
-        raise UserError(f'{file}, line {line}: "title" must be a string: correct it.')
-    return Document(id=row["_id"], path=row["_id"], text=f"{title} {row['text']}".strip(), title=title)
+def _document(row: DocumentRow) -> Document:
+    title = row.title or ""
+    return Document(id=row.id, path=row.id, text=f"{title} {row.text}".strip(), title=title)
 
 
 def _judgements(file: Path) -> Iterator[Judgement]:

@@ -1,36 +1,53 @@
-"""Files of datasets: JSON, JSON lines and text, with an error that names the file and the line."""
+"""Files of datasets: JSON lines with a schema, and text; errors name the file and the line."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar
 
-from rag.runtime.records import parse_json, reason
+from pydantic import AfterValidator, ConfigDict, Field
+
+from rag.runtime.records import Record, fitted_record, parsed_json
 from rag.types import UserError
 
+R = TypeVar("R", bound="TextRow")
+
+REMEDY = "correct it"  # what the user should do about a malformed file
 _NAMED = 5  # faults spelled out in a message before "and N more"
 
 
-def json_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """Yield (line from 1, row) of a JSON lines file whose rows have a unique, non-empty "_id" and a "text"."""
+def not_blank(text: str) -> str:
+    """Return a text that has a character other than white space; a validator for schemas."""
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
+
+
+NotBlank = Annotated[str, AfterValidator(not_blank)]
+
+
+class DatasetRow(Record):
+    """A JSON object of a dataset's file; fields that we do not use are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class TextRow(DatasetRow):
+    """A line of a JSON lines file: a document or a question."""
+
+    id: NotBlank = Field(alias="_id")
+    text: str
+
+
+def json_rows(file: Path, schema: type[R]) -> Iterator[tuple[int, R]]:
+    """Yield (line from 1, row) of a JSON lines file. Raise UserError for a row that is malformed or repeats an id."""
     seen: dict[str, int] = {}
     for line, content in lines_of(file):
-        row = valid_json(content, f"{file}, line {line}")
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("_id", "text")):
-            raise UserError(f'{file}, line {line} has no strings "_id" and "text": correct it.')
-        if not row["_id"].strip():
-            raise UserError(f'{file}, line {line} has an empty "_id": give it one.')
-        if (first := seen.setdefault(row["_id"], line)) != line:
-            raise UserError(f'{file}, line {line} repeats the id "{row["_id"]}" of line {first}: remove one.')
+        where = f"{file}, line {line}"
+        row = fitted_record(where, parsed_json(where, content, REMEDY), schema, REMEDY)
+        if (first := seen.setdefault(row.id, line)) != line:
+            raise UserError(f'{where} repeats the id "{row.id}" of line {first}: remove one.')
         yield line, row
-
-
-def valid_json(text: str, where: str) -> Any:
-    """Return the value of a JSON text. Raise UserError, which begins with `where`, when it is not JSON."""
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise UserError(f"{where} is not valid JSON ({reason(error)}): correct it.") from error
 
 
 def lines_of(file: Path) -> Iterator[tuple[int, str]]:
@@ -74,7 +91,14 @@ def check_ids(ids: Iterable[str], name: str) -> None:
 
 
 def leave_out(faults: Sequence[str], what: str, strict: bool, problems: list[str]) -> None:
-    """Raise UserError for faults when `strict`; else add one problem: "<what> <fault>, <fault> and 3 more"."""
+    """Raise UserError for faults when `strict`; otherwise add one sentence about them to the problems.
+
+    Args:
+        faults: Judgements or evidence that do not fit the documents.
+        what: The first words of the sentence, before the faults.
+        strict: Whether they are an error.
+        problems: Gets the sentence: "<what> <fault>, <fault> and 3 more, which is left out."
+    """
     if faults and strict:
         raise UserError(f"{what} {named(faults)}: remove this or load with dataset.strict=false.")
     if faults:

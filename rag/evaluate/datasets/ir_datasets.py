@@ -19,6 +19,12 @@ def load_ir_datasets(
     The library is optional, and downloads the set on first use. The text of a document or query is the library's
     default_text.
 
+    Args:
+        id: The set's id.
+        strict: Whether judgements of unknown ids are an error; otherwise they are left out.
+        limit: How many queries to draw; None takes all.
+        seed: Of the draw.
+
     Raises:
         UserError: without the library or a connection, and for an id that is unknown or lacks documents, queries or
             judgements.
@@ -44,7 +50,7 @@ def load_ir_datasets(
         raise UserError(f"{what} cannot be fetched ({error}): go online, or choose another set.") from error
     check_unique((document.id for document in corpus), f"{what} repeats the document")
     check_unique((question.id for question in questions), f"{what} repeats the query")
-    return assemble(id, corpus, questions, judgements, what, what, strict, []).sample(limit, seed)
+    return assemble(id, corpus, questions, judgements, what, strict=strict).sample(limit, seed)
 
 
 def _ir_dataset(id: str) -> Any:

@@ -9,13 +9,33 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.datasets.assemble import Judgement, assemble
-from rag.evaluate.datasets.files import leave_out, read_text, valid_json
-from rag.evaluate.datasets.questions import Question, locate, read_questions
+from rag.evaluate.datasets.files import REMEDY, DatasetRow, leave_out, read_text
+from rag.evaluate.datasets.questions import EvidenceRow, Question, locate, read_questions
 from rag.runtime.options import Count, Filled, Seed
+from rag.runtime.records import fitted_record, parse_json
 from rag.types import Document, UserError
+
+
+class ChromaReference(DatasetRow):
+    """A span of evidence."""
+
+    content: str
+    start_index: int
+    end_index: int
+
+
+class ChromaQuestion(DatasetRow):
+    """A row of the CSV of Chroma's chunking evaluation."""
+
+    question: str
+    references: Annotated[list[ChromaReference], BeforeValidator(parse_json)]
+    corpus_id: str
 
 
 def load_spans(
@@ -80,40 +100,24 @@ def _read_chroma(file: Path, documents: dict[str, str], strict: bool, problems: 
     faults: list[str] = []
     questions = []
     for number, row in enumerate(_csv_rows(file)):
-        where = f"{file}, question {number}"
-        corpus_id = row["corpus_id"]
-        document = corpus_id if corpus_id in documents else f"{corpus_id}.md"
+        name = row.corpus_id if row.corpus_id in documents else f"{row.corpus_id}.md"
         spans = [
-            {"document": document, "quote": x["content"], "start": x["start_index"], "end": x["end_index"]}
-            for x in _references(row["references"], where)
+            EvidenceRow(document=name, quote=span.content, start=span.start_index, end=span.end_index)
+            for span in row.references
         ]
         evidence = locate(spans, documents, f"question {number}", faults)
-        questions.append(Question(str(number), row["question"], evidence=evidence))
+        questions.append(Question(str(number), row.question, evidence=evidence))
     leave_out(faults, f"{file} gives evidence that is not there:", strict, problems)
     return questions
 
 
-def _csv_rows(file: Path) -> Iterator[dict[str, str]]:
-    wanted = ("question", "references", "corpus_id")
+def _csv_rows(file: Path) -> Iterator[ChromaQuestion]:
     reader = csv.DictReader(io.StringIO(read_text(file).removeprefix("\ufeff"), newline=""), strict=True)
     try:
         for row in reader:
-            if not all(isinstance(row.get(column), str) for column in wanted):
-                raise UserError(
-                    f"{file}, line {reader.line_num} lacks one of {', '.join(wanted)}: correct it."
-                )
-            yield row
+            filled = {
+                name: text for name, text in row.items() if isinstance(text, str)
+            }  # no columns too many or few
+            yield fitted_record(f"{file}, line {reader.line_num}", filled, ChromaQuestion, REMEDY)
     except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num} is not valid CSV ({error}): correct it.") from error
-
-
-def _references(text: str, where: str) -> list[dict]:
-    keys = {"content", "start_index", "end_index"}
-    references = valid_json(text, f"{where}, references")
-    if not isinstance(references, list) or not all(
-        isinstance(x, dict) and keys <= x.keys() for x in references
-    ):
-        raise UserError(
-            f"{where}: references must be a list of objects with {', '.join(sorted(keys))}: correct it."
-        )
-    return references
+        raise UserError(f"{file}, line {reader.line_num} is not valid CSV ({error}): {REMEDY}.") from error

@@ -1,15 +1,50 @@
 """Datasets in the format of SQuAD 1.1 and 2.0 (Rajpurkar et al. 2016, 2018), XQuAD too."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.datasets.assemble import Judgement, assemble
-from rag.evaluate.datasets.files import check_unique, leave_out, read_text, valid_json
-from rag.evaluate.datasets.questions import Question, locate
+from rag.evaluate.datasets.files import REMEDY, DatasetRow, check_unique, leave_out, read_text
+from rag.evaluate.datasets.questions import EvidenceRow, Question, locate
 from rag.runtime.options import Count, Filled, Seed
-from rag.types import Document, UserError
+from rag.runtime.records import fitted_record, parsed_json
+from rag.types import Document
+
+
+class SquadAnswer(DatasetRow):
+    """An answer and its first character in the context."""
+
+    text: str
+    answer_start: int
+
+
+class SquadQuestion(DatasetRow):
+    """A question; one marked impossible has no answer in its context."""
+
+    id: str
+    question: str
+    is_impossible: bool = False
+    answers: list[SquadAnswer]
+
+
+class SquadParagraph(DatasetRow):
+    """A context and the questions about it."""
+
+    context: str
+    qas: list[SquadQuestion]
+
+
+class SquadArticle(DatasetRow):
+    """The paragraphs of a Wikipedia article."""
+
+    title: str = ""
+    paragraphs: list[SquadParagraph]
+
+
+class SquadFile(DatasetRow):
+    """A whole file."""
+
+    data: list[SquadArticle]
 
 
 def load_squad(
@@ -36,58 +71,33 @@ def load_squad(
     questions: list[Question] = []
     judgements: list[Judgement] = []
     faults: list[str] = []
-    for where, title, context, asked in _paragraphs(file):
-        document = documents.setdefault(context, Document(where, where, context, title))
-        for row in asked:
-            question = _squad_question(row, document, f"{file}, {where}", faults)
-            questions.append(question)
-            if question.answerable:
-                judgements.append(Judgement(where, question.id, document.id, 1))
+    text = read_text(file).removeprefix("\ufeff")
+    articles = fitted_record(file, parsed_json(file, text, REMEDY), SquadFile, REMEDY).data
+    for number, article in enumerate(articles, 1):
+        for i, paragraph in enumerate(article.paragraphs):
+            id, title = f"{number}-{article.title or 'article'}-{i}", article.title.replace("_", " ")
+            new = Document(id, id, paragraph.context, title)
+            document = documents.setdefault(paragraph.context, new)
+            for row in paragraph.qas:
+                question = _question(row, document, faults)
+                questions.append(question)
+                if question.answerable:
+                    judgements.append(Judgement(id, question.id, document.id, 1))
     problems: list[str] = []
     check_unique((question.id for question in questions), f"{file} repeats the question id")
     leave_out(faults, f"{file} gives answers that are not there:", strict, problems)
     corpus, name = list(documents.values()), file.stem
-    dataset = assemble(name, corpus, questions, judgements, str(file), str(file), strict, problems)
+    dataset = assemble(name, corpus, questions, judgements, str(file), strict=strict, problems=problems)
     return dataset.sample(limit, seed)
 
 
-def _paragraphs(file: Path) -> Iterator[tuple[str, str, str, list]]:
-    """Yield (id, title, context, questions) of each paragraph; the id is the article's title and a number from 0."""
-    data = valid_json(read_text(file).removeprefix("\ufeff"), str(file))
-    for number, article in enumerate(_member(data, "data", list, str(file)), 1):
-        at = f"{file}, article {number}"
-        paragraphs = _member(article, "paragraphs", list, at)
-        title = _member(article, "title", str, at) if "title" in article else ""
-        for i, paragraph in enumerate(paragraphs):
-            context = _member(paragraph, "context", str, f"{at}, paragraph {i}")
-            asked = _member(paragraph, "qas", list, f"{at}, paragraph {i}")
-            yield f"{number}-{title or 'article'}-{i}", title.replace("_", " "), context, asked
-
-
-def _squad_question(row: dict, document: Document, where: str, faults: list[str]) -> Question:
-    id, text = _member(row, "id", str, where), _member(row, "question", str, where)
-    impossible = row.get("is_impossible", False)
-    if not isinstance(impossible, bool):
-        raise UserError(f'{where}, {id}: "is_impossible" must be true or false: correct it.')
-    if impossible:
-        return Question(id, text, answerable=False)
-    given = [
-        (
-            _member(answer, "text", str, f"{where}, {id}"),
-            _member(answer, "answer_start", int, f"{where}, {id}"),
-        )
-        for answer in _member(row, "answers", list, f"{where}, {id}")
-    ]
+def _question(row: SquadQuestion, document: Document, faults: list[str]) -> Question:
+    if row.is_impossible:
+        return Question(row.id, row.question, answerable=False)
     spans = [
-        {"document": document.id, "quote": answer, "start": start, "end": start + len(answer)}
-        for answer, start in given[:1]
+        EvidenceRow(document=document.id, quote=text, start=start, end=start + len(text))
+        for text, start in ((answer.text, answer.answer_start) for answer in row.answers[:1])
     ]
-    evidence = locate(spans, {document.id: document.text}, f'question "{id}"', faults)
-    return Question(id, text, tuple(dict.fromkeys(answer for answer, _ in given)), True, evidence)
-
-
-def _member(record: object, key: str, kind: type, where: str) -> Any:
-    value = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f'{where} has no {kind.__name__} "{key}" as SQuAD\'s layout has: correct it.')
-    return value
+    evidence = locate(spans, {document.id: document.text}, f'question "{row.id}"', faults)
+    answers = tuple(dict.fromkeys(answer.text for answer in row.answers))
+    return Question(row.id, row.question, answers, True, evidence)

@@ -6,25 +6,33 @@ canonical: sorted by (score descending, document id ascending), with scores that
 so that every tool sees the same ranking. A judged query without results counts as 0.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import ir_measures
 import numpy as np
 from ir_measures import Measure
 from ir_measures.providers import FallbackProvider
 
-from rag.evaluate.metrics import find
+from rag.evaluate.metrics import METRICS, find
+from rag.evaluate.metrics.rank_biased import RankBiasedPrecision
+from rag.retrieve.run_file import LARGEST_SCORE
 from rag.types import UserError
 
 DEFAULT_MEASURES = ("nDCG@10", "Recall@100", "MRR@10", "MAP")
 
 _NAME = re.compile(r"([a-z]+)(?:@([1-9][0-9]*))?", re.IGNORECASE)
-# Named, because the default choice depends on what else is installed. pytrec_eval has no RR with a cut-off.
-_PROVIDER = FallbackProvider([ir_measures.pytrec_eval, ir_measures.msmarco])
-_LARGEST = float(np.finfo(np.float32).max)
+# Named, because the default choice depends on what else is installed; the first that supports a measure computes it.
+# All measures of our own table are computed by the first two: pytrec_eval has no RR with a cut-off.
+_PROVIDER = FallbackProvider(
+    [
+        *(ir_measures.pytrec_eval, ir_measures.msmarco, RankBiasedPrecision(), ir_measures.judged),
+        *(ir_measures.compat, ir_measures.accuracy, ir_measures.cwl_eval),
+    ]
+)
+_OTHER_NAMES = {name.lower(): name for name in ir_measures.measures.registry}
 
 Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> grade; 0 or less is not relevant
 Run = Mapping[str, Mapping[str, float]]  # query id -> document id -> score; higher is better
@@ -39,13 +47,13 @@ def evaluate(
         qrels: The judgements.
         run: The documents found for each query, with their scores.
         measures: Names in any case: nDCG, MAP (AP) and MRR (RR), each with or without @k; Recall@k (R),
-            Precision@k (P), Success@k; Rprec.
+            Precision@k (P), Success@k; Rprec; and what ir_measures names, such as RBP(p=0.8)@10 or P(rel=2)@5.
 
     Returns:
         (name -> mean over the judged queries, query id -> name -> value), under the names given.
 
     Raises:
-        UserError: for an unknown name or empty qrels.
+        UserError: for an unknown name, a measure that no installed package computes, or empty qrels.
         ValueError: for a score that is not finite in float32.
     """
     if not qrels:
@@ -69,7 +77,7 @@ def canonical_scores(scores: Mapping[str, float]) -> dict[str, float]:
     previous = np.float32(np.inf)
     for document in sorted(scores, key=lambda d: (-scores[d], d)):
         score = scores[document]
-        if not abs(score) <= _LARGEST or previous <= -_LARGEST:
+        if not abs(score) <= LARGEST_SCORE or previous <= -LARGEST_SCORE:
             raise ValueError(f"the score {score} of {document!r} cannot be ranked in float32")
         previous = min(np.float32(score), np.nextafter(previous, np.float32(-np.inf)))
         canonical[document] = float(previous)
@@ -84,8 +92,37 @@ def _measure(name: str) -> Measure:
             return metric.function @ int(match[2])
         if not match[2] and not (cutoff and cutoff.required):
             return metric.function
-    examples = ", ".join((*DEFAULT_MEASURES, "Precision@5", "Success@1"))
-    raise UserError(f'There is no measure "{name}": choose from such as {examples}.')
+    if (measure := _other_measure(name)) is not None:
+        return measure
+    named = [metric.name for metric in METRICS if metric.needs == "qrels"]
+    base = re.split("[(@]", name)[0]
+    near = difflib.get_close_matches(base, [*named, *_OTHER_NAMES.values()], n=1)
+    hint = f" (did you mean {near[0]}?)" if near and near[0] != base else ""
+    examples = ", ".join((*DEFAULT_MEASURES, "Precision@5", "Success@1", "RBP(p=0.8)@10"))
+    raise UserError(f'There is no measure "{name}"{hint}: choose from such as {examples}.')
+
+
+def _other_measure(name: str) -> Measure | None:
+    """Return the measure that ir_measures knows by a name, or None. Raises UserError where no package computes it."""
+    known = _OTHER_NAMES.get(re.split("[(@]", name)[0].lower())
+    if known is None:
+        return None
+    try:
+        measure = ir_measures.parse_measure(known + name[len(known) :])
+        measure.validate_params()
+    except (ValueError, TypeError, KeyError, AssertionError):  # how the library reports a wrong parameter
+        return None
+    if measure.params.get("cutoff", 1) < 1:
+        return None
+    if not _PROVIDER.supports(measure):
+        able = [one for one in _PROVIDER.providers if one.supports(measure)]
+        remedy = (
+            f": {able[0].install_instructions()}"
+            if able
+            else ", or not with these parameters: choose another."
+        )
+        raise UserError(f'No installed package computes the measure "{name}"{remedy}')
+    return measure
 
 
 def check(measures: Sequence[str]) -> None:
@@ -108,38 +145,3 @@ def trec_lines(run: Run, tag: str = "rag") -> Iterator[str]:
             if any(sign in name for name in (query, document, tag) for sign in "\t\n\r"):
                 raise UserError(f"The id {document!r} or {query!r} has a tab or line break: rename it.")
             yield f"{query}\tQ0\t{document}\t{rank}\t{score:.9g}\t{tag}\n"
-
-
-def read_trec_run(path: str | Path) -> dict[str, dict[str, float]]:
-    """Read a TREC run file, with tabs (ids may hold spaces) or any white space between the six fields.
-
-    The ranks in the file are ignored, as in trec_eval.
-
-    Raises:
-        UserError: that names the line that is wrong.
-    """
-    run: dict[str, dict[str, float]] = {}
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            for line, content in enumerate(file, 1):
-                if content.strip():
-                    query, document, score = _run_line(path, line, content.rstrip("\r\n"))
-                    if document in run.setdefault(query, {}):
-                        raise UserError(
-                            f'{path}, line {line} repeats "{document}" for "{query}": remove one.'
-                        )
-                    run[query][document] = score
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The run {path} cannot be read ({error}): give a TREC run file.") from error
-    return run
-
-
-def _run_line(path: str | Path, line: int, content: str) -> tuple[str, str, float]:
-    fields = content.split("\t") if "\t" in content else content.split()
-    try:
-        query, _, document, _, score, _ = fields
-        if abs(float(score)) <= _LARGEST:
-            return query, document, float(score)
-    except ValueError:
-        pass
-    raise UserError(f"{path}, line {line} is not: query, Q0, document, rank, finite score, tag: correct it.")

@@ -128,7 +128,9 @@ class AnswerSensitivity:
         """Answer `batch` questions in one call (None: all) from these hits, by default the reference's."""
         generator = make()
         reference = self.lists.collection
-        collection = Collection(reference.index, reference.embedder, lambda: generator)
+        collection = Collection(
+            reference.index, reference.embedder, lambda: generator, queries=reference.queries
+        )
         reader = self.system.reader(generator)
         if new_tokens is not None:
             reader = replace(reader, options=replace(reader.options, max_new_tokens=new_tokens))

@@ -13,6 +13,7 @@ from rag.evaluate.sensitivity.reduced_precision import ReducedPrecisionEmbedder,
 from rag.evaluate.sensitivity.report import ListChanges, MetricChange
 from rag.index.memory import MemoryIndex
 from rag.retrieve.collection import Collection
+from rag.retrieve.dependencies import dependencies_of
 from rag.types import Hit
 
 Found = dict[str, list[Hit]]  # query id -> hits, best first
@@ -32,7 +33,7 @@ class ListSensitivity:
         system, options = self.system, self.options
         variations: list[Variation] = []
         skipped: list[str] = []
-        embeds = "embedder" in system.method.depends_on
+        embeds = "embedder" in dependencies_of(system.method)
         if not embeds:
             skipped.append("tokens_per_batch and vector_dtypes are left out: the method uses no vectors.")
         elif system.embedder_of_batch is None:
@@ -93,7 +94,9 @@ class ListSensitivity:
         vectors = reduce_precision(self.collection.index.vectors, dtype)
         index = MemoryIndex(self.dataset.corpus, chunks, lambda _: vectors)
         embedder = ReducedPrecisionEmbedder(self.collection.embedder, dtype)
-        return self._search(Collection(index, embedder, self.system.generator))
+        return self._search(
+            Collection(index, embedder, self.system.generator, queries=self.collection.queries)
+        )
 
     def _values(self, found: Found) -> list[float]:
         """Return the metric of each query, of the ranking of documents that an evaluation judges."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from rag.embed import Embedder
 from rag.evaluate.datasets import Dataset
@@ -21,20 +21,20 @@ VectorDtype = Literal["float32", "bfloat16", "float16"]
 class SensitivityOptions:
     """The settings that are varied and what is compared; an empty list leaves its axis out.
 
-    Raises UserError for values that are not allowed.
+    conf/sensitivity.yaml has the defaults. Raises UserError for values that are not allowed.
     """
 
-    k: Count = 10  # passages of a list
-    questions: Count | None = None  # drawn by the dataset's seed; None: all
-    measure: Filled = "nDCG@10"
-    tokens_per_batch: Sequence[Count] = (64, 256, 1024, 4096)
-    search_batches: Sequence[Count | Literal["all"]] = (1, 7, "all")
-    vector_dtypes: Sequence[VectorDtype] = get_args(VectorDtype)
-    answers: Whole = 20  # questions that are answered; 0: none
-    passages: Count = 3  # in a prompt
-    answer_batches: Sequence[Count] = (1, 4, 16)
-    answer_budgets: Whole = 3  # how many lengths are tried; 0: none
-    answer_dtypes: Sequence[WeightsDtype] = ("float32", "bfloat16", "int8")
+    k: Count  # passages of a list
+    questions: Count | None  # drawn by the dataset's seed; None: all
+    measure: Filled
+    tokens_per_batch: Sequence[Count]
+    search_batches: Sequence[Count | Literal["all"]]
+    vector_dtypes: Sequence[VectorDtype]
+    answers: Whole  # questions that are answered; 0: none
+    passages: Count  # in a prompt
+    answer_batches: Sequence[Count]
+    answer_budgets: Whole  # how many lengths are tried; 0: none
+    answer_dtypes: Sequence[WeightsDtype]
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from rag.embed import Embedder, Progress
-from rag.runtime.cache_key import content_key
+from rag.runtime.cache.keys import content_key
 
 
 def reduce_precision(vectors: Float32[np.ndarray, "N E"], dtype: str) -> Float32[np.ndarray, "N E"]:

@@ -1,6 +1,6 @@
 """Tuning of BM25's k1 and b, over the term counts of candidate passages.
 
-    Q queries, P points of the grid, T terms of a question, C candidates of a query
+    Q queries, X points of the grid, T terms of a question, C candidates of a query
 
 The compiled program only chooses (rag.evaluate.tuning.cross_validation); what is reported is found by whole searches.
 """
@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
 from rag.evaluate.metrics.retrieval import Qrels
-from rag.evaluate.retrieval import best_documents
-from rag.evaluate.tuning.cross_validation import Point, Tuned, nested_cross_validation
+from rag.evaluate.retrieval import best_documents, search_deeper
+from rag.evaluate.tuning.cross_validation import Tuned, nested_cross_validation
 from rag.evaluate.tuning.fusion import ELEMENTS, padded
-from rag.evaluate.tuning.grids import BM25Grid, Tuning
+from rag.evaluate.tuning.grids import BM25Grid, Point, Tuning
 from rag.evaluate.tuning.ranking_metric import JudgedCandidates, RankingMetric, value
 from rag.index.fusion import Ranking
 from rag.index.lexical.postings import LexicalIndex
@@ -57,8 +57,12 @@ def tune_bm25(
     if not isinstance(grid, BM25Grid):
         raise UserError(f"tuning.grid is one of {grid.family}, which fuses arms: choose a BM25Grid.")
 
-    def search(texts: Sequence[str], k1: float, b: float) -> list[Ranking]:
-        return _deep(index, texts, replace(weights, k1=k1, b=b), document, depth)
+    def search(texts: Sequence[str], k1: float, b: float) -> Sequence[Ranking]:
+        def some(asked: Sequence[int], k: int) -> list[list[tuple[int, float]]]:
+            found = index.search([texts[i] for i in asked], k, replace(weights, k1=k1, b=b))
+            return [list(zip(rows.tolist(), scores.tolist(), strict=True)) for scores, rows in found]
+
+        return search_deeper(some, len(texts), depth, lambda pair: document(pair[0]), depth)
 
     def runs(point: Point, queries: Sequence[str]) -> dict[str, dict[str, float]]:
         asked = [query for query in queries if query in questions]
@@ -75,29 +79,7 @@ def tune_bm25(
     owners = [[document(row) for row in rows] for rows in pools]
     judged = JudgedCandidates.of(owners, [qrels[query] for query in sorted(qrels)], metric)
     values = _bm25_values(index, texts, pools, grid, weights, judged, metric)
-    folds, seed = options.folds, options.seed
-    return nested_cross_validation(
-        grid.family, options.measure, folds, seed, qrels, grid.points(), values, runs
-    )
-
-
-def _deep(
-    index: LexicalIndex,
-    texts: Sequence[str],
-    weights: BM25Weights,
-    document: Callable[[int], str],
-    depth: int,
-) -> list[Ranking]:
-    """Search each question's passages, deep enough for `depth` documents where so many can be found."""
-    found: list[Ranking] = [[] for _ in texts]
-    short, k = list(range(len(texts))), depth
-    while short:
-        for i, (scores, rows) in zip(short, index.search([texts[i] for i in short], k, weights), strict=True):
-            found[i] = list(zip(rows.tolist(), scores.tolist(), strict=True))
-        full = [i for i in short if len(found[i]) == k]
-        short = [i for i in full if len({document(int(row)) for row, _ in found[i]}) < depth]
-        k *= 4
-    return found
+    return nested_cross_validation(options, qrels, grid.points(), values, runs)
 
 
 def _bm25_values(
@@ -108,7 +90,7 @@ def _bm25_values(
     weights: BM25Weights,
     judged: JudgedCandidates,
     metric: RankingMetric,
-) -> Float32[np.ndarray, "Q P"]:
+) -> Float32[np.ndarray, "Q X"]:
     """Compute the metric of every query at every point."""
     features = [index.features(t, np.array(rows, np.int32)) for t, rows in zip(texts, pools, strict=True)]
     terms = next_power_of_two(max(len(df) for _, df, _ in features))
@@ -131,13 +113,13 @@ def _weighted_values(
     lengths: Int32[Array, "Q C"],
     listed: Bool[Array, "Q C"],
     judged: JudgedCandidates,
-    points: Float32[Array, "P 2"],
+    points: Float32[Array, "X 2"],
     size: Float32[Array, "2"],
     variant: Variant,
     delta: float,
     metric: RankingMetric,
     block: int,
-) -> Float32[Array, "Q P"]:
+) -> Float32[Array, "Q X"]:
     """`points` are k1 and b; `size` the number of passages and their average length."""
 
     def one(
@@ -146,7 +128,7 @@ def _weighted_values(
         lengths: Int32[Array, "C"],
         listed: Bool[Array, "C"],
         known: JudgedCandidates,
-    ) -> Float32[Array, "P"]:
+    ) -> Float32[Array, "X"]:
         def measured(point: Float32[Array, "2"]) -> Float32[Array, ""]:
             scores = bm25_scores(tf, df, lengths, *size, *point, variant=variant, delta=delta)
             return value(metric, scores, listed, known)

@@ -1,6 +1,6 @@
 """Nested cross-validation: which point of a grid is best, without reporting a figure on the queries it was chosen on.
 
-    Q queries, P points of the grid
+    Q queries, X points of the grid
 
 The queries are split into folds; a fold's reported scores come from the point that did best on the other folds,
 so no reported figure was tuned on its own queries. (The inner cross-validation of a grid point, which has nothing
@@ -17,12 +17,11 @@ from jaxtyping import Float32
 
 from rag.evaluate.metrics import retrieval as retrieval_metrics
 from rag.evaluate.metrics.retrieval import Qrels
+from rag.evaluate.tuning.grids import Point, Tuning
 from rag.types import UserError
 
-Point = dict[str, Any]  # the parameters of one point of a grid, ready for JSON
-Runs = Callable[
-    [Point, Sequence[str]], Mapping[str, Mapping[str, float]]
-]  # the run of some queries at a point
+# Returns the run of some queries at a point.
+Runs = Callable[[Point, Sequence[str]], Mapping[str, Mapping[str, float]]]
 
 _PLATEAU = 1e-6  # points whose means differ by less are equally good: the first is taken
 
@@ -63,34 +62,28 @@ class Tuned:
 
 
 def nested_cross_validation(
-    family: str,
-    measure: str,
-    folds: int,
-    seed: int,
+    options: Tuning,
     qrels: Qrels,
     points: Sequence[Point],
-    values: Float32[np.ndarray, "Q P"],
+    values: Float32[np.ndarray, "Q X"],
     runs: Runs,
 ) -> Tuned:
     """Choose a point for each fold on the other folds, and evaluate it on that fold.
 
     Args:
-        family: The name of what is tuned, for the record.
-        measure: The retrieval metric, such as nDCG@10.
-        folds: The number of parts, at most that of the judged queries.
-        seed: Of the split.
+        options: The metric, the number of folds, at most that of the judged queries, and the seed of their split.
         qrels: The judgements.
-        points: The grid.
+        points: The points of the grid.
         values: The metric at each point, of the queries of `qrels` by ascending id.
         runs: Returns the run of some queries at a point.
 
     Raises:
         UserError: for more folds than queries.
     """
-    queries = sorted(qrels)
+    queries, folds, measure = sorted(qrels), options.folds, options.measure
     if folds > len(queries):
         raise UserError(f"tuning.folds is {folds} for {len(queries)} judged queries: give fewer folds.")
-    shuffled = np.random.default_rng(seed).permutation(len(queries))
+    shuffled = np.random.default_rng(options.seed).permutation(len(queries))
     parts = [np.sort(part) for part in np.array_split(shuffled, folds)]
     others = [np.setdiff1d(shuffled, part) for part in parts]
     chosen = [_best(values[rows]) for rows in others]
@@ -101,7 +94,7 @@ def nested_cross_validation(
     scores = np.array([per_query[query][measure] for query in queries])
     naive = points[_best(values)]
     return Tuned(
-        family=family,
+        family=options.grid.family,
         measure=measure,
         folds=tuple(
             Fold(
@@ -120,6 +113,6 @@ def nested_cross_validation(
     )
 
 
-def _best(values: Float32[np.ndarray, "Q P"]) -> int:
+def _best(values: Float32[np.ndarray, "Q X"]) -> int:
     means = values.mean(axis=0, dtype=np.float64)
     return int(np.flatnonzero(means >= means.max() - _PLATEAU)[0])

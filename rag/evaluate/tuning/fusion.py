@@ -1,7 +1,7 @@
 """Tuning how rankings are fused: weights, constants, normalisers and depths, over the arms' results.
 
-    Q queries, P points of the grid, A arms, C candidates of a query
-    J depths, W weights, U constants
+    Q queries, X points of the grid, A arms, C candidates of a query
+    Y depths, W weights, U constants
 
 The arms' scores are there already, so a grid costs no search. The compiled program only chooses
 (rag.evaluate.tuning.cross_validation): what is reported is fused by the code that searches use, and measured by
@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from rag.evaluate.metrics.retrieval import Qrels
 from rag.evaluate.retrieval import best_documents
-from rag.evaluate.tuning.cross_validation import Point, Tuned, nested_cross_validation
-from rag.evaluate.tuning.grids import FusionGrid, Tuning
+from rag.evaluate.tuning.cross_validation import Tuned, nested_cross_validation
+from rag.evaluate.tuning.grids import FusionGrid, Point, Tuning
 from rag.evaluate.tuning.ranking_metric import JudgedCandidates, RankingMetric, value
 from rag.index.fusion import (
     Id,
@@ -89,10 +89,7 @@ def tune_fusion(
     owners = [[document(i) for i in table.ids] for table in tables]
     judged = JudgedCandidates.of(owners, [qrels[query] for query in sorted(qrels)], metric)
     values = fusion_values(grid, tables, judged, lower_bounds, metric)
-    points = fusion_points(grid, arms)
-    return nested_cross_validation(
-        grid.family, options.measure, options.folds, options.seed, qrels, points, values, runs
-    )
+    return nested_cross_validation(options, qrels, fusion_points(grid, arms), values, runs)
 
 
 def fusion_points(grid: FusionGrid, arms: int) -> list[Point]:
@@ -113,8 +110,16 @@ def fusion_values(
     judged: JudgedCandidates,
     lower_bounds: Sequence[float | int] | None,
     metric: RankingMetric,
-) -> Float32[np.ndarray, "Q P"]:
-    """Compute the metric of every query at every point."""
+) -> Float32[np.ndarray, "Q X"]:
+    """Compute the metric of every query at every point.
+
+    Args:
+        grid: The points, which fusion_points lists.
+        tables: The scores and ranks of each query's candidates in each arm.
+        judged: The grades of these candidates.
+        lower_bounds: The lowest score that each arm can give; None where no normaliser of the grid needs them.
+        metric: The metric.
+    """
     arms, width = len(tables[0].scores), judged.owners.shape[1]
     scores = np.stack([padded(table.scores, width) for table in tables])
     ranks = np.stack([padded(table.ranks, width) for table in tables])
@@ -141,18 +146,18 @@ def _fused_values(
     ranks: Int32[Array, "Q A C"],
     judged: JudgedCandidates,
     lower_bounds: Float32[Array, "A"],
-    depths: Int32[Array, "J A"],
+    depths: Int32[Array, "Y A"],
     constants: Float32[Array, "U"],
     weights: Float32[Array, "W A"],
     normalizers: tuple[Normalizer, ...],
     metric: RankingMetric,
     block: int,
-) -> Float32[Array, "Q P"]:
-    """P is (normalisers and constants) x depths x weights; `block` queries are measured at once."""
+) -> Float32[Array, "Q X"]:
+    """X is (normalisers and constants) x depths x weights; `block` queries are measured at once."""
 
     def one(
         scores: Float32[Array, "A C"], ranks: Int32[Array, "A C"], known: JudgedCandidates
-    ) -> Float32[Array, "P"]:
+    ) -> Float32[Array, "X"]:
         def each_weight(fuse: Callable, depth: Int32[Array, "A"]) -> Float32[Array, "W"]:
             found = (ranks > 0) & (ranks <= depth[:, None])
             fused = jax.vmap(fuse(found))(weights)
@@ -164,7 +169,7 @@ def _fused_values(
         def by_ranks(constant: Float32[Array, ""], found: Bool[Array, "A C"]) -> Callable:
             return partial(reciprocal_rank, ranks, found, constant)
 
-        def each_depth(fuse: Callable) -> Float32[Array, "J W"]:
+        def each_depth(fuse: Callable) -> Float32[Array, "Y W"]:
             return jax.vmap(partial(each_weight, fuse))(depths)
 
         convexes = [each_depth(partial(by_scores, name)).ravel() for name in normalizers]

@@ -1,22 +1,25 @@
-"""The options of tuning: which parameters are tried, for which metric, and how the queries are split."""
+"""The options of tuning: which parameters are tried, for which metric, and how the queries are split.
+
+conf/tuning/ has the defaults.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, ClassVar, Protocol, get_args, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from annotated_types import Ge, Le, MinLen
 
-from rag.evaluate.tuning.cross_validation import Point
 from rag.evaluate.tuning.ranking_metric import RankingMetric
 from rag.index.fusion import Convex, Fusion, Normalizer, RankConstant, ReciprocalRank
 from rag.runtime.options import Count, Filled, Seed, Share, check_fields
 
 _MOST_FOLDS = int(np.iinfo(np.int32).max)
-_STEPS = 100  # finer weights than hundredths no number of queries can tell apart
+_STEPS = 100  # no number of queries shows a difference between finer weights than hundredths
 _K1 = 1000  # from here on term frequencies just add up
 
+Point = dict[str, Any]  # the parameters of one point of a grid, ready for JSON
 Steps = Annotated[int, Ge(1), Le(_STEPS)]
 K1 = Annotated[float, Ge(0), Le(_K1)]
 
@@ -46,9 +49,9 @@ class ConvexGrid:
     taken. `depths` are lengths that each arm's results are cut to, in all combinations; none cuts nothing.
     """
 
-    normalizers: Annotated[Sequence[Normalizer], MinLen(1)] = get_args(Normalizer)
-    steps: Steps = 10
-    depths: Sequence[Count] = ()
+    normalizers: Annotated[Sequence[Normalizer], MinLen(1)]
+    steps: Steps
+    depths: Sequence[Count]
 
     family: ClassVar[str] = "convex"
 
@@ -68,9 +71,9 @@ class ConvexGrid:
 class ReciprocalRankGrid:
     """Reciprocal rank fusion: constants x depths x weights; depths and weights are those of ConvexGrid."""
 
-    constants: Annotated[Sequence[RankConstant], MinLen(1)] = (10, 20, 40, 60, 80, 100)
-    steps: Steps = 10
-    depths: Sequence[Count] = ()
+    constants: Annotated[Sequence[RankConstant], MinLen(1)]
+    steps: Steps
+    depths: Sequence[Count]
 
     family: ClassVar[str] = "rrf"
 
@@ -90,8 +93,8 @@ class ReciprocalRankGrid:
 class BM25Grid:
     """Parameters of the retriever's variant of BM25: k1 x b."""
 
-    k1: Annotated[Sequence[K1], MinLen(1)] = (0.4, 0.6, 0.9, 1.2, 1.5, 2.0, 3.0)
-    b: Annotated[Sequence[Share], MinLen(1)] = (0.0, 0.2, 0.4, 0.6, 0.75, 0.9, 1.0)
+    k1: Annotated[Sequence[K1], MinLen(1)]
+    b: Annotated[Sequence[Share], MinLen(1)]
 
     family: ClassVar[str] = "bm25"
 
@@ -107,10 +110,10 @@ class BM25Grid:
 class Tuning:
     """The grid, the metric to choose by, and the number of folds that the queries are split into by `seed`."""
 
-    grid: ConvexGrid | ReciprocalRankGrid | BM25Grid = ConvexGrid()
-    measure: Filled = "nDCG@10"  # or MRR, Recall, Precision, Success, at any cut-off
-    folds: Annotated[int, Ge(2), Le(_MOST_FOLDS)] = 5
-    seed: Seed = 0
+    grid: ConvexGrid | ReciprocalRankGrid | BM25Grid
+    measure: Filled  # or MRR, Recall, Precision, Success, at any cut-off
+    folds: Annotated[int, Ge(2), Le(_MOST_FOLDS)]
+    seed: Seed
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -86,7 +86,14 @@ class JudgedCandidates(NamedTuple):
 def value(
     metric: RankingMetric, scores: Float[Array, "C"], listed: Bool[Array, "C"], judged: JudgedCandidates
 ) -> Float[Array, ""]:
-    """Compute the metric of one query's ranking: documents by their best listed candidate, ties to the lower id."""
+    """Compute the metric of one query's ranking of documents.
+
+    Args:
+        metric: The metric.
+        scores: Of the candidates; a document has that of its best one, and the lower id wins a tie.
+        listed: Which candidates are in the ranking.
+        judged: The candidates' documents and grades, of this query.
+    """
     documents = jnp.full(len(scores), -jnp.inf).at[judged.owners].max(jnp.where(listed, scores, -jnp.inf))
     found, ids = top_k(documents, min(metric.cutoff, metric.depth or metric.cutoff, len(scores)))
     gain = metric.gain.of_ranking(jnp.where(found > -jnp.inf, judged.grades[ids], 0.0))

@@ -1,7 +1,7 @@
-"""Reuse of keys and values between prompts; a Prefill is chosen once, by the generator's `kv_reuse`.
+"""Reuse of keys and values between prompts; a Prefiller is chosen once, by the generator's `kv_reuse`.
 
-plain.py prefills whole prompts ("none") or behind the prefix of an earlier prompt ("prefix", prefix.py); chunk.py
-prefills behind precomputed chunk KV caches ("chunk"), with CacheBlend ("blend", blend.py).
+plain.py prefills whole prompts ("none") or after the prefix of an earlier prompt ("prefix", prefix.py); chunk.py
+prefills with precomputed chunk KV caches ("chunk"), with CacheBlend ("blend", blend.py).
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from rag.types import Message
 
 
 @runtime_checkable
-class Prefill(Protocol):
+class Prefiller(Protocol):
     """Turns conversations into tokens and prefills them."""
 
     batched: bool  # whether the token ids of many prompts may be prefilled together (rag.generate.scheduler)
@@ -25,7 +25,7 @@ class Prefill(Protocol):
         """Return the token ids of a conversation in the chat format."""
 
     def start(self, request: Request) -> tuple[list[int], DecodeState]:
-        """Return the prompt's token ids, and the state behind it with its first new token chosen.
+        """Return the prompt's token ids, and the state after it with its first new token chosen.
 
         Raises UserError as `Engine.check` does.
         """

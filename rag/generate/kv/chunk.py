@@ -1,4 +1,4 @@
-"""Prefill behind precomputed chunk KV caches: passages come from disk, and only the rest of a prompt is prefilled.
+"""Prefill with precomputed chunk KV caches: those of passages come from disk, and the rest of a prompt is prefilled.
 
 The first passage is exact. A later one was computed without the passages before it, unless its first tokens (EPIC, Hu
 et al. 2024, arXiv:2410.15332) or those that differ most (CacheBlend, rag.generate.kv.blend) are recomputed.
@@ -19,6 +19,7 @@ from rag.generate.kv.blend import SCORED_LAYERS, blend
 from rag.generate.kv.chunk_cache import ChunkKVCache
 from rag.generate.kv.chunk_store import KVDtype
 from rag.generate.kv.prompt_parts import PromptParts, split_prompt
+from rag.generate.prefill_batches import TokenRequest
 from rag.generate.scoring import log_probs_after_cache, next_log_probs_after_cache
 from rag.models.llama.model import KVCache
 from rag.models.tokenizer.tokenizer import Tokenizer
@@ -40,8 +41,8 @@ class ChunkKVOptions:
         check_fields(self)
 
 
-class ChunkPrefill:
-    """Loads the precomputed KV caches of passages, and prefills the other tokens (rag.generate.kv.Prefill)."""
+class ChunkPrefiller:
+    """Loads the precomputed KV caches of passages, and prefills the other tokens (rag.generate.kv.Prefiller)."""
 
     batched = False
 
@@ -52,7 +53,14 @@ class ChunkPrefill:
         fingerprint: str,
         options: ChunkKVOptions = ChunkKVOptions(),
     ):
-        """Open the chunk KV cache of the model with this fingerprint, 64 hex digits."""
+        """Open the chunk KV cache of a model.
+
+        Args:
+            engine: runs the model.
+            tokenizer: the model's.
+            fingerprint: 64 hex digits of the model.
+            options: where the cache is, and what is recomputed.
+        """
         self._engine, self._tokenizer, self._options = engine, tokenizer, options
         self.cache = ChunkKVCache(engine, tokenizer, fingerprint, options.path, options.dtype)
 
@@ -61,13 +69,13 @@ class ChunkPrefill:
 
     def start(self, request: Request) -> tuple[list[int], DecodeState]:
         parts = split_prompt(self._tokenizer, request.messages)
-        prompt, options = parts.ids, (request.max_new_tokens, request.sampling, request.seed)
-        self._engine.check([prompt], request.max_new_tokens)
-        cache = self.cache.assemble(parts, self._engine.capacity(len(prompt), request.max_new_tokens))
+        tokens = TokenRequest.of(parts.ids, request)
+        self._engine.check(tokens)
+        cache = self.cache.assemble(parts, self._engine.capacity(len(parts.ids), request.max_new_tokens))
         if self._blends(parts):
             cache, last = self._blended(cache, parts)
-            return prompt, self._engine.start_decode(cache, last, prompt, *options)
-        return prompt, self._engine.prefill_suffix(cache, prompt, self._fresh(parts), *options)
+            return parts.ids, self._engine.start_decode(cache, last, tokens)
+        return parts.ids, self._engine.prefill_suffix(cache, tokens, self._fresh(parts))
 
     def log_probs(
         self, pairs: Sequence[tuple[Sequence[Message], Sequence[int]]]
@@ -87,9 +95,9 @@ class ChunkPrefill:
         return next_log_probs_after_cache(self._engine.packed, cache, prompt, fresh)
 
     def _prepare(self, messages: Sequence[Message], tokens: int) -> tuple[list[int], KVCache, list[int]]:
-        """Return a prompt's ids, its cache with room for so many tokens behind it, and the fresh positions."""
+        """Return a prompt's ids, its cache with room for so many tokens after it, and the fresh positions."""
         parts = split_prompt(self._tokenizer, messages)
-        self._engine.check([parts.ids], tokens)
+        self._engine.check(TokenRequest(tuple(parts.ids), tokens))
         room = round_up_suffix(len(parts.ids)) + round_up_suffix(tokens)
         cache = self.cache.assemble(parts, self._engine.capacity(len(parts.ids), room))
         if self._blends(parts):

@@ -5,7 +5,7 @@ it were the first one: the first tokens of a text draw much attention whatever t
 arXiv:2309.17453), and every passage that was prefilled without them would have an attention sink of its own. Keys are
 stored before their rotation by RoPE; a key is rotated to the position that the passage has in a prompt.
 
-Letters: B passages prefilled together, L layers, K kv heads, T tokens, S cache slots, D head dim, R rotated pairs.
+Letters: B batch (passages prefilled together), L layers, K kv heads, T tokens, S cache slots, D head dim (half: D/2).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,9 +28,9 @@ from rag.models.llama.model import KVCache, Llama, LlamaConfig, cache_dtype, for
 from rag.models.placement import Packed
 from rag.models.tokenizer.tokenizer import Tokenizer
 from rag.ops.rope import rotate
-from rag.runtime.cache_key import content_key
-from rag.runtime.files import cache_root, private_folder
-from rag.runtime.import_closure import code_version
+from rag.runtime.cache.folder import cache_root, private_folder
+from rag.runtime.cache.keys import content_key
+from rag.runtime.code.import_closure import code_version
 from rag.runtime.shapes import round_up_prompt
 from rag.types import Message, UserError
 
@@ -51,7 +51,7 @@ def prefill_passages(packed: Packed[Llama], tokens: Int[Array, "B T"]) -> Float1
 def rotate_keys(
     stored: Shaped[Array, "2 K S D"],
     scales: Float32[Array, "2 K S 1"] | None,
-    rotary: Float[Array, "2 1 S R"],
+    rotary: Float[Array, "2 1 S half"],
     dtype: np.dtype,
 ) -> tuple[Float[Array, "1 K S D"], Float[Array, "1 K S D"]]:
     """Return a layer's cache from stored keys and values: each key is rotated to its slot's position.
@@ -71,7 +71,7 @@ def rotate_keys(
 
 
 @partial(jax.jit, static_argnames=("c", "size"))
-def _rotations(c: LlamaConfig, size: int) -> Float[Array, "2 1 T R"]:
+def _rotations(c: LlamaConfig, size: int) -> Float[Array, "2 1 T half"]:
     return rotary_of(c, jnp.arange(size)[None])
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Float16, Shaped
 
 from rag.generate.kv.prompt_parts import Ids
-from rag.runtime import cache as disk_cache
-from rag.runtime.cache_key import content_key
+from rag.runtime.cache import entries
+from rag.runtime.cache.keys import content_key
 from rag.runtime.checksums import Damaged
 
 KVDtype = Literal["float16", "int8"]
@@ -28,7 +28,14 @@ class ChunkKVStore:
     """Stores the KV caches of passages for one model, a file each."""
 
     def __init__(self, folder: Path, model: str, shape: tuple[int, int, int], dtype: KVDtype):
-        """Use the files in `folder` of the model with this cache key and shape: layers, kv heads, head dim."""
+        """Use the files of one model.
+
+        Args:
+            folder: of the files.
+            model: the cache key of the model and its code.
+            shape: layers, kv heads, head dim.
+            dtype: of the files.
+        """
         self.folder, self._model, self._shape, self._dtype = folder, model, shape, dtype
 
     @property
@@ -45,15 +52,15 @@ class ChunkKVStore:
         return layers * 2 * heads * self.dtype.itemsize * (dim if self._dtype == "float16" else 1)
 
     def path(self, prefix: Ids, passage: Ids) -> Path:
-        """Return the file of a passage that is prefilled behind this prefix."""
+        """Return the file of a passage that is prefilled after this prefix."""
         return self.folder / f"{content_key(self._model, self._dtype, prefix, passage)}.npy"
 
     def load(self, prefix: Ids, passage: Ids) -> Shaped[np.ndarray, "L 2 K T *D"] | None:
         """Return a passage's keys and values, memory-mapped; None without a file and, with a notice, if damaged."""
-        return disk_cache.get(self.path(prefix, passage), partial(self._opened, tokens=len(passage)))
+        return entries.get(self.path(prefix, passage), partial(self._opened, tokens=len(passage)))
 
     def _opened(self, path: Path, tokens: int) -> Shaped[np.ndarray, "L 2 K T *D"]:
-        found = disk_cache.read_array(path)
+        found = entries.read_array(path)
         layers, heads, dim = self._shape
         vector = (dim,) if self._dtype == "float16" else ()
         if found.dtype != self.dtype or found.shape != (layers, 2, heads, tokens, *vector):
@@ -64,7 +71,7 @@ class ChunkKVStore:
         """Write a passage's keys and values. Raises UserError when they cannot be written."""
         content = io.BytesIO()
         np.save(content, np.ascontiguousarray(kv) if self._dtype == "float16" else self._quantized(kv))
-        disk_cache.write(self.path(prefix, passage), content.getvalue())
+        entries.write(self.path(prefix, passage), content.getvalue())
 
     def _quantized(self, kv: Float16[np.ndarray, "L 2 K T D"]) -> Shaped[np.ndarray, "L 2 K T"]:
         vectors = kv.astype(np.float32)

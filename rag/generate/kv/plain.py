@@ -9,13 +9,14 @@ from rag.generate import Request
 from rag.generate.decode_state import DecodeState
 from rag.generate.engine import Engine
 from rag.generate.kv.prefix import PrefixCache
+from rag.generate.prefill_batches import TokenRequest
 from rag.generate.scoring import log_probs, next_log_probs
 from rag.models.tokenizer.tokenizer import Tokenizer
 from rag.types import Message
 
 
-class PlainPrefill:
-    """Prefills prompts as the tokenizer's chat format makes them; see rag.generate.kv.Prefill."""
+class PlainPrefiller:
+    """Prefills prompts as the tokenizer's chat format makes them (rag.generate.kv.Prefiller)."""
 
     batched = True
 
@@ -26,7 +27,14 @@ class PlainPrefill:
         tokens_per_batch: int,
         prefixes: PrefixCache | None = None,
     ):
-        """Make a prefill that reuses `prefixes`, if given; `tokens_per_batch` bounds a batch of `log_probs`."""
+        """Prefill with an engine.
+
+        Args:
+            engine: runs the model.
+            tokenizer: the model's.
+            tokens_per_batch: padded tokens of a batch of `log_probs`.
+            prefixes: earlier prompts, of which the longest common prefix is reused; None reuses nothing.
+        """
         self._engine, self._tokenizer, self._prefixes = engine, tokenizer, prefixes
         self._tokens_per_batch = tokens_per_batch
 
@@ -35,7 +43,7 @@ class PlainPrefill:
 
     def start(self, request: Request) -> tuple[list[int], DecodeState]:
         prompt, source = self.prompt(request.messages), self._prefixes or self._engine
-        return prompt, source.prefill(prompt, request.max_new_tokens, request.sampling, request.seed)
+        return prompt, source.prefill(TokenRequest.of(prompt, request))
 
     def log_probs(
         self, pairs: Sequence[tuple[Sequence[Message], Sequence[int]]]
@@ -45,5 +53,5 @@ class PlainPrefill:
 
     def next_log_probs(self, messages: Sequence[Message]) -> Float32[np.ndarray, "V"]:
         prompt = self.prompt(messages)
-        self._engine.check([prompt], 1)
+        self._engine.check(TokenRequest(tuple(prompt), 1))
         return next_log_probs(self._engine.model, prompt)

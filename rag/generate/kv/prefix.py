@@ -7,7 +7,6 @@ every question, the earlier turns of a conversation, the same passages asked abo
 Letters: T query tokens.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,9 +16,8 @@ from jaxtyping import Int
 
 from rag.generate.decode_state import DecodeState
 from rag.generate.engine import Engine
-from rag.generate.prefill_batches import common_prefix
+from rag.generate.prefill_batches import TokenRequest, common_prefix
 from rag.models.llama.model import KVCache
-from rag.ops.sampling import Sampling
 from rag.runtime.shapes import round_up_prompt
 
 _MIN_SHARED = 16  # tokens: for fewer, a plain prefill is as fast
@@ -48,21 +46,18 @@ class PrefixCache:
         """Return the bytes of keys and values that are cached now."""
         return sum(prompt.nbytes for prompt in self._prompts)
 
-    def prefill(
-        self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = Sampling(), seed: int = 0
-    ) -> DecodeState:
-        """Return what `Engine.prefill` of this prompt returns. Raises UserError as that does."""
-        self._engine.check([prompt], max_new_tokens)
-        ids = np.asarray(prompt, np.int32)
+    def prefill(self, request: TokenRequest) -> DecodeState:
+        """Return what `Engine.prefill` of this request returns. Raises UserError as that does."""
+        self._engine.check(request)
+        ids = np.asarray(request.prompt, np.int32)
         best, shared = self._longest(ids)
         if best is None:
-            state = self._engine.prefill(prompt, max_new_tokens, sampling, seed)
+            state = self._engine.prefill(request)
         else:
-            cache = _resized(best.cache, slots=self._engine.capacity(len(prompt), max_new_tokens))
-            fresh = range(shared, len(prompt))
-            state = self._engine.prefill_suffix(cache, prompt, fresh, max_new_tokens, sampling, seed)
+            cache = _resized(best.cache, slots=self._engine.capacity(len(ids), request.max_new_tokens))
+            state = self._engine.prefill_suffix(cache, request, range(shared, len(ids)))
         # A copy, because decoding donates the state.
-        self._add(_CachedPrompt(ids, _resized(state.cache, slots=round_up_prompt(len(prompt)))))
+        self._add(_CachedPrompt(ids, _resized(state.cache, slots=round_up_prompt(len(ids)))))
         return state
 
     def _longest(self, ids: Int[np.ndarray, "T"]) -> tuple[_CachedPrompt | None, int]:

@@ -15,7 +15,7 @@ class PromptParts:
     """A prompt's token ids, and which of them have keys and values that other prompts share."""
 
     ids: list[int]
-    prefix: Ids  # passages are prefilled behind it; the prompt begins with `shared` tokens of it
+    prefix: Ids  # passages are prefilled after it; the prompt begins with `shared` tokens of it
     shared: int
     passages: tuple[tuple[int, Ids], ...]  # the position where each begins, and its ids
 

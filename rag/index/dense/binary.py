@@ -1,11 +1,11 @@
 """Approximate nearest neighbours by one bit for each dimension, the best of them scored exactly.
 
-    N vectors, Q queries, E embedding dim, k results, W words of 32 bits that hold E, P bit planes of a query
+    N vectors, Q queries, E embedding dim, k results, n vectors of a block; words: of 32 bits, which hold E bits
 
 RaBitQ (Gao and Long 2024, arXiv:2405.12497): a vector minus the corpus's mean is rotated by a random rotation, so that
 no dimension matters more than others, and its signs are stored. With b its signs as +-1 and y the rotated difference,
-<q, b> |y|^2 / |y|_1 estimates <q, y> without bias; the factor is stored beside the bits. A query is rounded to P bits
-a dimension, so that <q, b> is P counts of the bits in which two words differ.
+<q, b> |y|^2 / |y|_1 estimates <q, y> without bias; the factor is stored beside the bits. A query is rounded to 4 bits
+a dimension (_PLANES), so that <q, b> is 4 counts of the bits in which two words differ.
 
 The rows of highest estimate are scored exactly. How many of them the requested recall takes is calibrated against exact
 search, on queries mixed of the index's own rows; scripts/index.py action=audit measures the recall on others. Where
@@ -24,9 +24,9 @@ from annotated_types import Gt, Lt
 from jaxtyping import Array, Float, Float32, Int, UInt32
 
 from rag.index.dense import cost, refine
-from rag.index.dense.audit import mixed_queries
+from rag.index.dense.audit import mixed_queries, sample_pairs
 from rag.index.dense.exact import DenseIndex
-from rag.runtime.measurement import Work
+from rag.runtime.machine.measurement import Work
 from rag.runtime.options import Count, Seed, check_fields
 from rag.runtime.shapes import next_power_of_two
 
@@ -136,7 +136,8 @@ class BinaryIndex:
 
         The row that a query was made of is not counted; and half of the misses are left as a margin.
         """
-        queries = mixed_queries(self.exact, self.options.sample, self.options.seed)
+        pairs = sample_pairs(len(self), self.options.sample, self.options.seed)
+        queries = mixed_queries(self.exact, pairs)
         _, best = self.exact.search(queries, k + 1)
         ranks = [
             np.asarray(_ranks(self._bits, self._factors, query, self._rotation, ids[1:]))
@@ -149,7 +150,7 @@ class BinaryIndex:
 
 def _coded(
     vectors: Float32[np.ndarray, "n E"], mean: Float32[np.ndarray, "E"], rotation: Float32[Array, "E E"]
-) -> tuple[UInt32[np.ndarray, "W n"], Float32[np.ndarray, "n"]]:
+) -> tuple[UInt32[np.ndarray, "words n"], Float32[np.ndarray, "n"]]:
     """Return the bits and the factors of a block of rows."""
     bits, factors = jax.device_get(_code(refine.padded(vectors, refine.LEAST), mean, rotation))
     return bits[:, : len(vectors)], factors[: len(vectors)]
@@ -158,7 +159,7 @@ def _coded(
 @jax.jit
 def _code(
     vectors: Float32[Array, "n E"], mean: Float32[Array, "E"], rotation: Float32[Array, "E E"]
-) -> tuple[UInt32[Array, "W n"], Float32[Array, "n"]]:
+) -> tuple[UInt32[Array, "words n"], Float32[Array, "n"]]:
     """Return the signs of the rotated differences, and |y|^2 / |y|_1 of each; the factor of a zero difference is 0."""
     rotated = jnp.matmul(vectors - mean, rotation, precision="highest")
     total = jnp.abs(rotated).sum(axis=1)
@@ -166,14 +167,14 @@ def _code(
     return jax.vmap(_words, out_axes=1)(rotated > 0), factors
 
 
-def _words(bits: Array) -> UInt32[Array, "W"]:
+def _words(bits: Array) -> UInt32[Array, "words"]:
     """Return E booleans packed into words, zeros behind them."""
     wide = jnp.pad(bits, (0, -len(bits) % _WORD)).astype(jnp.uint32).reshape(-1, _WORD)
     return (wide << jnp.arange(_WORD, dtype=jnp.uint32)).sum(axis=1, dtype=jnp.uint32)
 
 
 def _estimates(
-    bits: UInt32[Array, "W N"],
+    bits: UInt32[Array, "words N"],
     factors: Float32[Array, "N"],
     query: Float32[Array, "E"],
     rotation: Float32[Array, "E E"],
@@ -195,7 +196,7 @@ def _estimates(
 @partial(jax.jit, static_argnames=("k", "candidates"))
 def _search(
     vectors: Float[Array, "N E"],
-    bits: UInt32[Array, "W N"],
+    bits: UInt32[Array, "words N"],
     factors: Float32[Array, "N"],
     queries: Float32[Array, "Q E"],
     rotation: Float32[Array, "E E"],
@@ -214,7 +215,7 @@ def _search(
 
 @jax.jit
 def _ranks(
-    bits: UInt32[Array, "W N"],
+    bits: UInt32[Array, "words N"],
     factors: Float32[Array, "N"],
     query: Float32[Array, "E"],
     rotation: Float32[Array, "E E"],

@@ -1,6 +1,6 @@
 """Exact nearest neighbours by cosine: the inner products of unit vectors, of every vector.
 
-    N vectors (rows), Q queries, E embedding dim, k results, G groups of consecutive rows, R rows of a block
+    N vectors (rows), Q queries, E embedding dim, k results; groups: of consecutive rows; rows: those of a block
 
 For a few queries, reading the vectors is nearly all of the work: all scores of a query are computed, and its best rows
 are taken from them. For many queries the products are most of the work, and writing N x Q scores would cost as much
@@ -25,9 +25,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from rag.index.dense import refine
-from rag.runtime.machine import cpu_flags
-from rag.runtime.measurement import Work
-from rag.runtime.shapes import previous_power_of_two
+from rag.runtime.machine.hardware import cpu_flags
+from rag.runtime.machine.measurement import Work
+from rag.runtime.shapes import ceil_div, previous_power_of_two
 
 _BATCH = 1024  # queries of one call to XLA, unless their maxima would take more than
 _MAXIMA_BYTES = 256 << 20
@@ -95,7 +95,7 @@ def _rounding(
 def _search_groups(
     vectors: Float[Array, "N E"],
     queries: Float[Array, "Q E"],
-    maxima: Float[Array, "Q G"],
+    maxima: Float[Array, "Q groups"],
     slack: Float32[Array, "Q"],
     k: int,
 ) -> refine.Found:
@@ -108,23 +108,23 @@ def _search_groups(
     return refine.search_unproven(proven | every_tie, (best, ids), vectors, queries)
 
 
-def _maxima(vectors: Float[Array, "N E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q G"]:
+def _maxima(vectors: Float[Array, "N E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q groups"]:
     """Return the highest score in each whole group of consecutive rows; N >= _ROWS."""
     groups, step = len(vectors) // _GROUP, _ROWS // _GROUP
 
-    def block(i: Int[Array, ""], maxima: Float32[Array, "Q G"]) -> Float32[Array, "Q G"]:
+    def block(i: Int[Array, ""], maxima: Float32[Array, "Q groups"]) -> Float32[Array, "Q groups"]:
         first = jnp.minimum(i * step, groups - step)  # the last block overlaps the one before
         rows = jax.lax.dynamic_slice_in_dim(vectors, first * _GROUP, _ROWS)
         return jax.lax.dynamic_update_slice_in_dim(maxima, _block_maxima(rows, queries), first, axis=1)
 
-    return jax.lax.fori_loop(0, -(-groups // step), block, jnp.zeros((len(queries), groups), jnp.float32))
+    return jax.lax.fori_loop(0, ceil_div(groups, step), block, jnp.zeros((len(queries), groups), jnp.float32))
 
 
-def _block_maxima(rows: Float[Array, "R E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q G"]:
+def _block_maxima(rows: Float[Array, "rows E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q groups"]:
     return jax.vmap(lambda query: refine.scores(rows, query).reshape(-1, _GROUP).max(axis=1))(queries)
 
 
-def _half_maxima(rows: Float[Array, "R E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q G"]:
+def _half_maxima(rows: Float[Array, "rows E"], queries: Float[Array, "Q E"]) -> Float32[Array, "Q groups"]:
     """Return `_block_maxima` of rows and queries rounded to bfloat16."""
     half = (queries.astype(jnp.bfloat16), rows.astype(jnp.bfloat16))
     products = jax.lax.dot_general(*half, _BY_ROWS, preferred_element_type=jnp.float32)
@@ -134,7 +134,7 @@ def _half_maxima(rows: Float[Array, "R E"], queries: Float[Array, "Q E"]) -> Flo
 @partial(jax.jit, static_argnames="half")
 def _maxima_of_blocks(
     blocks: Sequence[Float[Array, "_ E"]], queries: Float[Array, "Q E"], half: bool
-) -> Float32[Array, "Q G"]:
+) -> Float32[Array, "Q groups"]:
     """Return the maxima of consecutive blocks: as arrays of their own they need not be copied out of one."""
     of_block = _half_maxima if half else _block_maxima
     return jnp.concatenate([of_block(rows, queries) for rows in blocks], axis=1)
@@ -266,7 +266,7 @@ class DenseIndex:
         else:
             found = search(self.rows, padded, k, longest)
         scan = 2 * self.nbytes // 4 * len(queries)
-        passes = 1 if grouped else -(-len(queries) // refine.FEW)
+        passes = 1 if grouped else ceil_div(len(queries), refine.FEW)
         self.work += Work(passes * self.nbytes, self.nbytes, float32=scan)
         again = _GROUP * (k + _spare(k)) if grouped else (k + _spare(k)) * (len(padded) == 1)
         self.work += refine.work(self.dim, again, len(queries))

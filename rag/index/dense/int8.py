@@ -1,6 +1,6 @@
 """Nearest neighbours by a scan of 8-bit vectors that proves its results exact, and says for which queries.
 
-    N vectors, Q queries, E embedding dim, k results, G groups of consecutive rows
+    N vectors, Q queries, E embedding dim, k results, n vectors of a block; groups: of consecutive rows
 
 Every vector is stored a second time in 8 bits, with the length of its rounding error. For a query q and a row x,
 rounded to q' (a sum of two int8 terms, rag.ops.linear) and x', Cauchy and Schwarz give
@@ -24,10 +24,10 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int8
 
 from rag import native
 from rag.index.dense import cost, refine
-from rag.index.dense.audit import mixed_queries
+from rag.index.dense.audit import mixed_queries, sample_pairs
 from rag.index.dense.exact import DenseIndex
 from rag.ops.linear import by_digits, quantize
-from rag.runtime.measurement import Work
+from rag.runtime.machine.measurement import Work
 from rag.runtime.options import Count, check_fields
 from rag.runtime.shapes import next_power_of_two
 
@@ -184,15 +184,18 @@ class Int8Index:
 
     def _calibrate(self, k: int) -> Proofs:
         """Return the number of groups that makes searching for one query cheapest, and the share that it proves."""
-        queries, step = mixed_queries(self.exact, _SAMPLE, seed=0), most_queries(self.exact.dim)
-        least = self.exact.search(queries, k + 1)[0][
-            :, -1
-        ]  # k + 1: the best is the row that the query was made of
-        batches = [slice(start, start + step) for start in range(0, len(queries), step)]
+        queries = mixed_queries(self.exact, sample_pairs(len(self), _SAMPLE, seed=0))
+        best, _ = self.exact.search(queries, k + 1)  # one more: the best is the row that a query was made of
+        batch = most_queries(self.exact.dim)
         needed = np.concatenate(
             [
-                _needed(self._codes, self._queries(queries[b]), least[b], by_native=self._by_native)
-                for b in batches
+                _needed(
+                    self._codes,
+                    self._queries(queries[start : start + batch]),
+                    best[start : start + batch, -1],
+                    by_native=self._by_native,
+                )
+                for start in range(0, len(queries), batch)
             ]
         )
         groups = [k + times * self.options.candidates for times in _TIMES]
@@ -267,7 +270,7 @@ def _needed(
     return (highest >= least[:, None]).sum(axis=1)
 
 
-def _bounds(codes: Codes, queries: Queries, by_native: bool) -> Float32[Array, "Q G"]:
+def _bounds(codes: Codes, queries: Queries, by_native: bool) -> Float32[Array, "Q groups"]:
     """Return what no score in a whole group exceeds by more than the query's slack."""
     with jax.named_scope("bounds"):
         if by_native:

@@ -1,6 +1,6 @@
 """Approximate nearest neighbours by the first dimensions of the vectors, the best of them scored exactly.
 
-    N vectors, Q queries, E embedding dim, D first dimensions (the prefix), k results
+    N vectors, Q queries, E embedding dim, k results; first: the first dimensions (the prefix)
 
 Of embedders trained for it (Matryoshka, Kusupati et al. 2022) the first dimensions, scaled to unit length, are an
 embedding of their own. All prefixes are scanned, and the rows of highest prefix score are scored exactly by the whole
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from rag.index.dense import refine
 from rag.index.dense.exact import DenseIndex
-from rag.runtime.measurement import Work
+from rag.runtime.machine.measurement import Work
 from rag.runtime.options import Count, check_fields
 from rag.types import UserError
 
@@ -93,7 +93,7 @@ class MatryoshkaIndex:
         few = 0 < queries < _MANY and max(k, self.options.candidates) < len(self)
         return "scan" if few else "exact"
 
-    def _prefix(self, vectors: Float[np.ndarray, "n E"]) -> Float32[np.ndarray, "n D"]:
+    def _prefix(self, vectors: Float[np.ndarray, "n E"]) -> Float32[np.ndarray, "n first"]:
         """Return the first dimensions as unit vectors; zeros stay zeros."""
         prefixes = np.asarray(vectors[:, : self.options.dims], np.float32)
         norms = np.linalg.norm(prefixes, axis=1, keepdims=True)
@@ -103,9 +103,9 @@ class MatryoshkaIndex:
 @partial(jax.jit, static_argnames=("k", "candidates"))
 def _search(
     vectors: Float[Array, "N E"],
-    prefixes: Float[Array, "N D"],
+    prefixes: Float[Array, "N first"],
     queries: Float[Array, "Q E"],
-    query_prefixes: Float[Array, "Q D"],
+    query_prefixes: Float[Array, "Q first"],
     *,
     k: int,
     candidates: int,

@@ -1,6 +1,6 @@
 """Exact scores of candidates: the last step of every vector search, and the proof that the candidates were enough.
 
-    N vectors (rows), Q queries, E embedding dim, k results, G groups of consecutive rows, C candidates
+    N vectors (rows), Q queries, E embedding dim, k results, C candidates; groups: of consecutive rows
 
 A cheap first pass gives an upper bound on the scores of every group of rows. The groups of highest bound are scored
 exactly. If the k-th best exact score is above every bound that was left out, no other row can be among the k best:
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Shaped
 
 from rag.ops.topk import best_members, members, two_level_top_k
-from rag.runtime.measurement import Work
+from rag.runtime.machine.measurement import Work
 from rag.runtime.shapes import next_power_of_two, round_up
 from rag.types import UserError
 
@@ -63,8 +63,14 @@ def refine(
 ) -> Found:
     """Return the k best of each query's candidates by exact scores; the first candidate wins a tie.
 
-    Ids of N and above are padding. XLA is slow to multiply each query by rows of its own, so all rows are multiplied by
-    all queries, and each query takes its own.
+    XLA is slow to multiply each query by rows of its own, so all rows are multiplied by all queries, and each query
+    takes its own.
+
+    Args:
+        vectors: all rows.
+        queries: any number of them.
+        ids: the candidates, as row numbers; those of N and above are padding.
+        k: the number of results.
     """
     with jax.named_scope("refine"):
         count, width = ids.shape
@@ -76,7 +82,7 @@ def refine(
 def best_of_groups(
     vectors: Float[Array, "N E"],
     queries: Float[Array, "Q E"],
-    bounds: Float[Array, "Q G"],
+    bounds: Float[Array, "Q groups"],
     slack: Float[Array, "Q"],
     *,
     k: int,
@@ -86,6 +92,8 @@ def best_of_groups(
     """Return the k best rows in the `groups` groups of highest bound, and whether they are proven the best of all.
 
     Args:
+        vectors: all rows.
+        queries: any number of them.
         bounds: bounds[q, g] + slack[q] is no less than the score of any row of group g, whose rows are
             g * group to (g + 1) * group - 1. The rows behind the last whole group are always candidates.
         slack: see `bounds`.
@@ -94,7 +102,7 @@ def best_of_groups(
         groups: the number of groups that are scored exactly.
     """
 
-    def candidates(bounds: Float[Array, "G"]) -> tuple[Int[Array, "C"], Float[Array, ""] | float]:
+    def candidates(bounds: Float[Array, "groups"]) -> tuple[Int[Array, "C"], Float[Array, ""] | float]:
         best, winners = two_level_top_k(bounds, min(groups + 1, len(bounds)))
         highest_left_out = best[groups] if len(best) > groups else -jnp.inf
         return members(winners[:groups], len(vectors), group), highest_left_out
@@ -117,9 +125,18 @@ def best_of_estimates(
     k: int,
     candidates: int,
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"], Float[Array, "Q"]]:
-    """Return the k best, by exact scores, of each query's `candidates` rows of highest estimate.
+    """Return the k best, by exact scores, of each query's rows of highest estimate.
 
-    The third array is the last of these estimates, which no row that is left out exceeds; -inf where none is left out.
+    Args:
+        vectors: all rows.
+        queries: any number of them.
+        estimates: of the score of every row.
+        k: the number of results.
+        candidates: how many rows of highest estimate are scored exactly.
+
+    Returns:
+        Scores, row numbers, and the last of the candidates' estimates, which no row that is left out exceeds; -inf
+        where none is left out.
     """
 
     def chosen(estimates: Float[Array, "N"]) -> tuple[Int[Array, "C"], Float32[Array, ""]]:
@@ -149,7 +166,14 @@ def best_of_all(vectors: Float[Array, "N E"], queries: Float[Array, "Q E"], *, k
 def search_unproven(
     proven: Bool[Array, "Q"], found: Found, vectors: Float[Array, "N E"], queries: Float[Array, "Q E"]
 ) -> Found:
-    """Return `found`, with the results of `best_of_all` in every block of queries of which one is not proven."""
+    """Return `found`, with the results of `best_of_all` in every block of queries of which one is not proven.
+
+    Args:
+        proven: for which queries the results are proven.
+        found: the results so far.
+        vectors: all rows.
+        queries: the queries of `found`.
+    """
 
     def block(unproven: Array, best: Array, ids: Array, queries: Array) -> tuple[Array, Array]:
         def again() -> Found:
@@ -216,8 +240,8 @@ def check_queries(queries: Float[np.ndarray, "Q E"], dim: int, k: int) -> None:
         raise UserError(f"Cannot return {k} results: ask for k of 1 or more.")
 
 
-def padded(vectors: Float[np.ndarray, "Q E"], least: int = 1) -> Float32[np.ndarray, "P E"]:
-    """Return the vectors with rows of zeros below, P the power of two, at least `least`, that holds them.
+def padded(vectors: Float[np.ndarray, "Q E"], least: int = 1) -> Float32[np.ndarray, "padded E"]:
+    """Return the vectors with rows of zeros below, up to a power of two of rows, at least `least`.
 
     Batches of many sizes so share few programs.
     """

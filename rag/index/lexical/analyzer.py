@@ -3,7 +3,7 @@
 The steps and their order are those of bm25s and scikit-learn, so that scores can be compared: lower-case, find words
 by a regular expression, drop stop words, stem the rest.
 
-    N texts, P terms of all texts, one text after another
+    N texts; terms: those of all texts, one text after another
 """
 
 import re
@@ -69,7 +69,7 @@ class Analyzer:
 
     def encode(
         self, texts: Iterable[str], vocabulary: dict[str, int]
-    ) -> tuple[Int32[np.ndarray, "P"], Int32[np.ndarray, "N"]]:
+    ) -> tuple[Int32[np.ndarray, "terms"], Int32[np.ndarray, "N"]]:
         """Return the term ids of all texts, one text after another, and how many terms each text has.
 
         They are the terms of `tokens`. New terms are added to `vocabulary`. Each distinct word is analyzed once.

@@ -1,6 +1,6 @@
 """Search by words: an inverted index of counts, weighted when it is searched.
 
-    N passages (rows), V terms, P postings (a term in a passage), T terms of a question, C candidates
+    N passages (rows), V terms, T terms of a question, C candidates; a posting is a term in a passage
 
 For every term it has the passages that contain it, in order, and the frequencies. A score is a sum over the terms of a
 question (rag.index.lexical.weighting); a term's summand for each passage is computed when it is first needed and cached
@@ -9,17 +9,18 @@ CPU, and the best of a row of scores are found in 20 us where lax.top_k takes 20
 runs in JAX.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32, Int64, UInt
 
 from rag.index.lexical.analyzer import Analyzer
 from rag.index.lexical.weighting import Weights, mean_length
+from rag.runtime.records import Record, read_record
 from rag.runtime.shapes import power_of_two_near_sqrt, round_up
 from rag.types import UserError
 
@@ -33,13 +34,21 @@ Found = tuple[Float32[np.ndarray, "_"], Int32[np.ndarray, "_"]]
 Impact = tuple[Int32[np.ndarray, "_"] | None, Float32[np.ndarray, "_"]]
 
 
+class _Meta(Record):
+    """The JSON file beside the arrays of an index."""
+
+    format: int
+    analyzer: dict[str, Any]
+    terms: list[str]
+
+
 @dataclass(frozen=True, eq=False)
 class Postings:
     """The passages and frequencies of every term; those of term v are at offsets[v]:offsets[v + 1], rows ascending."""
 
     offsets: Int64[np.ndarray, "_"]
-    rows: Int32[np.ndarray, "P"]
-    frequencies: UInt[np.ndarray, "P"]  # of the smallest dtype that holds the largest
+    rows: Int32[np.ndarray, "postings"]
+    frequencies: UInt[np.ndarray, "postings"]  # of the smallest dtype that holds the largest
     lengths: Int32[np.ndarray, "N"]  # terms of each passage
 
     @staticmethod
@@ -79,7 +88,7 @@ def _offsets(df: Int[np.ndarray, "V"]) -> Int64[np.ndarray, "_"]:
     return np.concatenate([[0], np.cumsum(df)]).astype(np.int64)
 
 
-def _smallest(frequencies: Int[np.ndarray, "P"]) -> UInt[np.ndarray, "P"]:
+def _smallest(frequencies: Int[np.ndarray, "postings"]) -> UInt[np.ndarray, "postings"]:
     return frequencies.astype(np.min_scalar_type(int(frequencies.max(initial=1))))
 
 
@@ -97,7 +106,7 @@ class LexicalIndex:
     def __init__(self, analyzer: Analyzer, terms: Iterable[str], postings: Postings):
         self.analyzer, self.postings = analyzer, postings
         self._vocabulary = {term: number for number, term in enumerate(terms)}
-        self._scorer: _Scorer | None = None  # of the latest weights
+        self._weighted: _WeightedPostings | None = None  # of the latest weights
 
     @staticmethod
     def build(
@@ -113,7 +122,7 @@ class LexicalIndex:
         """Append passages; the index is then the same as one built of all texts at once. Copies the postings."""
         ids, lengths = self.analyzer.encode(_watched(texts, progress), self._vocabulary)
         self.postings = self.postings.followed_by(Postings.count(ids, lengths, len(self._vocabulary)))
-        self._scorer = None
+        self._weighted = None
 
     def __len__(self) -> int:
         return len(self.postings.lengths)
@@ -132,23 +141,23 @@ class LexicalIndex:
         """Write the index into an existing folder (rag.runtime.files.atomic_folder makes one that is never partial)."""
         for field in fields(Postings):
             np.save(folder / f"{field.name}.npy", getattr(self.postings, field.name))
-        meta = {"format": FORMAT, "analyzer": asdict(self.analyzer), "terms": list(self._vocabulary)}
-        (folder / _META).write_text(json.dumps(meta))
+        meta = _Meta(format=FORMAT, analyzer=asdict(self.analyzer), terms=list(self._vocabulary))
+        (folder / _META).write_text(meta.model_dump_json())
 
     @staticmethod
     def load(folder: Path) -> "LexicalIndex":
         """Return the index that `save` wrote, its arrays memory-mapped. Raises UserError where there is none."""
         try:
-            meta = json.loads((folder / _META).read_text())
+            meta = read_record(folder / _META, _Meta, "build the index again")
             # np.asarray: a plain array over the memory map, which is faster to slice
             arrays = [
                 np.asarray(np.load(folder / f"{field.name}.npy", mmap_mode="r")) for field in fields(Postings)
             ]
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{folder} holds no whole lexical index ({error}): build it again.") from error
-        if meta.get("format") != FORMAT:
+        if meta.format != FORMAT:
             raise UserError(f"{folder} holds a lexical index of another format: build it again.")
-        return LexicalIndex(Analyzer(**meta["analyzer"]), meta["terms"], Postings(*arrays))
+        return LexicalIndex(Analyzer(**meta.analyzer), meta.terms, Postings(*arrays))
 
     def search(self, questions: Sequence[str], k: int, weights: Weights) -> list[Found]:
         """Return the k best passages of each question: scores, best first, and rows; the lower row wins a tie.
@@ -159,10 +168,10 @@ class LexicalIndex:
         """
         if k < 1:
             raise UserError(f"Cannot return {k} results: ask for k of 1 or more.")
-        scorer = self._scorer
-        if scorer is None or scorer.weights != weights:
-            self._scorer = scorer = _Scorer(self.postings, weights)
-        return [scorer.search(Counter(self._ids(question)), k) for question in questions]
+        weighted = self._weighted
+        if weighted is None or weighted.weights != weights:
+            self._weighted = weighted = _WeightedPostings(self.postings, weights)
+        return [weighted.search(Counter(self._ids(question)), k) for question in questions]
 
     def features(
         self, question: str, rows: Int[np.ndarray, "C"]
@@ -196,7 +205,7 @@ def _watched(texts: Iterable[str], progress: Callable[[int], object]) -> Iterato
     progress(done)
 
 
-class _Scorer:
+class _WeightedPostings:
     """Search with one choice of weights; caches the impacts of the terms asked so far, 4 bytes a posting."""
 
     def __init__(self, postings: Postings, weights: Weights):
@@ -212,7 +221,7 @@ class _Scorer:
         n, terms = len(self._norm), np.fromiter(counts, np.int64, len(counts))
         numbers = np.fromiter(counts.values(), np.int64, len(counts))
         factors, constant = self.weights.question(numbers, self._df[terms], n)
-        group = _group(n, k)
+        group = power_of_two_near_sqrt(n // k)  # so that there are as many maxima as members to choose from
         scores = np.zeros(round_up(n, group), np.float32)
         for term, factor in zip(counts, factors.tolist(), strict=True):
             if factor:
@@ -248,11 +257,6 @@ class _Scorer:
     def _zero_scored(self, terms: Iterable[int], found: Int32[np.ndarray, "_"]) -> Int32[np.ndarray, "_"]:
         """Return the passages that share only terms of weight 0: Robertson's idf of a term in half of the passages."""
         return np.setdiff1d(np.concatenate([self._postings.of(term)[0] for term in terms]), found)
-
-
-def _group(n: int, k: int) -> int:
-    """Return about the square root of n / k, so that there are as many maxima as members to choose from."""
-    return power_of_two_near_sqrt(n // k)
 
 
 def _best(scores: Float32[np.ndarray, "_"], group: int, k: int, constant: np.float32) -> Found:

@@ -1,6 +1,6 @@
 """The weights of terms: BM25 in five variants, and TF-IDF with the cosine.
 
-    P postings (a term in a passage), N passages, T terms of a question, C candidate passages
+    N passages, T terms of a question, C candidate passages; a posting is a term in a passage
 
 A score is a sum over the terms of the question. All variants split it in the same way, so that an index stores only
 counts: the weight of the term in the question, times its impact on the passage, which depends on the term's frequency
@@ -53,21 +53,35 @@ class BM25Weights:
     def normaliser(
         self,
         df: Int[np.ndarray, "V"],
-        rows: Int[np.ndarray, "P"],
-        frequencies: Integer[np.ndarray, "P"],
+        rows: Int[np.ndarray, "postings"],
+        frequencies: Integer[np.ndarray, "postings"],
         lengths: Int[np.ndarray, "N"],
     ) -> Float32[np.ndarray, "N"]:
-        """Return K of every passage."""
+        """Return K of every passage.
+
+        Args:
+            df: in how many passages each term is.
+            rows: the passage of each posting, term by term.
+            frequencies: how often the term is there.
+            lengths: the number of terms of each passage.
+        """
         return length_ratio(lengths, mean_length(lengths), self.b).astype(np.float32)
 
     def impact(
         self,
-        frequencies: Integer[np.ndarray, "P"],
-        normaliser: Float32[np.ndarray, "P"],
+        frequencies: Integer[np.ndarray, "postings"],
+        normaliser: Float32[np.ndarray, "postings"],
         df: int,
         passages: int,
-    ) -> Float32[np.ndarray, "P"]:
-        """Return what one term adds to the passages that have it, beyond what it gives to all."""
+    ) -> Float32[np.ndarray, "postings"]:
+        """Return what one term adds to the passages that have it, beyond what it gives to all.
+
+        Args:
+            frequencies: how often the term is in each of these passages.
+            normaliser: what `normaliser` returned for them.
+            df: how many they are.
+            passages: N.
+        """
         tf = _saturated(self.variant, frequencies.astype(np.float32), normaliser, self.k1, self.delta)
         idf = float(_idf(self.variant, np.float64(df), passages, np))
         beyond = np.maximum(tf - _absent(self.variant, self.k1, self.delta), 0)  # below 0 by rounding only
@@ -95,11 +109,11 @@ class TfIdfWeights:
     def normaliser(
         self,
         df: Int[np.ndarray, "V"],
-        rows: Int[np.ndarray, "P"],
-        frequencies: Integer[np.ndarray, "P"],
+        rows: Int[np.ndarray, "postings"],
+        frequencies: Integer[np.ndarray, "postings"],
         lengths: Int[np.ndarray, "N"],
     ) -> Float32[np.ndarray, "N"]:
-        """Return one over the length of every passage's vector; 0 where there are no terms."""
+        """Return one over the length of every passage's vector, 0 where there are no terms; see BM25Weights."""
         idf = np.repeat(self._idf(df, len(lengths)), df)
         squares = np.bincount(rows, (self._tf(frequencies) * idf) ** 2, minlength=len(lengths))
         inverse = np.divide(1, np.sqrt(squares), out=np.zeros(len(lengths)), where=squares > 0)
@@ -107,12 +121,12 @@ class TfIdfWeights:
 
     def impact(
         self,
-        frequencies: Integer[np.ndarray, "P"],
-        normaliser: Float32[np.ndarray, "P"],
+        frequencies: Integer[np.ndarray, "postings"],
+        normaliser: Float32[np.ndarray, "postings"],
         df: int,
         passages: int,
-    ) -> Float32[np.ndarray, "P"]:
-        """Return the term's component of the unit vectors of the passages that have it."""
+    ) -> Float32[np.ndarray, "postings"]:
+        """Return the term's component of the unit vectors of the passages that have it; see BM25Weights."""
         return (self._tf(frequencies) * self._idf(np.int64(df), passages) * normaliser).astype(np.float32)
 
     def question(self, counts: Counts, df: Counts, passages: int) -> tuple[Float64[np.ndarray, "T"], float]:

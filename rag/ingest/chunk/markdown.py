@@ -14,10 +14,10 @@ from rag.runtime.options import Count, Whole, check_fields
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})", re.MULTILINE)
 _HEADING = re.compile(r" {0,3}#{1,6}(?:[ \t]|\r?$)", re.MULTILINE)
+_MARKS = re.compile(r"^#{1,6}(?:[ \t]+|$)|(?:^|[ \t]+)#*[ \t]*$")  # before and after a title
 _UNDERLINE = re.compile(r" {0,3}(?:={3,}|-{3,})[ \t]*\r?$", re.MULTILINE)
-_NO_TITLE = re.compile(
-    r" {4}|\s*(?:$|[-*+>|]|\d{1,9}[.)]\s)", re.MULTILINE
-)  # lines that an underline makes no heading
+# Lines that an underline does not make a heading.
+_NO_TITLE = re.compile(r" {4}|\s*(?:$|[-*+>|]|\d{1,9}[.)]\s)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,13 @@ class MarkdownChunker:
 def sections(text: str) -> list[Span]:
     """Return the spans of the sections of a Markdown text, in order; every visible character is in one of them."""
     return [(section[0][0], section[-1][1]) for section in _sections(text)]
+
+
+def headings(text: str) -> list[tuple[int, str]]:
+    """Return (first character, title without marks) of each heading of a Markdown text that has a title, in order."""
+    found = [(start, text[start:end].strip()) for kind, start, end in _blocks(text) if kind == "heading"]
+    titles = [(start, _MARKS.sub("", heading.split("\n")[0])) for start, heading in found]
+    return [(start, title) for start, title in titles if title]
 
 
 def _sections(text: str) -> list[list[Span]]:

@@ -1,6 +1,7 @@
 """Divide a document into chunks with any chunker, in bounded memory."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float32
@@ -9,11 +10,10 @@ from rag.embed import Embedder
 from rag.ingest.chunk import Chunker
 from rag.ingest.chunk.tokens import Span, TokenSpans
 from rag.ingest.chunk.whole import WholeChunker
+from rag.runtime.stages import wrong_result
 from rag.types import Chunk, Document, chunk_at
 
-_BLOCK = (
-    1 << 20
-)  # characters that are divided at once: their tokens and pieces take about 100 times the memory
+_BLOCK = 1 << 20  # characters that are divided at once: their tokens and pieces take 100 times the memory
 _BLOCK_ENDS = ("\n\n", "\n", ". ", "。", " ")  # a block ends at the first of these that is found
 
 
@@ -37,8 +37,19 @@ def chunks_of(document: Document, chunker: Chunker, embedder: Embedder | TokenSp
             spans = chunker.split(text, embedder.token_spans, lambda texts: _encode(embedder, texts))
         else:
             spans = chunker.split(text, embedder)
+        if not _are_spans(spans, len(text)):
+            wanted = "a list of (start, end) within the text, whose starts and ends increase"
+            raise wrong_result(chunker, "split", spans, wanted)
         chunks += [chunk_at(document, begin + start, begin + end) for start, end in spans]
     return chunks
+
+
+def _are_spans(spans: object, length: int) -> bool:
+    """Return whether a chunker returned what its protocol says."""
+    if not isinstance(spans, list | tuple) or not all(isinstance(one, list | tuple) for one in spans):
+        return False
+    inside = all(len(one) == 2 and 0 <= one[0] < one[1] <= length for one in spans)
+    return inside and all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(spans))
 
 
 def _blocks(text: str) -> Iterator[Span]:

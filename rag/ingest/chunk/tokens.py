@@ -52,7 +52,14 @@ class Tokens:
 
 
 def pack(units: Sequence[Span], tokens: Tokens, size: int, overlap: int) -> list[Span]:
-    """Join consecutive units greedily into spans of at most `size` tokens that share at most `overlap` tokens."""
+    """Join consecutive units greedily into the spans of chunks.
+
+    Args:
+        units: spans that are not divided, in order.
+        tokens: those of the text.
+        size: the most tokens of a chunk; a single unit may have more.
+        overlap: the most tokens that a chunk repeats of the one before.
+    """
     firsts = [tokens.first(unit) for unit in units]
     lasts = [tokens.last(unit) for unit in units]
     chunks: list[Span] = []
@@ -69,7 +76,14 @@ def pack(units: Sequence[Span], tokens: Tokens, size: int, overlap: int) -> list
 
 
 def fitting(span: Span, tokens: Tokens, size: int, separators: Sequence[str] = ("\n", " ")) -> list[Span]:
-    """Divide a span that is longer than `size` tokens at each separator in turn, and at last between tokens."""
+    """Divide a span into spans that fit into a chunk.
+
+    Args:
+        span: returned as it is if it fits.
+        tokens: those of the text.
+        size: the most tokens of a chunk.
+        separators: tried in turn on what does not fit; after the last one, text is divided between tokens.
+    """
     if tokens.count(span) <= size:
         return [span]
     if not separators:
@@ -80,9 +94,8 @@ def fitting(span: Span, tokens: Tokens, size: int, separators: Sequence[str] = (
 
 def divide(text: str, span: Span, separator: str) -> list[Span]:
     """Return the pieces of a span, cut after each separator and trimmed, without the empty ones."""
-    before_cut = (
-        1 if separator[0] == "\n" else len(separator)
-    )  # characters of the separator in the piece before
+    # How many characters of the separator are in the piece before it.
+    before_cut = 1 if separator[0] == "\n" else len(separator)
     cuts, end = [span[0]], span[1]
     at = text.find(separator, span[0], end)
     while at >= 0:

@@ -13,10 +13,8 @@ from rag.ingest.load.encoding import UnreadableFile
 from rag.runtime.options import Count, check_fields
 from rag.types import Document, UserError
 
-_SPECIAL = (
-    "/proc",
-    "/sys",
-)  # file systems that generate their files when these are read: some block, some never end
+# File systems that generate their files when these are read: some block, some never end.
+_SPECIAL = ("/proc", "/sys")
 _INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))  # Unicode categories: controls, directions, line ends
 _MB = 1_000_000  # bytes
 

@@ -98,9 +98,7 @@ class _Page:
     title: str = ""
     breaks: int = 0
     markers: list[str] = field(default_factory=list)
-    lists: list[int | None] = field(
-        default_factory=list
-    )  # of each open list the last number, None if unordered
+    lists: list[int | None] = field(default_factory=list)  # open lists: their last number, None if unordered
     row: int = 0  # len(pieces) where the open table row began
     cell: int = -1  # len(pieces) where the open cell began, -1 outside rows
     preformatted: int = 0  # number of open <pre> elements
@@ -195,9 +193,8 @@ class _Page:
             self.markers.clear()
 
     def _break(self, tag: str) -> None:
-        if self.markers or self.cell == len(
-            self.pieces
-        ):  # a paragraph begins on the line of its item or cell
+        # A paragraph begins on the line of its list item or table cell.
+        if self.markers or self.cell == len(self.pieces):
             return
         if tag in _BLANK_LINE or (tag in ("ul", "ol") and not self.lists):
             self.breaks = 2

@@ -5,10 +5,9 @@ cached as converted files (rag.models.conversion_cache), so that later starts me
 encoder; `load_classifier` returns one with its sequence-classification head, from folders only.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -38,12 +37,13 @@ from rag.models.bert.model import (
     abstract_classifier,
 )
 from rag.models.checkpoint import Rule, check_layers, check_vocabulary, fill
+from rag.models.configuration import read_settings, write_settings
 from rag.models.gguf_file import is_gguf
 from rag.models.layers import Linear, multiply_natively, quantize_weights
 from rag.models.placement import to_device
-from rag.models.tokenizer import load_tokenizer
+from rag.models.tokenizer import load_tokenizer, tokenizer_files
 from rag.models.tokenizer.tokenizer import Tokenizer
-from rag.runtime.machine import cpu_flags
+from rag.runtime.machine.hardware import cpu_flags
 from rag.types import UserError
 
 LayerDtype = Literal["float32", "bfloat16", "int8"]  # of the layers' weights
@@ -163,8 +163,7 @@ def load_classifier(path: Path) -> tuple[BertClassifier, Tokenizer, ClassifierSe
     folder = conversion_cache.converted_folder(
         "bert-classifier", source_files(path), partial(_convert_classifier, path)
     )
-    values = json.loads((folder / _SETTINGS_FILE).read_text())
-    settings = ClassifierSettings(BertConfig(**values.pop("config")), **values)
+    settings = read_settings(folder / _SETTINGS_FILE, ClassifierSettings)
     model = conversion_cache.load_module(abstract_classifier(settings.config, settings.labels), folder)
     return to_device(model, np.dtype(np.float32)), Tokenizer.load(folder), settings
 
@@ -184,7 +183,7 @@ def source_files(path: Path) -> list[Path]:
     ]
     if (path / "modules.json").is_file():  # it may name other folders
         files += [path / folder / "config.json" for kind, folder in modules_of(path) if kind == "Pooling"]
-    files += sorted(path.glob("*.jinja"))
+    files += tokenizer_files(path)
     return list({os.path.normpath(file): file for file in files if file.is_file()}.values())
 
 
@@ -235,15 +234,13 @@ def _write(
     folder: Path,
 ) -> None:
     conversion_cache.save_module(model, folder)
-    (folder / _SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=1))
+    write_settings(folder / _SETTINGS_FILE, settings)
     tokenizer.save(folder)
 
 
 def read_converted_settings(folder: Path) -> EncoderSettings:
     """Return the settings of a converted encoder."""
-    values = json.loads((folder / _SETTINGS_FILE).read_text())
-    config, pooling = BertConfig(**values.pop("config")), Pooling(**values.pop("pooling"))
-    return EncoderSettings(config, pooling, **values)
+    return read_settings(folder / _SETTINGS_FILE, EncoderSettings)
 
 
 def prefix_of(names: Iterable[str]) -> str:

@@ -9,8 +9,8 @@ in reading order, and is jitted with the model as an argument.
 A row may hold several texts one after another, then padding. `lengths` [B, P] are the lengths of the texts, 0 where
 there are fewer than P: a text attends only to itself, and its positions start at 0.
 
-Letters: B batch, T tokens, P texts packed in a row, H heads, D head dim, M width, F ffn, V vocab,
-E embedding dim (= M), L labels; N is any width.
+Letters: B batch, T tokens, P passages (or other texts) packed in a row, H heads, D head dim, M width, F ffn,
+V vocab, E embedding dim (= M); N is any width.
 """
 
 from dataclasses import dataclass, replace
@@ -163,8 +163,15 @@ class BertClassifier(nnx.Module):
 @jax.jit
 def classify(
     model: BertClassifier, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], token_types: Int[Array, "B T"]
-) -> Float[Array, "B L"]:
-    """Return the labels' logits of each row, float32. Padding past a row's length changes nothing."""
+) -> Float[Array, "B labels"]:
+    """Return the labels' logits of each row, float32.
+
+    Args:
+        model: the classifier.
+        tokens: one text a row, or a pair of texts; padding changes nothing.
+        lengths: tokens of each row without its padding.
+        token_types: 0 for a row's first text, 1 for its second.
+    """
     first = forward(model.bert, tokens, lengths[:, None], token_types)[:, 0]
     with jax.named_scope("head"):
         return model.out_proj(jnp.tanh(model.dense(first))).astype(jnp.float32)
@@ -181,7 +188,14 @@ def token_states(model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B"
 def embed(
     model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B P"], *, pooling: Pooling
 ) -> Float[Array, "B P E"]:
-    """Return one float32 vector for each text, zeros where there is no text. Padding changes nothing."""
+    """Return one float32 vector for each text, zeros where there is no text.
+
+    Args:
+        model: the encoder.
+        tokens: rows of texts one after another; padding changes nothing.
+        lengths: tokens of each text in its row.
+        pooling: how token states become a vector.
+    """
     return pool(forward(model, tokens, lengths), lengths, pooling)
 
 
@@ -191,7 +205,14 @@ def forward(
     lengths: Int[Array, "B P"],
     token_types: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T M"]:
-    """Return the hidden states of the last layer, undefined past a row's texts; token types are 0 unless given."""
+    """Return the hidden states of the last layer, undefined past a row's texts.
+
+    Args:
+        model: the encoder.
+        tokens: rows of texts one after another.
+        lengths: tokens of each text in its row.
+        token_types: None is 0 for each token.
+    """
     c = model.config
     segments, positions = _segments_and_positions(lengths, tokens.shape[1])
     x = _embed_tokens(model.embeddings, c, tokens, positions, token_types)
@@ -213,7 +234,12 @@ def encoder_layer(
 ) -> Float[Array, "B T M"]:
     """Compute one layer. It is jitted by itself, so that the program of all layers traces it once.
 
-    The attention mask is given by the length of each row, or by the segments of packed rows.
+    Args:
+        layer: its weights.
+        x: the residual stream.
+        kv_length: tokens of each row; None with `segments`.
+        segments: the text of each token, for rows of several texts; None with `kv_length`.
+        c: the architecture.
     """
     x = layer.attention.output(_attend(layer.attention.self, c, x, kv_length, segments), x)
     return layer.output(_expand(layer.intermediate, c, x), x)

@@ -4,9 +4,7 @@ Both become the same module and are cached as converted files (rag.models.conver
 memory-map the weights instead of dequantising them.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import date as day
 from functools import partial
 from pathlib import Path
@@ -15,11 +13,12 @@ import numpy as np
 
 from rag.models import conversion_cache, tensor_files
 from rag.models.checkpoint import Rule, check_layers, check_vocabulary, fill
+from rag.models.configuration import read_settings, write_settings
 from rag.models.gguf_file import is_gguf
 from rag.models.layers import quantize_weights
 from rag.models.llama.configuration import config_from_gguf, config_from_huggingface
 from rag.models.llama.model import Llama, LlamaConfig, abstract
-from rag.models.tokenizer import load_tokenizer
+from rag.models.tokenizer import load_tokenizer, tokenizer_files
 from rag.models.tokenizer.tokenizer import DEFAULT_DATE, Tokenizer
 from rag.types import UserError
 
@@ -70,7 +69,8 @@ def source_files(path: Path) -> list[Path]:
         raise UserError(
             f"{path} is neither a GGUF file nor a folder; name one, or a Hugging Face checkpoint folder"
         )
-    return [*tensor_files.shards(path), *sorted(path.glob("*.json")), *sorted(path.glob("*.jinja"))]
+    files = [*tensor_files.shards(path), *sorted(path.glob("*.json")), *tokenizer_files(path)]
+    return list(dict.fromkeys(files))
 
 
 def _convert(path: Path, folder: Path) -> None:
@@ -97,15 +97,13 @@ def _quantize(path: Path, folder: Path) -> None:
 
 def _write(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     conversion_cache.save_module(model, folder)
-    (folder / _CONFIG_FILE).write_text(json.dumps(asdict(model.config), indent=1))
+    write_settings(folder / _CONFIG_FILE, model.config)
     tokenizer.save(folder)
 
 
 def read_converted_config(folder: Path) -> LlamaConfig:
     """Return the architecture of a converted checkpoint."""
-    values = json.loads((folder / _CONFIG_FILE).read_text())
-    factors = values.pop("rope_factors")
-    return LlamaConfig(**values, rope_factors=tuple(factors) if factors else None)
+    return read_settings(folder / _CONFIG_FILE, LlamaConfig)
 
 
 def huggingface_table(config: LlamaConfig) -> Sequence[Rule]:

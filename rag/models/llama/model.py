@@ -4,7 +4,7 @@ RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), grouped-qu
 2023), SwiGLU (Shazeer 2020). The modules are typed pytrees of weights under Hugging Face's names; the maths is
 in the functions below them, in reading order, and is jitted with the model as an argument.
 
-Letters: B batch, T query tokens, S cache slots, H query heads, K kv heads, D head dim, R = D/2 rotations, M width,
+Letters: B batch, T query tokens, S cache slots, H query heads, K kv heads, D head dim (half: D/2), M width,
 F ffn, V vocab; N is any width.
 """
 
@@ -157,6 +157,8 @@ def forward(
     padding wrote lies at positions that are overwritten before they are seen.
 
     Args:
+        model: the model.
+        tokens: of B texts.
         positions: [B], where consecutive tokens begin, or [B, T], of tokens anywhere in ascending order. Each token is
             written to the slot of its position and sees the slots up to it.
         cache: the keys and values of earlier tokens. Without it, positions must be zeros [B].
@@ -179,6 +181,13 @@ def run_layers(
 ) -> tuple[Float[Array, "B T M"], KVCache]:
     """Run some of the layers as `forward` does.
 
+    Args:
+        model: the model.
+        some: the layers.
+        x: the residual stream before them.
+        positions: as in `forward`.
+        cache: the keys and values of earlier tokens in these layers.
+
     Returns:
         The residual stream after them, and the cache of these layers alone.
     """
@@ -198,7 +207,7 @@ def run_layers(
     return x, KVCache(tuple(keys), tuple(values))
 
 
-def rotary_of(c: LlamaConfig, positions: Int[Array, "B T"]) -> Float[Array, "2 B T R"]:
+def rotary_of(c: LlamaConfig, positions: Int[Array, "B T"]) -> Float[Array, "2 B T half"]:
     """Return the rotations of these positions, for rag.ops.rope.rotate."""
     return rotations(positions, c.head_dim, c.rope_theta, c.rope_factors)
 

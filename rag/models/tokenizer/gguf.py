@@ -10,6 +10,7 @@ SentencePiece text cannot merge into a control token.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import tokenizers
 from pydantic import ConfigDict, Field
@@ -23,6 +24,7 @@ from tokenizers import (
     processors,
 )
 
+from rag.models import gguf_file
 from rag.models.configuration import Configuration, validate
 from rag.models.tokenizer.tokenizer import END_TEXTS, Kind, Tokenizer, TokenizerSpec, unique_ids
 from rag.runtime.records import reason
@@ -132,6 +134,19 @@ class _Vocabulary:
         """Return the first id that is not None; None if it is outside the vocabulary."""
         index = next((index for index in stated if index is not None), None)
         return index if index is not None and 0 <= index < len(self.tokens) else None
+
+
+matches = gguf_file.is_gguf  # these three make a rag.models.tokenizer.TokenizerSource
+
+
+def files(path: Path) -> list[Path]:
+    """Return the GGUF file itself."""
+    return [path]
+
+
+def load(path: Path) -> Tokenizer:
+    """Build the tokenizer of a GGUF file. Raises UserError if the file is damaged or its tokenizer is not known."""
+    return from_metadata(gguf_file.read(path)[0])
 
 
 def from_metadata(metadata: Mapping[str, object]) -> Tokenizer:

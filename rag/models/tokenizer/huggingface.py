@@ -36,13 +36,23 @@ class GenerationConfigJson(Configuration):
     eos_token_id: int | list[int] | None = None
 
 
-def from_folder(folder: Path) -> Tokenizer:
+def matches(path: Path) -> bool:
+    """Return True: `load` says what a path that is no checkpoint folder lacks (TokenizerSource)."""
+    return True
+
+
+def files(path: Path) -> list[Path]:
+    """Return the folder's JSON files and chat templates."""
+    return [*sorted(path.glob("*.json")), *sorted(path.glob("*.jinja"))]
+
+
+def load(path: Path) -> Tokenizer:
     """Build the tokenizer of a checkpoint folder. Raises UserError for a missing, damaged or dangerous file."""
-    core = read_core(folder)
-    _check_steps(core, folder)
-    config_file, generation_file = folder / "tokenizer_config.json", folder / "generation_config.json"
+    core = read_core(path)
+    _check_steps(core, path)
+    config_file, generation_file = path / "tokenizer_config.json", path / "generation_config.json"
     config = read_json(config_file)
-    declared = read_json(folder / "special_tokens_map.json") | config
+    declared = read_json(path / "special_tokens_map.json") | config
     texts = {name: _content(value) for name, value in declared.items() if name.endswith("_token")}
 
     def token_id(*names: str) -> int | None:
@@ -62,7 +72,7 @@ def from_folder(folder: Path) -> Tokenizer:
         eos_ids=unique_ids([token_id("eos_token"), *(stops if isinstance(stops, list) else [stops]), *ends]),
         unk_id=token_id("unk_token"),
         pad_id=token_id("pad_token"),
-        chat_template=_chat_template(folder, template),
+        chat_template=_chat_template(path, template),
     )
     return Tokenizer(core, spec)
 

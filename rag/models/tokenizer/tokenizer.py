@@ -7,10 +7,9 @@ There are two kinds of special tokens. Those that a model's format adds around a
 `parse_special=True`: a retrieved passage cannot end the turn or start one.
 """
 
-import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date as day
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int
 
-from rag.models.configuration import read_json
+from rag.models.configuration import read_settings, write_settings
 from rag.models.tokenizer.chat_marks import ChatMarks, cut, is_masked, replace_surrogates
 from rag.models.tokenizer.text_stream import PIECE_BYTES, TextStream
 from rag.runtime.records import reason
@@ -74,19 +73,13 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path, date: day = DEFAULT_DATE) -> "Tokenizer":
         """Load the tokenizer from the files of `save`. Raises UserError if they are missing."""
-        folder = Path(folder)
-        if not (folder / SPEC_FILE).is_file():
-            raise UserError(f"{folder} lacks {SPEC_FILE}; convert the checkpoint again")
-        fields = read_json(folder / SPEC_FILE)
-        fields |= {name: tuple(fields[name]) for name in ("eos_ids", "unused_ids")}
-        return cls(read_core(folder), TokenizerSpec(**fields), date)
+        spec = read_settings(Path(folder, SPEC_FILE), TokenizerSpec)
+        return cls(read_core(Path(folder)), spec, date)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_spec.json into an existing folder."""
         self._core.save(str(Path(folder, TOKENIZER_FILE)), pretty=False)
-        Path(folder, SPEC_FILE).write_text(
-            json.dumps(asdict(self.spec), ensure_ascii=False), encoding="utf-8"
-        )
+        write_settings(Path(folder, SPEC_FILE), self.spec)
 
     @property
     def vocab_size(self) -> int:

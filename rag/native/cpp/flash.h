@@ -160,17 +160,17 @@ void AttendToShares(Team& team, const Shape& z, const T* keys, const T* values, 
   });
 }
 
-// Merges the threads' states of one query and writes the output.
+// Merges the threads' states of one query and writes the output: zeros if none of them saw a slot.
 inline void Merge(const SoftmaxState* states, int64_t count, int64_t dim, float* out) {
-  float running_max = -1e30f, denominator = 0;
-  for (int64_t i = 0; i < count; i++) running_max = std::max(running_max, states[i].running_max);
-  std::fill(out, out + dim, 0.0f);
+  SoftmaxState merged;
+  merged.Clear(dim);
+  for (int64_t i = 0; i < count; i++) merged.running_max = std::max(merged.running_max, states[i].running_max);
   for (int64_t i = 0; i < count; i++) {
-    const float by = Exp(states[i].running_max - running_max);
-    denominator += by * states[i].denominator;
-    for (int64_t d = 0; d < dim; d++) out[d] += by * states[i].accumulator[d];
+    const float by = Exp(states[i].running_max - merged.running_max);
+    merged.denominator += by * states[i].denominator;
+    for (int64_t d = 0; d < dim; d++) merged.accumulator[d] += by * states[i].accumulator[d];
   }
-  for (int64_t d = 0; d < dim; d++) out[d] /= denominator;
+  merged.Write(dim, out);
 }
 
 }  // namespace rag

@@ -20,7 +20,6 @@ from rag.ops.attention.mask import MaskArguments
 from rag.ops.attention.options import AttentionOptions, BlockSizes
 from rag.ops.attention.tiles import DECODE_TOKENS, runs_unrolled
 
-# (q, k, v, mask arguments, options) -> (output, log-sum-exp or None)
 Attend = Callable[[Array, Array, Array, MaskArguments, AttentionOptions], tuple[Array, Array | None]]
 
 
@@ -31,8 +30,12 @@ def _supports_all(q: Array, k: Array, v: Array, return_lse: bool) -> None:
 class Implementation(NamedTuple):
     """One way to compute attention.
 
-    `attend` returns (output, log-sum-exp). `unsupported` takes (q, k, v, return_lse) and returns the sentence that
-    says why the implementation does not support them, or None. `linear_memory` says that no T x S matrix is stored.
+    Attributes:
+        attend: takes q [B, H, T, D], k and v [B, K, S, D], the MaskArguments and the AttentionOptions; returns the
+            output and the log-sum-exp [B, H, T], or None if it does not compute that.
+        unsupported: takes q, k, v and whether the log-sum-exp is wanted; returns the sentence that says why the
+            implementation does not support them, or None if it does.
+        linear_memory: whether no T x S matrix is stored.
     """
 
     attend: Attend

@@ -46,7 +46,7 @@ def attend(
     mask_arguments: MaskArguments,
     options: AttentionOptions,
 ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T"]]:
-    """Return the output in q's dtype and the float32 log-sum-exp of the scores."""
+    """Return the output in q's dtype and the log-sum-exp of the scores; see rag.ops.attention.Implementation."""
     return blockwise(_forward, q, k, v, mask_arguments, options)
 
 
@@ -65,6 +65,9 @@ def blockwise(
     Args:
         forward: computes output and log-sum-exp from (plan, q [P,G,T,D], k [P,S,D], v [P,S,D], mask arguments
             with a row for each pair).
+        q, k, v: queries, keys and values.
+        mask_arguments: the traced arguments of the mask.
+        options: the static options.
     """
     batch, heads, tokens, dim = q.shape
     pairs = batch * k.shape[1]

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from rag.ops.attention.options import AttentionOptions
+from rag.runtime.shapes import ceil_div
 
 # The score of a masked key: finite, so that no difference of two scores is NaN.
 MASKED_SCORE = -1e30
@@ -21,9 +22,7 @@ class MaskArguments(NamedTuple):
 
     q_positions: Int[Array, "b T"]  # any, in any order
     kv_length: Int[Array, "b"]  # keys at or past it do not exist
-    segments: (
-        tuple[Int[Array, "B T"], Int[Array, "B S"]] | None
-    )  # ids of the queries and keys; negative is padding
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None  # ids of queries, keys; negative is padding
 
 
 TileSpan = tuple[int | Int[Array, ""], int]  # (start, size): only the size has to be static
@@ -54,7 +53,14 @@ def key_range(
 def tile_mask(
     options: AttentionOptions, mask_arguments: MaskArguments, rows: TileSpan, columns: TileSpan
 ) -> Bool[Array, "b t s"]:
-    """Return the mask of a tile of queries and keys, given as (start, size) of each; True where a key is visible."""
+    """Return the mask of a tile; True where a key is visible.
+
+    Args:
+        options: causality and window.
+        mask_arguments: positions, key lengths and segments.
+        rows: (start, size) of the queries.
+        columns: (start, size) of the keys.
+    """
     i = lax.dynamic_slice_in_dim(mask_arguments.q_positions, *rows, axis=1)[:, :, None]  # b t 1
     j = columns[0] + jnp.arange(columns[1])  # s
     mask = j < mask_arguments.kv_length[:, None, None]
@@ -77,12 +83,20 @@ def key_blocks(
     block_q: int,
     block_k: int,
 ) -> KeyBlockRange:
-    """Return the range of key blocks that query block `i` has to process, over all rows of the batch."""
+    """Return the range of key blocks that one query block has to process, over all rows of the batch.
+
+    Args:
+        options: causality and window.
+        mask_arguments: positions, key lengths and segments.
+        i: the index of the query block.
+        block_q: the queries of a block.
+        block_k: the keys of a block.
+    """
     positions = lax.dynamic_slice_in_dim(mask_arguments.q_positions, i * block_q, block_q, axis=1)
     first, past = key_range(options, positions, mask_arguments.kv_length)
     start = first.min() // block_k
-    stop = jnp.maximum(-(-past.max() // block_k), start)
-    full_start = -(-first.max() // block_k)
+    stop = jnp.maximum(ceil_div(past.max(), block_k), start)
+    full_start = ceil_div(first.max(), block_k)
     full_stop = past.min() // block_k
     if mask_arguments.segments is not None:
         low, high = _segment_blocks(*mask_arguments.segments, i, block_q, block_k)

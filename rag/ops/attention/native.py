@@ -17,7 +17,7 @@ from rag.ops.attention.tiles import Plan
 
 
 def unsupported(q: Array, k: Array, v: Array, return_lse: bool) -> str | None:
-    """Return why these arguments are not supported; None if they are."""
+    """Return why these arguments are not supported, or None; see rag.ops.attention.Implementation."""
     float32 = all(x.dtype == jnp.float32 for x in (q, k, v))
     if float32 and q.shape[3] <= native.MOST_DIM and native.available():
         return None
@@ -32,7 +32,10 @@ def attend(
     mask_arguments: MaskArguments,
     options: AttentionOptions,
 ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]]:
-    """Return the output and the log-sum-exp of the scores. Lowering fails for any platform but the CPU."""
+    """Return the output and the log-sum-exp of the scores; see rag.ops.attention.Implementation.
+
+    Lowering fails for any platform but the CPU.
+    """
     return blockwise(_forward, q, k, v, mask_arguments, options)
 
 

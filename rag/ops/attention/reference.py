@@ -26,7 +26,7 @@ def attend(
     mask_arguments: MaskArguments,
     options: AttentionOptions,
 ) -> tuple[Float[Array, "B H T D"], Float32[Array, "B H T"]]:
-    """Return the output in q's dtype and the log-sum-exp of the scores."""
+    """Return the output in q's dtype and the log-sum-exp of the scores; see rag.ops.attention.Implementation."""
     batch, heads, tokens, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     pairs, rows = batch * kv_heads, heads // kv_heads * tokens

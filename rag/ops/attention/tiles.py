@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from rag.ops.attention.mask import MASKED_SCORE, MaskArguments, TileSpan, key_blocks, tile_mask
 from rag.ops.attention.options import AttentionOptions, BlockSizes
-from rag.runtime.shapes import previous_power_of_two, round_up
+from rag.runtime.shapes import ceil_div, previous_power_of_two, round_up
 
 # Measured on a CPU with XLA 0.10:
 _UNROLLED = 64  # queries of an unrolled block; block sizes are multiples of it
@@ -76,7 +76,7 @@ def _block_sizes(pairs: int, groups: int, tokens: int) -> BlockSizes:
         return BlockSizes(tokens, 128)
     largest = max(_UNROLLED, min(256, previous_power_of_two(1536 // groups)))
     # Blocks of about one size, so that the last one is not mostly padding.
-    block_q = round_up(math.ceil(tokens / math.ceil(tokens / largest)), _UNROLLED)
+    block_q = round_up(ceil_div(tokens, ceil_div(tokens, largest)), _UNROLLED)
     rows = groups * min(block_q, tokens)
     together = max(n for n in range(1, pairs + 1) if pairs % n == 0 and (n == 1 or n * rows <= 2304))
     return BlockSizes(block_q, 256, together)
@@ -88,7 +88,14 @@ def pad_to_blocks(
     by_key: Sequence[Float[Array, "P S D"]],
     mask_arguments: MaskArguments,
 ) -> tuple[list[Array], list[Array], MaskArguments]:
-    """Pad everything to whole blocks: with zeros, the segment of padding, and the last query's position."""
+    """Pad everything to whole blocks: with zeros, the segment of padding, and the last query's position.
+
+    Args:
+        blocks: the sizes of a block.
+        by_query: arrays with an entry for each query.
+        by_key: arrays with an entry for each key.
+        mask_arguments: those of the mask.
+    """
     q_positions, kv_length, segments = mask_arguments
     q_positions = _pad(q_positions, blocks.q, axis=1, value=None)
     if segments is not None:
@@ -123,7 +130,15 @@ def map_pairs(function: Callable[..., Any], pairs: int, arguments: tuple) -> Any
 def loop_over_keys(
     plan: Plan, mask_arguments: MaskArguments, i: Int[Array, ""], step: Callable[..., Any], carry: Any
 ) -> Any:
-    """Run `step` on the key blocks that query block i sees; the bounds are traced, so masked blocks cost nothing."""
+    """Run a step for each key block that one query block sees; the bounds are traced, so masked blocks cost nothing.
+
+    Args:
+        plan: block sizes and options.
+        mask_arguments: those of the mask.
+        i: the index of the query block.
+        step: maps (index of the key block, carry, masked=whether some of its keys may be masked) to the next carry.
+        carry: the first carry.
+    """
     blocks = key_blocks(plan.options, mask_arguments, i, plan.blocks.q, plan.blocks.k)
     if plan.options.window is not None:  # else every range begins with its fully visible blocks
         carry = lax.fori_loop(blocks.start, blocks.full_start, partial(step, masked=True), carry)
@@ -140,7 +155,17 @@ def tile_scores(
     columns: TileSpan,
     masked: bool,
 ) -> Float[Array, "P R s"]:
-    """Return the scores of a tile, in units of log 2; `masked` says whether some of its keys may be masked."""
+    """Return the scores of a tile, in units of log 2.
+
+    Args:
+        plan: block sizes and options.
+        mask_arguments: those of the mask.
+        q_i: the tile's queries, scaled.
+        k: all keys.
+        rows: (start, size) of the tile's queries.
+        columns: (start, size) of its keys.
+        masked: whether some of its keys may be masked.
+    """
     scores = jnp.einsum("prd,psd->prs", q_i, columns_of(k, columns))
     if not masked:
         return scores

@@ -14,7 +14,7 @@ from rag.ops.attention.options import AttentionOptions
 
 
 def unsupported(q: Array, k: Array, v: Array, return_lse: bool) -> str | None:
-    """Return why these arguments are not supported; None if they are."""
+    """Return why these arguments are not supported, or None; see rag.ops.attention.Implementation."""
     return "jax.nn.dot_product_attention returns no log-sum-exp." if return_lse else None
 
 
@@ -26,7 +26,7 @@ def attend(
     mask_arguments: MaskArguments,
     options: AttentionOptions,
 ) -> tuple[Float[Array, "B H T D"], None]:
-    """Return the output in q's dtype, and None for the log-sum-exp, which jax.nn does not compute.
+    """Return the output in q's dtype, and None for the log-sum-exp, which jax.nn does not compute; see Implementation.
 
     It always gets our mask: its own `is_causal` puts the first query at the first key, which is wrong behind a
     cache, and to a fully masked row it gives the mean of all values.

@@ -9,12 +9,11 @@ from rag.types import Hit
 
 @runtime_checkable
 class Reranker(Protocol):
-    """A frozen dataclass that puts retrieved passages into a better order."""
+    """A frozen dataclass that puts retrieved passages into a better order.
 
-    @property
-    def depends_on(self) -> tuple[str, ...]:
-        """Return which of "embedder" and "generator" the results depend on, beside the passages."""
-        ...
+    It has `depends_on`, a tuple of "embedder", "generator" or both, if its results depend on these models, beside the
+    passages.
+    """
 
     def rerank(
         self, collection: Collection, questions: Sequence[str], hits: Sequence[Sequence[Hit]]

@@ -22,7 +22,7 @@ from rag.models.conversion_cache import file_digests
 from rag.models.tokenizer.tokenizer import Tokenizer
 from rag.retrieve.collection import Collection
 from rag.retrieve.rerank.pairs import question_passage_pairs, ranked
-from rag.runtime.cache_key import content_key
+from rag.runtime.cache.keys import content_key
 from rag.runtime.options import Count, Filled, check_fields
 from rag.types import Hit, UserError
 

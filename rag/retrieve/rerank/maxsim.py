@@ -65,10 +65,15 @@ class MaxSim:
 def maxsim(
     query: Float[Array, "T E"], length: Int[Array, ""], passage: Float[Array, "S E"], size: Int[Array, ""]
 ) -> Float[Array, ""]:
-    """Return the mean over `length` query tokens of the highest dot product with one of `size` passage tokens.
+    """Return the mean over the query tokens of the highest dot product with a passage token.
 
-    The vectors have unit length; behind `length` and `size` is padding. The result is -1 without passage tokens, and 0
-    without query tokens. The function is written for one passage.
+    The function is written for one passage. The result is -1 without passage tokens, and 0 without query tokens.
+
+    Args:
+        query: unit vectors of the query's tokens, then padding.
+        length: the number of query tokens.
+        passage: unit vectors of the passage's tokens, then padding.
+        size: the number of passage tokens.
     """
     similarity = jnp.einsum("te,se->ts", query, passage, preferred_element_type=jnp.float32)
     best = jnp.where(jnp.arange(passage.shape[0]) < size, similarity, -1.0).max(axis=1)

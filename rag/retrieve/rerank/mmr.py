@@ -109,7 +109,11 @@ def take(
 ) -> tuple[Int[Array, "C"], Float[Array, "C"]]:
     """Return the order in which the candidates are taken, and the marginal relevance of each when it is taken.
 
-    `vectors` have unit length. Candidates that are not `real` are padding: they come last, with -inf.
+    Args:
+        relevance: of each candidate to the question.
+        vectors: of the candidates, of unit length.
+        real: which candidates are no padding; padding comes last, with -inf.
+        weight: of relevance against novelty, 0 to 1.
     """
     similarity = jnp.einsum("ce,de->cd", vectors, vectors, precision="highest")
 

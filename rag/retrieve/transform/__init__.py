@@ -8,12 +8,10 @@ from rag.retrieve.collection import Collection
 
 @runtime_checkable
 class Transform(Protocol):
-    """A frozen dataclass that writes other texts to search for in place of a question."""
+    """A frozen dataclass that writes other texts to search for in place of a question.
 
-    @property
-    def depends_on(self) -> tuple[str, ...]:
-        """Return which of "embedder" and "generator" the texts depend on."""
-        ...
+    It has `depends_on`, a tuple of "embedder", "generator" or both, if the texts depend on these models.
+    """
 
     def expand(self, collection: Collection, questions: Sequence[str]) -> list[list[str]]:
         """Return one text or more for each question, the most important first."""

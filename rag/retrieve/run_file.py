@@ -1,0 +1,155 @@
+"""Retrieve what a TREC run file ranks for a dataset's queries: the output of Pyserini, PyTerrier or another tool.
+
+    q1 Q0 doc7 1 14.25 bm25        query id, Q0, document id, rank, score, tag
+
+A run can so be evaluated, compared, reranked, fused and read like any other method.
+"""
+
+import hashlib
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import InitVar, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from rag.retrieve.collection import Collection
+from rag.runtime.cache.folder import notice
+from rag.runtime.options import Filled, checked
+from rag.types import Hit, UserError
+
+LARGEST_SCORE = float(np.finfo(np.float32).max)  # trec_eval holds scores in float32
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """Find for each query of a dataset the documents that a run lists for it.
+
+    Documents are ordered as trec_eval does: by score in float32, of equal scores the higher id first; the ranks in the
+    file are ignored. Scores that are equal are lowered by the least amount that keeps this order. A document of several
+    chunks is given as all of its chunks, in their order in the document. Documents that are not in the collection are
+    left out, and counted in a notice on stderr, as are queries that the run does not have.
+
+    Attributes:
+        sha256: The hash of the file, which stands for the run in cache keys.
+    """
+
+    sha256: str
+    run: InitVar[Mapping[str, Mapping[str, float]]]  # query id -> document id -> score
+
+    depends_on: ClassVar[tuple[str, ...]] = ("queries",)
+
+    def __post_init__(self, run: Mapping[str, Mapping[str, float]]) -> None:
+        object.__setattr__(self, "_run", run)
+        object.__setattr__(
+            self, "_compared", set()
+        )  # fingerprints of indexes whose ids were compared with the run's
+
+    def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
+        """Return at most k hits for each question. Raises UserError for a question that is no query of a dataset."""
+        run: Mapping[str, Mapping[str, float]] = vars(self)["_run"]
+        compared: set[str] = vars(self)["_compared"]
+        known, query_ids, results = set(collection.index.document_ids()), collection.query_ids, []
+        if collection.index.fingerprint not in compared:
+            compared.add(collection.index.fingerprint)
+            _count_unknown(run, query_ids, known)
+        for question in questions:
+            scores = _scores_of(question, query_ids, run)
+            ranking = trec_eval_order({name: score for name, score in scores.items() if name in known})
+            hits = (
+                hit
+                for name, score in ranking.items()
+                for rows in [collection.rows_of([name])]
+                for hit in collection.hits(rows, [score] * len(rows))
+            )
+            results.append(list(islice(hits, k)))
+        return results
+
+
+def _count_unknown(
+    run: Mapping[str, Mapping[str, float]], query_ids: Mapping[str, Sequence[str]], known: Container[str]
+) -> None:
+    """Print how many documents of the run the corpus does not have, and how many queries the run does not have."""
+    queries = [query for ids in query_ids.values() for query in ids]
+    unknown = {name for query in queries for name in run.get(query, {}) if name not in known}
+    absent = [query for query in queries if not run.get(query)]
+    if unknown:
+        notice(f"{len(unknown)} documents of the run are not in the corpus, such as {min(unknown)!r}.")
+    if absent:
+        notice(f"{len(absent)} of {len(queries)} queries are not in the run, such as {min(absent)!r}.")
+
+
+def _scores_of(
+    question: str, query_ids: Mapping[str, Sequence[str]], run: Mapping[str, Mapping[str, float]]
+) -> Mapping[str, float]:
+    """Return document id -> score of the query with this text."""
+    if question not in query_ids:
+        raise UserError(
+            f"retriever=run knows only the queries of a dataset, and {question!r} is none of them: use scripts/eval.py "
+            "without a transform."
+        )
+    first, *others = query_ids[question]
+    scores = run.get(first, {})
+    for other in others:
+        if run.get(other, {}) != scores:
+            raise UserError(
+                f"The queries {first!r} and {other!r} have the same text, and the run ranks other documents for each: "
+                "remove one of them from the dataset."
+            )
+    return scores
+
+
+def trec_eval_order(scores: Mapping[str, float]) -> dict[str, float]:
+    """Return document id -> score in the order of trec_eval; the scores strictly decrease in float32."""
+    ordered: dict[str, float] = {}
+    previous = np.float32(np.inf)
+    for name in sorted(scores, key=lambda name: (np.float32(scores[name]), name), reverse=True):
+        previous = min(np.float32(scores[name]), np.nextafter(previous, np.float32(-np.inf)))
+        ordered[name] = float(previous)
+    return ordered
+
+
+@checked
+def load_run(path: Filled | Path) -> RunFile:
+    """Return the retriever of a run file. Raises UserError as `read_trec_run` does, and for a file without lines."""
+    file = Path(path).expanduser()
+    run = read_trec_run(file)
+    if not run:
+        raise UserError(f"The run {file} is empty: give a TREC run file.")
+    return RunFile(hashlib.sha256(file.read_bytes()).hexdigest(), run)
+
+
+def read_trec_run(path: str | Path) -> dict[str, dict[str, float]]:
+    """Read a TREC run file, with tabs (ids may hold spaces) or any white space between the six fields.
+
+    The ranks in the file are ignored, as in trec_eval.
+
+    Raises:
+        UserError: that names the line that is wrong.
+    """
+    run: dict[str, dict[str, float]] = {}
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for line, content in enumerate(file, 1):
+                if content.strip():
+                    query, document, score = _run_line(path, line, content.rstrip("\r\n"))
+                    if document in run.setdefault(query, {}):
+                        raise UserError(
+                            f'{path}, line {line} repeats "{document}" for "{query}": remove one.'
+                        )
+                    run[query][document] = score
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The run {path} cannot be read ({error}): give a TREC run file.") from error
+    return run
+
+
+def _run_line(path: str | Path, line: int, content: str) -> tuple[str, str, float]:
+    fields = content.split("\t") if "\t" in content else content.split()
+    try:
+        query, _, document, _, score, _ = fields
+        if abs(float(score)) <= LARGEST_SCORE:
+            return query, document, float(score)
+    except ValueError:
+        pass
+    raise UserError(f"{path}, line {line} is not: query, Q0, document, rank, finite score, tag: correct it.")
