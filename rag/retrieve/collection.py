@@ -33,6 +33,8 @@ from rag.types import Chunk, Hit
 class Collection:
     """An index and the models that methods may use; with a memo the methods' results are cached on disk.
 
+    The class is long because all that methods share is behind it: vectors, postings, models, documents, the cache.
+
     Args:
         index: the chunks and their vectors.
         embedder: the one that made the vectors of the index.
