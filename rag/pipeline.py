@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from rag.citations import cited, locate
 from rag.context import ContextOptions, build_context, trim
 from rag.embed import Embedder
+from rag.embed.encode import encode_passages
 from rag.embed.vector_cache import CachedEmbedder, cached
 from rag.generate import Generator, Request
 from rag.index import store
@@ -205,7 +206,7 @@ def _vectors(
     reused_vectors = reused.vectors if fitted is embedder else None  # a fit changes all vectors
     todo = texts if reused_vectors is None else texts[len(reused_vectors) :]
     computed = fitted.missing(todo) if isinstance(fitted, CachedEmbedder) else len(set(todo))
-    vectors = fitted.encode(todo, progress=lambda done: progress("embed", done, len(todo)))
+    vectors = encode_passages(fitted, todo, lambda done: progress("embed", done, len(todo)))
     if reused_vectors is not None:
         vectors = np.concatenate([reused_vectors, vectors])
     return vectors, fitted, computed
@@ -249,23 +250,17 @@ class Reader:
 
 
 def answer(
-    question: str,
-    search: Search,
-    reader: Reader,
-    history: Sequence[Message] = (),
-    search_text: str | None = None,
+    question: str, search: Search, reader: Reader, search_text: str | None = None
 ) -> Iterator[str | Answer]:
     """Yield the answer's text piece by piece as it is decoded, then the whole Answer.
 
     When no hit reaches the context's min_score, the template's `abstain_answer` is the answer and the model is not
-    asked. A prompt that is too long loses its least relevant passages, and before the last of them its oldest turns; a
-    notice says so.
+    asked. A prompt that is too long loses its least relevant passages; a notice says so.
 
     Args:
         question: as the user asks it.
         search: finds passages.
         reader: makes an answer of them.
-        history: the earlier messages of the conversation.
         search_text: what passages are searched for, such as the question and earlier ones; None: the question.
 
     Raises:
@@ -279,13 +274,13 @@ def answer(
     document_text = search.collection.index.document_text
     context = select_context(hits, document_text, search.score_threshold, reader)
     retrieval = Clock.now() - begin
-    truncated = tuple(_truncated_question(search_text, search))
+    truncated = tuple(_truncated_question(question, search_text, search))
     if not context.sources:
         yield template.abstain_answer
         timings = Timings(retrieval.working, 0.0, 0.0, 0, 0, retrieval.compiling)
         yield Answer(question, template.abstain_answer, True, (), timings, notices=truncated)
         return
-    messages, shown, notices = fit_context(question, context, reader, history)
+    messages, shown, notices = fit_context(question, context, reader)
     pieces: list[str] = []
     usage = Usage(0, 0, 0.0, 0.0)
     options = reader.options
@@ -306,14 +301,15 @@ def answer(
     yield Answer(question, text, False, sources, timings, marked, notices, usage.finish_reason)
 
 
-def _truncated_question(question: str, search: Search) -> Iterator[str]:
-    """Yield a notice if the embedder cuts the question; an embedder says by `max_query_tokens` that it may."""
+def _truncated_question(question: str, search_text: str, search: Search) -> Iterator[str]:
+    """Yield a notice if the embedder cuts the text; an embedder says by `max_query_tokens` that it may."""
     embedder = search.collection.embedder
     limit = getattr(embedder, "max_query_tokens", None)
     if limit is not None and "embedder" in dependencies_of(search.method):
-        tokens = len(embedder.token_spans(question))
+        tokens = len(embedder.token_spans(search_text))
         if tokens > limit:
-            yield f"The question has {tokens:,} tokens, of which the embedder reads the first {limit}."
+            text = "The question" if search_text == question else "The question with the earlier ones"
+            yield f"{text} has {tokens:,} tokens, of which the embedder reads the first {limit}."
 
 
 def select_context(
@@ -341,15 +337,14 @@ def _shown(template: PromptTemplate, source: Source) -> str:
 
 
 def fit_context(
-    question: str, context: Context, reader: Reader, history: Sequence[Message] = ()
+    question: str, context: Context, reader: Reader
 ) -> tuple[list[Message], Context, tuple[str, ...]]:
-    """Make the prompt, without the passages and turns for which there is no space beside the answer.
+    """Make the prompt, without the passages for which there is no space beside the answer.
 
     Args:
         question: as the user asks it.
         context: the passages to show.
         reader: the stages that make an answer.
-        history: the earlier messages of the conversation.
 
     Returns:
         The messages, the context that they show, and notices of what was left out.
@@ -359,29 +354,23 @@ def fit_context(
     """
     generator, template = reader.generator, reader.template
     longest = generator.context_length - reader.options.max_new_tokens
-    shown, turns = context, tuple(history)
+    shown = context
     while True:
-        messages = render(template, question, shown, turns)
+        messages = render(template, question, shown)
         excess = generator.prompt_tokens(messages) - longest
         if excess <= 0 and shown.sources:
-            return messages, shown, tuple(_notices(context, shown, len(history) - len(turns)))
-        if shown.sources and (excess < shown.tokens or not turns):
-            budget = max(0, shown.tokens - excess)
-            shown = trim(shown, budget, generator.count, partial(_shown, template))
-        elif turns:
-            shown, turns = context, turns[2:]  # leaves out the oldest question and its answer
-        else:
+            return messages, shown, tuple(_notices(context, shown))
+        if not shown.sources:
             raise UserError(
                 f"the question leaves no room for a passage in a context of {generator.context_length} tokens with "
                 f"{reader.options.max_new_tokens} to answer in; shorten it, or lower answer.max_new_tokens"
             )
+        shown = trim(shown, max(0, shown.tokens - excess), generator.count, partial(_shown, template))
 
 
-def _notices(context: Context, shown: Context, forgotten: int) -> Iterator[str]:
+def _notices(context: Context, shown: Context) -> Iterator[str]:
     if shown.dropped > context.dropped:
         yield (
             f"The prompt was longer than the model's context: {len(shown.sources)} of {len(context.sources)} "
             f"passages are shown, {shown.tokens} tokens of {context.tokens}."
         )
-    if forgotten:
-        yield f"The oldest {forgotten} messages of the conversation no longer fit and were left out."

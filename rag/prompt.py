@@ -52,10 +52,8 @@ class PromptTemplate:
             raise UserError("The prompt's passage shows no text: put {text} into it.")
 
 
-def render(
-    template: PromptTemplate, question: str, context: Context, history: Sequence[Message] = ()
-) -> list[Message]:
-    """Return the messages to send: the system text unless it is blank, the earlier turns, the user's turn.
+def render(template: PromptTemplate, question: str, context: Context) -> list[Message]:
+    """Return the messages to send: the system text unless it is blank, then the user's text.
 
     Placeholders are replaced in one pass, so a question, a passage or a path may contain texts that look like one. The
     messages have the spans of their passages, and the length of the first part, which comes from the template.
@@ -64,13 +62,12 @@ def render(
         template: the texts with placeholders.
         question: as the user asks it.
         context: the passages to show.
-        history: the earlier messages of the conversation.
     """
     shown = _joined([_passage(template, source) for source in context.sources], template.separator)
     values = {"question": (question, ()), "context": shown}
     system = _message("system", template.system, values)
     first = [system] if system.content.strip() else []
-    return [*first, *history, _message("user", template.user, values)]
+    return [*first, _message("user", template.user, values)]
 
 
 def render_passage(template: PromptTemplate, source: Source) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rag.retrieve.search import Search
 
 _PATIENCE = 0.5  # seconds of compiling after which it is mentioned
+_HEADING = 100  # characters of a heading that are shown
 
 
 def ask(
@@ -123,7 +124,9 @@ def show_sources(sources: Sequence[Source], in_full: bool = False) -> None:
         last = ", the last, next to the question" if best == sources[-1] else ""
         print(f"{len(sources)} sources in the order of the prompt; the best is [{best.n}]{last}:")
     for source in sources:
-        heading = f", {source.heading}" if source.heading else ""
+        title = source.heading
+        title = title if len(title) <= _HEADING else title[: _HEADING - 1] + "\N{HORIZONTAL ELLIPSIS}"
+        heading = f", {title}" if title else ""
         print(f"[{source.n}] {source.path}:{_lines(source)}{heading}  score {source.score:.3f}")
         print(f"{source.text}\n" if in_full else f"    {excerpt(source)}")
 

@@ -17,14 +17,13 @@ from hydra_run import label, overrides, run_dir
 from launch import launch
 from settings import Part, build
 from sweep_summary import show_leaderboards
-from system import SystemSettings, build_method
+from system import SystemSettings, build_method, check_dataset
 
 from rag.types import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from rag.evaluate.datasets import Dataset
     from rag.evaluate.experiment import Experiment
     from rag.evaluate.result_files import Costs
 
@@ -51,7 +50,7 @@ def main(config: DictConfig) -> None:
     from rag.runtime.cache.entries import CHECKSUMS
 
     experiment = build_experiment(config)
-    for problem in experiment.dataset.problems:
+    for problem in experiment.problems:
         print_problem(problem)
     if config.plan:
         return show_plan(experiment)
@@ -66,7 +65,7 @@ def main(config: DictConfig) -> None:
         raise UserError(
             f"Cannot copy {cached} to {folder} ({why}): choose another with hydra.run.dir=DIR."
         ) from error
-    metrics = describe(folder, metrics, config, experiment.dataset)
+    metrics = describe(folder, metrics, config, experiment)
     show(metrics)
     if costs.generator:
         print(f"generator: {costs.generator}")
@@ -93,7 +92,7 @@ def build_experiment(config: DictConfig) -> Experiment:
 
     metric, tuning = config.get("metric"), config.get("tuning")
     return Experiment(
-        dataset=_shared(config.dataset),
+        dataset=check_dataset(_shared(config.dataset), config.dataset),
         chunker=build(config.chunker),
         embedder=_shared(config.embedder),
         method=build_method(config),
@@ -125,24 +124,25 @@ def _built(settings: str) -> Any:
     return build(OmegaConf.create(json.loads(settings)))
 
 
-def describe(folder: Path, metrics: dict, config: DictConfig, dataset: Dataset) -> dict[str, Any]:
+def describe(folder: Path, metrics: dict, config: DictConfig, experiment: Experiment) -> dict[str, Any]:
     """Write the run's label, dataset name and configuration into its folder; return the metrics with these names.
 
     Args:
         folder: The run's folder.
         metrics: The contents of the cached metrics.json, which has neither label nor name.
         config: The configuration.
-        dataset: Its name and problems are added.
+        experiment: Its problems and the name of its dataset are added.
     """
     from omegaconf import OmegaConf
 
     from rag.evaluate.result_files import json_lines
     from rag.runtime.files import atomic_file
 
+    dataset = experiment.dataset
     metrics = metrics | {"label": label()}
     names = {"name": dataset.name, "unjudged": 0 if dataset.limit else len(dataset.unjudged)}
     metrics["dataset"] = names | metrics["dataset"]
-    metrics["warnings"] = [*dataset.problems, *metrics["warnings"]]
+    metrics["warnings"] = [*experiment.problems, *metrics["warnings"]]
     texts = {
         "config.yaml": OmegaConf.to_yaml(config, resolve=True),
         "overrides.yaml": OmegaConf.to_yaml(overrides()),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import own_stages
 import process
 from hydra_run import groups
 from settings import user_error
@@ -95,8 +96,7 @@ def _wrong_choice(config_dir: Path) -> str | None:
         value = override.value()
         names = value if isinstance(value, list) else [value]
         if not override.is_sweep_override() and not all(isinstance(name, str) for name in names):
-            choices = sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
-            return type_error(group, value, f"one of {', '.join(choices)}")
+            return type_error(group, value, f"one of {', '.join(own_stages.choices(group, config_dir))}")
     return None
 
 

@@ -31,6 +31,7 @@ from rag.types import UserError
 # Imports and programs make hundreds of thousands of objects that stay. With Python's default of 700 new objects between
 # two collections, and 10 young collections before an older one, half a second of every start was garbage collection.
 _COLLECT_EVERY = (50_000, 50)
+_SWEEP = ("-m", "--multirun")
 _DEVICES = {"auto": None, "cpu": "cpu", "gpu": "cuda,cpu"}  # device -> JAX_PLATFORMS
 
 
@@ -91,7 +92,9 @@ def _exit_code(
             enable_compilation_cache()
             with _profile(config.profile):
                 main(config)
-        except Exception as error:
+        except (Exception, SystemExit) as raised:
+            ended = isinstance(raised, SystemExit)  # by a module of the user's own
+            error = UserError(own_stages.exit_sentence(raised)) if ended else raised
             if process.interrupted():
                 raise KeyboardInterrupt from error
             if not sweeping():
@@ -108,6 +111,7 @@ def _exit_code(
         process.prepare_streams()
         process.check_current_folder()
         stages = own_stages.folder_in(sys.argv[1:], config_dir)
+        own_stages.import_from(stages)  # here too, so that an error before the job names the user's choices
         _run_hydra(functools.wraps(main)(task), config_name, config_dir, stages, leave_out, after_sweep)
         code = 0
         if failures:
@@ -158,7 +162,8 @@ def _run_hydra(
     plugins["hydra_plugins.own_stages_path.OwnStagesPath"].folder = stages
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them: we explain them
     os.environ["RAG_RUN"] = uuid.uuid4().hex[:8]  # part of the output folder's name: conf/shared.yaml
-    sys.argv[1:] = quote_overrides(sys.argv[1:], config_dir=config_dir)
+    arguments = quote_overrides(sys.argv[1:], config_dir=config_dir)
+    sys.argv[1:] = sorted(arguments, key=lambda text: text not in _SWEEP)  # Hydra refuses it between settings
     hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(task)()
 
 

@@ -34,8 +34,8 @@ def folder_in(arguments: Sequence[str], config_dir: Path) -> Path | None:
         The folder, absolute; None with stages=null, and where the current folder has no stages.
 
     Raises:
-        UserError: The folder does not exist, has no stages, or one of its files is hidden by another of its name. In
-            the current folder the last is only printed.
+        UserError: The folder does not exist, has no stages, or one of its files cannot be read or is hidden by another
+            of its name. In the current folder the last two are only printed, unless the file is chosen.
     """
     typed = [argument.partition("=")[2] for argument in arguments if re.match(r"\+{0,2}stages=", argument)]
     named = typed[-1] if typed else CURRENT
@@ -43,6 +43,8 @@ def folder_in(arguments: Sequence[str], config_dir: Path) -> Path | None:
         return None
     folder = Path(named).expanduser().absolute()
     if not folder.is_dir():
+        if re.search(r"[,(\[]", named) and any(argument in ("-m", "--multirun") for argument in arguments):
+            raise UserError(f"stages={named} cannot be swept: give one folder, and sweep what it has.")
         raise UserError(f"There is no folder {named}: give one that has your stages with stages=DIR.")
     files = [] if folder.resolve() == config_dir.resolve() else _choices(folder, config_dir)
     if not files:
@@ -52,6 +54,11 @@ def folder_in(arguments: Sequence[str], config_dir: Path) -> Path | None:
             f"The folder {named} has no stages: put a YAML file into a folder named like the setting, such as "
             f"{Path(named, 'reranker', 'mine.yaml')}."
         )
+    for file in files:
+        if sentence := _unreadable(file):
+            if named != CURRENT or _chosen(file.relative_to(folder), arguments):
+                raise UserError(f"{sentence}: correct it.")
+            print(f"{sentence}.", file=sys.stderr)
     for sentence in _hidden(files, folder, config_dir):
         if named != CURRENT:
             raise UserError(f"{sentence}: give it another name.")
@@ -61,7 +68,40 @@ def folder_in(arguments: Sequence[str], config_dir: Path) -> Path | None:
 
 def _choices(folder: Path, config_dir: Path) -> list[Path]:
     """Return the YAML files in folders that are named like a group of `config_dir`."""
-    return [file for group in sorted(groups(config_dir)) for file in sorted((folder / group).glob("*.yaml"))]
+    return [file for group in sorted(groups(config_dir)) for file in _yaml_files(folder / group)]
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.yaml") if path.is_file())
+
+
+def _chosen(file: Path, arguments: Sequence[str]) -> bool:
+    """Return whether a command line chooses a file, whose path is relative to the folder of the stages."""
+    group = re.compile(rf"\+{{0,2}}{re.escape(file.parent.as_posix())}(@[^=]*)?=(.*)", re.S)
+    found = (group.fullmatch(argument) for argument in arguments)
+    return any(match and file.stem in re.split(r"[\s,()\[\]'\"]+", match[2]) for match in found)
+
+
+def _unreadable(file: Path) -> str | None:
+    """Return the beginning of a sentence on why Hydra cannot read a YAML file; None where it can."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from rag.runtime.records import reason
+
+    try:
+        OmegaConf.load(file)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        return f"{file}{line} is not YAML ({reason(ValueError(error.problem))})"
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        return f"{file} is not YAML ({reason(error)})"
+    except OSError as error:
+        if error.errno is None:  # for a number, a date
+            return f"{file} has no settings"
+        return f"{file} cannot be read ({error.strerror})"
+    return None
 
 
 def _hidden(files: Sequence[Path], folder: Path, config_dir: Path) -> Iterator[str]:
@@ -87,11 +127,17 @@ def _found_first(module: str, folder: Path) -> str | None:
 
 
 def import_from(folder: Path | None) -> None:
-    """Let Python find modules in the folder, behind all others."""
+    """Let Python find modules in the folder, after all others."""
     if folder is not None and str(folder) not in sys.path:
         sys.path.append(str(folder))
     if folder is not None:
         _imported.add(folder)
+
+
+def choices(group: str, config_dir: Path) -> list[str]:
+    """Return the names of a group's choices, those of the user's own included, in alphabetical order."""
+    folders = [config_dir, *_imported]
+    return sorted({file.stem for folder in folders for file in _yaml_files(folder / group)})
 
 
 def _is_own(file: str) -> bool:
@@ -100,7 +146,14 @@ def _is_own(file: str) -> bool:
 
 def searched() -> str:
     """Return where else than among the installed modules was searched, as the end of a sentence."""
-    return "".join(f" or stands in {folder}" for folder in sorted(_imported))
+    return "".join(f" or in {folder}" for folder in sorted(_imported))
+
+
+def exit_sentence(error: SystemExit) -> str:
+    """Return the sentence for a module that ended the program, as one without a guard of its `main` does."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = ([frame for frame in frames if _is_own(frame.filename)] or frames)[-1]
+    return f"{place.filename}, line {place.lineno}, ended the program with exit code {error.code}: take that out."
 
 
 def missing_attribute(error: BaseException) -> str | None:

@@ -75,11 +75,12 @@ def prepare_streams() -> None:
 
 
 def _stream(raw: io.FileIO, before: TextIO | None) -> TextIO:
-    """Return a text stream with the options of the one before, or line-buffered UTF-8 where there was none."""
-    if before is None:
-        return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
-    options = {"line_buffering": before.line_buffering, "write_through": before.write_through}
-    return io.TextIOWrapper(io.BufferedWriter(raw), before.encoding, "backslashreplace", **options)
+    """Return a text stream in the encoding of the one before, or in UTF-8 where there was none.
+
+    It is line-buffered also into a pipe or a file, where lines of stdout and stderr would else be out of order.
+    """
+    encoding = "utf-8" if before is None else before.encoding
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
 
 
 def report_lost_stdout(lost: StdoutLost) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from hydra_run import run_dir
 from launch import launch
 from settings import Part, build, target_of
-from system import SystemSettings, build_method
+from system import SystemSettings, build_method, check_dataset
 
 from rag.runtime.options import parameters_of
 
@@ -43,9 +43,12 @@ def main(config) -> None:
     from terminal import print_problem, progress_bars
 
     from rag.evaluate.sensitivity.measure import measure_sensitivity
+    from rag.retrieve.run_file import run_problems
 
     system, options = build_system(config), build(config.sensitivity)
-    for problem in system.dataset.problems:
+    dataset = system.dataset
+    documents = [document.id for document in dataset.corpus]
+    for problem in (*dataset.problems, *run_problems(system.method, dataset.queries, documents)):
         print_problem(problem)
     with progress_bars() as update:
         report = measure_sensitivity(system, options, update)
@@ -66,7 +69,7 @@ def build_system(config) -> SystemUnderTest:
         return (lambda value: build(part, **{setting: value})) if takes(part, setting) else None
 
     return SystemUnderTest(
-        dataset=build(config.dataset),
+        dataset=check_dataset(build(config.dataset), config.dataset),
         chunker=build(config.chunker),
         embedder=build(config.embedder),
         method=build_method(config),

@@ -5,6 +5,7 @@ from __future__ import annotations  # the types below are imported in functions:
 import sys
 from typing import TYPE_CHECKING
 
+import process
 from answers import ask, show, show_sources
 
 from rag.types import Answer, UserError
@@ -23,7 +24,7 @@ about. The model is shown the passages and the new question, but no earlier ques
 
 
 def converse(search: Search, reader: Reader) -> None:
-    """Answer questions from the terminal until /quit or the end of input."""
+    """Answer questions from the terminal until /quit, the end of input, or Ctrl-C at the prompt."""
     index = search.collection.index
     print(
         f"Ask about {len(index)} chunks of {index.path}. /help explains how, /quit leaves.", file=sys.stderr
@@ -44,23 +45,32 @@ def converse(search: Search, reader: Reader) -> None:
             case "/sources" | "/context":
                 show_sources(last.sources if last else (), in_full=line == "/context")
             case _ if line.startswith("/"):
-                print(f"There is no command {line}. /help shows all.")
+                print(f"There is no command {line!r}: /help shows all.")
+            case "help" | "quit" | "exit":
+                print("Commands begin with a slash: /help, /quit.")
             case question:
-                last = _answer(question, earlier, search, reader) or last
-                earlier.append(question)
+                if answer := _answer(question, earlier, search, reader):
+                    last = answer
+                    earlier.append(question)
 
 
 def _answer(question: str, earlier: list[str], search: Search, reader: Reader) -> Answer | None:
-    """Answer one question and print the answer; where that fails, print why and return None."""
+    """Answer one question and print the answer; where that fails or Ctrl-C ends it, print why and return None."""
     # The new question comes first: an embedder that cuts long texts cuts the end.
     search_text = " ".join([question, *earlier[: -EARLIER - 1 : -1]])
     try:
         answer = ask(question, search, reader, search_text)
-    except UserError as error:
-        print(error)
-        return None
-    show(answer, reader)
-    return answer
+        show(answer, reader)
+        return answer
+    except (Exception, KeyboardInterrupt) as error:
+        if process.interrupted() or isinstance(error, KeyboardInterrupt):  # libraries convert it
+            process.prepare_ctrl_c()
+            print("\nInterrupted.")
+        elif isinstance(error, UserError):
+            print(error)
+        else:
+            raise
+    return None
 
 
 def _read_line() -> str | None:

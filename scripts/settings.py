@@ -347,7 +347,7 @@ def _optional(hint: Any) -> bool:
 def _expected(name: str, hint: Any) -> str:
     """Return what a type requires, as words that follow "it must be"."""
     group = name.rpartition(".")[2]
-    choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    choices = own_stages.choices(group, CONF)
     nothing = " or null" if _optional(hint) else ""
     kinds = dict.fromkeys(_noun(name, kind) for kind in _alternatives(hint))
     if choices and group == name:

@@ -1,10 +1,15 @@
 """The settings of a whole system that answers questions, and its retrieval method."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from settings import Part, Shared, build
+from settings import Part, Shared, build, target_of
 
 from rag.runtime.options import Count
+from rag.runtime.stages import wrong_result
+
+if TYPE_CHECKING:
+    from rag.evaluate.datasets import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +41,12 @@ def build_method(config):
     if reranker := config.get("reranker"):
         method = Reranked(method, build(reranker), config.rerank_depth)
     return method
+
+
+def check_dataset(dataset: Any, config) -> "Dataset":
+    """Return what the function of a dataset's config returned. Raise UserError where it is no dataset."""
+    from rag.evaluate.datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise wrong_result(target_of(config), config._target_, dataset, "a Dataset")
+    return dataset

@@ -14,7 +14,7 @@ from rag.pipeline import AnswerOptions, Reader
 from rag.prompt import PromptTemplate
 from rag.retrieve.collection import Collection
 from rag.retrieve.search import Dense, Lexical, Search
-from rag.types import Answer, Message, Usage, UserError
+from rag.types import Answer, Usage, UserError
 from tests.tiny_collections import write_files
 
 TEMPLATE = PromptTemplate(user="{context}\n\nQ: {question}", passage="[{n}] {text}", separator="\n")
@@ -61,8 +61,8 @@ def reader(generator, **context):
     return Reader(generator, TEMPLATE, ContextOptions(**context), options=AnswerOptions(max_new_tokens=10))
 
 
-def asked(question, search, reader, history=()):
-    *pieces, answer = pipeline.answer(question, search, reader, history)
+def asked(question, search, reader):
+    *pieces, answer = pipeline.answer(question, search, reader)
     assert isinstance(answer, Answer)
     return "".join(pieces), answer
 
@@ -101,6 +101,11 @@ def test_a_question_that_the_embedder_cuts_gives_a_notice(search, min_score):
     embedder.max_query_tokens = 2
     _, answer = asked("what eats krill.", search, reader(Echo(), min_score=min_score))
     assert answer.notices == ("The question has 3 tokens, of which the embedder reads the first 2.",)
+    several = "krill. eats what"
+    [*_, answer] = pipeline.answer("krill.", search, reader(Echo(), min_score=min_score), search_text=several)
+    assert answer.notices == (
+        "The question with the earlier ones has 3 tokens, of which the embedder reads the first 2.",
+    )
     embedder.max_query_tokens = 3
     _, answer = asked("what eats krill.", search, reader(Echo(), min_score=min_score))
     assert answer.notices == ()
@@ -114,20 +119,6 @@ def test_a_long_prompt_loses_passages_and_gives_a_notice(search):
     assert answer.timings.prompt_tokens <= generator.context_length - 10
     assert any("longer than the model's context" in notice for notice in answer.notices)
     assert whole.notices == ()
-
-
-def test_old_turns_are_left_out_before_the_last_passage(search):
-    history = [
-        Message("user", "old " * 30),
-        Message("assistant", "older " * 30),
-        Message("user", "new"),
-        Message("assistant", "yes"),
-    ]
-    generator = Echo(context_length=50)
-    _, answer = asked("a whale eats krill", search, reader(generator), history)
-    assert answer.sources
-    assert [message.content for message in generator.asked[0][:-1]] == ["new", "yes"]
-    assert any("oldest 2 messages" in notice for notice in answer.notices)
 
 
 def test_a_question_that_cannot_fit_is_an_error(search):

@@ -22,11 +22,9 @@ def context_of(*passages):
 
 
 def test_messages_in_the_order_that_a_chat_template_expects():
-    history = [Message("user", "Hi {context}"), Message("assistant", "Hello {question}")]
     context = context_of(("a.md", "One."), ("b.md", "Two."))
-    assert render(TEMPLATE, "Why?", context, history) == [
+    assert render(TEMPLATE, "Why?", context) == [
         Message("system", "Be brief."),
-        *history,
         Message("user", "[1] (a.md) One.\n--\n[2] (b.md) Two.\n\nQ: Why?"),
     ]
 

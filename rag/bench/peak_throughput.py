@@ -4,8 +4,6 @@ A peak is the rate of the fastest of several programs that do nothing else, each
 fastest call counts: on a shared machine a short call finds a quiet moment sooner than a long one. Peaks are measured
 before a benchmark and after it (`best_peak`), and no program here should exceed them: a share above 105% is an error of
 the operation count or of the peak, and is raised as one.
-
-Letters: R rows and W columns of a matrix of ones.
 """
 
 import time
@@ -119,7 +117,7 @@ def _read_programs(size: int) -> Iterator[Callable[[], object]]:
         yield partial(jax.jit(program), matrix)
 
 
-def _ones(size: int) -> Float32[np.ndarray, "R W"]:
+def _ones(size: int) -> Float32[np.ndarray, "rows columns"]:
     """Return `size` bytes that a device can share; NumPy asks for large pages where the system has them."""
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

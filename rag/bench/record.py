@@ -5,14 +5,58 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from rag.bench.timing import Row
+from rag.runtime import records
 from rag.runtime.machine.hardware import environment
 from rag.runtime.machine.measurement import Figure, Spread
 from rag.types import UserError
 
 Record = dict[str, Any]  # a parsed line of `bench_json`
+
+
+class _SpreadFields(records.Record):
+    median: float
+    low: float
+    high: float
+
+
+_Figures = dict[str, float | _SpreadFields]
+
+
+class _RowFields(records.Record):
+    case: str
+    ours: _Figures
+    peers: dict[str, _Figures]
+    ratio: dict[str, float]
+
+
+class _MachineFields(records.OpenRecord):
+    """What tables show of a machine; `environment` and `peak_throughput` write more."""
+
+    cpu: str
+    cpu_flags: list[str]
+    cores: int
+    device: str
+    versions: dict[str, str]
+    load_average: Annotated[list[float], Field(min_length=1)]
+    peak_memory_bytes: int
+    commit: str | None
+    dirty: bool | None
+    date: str
+    peaks: dict[str, float]
+
+
+class _RecordFields(records.OpenRecord):
+    bench: str
+    command: str | None = None
+    load_before: list[float] = Field(default=[0.0], min_length=1)
+    machine: _MachineFields
+    rows: Annotated[list[_RowFields], Field(min_length=1)]
+
 
 PERCENT_OF_PEAK = ", % of peak"  # ends the name of a rate's share of its peak
 
@@ -108,20 +152,27 @@ def read_records(path: Path) -> list[Record]:
     Records before 2026-11-26 call two products of int8 digits one bfloat16 product, so these rates are left out.
 
     Raises:
-        UserError: the file is missing or has no line.
+        UserError: the file is missing, has no line, or a line that is no such record.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    remedy = f"run the benchmark with keep={path.parent}"
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     if not lines:
-        raise UserError(f"{path} has no record: run the benchmark with keep={path.parent}")
-    records = []
-    for line in lines:
+        raise UserError(f"{path} has no record: {remedy}.")
+    found = []
+    for number, content in enumerate(lines, 1):
+        where, take_out = f"{path}, line {number},", f"delete the line, or {remedy}"
+        try:
+            line = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} is not UTF-8 text: {take_out}.") from error
         for old, new in _RENAMED:
             line = line.replace(old, new)
-        record = json.loads(line)
+        record = dict(records.parsed_json(where, line, take_out))
+        records.fitted_record(where, record, _RecordFields, take_out)
         for row in record["rows"]:
             if record["machine"]["date"] < "2026-11-26" and "int8" in row["case"]:
                 row["ours"] = {
                     name: v for name, v in row["ours"].items() if not name.startswith("bfloat16 GFLOP/s")
                 }
-        records.append(record)
-    return records
+        found.append(record)
+    return found

@@ -157,18 +157,27 @@ def generated(root: Path) -> dict[Path, str]:
         picture = f"{name}.png" if stem.with_suffix(".png").is_file() else None
         found[stem.with_suffix(".md")] = page.markdown(name, some, picture)
     found[root / PERFORMANCE] = _filled(
-        root / PERFORMANCE, _BLOCK, lambda block: narrow_table(block[2], records)
+        root / PERFORMANCE,
+        _BLOCK,
+        [f"table:{name}" for name in NARROW],
+        lambda block: narrow_table(block[2], records),
     )
-    found[root / README] = _filled(root / README, _FIGURES, lambda _: readme_table(records))
+    found[root / README] = _filled(root / README, _FIGURES, ["figures"], lambda _: readme_table(records))
     return found
 
 
-def _filled(path: Path, marked: re.Pattern[str], block_text: Callable[[re.Match[str]], str]) -> str:
-    """Return the file's text with the text of each marked block replaced."""
+def _filled(
+    path: Path, marked: re.Pattern[str], names: Sequence[str], block_text: Callable[[re.Match[str]], str]
+) -> str:
+    """Return the file's text with the text of each marked block replaced. Raises UserError where one is missing."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    filled, count = marked.subn(lambda block: f"{block[1]}\n{block_text(block)}\n\n{block['end']}", text)
-    if not count:
-        raise UserError(f"{path} has no block for a table, {marked.pattern}: write its two markers")
+    filled = marked.sub(lambda block: f"{block[1]}\n{block_text(block)}\n\n{block['end']}", text)
+    found = [block[1].split()[1] for block in marked.finditer(text)]
+    if missing := [name for name in names if name not in found]:
+        raise UserError(
+            f"{path} has no block for a table, {missing[0]}: write its two markers, <!-- {missing[0]} --> and "
+            f"<!-- /{missing[0]} -->."
+        )
     return filled
 
 

@@ -1,7 +1,7 @@
 """Pack tokenised texts into batches with hardly any padding.
 
 Source: best-fit decreasing bin packing, Johnson et al. 1974.
-Letters: B rows of a batch, T tokens of a row, P texts packed into a row, N rows in all.
+Letters: B rows of a batch, T tokens of a row, N rows in all.
 """
 
 from bisect import bisect_left
@@ -21,9 +21,9 @@ _TOKENS_PER_TEXT = 16  # the least mean number of tokens per text in a row of se
 class Batch:
     """Rows of tokens that run together."""
 
-    texts: Int[np.ndarray, "B P"]  # the indices of the texts in each row, -1 for none
+    texts: Int[np.ndarray, "B texts"]  # the indices of the texts in each row, -1 for none
     tokens: Int[np.ndarray, "B T"]
-    lengths: Int[np.ndarray, "B P"]  # the tokens of each text, 0 for none
+    lengths: Int[np.ndarray, "B texts"]  # the tokens of each text, 0 for none
 
 
 def pack_texts(lengths: Sequence[int], longest: int) -> list[list[int]]:

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from rag.embed import Embedder, Progress
+from rag.embed.encode import encode_passages, encode_queries
 from rag.runtime.cache import entries
 from rag.runtime.cache.folder import cache_root, entry_lock, notice, write_errors
 from rag.runtime.cache.keys import content_key
@@ -68,7 +69,7 @@ class CachedEmbedder:
         self, texts: Sequence[str], progress: Progress = lambda done: None
     ) -> Float32[np.ndarray, "N E"]:
         """Return the vectors of passages, in their order."""
-        rows, new = self._cached_rows("passage", texts, self.uncached.encode, progress)
+        rows, new = self._cached_rows("passage", texts, partial(encode_passages, self.uncached), progress)
         self.passages += len(rows)
         self.reused += len(rows) - new
         self.passages_s += sum(float(row["seconds"]) for row in rows.values())
@@ -77,7 +78,7 @@ class CachedEmbedder:
     def encode_queries(self, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
         """Return the vectors of questions, in their order."""
         rows, _ = self._cached_rows(
-            "question", texts, lambda texts, progress: self.uncached.encode_queries(texts)
+            "question", texts, lambda texts, progress: encode_queries(self.uncached, texts)
         )
         return self._vectors(rows, texts)
 

@@ -148,7 +148,7 @@ def _prompt(inputs: AblationInputs, condition: Condition, query: str, hits: Sequ
     question = inputs.dataset.question(query)
     if condition == "closed_book":
         nothing = Context((), 0)
-        messages = tuple(render(inputs.closed_book, question, nothing, ()))
+        messages = tuple(render(inputs.closed_book, question, nothing))
         room = reader.generator.context_length - reader.options.max_new_tokens
         fits = reader.generator.prompt_tokens(messages) <= room
         return _Prompt(query, messages if fits else (), nothing, (), fits)

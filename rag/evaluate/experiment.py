@@ -23,7 +23,7 @@ from rag.evaluate.metrics.retrieval import DEFAULT_MEASURES
 from rag.evaluate.metrics.spans import DEFAULT_SPAN_MEASURES, is_span_measure
 from rag.evaluate.result_files import json_lines, json_text
 from rag.evaluate.statistics import Statistics
-from rag.evaluate.summary import summary, too_long
+from rag.evaluate.summary import beyond_depth, summary, too_long
 from rag.evaluate.tuning.grids import Tuning
 from rag.evaluate.tuning.method import check_tunable, tune
 from rag.generate import Generator, describe
@@ -36,6 +36,7 @@ from rag.retrieve import Retriever
 from rag.retrieve.cached import cached_search
 from rag.retrieve.collection import Collection
 from rag.retrieve.dependencies import dependencies_of
+from rag.retrieve.run_file import run_problems
 from rag.retrieve.search import Dense, Search
 from rag.runtime.cache import entries
 from rag.runtime.cache.folder import cache_root
@@ -44,6 +45,7 @@ from rag.runtime.cache.memo import Cost, Memo, model_version
 from rag.runtime.code.import_closure import code_version
 from rag.runtime.machine.hardware import forget_peak_memory
 from rag.runtime.options import Count, Filled, check_fields
+from rag.runtime.stages import check_frozen
 from rag.types import Hit, UserError
 
 
@@ -90,6 +92,7 @@ class Experiment:
     options: AnswerOptions = AnswerOptions()
 
     def __post_init__(self) -> None:
+        check_frozen((self.chunker, self.method, self.metric, self.tuning))
         if self.metric:
             check_own(self.metric)
         if self.tuning:
@@ -102,6 +105,12 @@ class Experiment:
     @property
     def _uses_generator(self) -> bool:
         return bool(self.ablation.conditions) or "generator" in dependencies_of(self.method)
+
+    @cached_property
+    def problems(self) -> tuple[str, ...]:
+        """Return what is wrong with the dataset, and with a run file for it, without being an error."""
+        documents = (document.id for document in self.dataset.corpus)
+        return (*self.dataset.problems, *run_problems(self.method, self.dataset.queries, documents))
 
     @cached_property
     def key(self) -> str:
@@ -192,7 +201,8 @@ class Experiment:
         latency = measure_latency(method, collection, probes)
         tokens = sum(reply.prompt_tokens + reply.new_tokens for reply in replies)
         generator = describe(self.generator()) if self._uses_generator else None
-        figures = summary(dataset, rows, self.statistics, self.key, too_long(replies))
+        shallow = beyond_depth(evaluation.measures, evaluation.depth, len(dataset.corpus))
+        figures = summary(dataset, rows, self.statistics, self.key, [*too_long(replies), *shallow])
         files |= {
             "metrics.json": json_text(figures),
             "per_query.jsonl": json_lines({"query": query} | row for query, row in rows.items()),

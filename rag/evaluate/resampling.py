@@ -1,6 +1,6 @@
 """Resampling in compiled programs: bootstrap intervals of column means, and sums under random signs.
 
-    R resamples, Q queries, J columns: a metric or a system each, W words of 32 signs
+    Q queries, J columns: a metric or a system each
 
 All resamples of all columns are one compiled call. Queries and columns are padded to powers of two, so that a
 sweep compiles few programs. A number drawn depends on the seed, the resample and the query's position alone, so
@@ -55,7 +55,7 @@ def bootstrap(
         counts: Values of each column.
         normal: The standard normal quantile of each column's interval.
         key: Random key.
-        resamples: R.
+        resamples: How many.
     """
 
     def resampled_mean(
@@ -74,7 +74,7 @@ def bootstrap(
 
 
 def _bca(
-    means: Float32[Array, "R"], deviations: Float32[Array, "Q"], normal: Float32[Array, ""]
+    means: Float32[Array, "resamples"], deviations: Float32[Array, "Q"], normal: Float32[Array, ""]
 ) -> Float32[Array, "2"]:
     """Return quantiles of the resampled means, shifted for their bias and for the values' skew (Efron 1987)."""
     rounding = _ROUNDING * jnp.abs(means).max()
@@ -94,14 +94,14 @@ def sign_flips(
     key: Key[Array, ""],
     resamples: int,
 ) -> Int32[Array, "J"]:
-    """Count how many of R random sign patterns (for exact columns: of all patterns) give a sum as far from 0.
+    """Count how many of `resamples` random sign patterns (for exact columns: of all patterns) give a sum as far from 0.
 
     Args:
         differences: Of column j the first counts[j] count.
         counts: Values of each column.
-        exact: Columns of which each pattern is evaluated once; they have no more patterns than R.
+        exact: Columns of which each pattern is evaluated once; they have no more patterns than that.
         key: Random key.
-        resamples: R.
+        resamples: How many.
     """
     sums = partial(jnp.einsum, "q,qj->j", precision=jax.lax.Precision.HIGHEST)
     rounding = _ROUNDING * jnp.abs(differences).sum(axis=0)
@@ -120,8 +120,8 @@ def sign_flips(
     ).sum(axis=0)
 
 
-def _signs(words: UInt32[Array, "W"]) -> Float32[Array, "Q"]:
-    """Return the bits of the words, lowest first, as +1 and -1; Q = 32 W."""
+def _signs(words: UInt32[Array, "words"]) -> Float32[Array, "Q"]:
+    """Return the bits of the words, lowest first, as +1 and -1; Q is 32 for each."""
     bits = words[:, None] >> jnp.arange(_WORD, dtype=jnp.uint32) & 1
     return 1.0 - 2.0 * bits.ravel().astype(jnp.float32)
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rag.embed import Embedder
+from rag.embed.encode import encode_passages
 from rag.embed.vector_cache import cached
 from rag.evaluate.datasets import Dataset
 from rag.generate import Generator
@@ -21,6 +22,7 @@ from rag.retrieve.collection import Collection
 from rag.runtime.cache.keys import content_key
 from rag.runtime.cache.memo import Memo, model_version
 from rag.runtime.code.import_closure import code_version
+from rag.runtime.stages import check_frozen
 from rag.types import Chunk, Hit, UserError, chunk_at
 
 T = TypeVar("T")  # a passage
@@ -52,7 +54,7 @@ def build_collection(
     fitted = (embedder if memo is None else cached(embedder)).fit([chunk.text for chunk in chunks])
 
     def embed(texts: Sequence[str]) -> np.ndarray:
-        return fitted.encode(texts, progress=lambda done: progress("embed", done, len(texts)))
+        return encode_passages(fitted, texts, lambda done: progress("embed", done, len(texts)))
 
     return Collection(
         MemoryIndex(dataset.corpus, chunks, embed),
@@ -74,6 +76,7 @@ def chunk_all(
         embedder: Counts tokens for the chunker, and embeds sentences for some.
         memo: Caches the chunks; None computes them.
     """
+    check_frozen(chunker)
     if memo is None:
         return [c for document in dataset.corpus for c in chunks_of(document, chunker, embedder)]
     texts = {document.id: document for document in dataset.corpus}

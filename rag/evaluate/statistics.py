@@ -1,6 +1,6 @@
 """Statistics of means over queries: bootstrap intervals, paired tests, and the smallest detectable difference.
 
-    R resamples, Q queries, J columns: a metric or a system each
+    Q queries, J columns: a metric or a system each
 
 The queries are a sample of those that might be asked. So a mean has a bootstrap interval; two systems
 are compared on the queries that both have, by a randomisation test of the mean difference (Smucker, Allan and
@@ -155,8 +155,8 @@ def randomisation(
     """Return the two-sided p of each column's mean: how often random signs give one as far from 0.
 
     NaN does not count. Queries without a difference change nothing and are left out. Where the sign patterns of the
-    others are no more than the resamples, each is evaluated once and p is exact; otherwise p is (hits + 1) / (R + 1),
-    which is never 0 (Phipson and Smyth 2010). p is 1 where nothing differs.
+    others are no more than the resamples, each is evaluated once and p is exact; otherwise p is
+    (hits + 1) / (resamples + 1), which is never 0 (Phipson and Smyth 2010). p is 1 where nothing differs.
     """
     differing = np.isfinite(differences) & (np.abs(differences) > _TIE)
     counts = differing.sum(axis=0)
@@ -222,7 +222,7 @@ def warnings(
 def _few_sentence(counts: Int[np.ndarray, "J"], measures: Sequence[str]) -> str:
     n = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     return (
-        f"Only n = {n} queries stand behind {', '.join(measures)}: below {FEW} the order of systems is not "
+        f"Only n = {n} queries are in {', '.join(measures)}: below {FEW} the order of systems is not "
         "stable (Buckley and Voorhees 2000), whatever the intervals say."
     )
 

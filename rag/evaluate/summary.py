@@ -10,6 +10,7 @@ from rag.evaluate import statistics as paired_statistics
 from rag.evaluate.ablation import Reply
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.metrics import RESERVED_KEYS
+from rag.evaluate.metrics.retrieval import cutoff_of
 from rag.evaluate.per_query import Row
 from rag.evaluate.statistics import Statistics, interval_or_none
 
@@ -57,6 +58,21 @@ def summary(
 def _mean(values: Float64[np.ndarray, "Q"]) -> float | None:
     defined = values[np.isfinite(values)]
     return float(defined.mean()) if len(defined) else None
+
+
+def beyond_depth(measures: Sequence[str], depth: int, documents: int) -> list[str]:
+    """Return a warning for each measure whose cut-off is beyond the documents that were retrieved.
+
+    Args:
+        measures: Names of retrieval metrics.
+        depth: Documents retrieved for each query.
+        documents: Documents of the corpus.
+    """
+    return [
+        f"{name} saw only the first {depth} documents of each query: raise evaluation.depth."
+        for name in measures
+        if min(cutoff_of(name), documents) > depth
+    ]
 
 
 def too_long(replies: Sequence[Reply]) -> list[str]:

@@ -190,6 +190,8 @@ class LocalGenerator:
         They are decoded together, as many as `tokens_per_batch` allows (rag.generate.batched); which do depends on the
         requests and not on their order. Raises UserError as `Engine.check` does.
         """
+        if not requests:
+            return []  # without loading the weights
         if not self.prefiller.batched:
             return [join_text(self.stream(request)) for request in requests]
         return generate_batched(self.engine, self.tokenizer, requests, self._tokens_per_batch)

@@ -21,6 +21,7 @@ from rag.generate import Request, join_text
 from rag.runtime.cache.keys import content_key
 from rag.runtime.options import Count, Filled, check_fields
 from rag.runtime.records import OpenRecord, parse_json
+from rag.runtime.shapes import ceil_div
 from rag.types import Message, Usage, UserError
 
 _MAX_LINE = 1 << 24  # bytes of one line of an answer; a line that is cut there is no JSON
@@ -112,7 +113,7 @@ class OllamaGenerator:
         The protocol has no tokenizer. English has four to five bytes a token and most scripts have three or
         more, so a budget that holds by this estimate nearly always holds in truth.
         """
-        return -(-len(text.encode()) // 3)
+        return ceil_div(len(text.encode()), 3)
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Return an estimate of a conversation's tokens: its texts', and eight a turn for the chat format."""

@@ -145,7 +145,7 @@ class VerifiedTable:
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        """Return the first row behind each record batch."""
+        """Return the first row after each record batch."""
         return np.cumsum([len(chunk) for chunk in self._table.column(0).chunks])
 
     def _check_outside_columns(self) -> None:

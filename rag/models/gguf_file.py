@@ -108,7 +108,7 @@ class _HeaderReader:
 
     def _require(self, count: int, what: str) -> None:
         if count > len(self._content) - self._at:
-            raise _BadHeader(f"it ends inside {what}, behind byte {self._at}")
+            raise _BadHeader(f"it ends inside {what}, after byte {self._at}")
 
     def _number(self, form: str, what: str) -> int:
         return struct.unpack(form, self._bytes(struct.calcsize(form), what))[0]
@@ -125,7 +125,7 @@ class _HeaderReader:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise _BadHeader(f"{what} is not UTF-8, behind byte {self._at - len(data)}") from error
+            raise _BadHeader(f"{what} is not UTF-8, after byte {self._at - len(data)}") from error
 
     def _value(self, key: str, kind: int) -> Any:
         if kind == _STRING:

@@ -86,7 +86,7 @@ def decoder(
     positions must ascend, unless there are no more than 256 tokens.
 
     Args:
-        x: the residual stream in front of the first layer.
+        x: the residual stream before the first layer.
         positions: of the tokens; the slots to write to.
         rotations: cosine and sine for the tokens (rag.ops.rope).
         layers: the weights.
@@ -94,7 +94,7 @@ def decoder(
         eps: of RMSNorm.
 
     Returns:
-        The residual stream behind the last layer, and keys and values with these tokens' written to their slots.
+        The residual stream after the last layer, and keys and values with these tokens' written to their slots.
 
     Raises:
         JaxRuntimeError: a position is outside of [0, S).

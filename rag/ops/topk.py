@@ -40,7 +40,7 @@ def two_level_top_k(scores: Float[Array, "N"], k: int) -> tuple[Float[Array, "k"
 
 
 def members(winners: Int[Array, "groups"], n: int, group: int) -> Int[Array, "C"]:
-    """Return the ids in the winning groups and behind the last whole group, ascending; ids of n and above are padding.
+    """Return the ids in the winning groups and after the last whole group, ascending; ids of n and above are padding.
 
     Group g has the ids from g * group to (g + 1) * group - 1.
     """

@@ -75,6 +75,7 @@ class Details:
 Block = Heading | Paragraph | Bullets | Table | Picture | Details
 
 _WIDEST = 6  # columns of figures beside each other
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _NUMERIC = re.compile(r"(?:[-+<]?[0-9].*|n/a|)", re.S)
 
 
@@ -90,7 +91,8 @@ def slug_of(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """Return a text as one line, with U+FFFD for control characters and those that turn the direction of writing."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split()))
 
 
 def _unbroken(text: str) -> str:

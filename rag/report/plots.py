@@ -7,6 +7,7 @@ repeat what a colour means. Pictures have twice the pixels at which they are sho
 import io
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -74,7 +75,8 @@ class Mark:
 
 def png(height: float, draw: Callable[[Figure], None], width: float = _WIDTH) -> bytes:
     """Return what `draw` draws on a figure of this height and width in inches."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from", UserWarning)  # it is drawn as a box
         figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)

@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 
 from rag.report.leaderboard import Leaderboard
-from rag.report.numbers import number
+from rag.report.numbers import number, shortened
 from rag.report.page import Block, Details, Heading, Paragraph, Table
 from rag.report.results import Run
 from rag.retrieve.run_file import read_trec_run, trec_eval_order
 
 _MOST = 500  # queries: a page of more would be slow to open
 _DEPTH = 10  # documents of each system
+_LONGEST = 300  # characters of a query's text
 
 
 def queries(table: Leaderboard) -> Iterator[Block]:
@@ -39,7 +40,10 @@ def queries(table: Leaderboard) -> Iterator[Block]:
         ]
         known = Paragraph(f"Relevant: {', '.join(f'{name} ({grade})' for name, grade in relevant.items())}")
         header = ["system", table.measure, f"the first {_DEPTH} documents with their scores"]
-        yield Details(f"{query}: {text} (differs by {spread[query]:.4f})", [known, Table(header, rows)])
+        yield Details(
+            f"{query}: {shortened(text, _LONGEST)} (differs by {spread[query]:.4f})",
+            [known, Table(header, rows)],
+        )
 
 
 def _spread(table: Leaderboard, query: str) -> float:

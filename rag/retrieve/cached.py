@@ -2,10 +2,12 @@
 
 A method runs the methods inside it through these functions, so that an arm of a hybrid and the same arm
 alone share cached batches of results where they are asked the same questions. A collection without a memo computes
-everything.
+everything. A method whose `depends_on` does not name what the one inside it depends on is refused, whatever is cached.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +32,7 @@ def cached_search(
         questions: any number of them.
         k: the most hits of a question.
     """
+    collection.check_stage(method)
     if collection.memo is None:
         return _run(collection, method, "search", questions, k)
 
@@ -51,6 +54,7 @@ def cached_rerank(
         questions: any number of them.
         hits: those of each question.
     """
+    collection.check_stage(method)
     if collection.memo is None:
         return _run(collection, method, "rerank", questions, hits)
 
@@ -69,6 +73,7 @@ def cached_expand(collection: Collection, method: Transform, questions: Sequence
 
     They do not depend on the passages, so collections of other corpora share them.
     """
+    collection.check_stage(method)
 
     def compute(questions: Sequence[str]) -> list[list[str]]:
         with collection.running(method):
@@ -89,13 +94,30 @@ def _run(
     with collection.running(stage):
         found = getattr(stage, method)(collection, questions, argument)
     if not _is_list_of(list | tuple, found, len(questions)) or not all(map(_is_ranking, found)):
-        wanted = f"{len(questions)} lists of hits, one a question, with scores that never rise"
+        wanted = f"{len(questions)} lists of hits, one a question, with finite scores that never rise"
         raise wrong_result(stage, method, found, wanted)
-    return found
+    return [[_plain(hit) for hit in hits] for hits in found]
 
 
 def _is_ranking(hits: Sequence[Any]) -> bool:
-    return _is_list_of(Hit, hits) and all(one.score >= next.score for one, next in pairwise(hits))
+    if not _is_list_of(Hit, hits) or not all(_is_finite(hit.score) for hit in hits):
+        return False
+    return all(one.score >= next.score for one, next in pairwise(hits))
+
+
+def _is_finite(score: Any) -> bool:
+    """Return whether a score is a finite number; one of numpy or JAX is a number too."""
+    try:
+        return math.isfinite(score)
+    except TypeError:
+        return False
+
+
+def _plain(hit: Hit) -> Hit:
+    """Return a hit with a score and a row that JSON can hold."""
+    if type(hit.score) is float and type(hit.row) is int:
+        return hit
+    return replace(hit, score=float(hit.score), row=int(hit.row))
 
 
 def _are_texts(texts: Sequence[Any]) -> bool:

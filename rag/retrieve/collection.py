@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float32, Int
 
 from rag.embed import Embedder
 from rag.embed.vector_cache import CachedEmbedder
@@ -27,13 +27,14 @@ from rag.runtime.cache.keys import content_key
 from rag.runtime.cache.memo import Memo, model_version
 from rag.runtime.code.import_closure import code_version
 from rag.runtime.machine.clock import Clock
-from rag.types import Chunk, Hit
+from rag.runtime.stages import check_frozen
+from rag.types import Chunk, Hit, UserError
 
 
 class Collection:
     """An index and the models that methods may use; with a memo the methods' results are cached on disk.
 
-    The class is long because all that methods share is behind it: vectors, postings, models, documents, the cache.
+    The class is long because it holds all that methods share: vectors, postings, models, documents, the cache.
 
     Args:
         index: the chunks and their vectors.
@@ -45,13 +46,13 @@ class Collection:
 
     def __init__(
         self,
-        index: Index | MemoryIndex,
+        index: "Index | MemoryIndex | _IndexForStages",
         embedder: Embedder,
         generator: Callable[[], Generator] | None = None,
         memo: Memo | None = None,
         queries: Mapping[str, str] = MappingProxyType({}),
     ):
-        self.index, self._embedder, self._generator, self.memo = index, embedder, generator, memo
+        self._index, self._embedder, self._generator, self.memo = index, embedder, generator, memo
         self.queries = queries
         self._running: list[Any] = []  # the stages that run now, the outermost first
         self._dense: dict[VectorSearch, VectorIndex] = {}
@@ -61,13 +62,24 @@ class Collection:
     def fresh(self) -> "Collection":
         """Return a collection of the same index and models with nothing cached or built, to measure a search."""
         embedder = self._embedder.uncached if isinstance(self._embedder, CachedEmbedder) else self._embedder
-        return Collection(self.index, embedder, self._generator, queries=self.queries)
+        return Collection(self._index, embedder, self._generator, queries=self.queries)
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of the vector indexes and postings in use."""
         dense = sum(index.nbytes for index in self._dense.values())
         return dense + sum(index.nbytes for index in self._lexical.values())
+
+    @property
+    def index(self) -> "Index | MemoryIndex | _IndexForStages":
+        """Return the index, which refuses its vectors while a stage runs that does not depend on the embedder."""
+        return _IndexForStages(self._index, self._running) if self._running else self._index
+
+    @property
+    def vectors(self) -> Float32[np.ndarray, "N E"]:
+        """Return the chunks' vectors. Raises UserError while a stage runs that does not depend on the embedder."""
+        check_declared("embedder", self._running)
+        return self._index.vectors
 
     @property
     def embedder(self) -> Embedder:
@@ -105,20 +117,29 @@ class Collection:
         finally:
             self._running.pop()
 
+    def check_stage(self, stage: Any) -> None:
+        """Raise UserError while another stage runs that does not depend on all that this one depends on."""
+        for name in dependencies_of(stage):
+            check_declared(name, self._running)
+
     def dense(self, options: VectorSearch) -> VectorIndex:
-        """Return the vector index that these options build of the chunks' vectors."""
-        self.index.recheck()
+        """Return the vector index that these options build of the chunks' vectors.
+
+        Raises UserError while a stage runs that does not depend on the embedder.
+        """
+        check_declared("embedder", self._running)
+        self._index.recheck()
         if options not in self._dense:
             with self._building():
-                self._dense[options] = options.build(self.index.vectors)
+                self._dense[options] = options.build(self.vectors)
         return self._dense[options]
 
     def lexical(self, analyzer: Analyzer) -> LexicalIndex:
         """Return the chunks' postings under an analyzer: those stored with the index, or built from the texts."""
-        self.index.recheck()
+        self._index.recheck()
         if analyzer not in self._lexical:
             with self._building():
-                stored = self.index.lexical
+                stored = self._index.lexical
                 if stored is None or stored.analyzer != analyzer:
                     stored = LexicalIndex.build([chunk.text for chunk in self.chunks()], analyzer)
                 self._lexical[analyzer] = stored
@@ -134,7 +155,11 @@ class Collection:
 
     def chunks(self) -> list[Chunk]:
         """Return all chunks of the index, in the order of their rows."""
-        return self.index.chunks(range(len(self.index)))
+        return self._index.chunks(range(len(self._index)))
+
+    def has_document(self, document_id: str) -> bool:
+        """Return whether the index has a document of this id."""
+        return document_id in self._document_numbers
 
     def rows_of(self, document_ids: Iterable[str]) -> Int[np.ndarray, "n"]:
         """Return the rows of these documents' chunks, ascending; none for an id that the index does not have."""
@@ -148,18 +173,25 @@ class Collection:
 
     @cached_property
     def _document_numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.index.document_ids())}
+        return {name: number for number, name in enumerate(self._index.document_ids())}
 
     @cached_property
     def _by_document(self) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
         """Return the rows of the chunks, sorted by the number of their document, and these numbers."""
-        documents = self.index.spans[:, 0]
+        documents = self._index.spans[:, 0]
         order = np.argsort(documents, kind="stable")
         return order, documents[order]
 
     def hits(self, rows: Sequence[int] | np.ndarray, scores: Sequence[float] | np.ndarray) -> list[Hit]:
-        """Return the chunks of these rows as hits."""
-        found = zip(self.index.chunks(rows), scores, rows, strict=True)
+        """Return the chunks of these rows as hits. Raises UserError for a row that the index does not have."""
+        wrong = [
+            row for row in rows if not isinstance(row, int | np.integer) or not 0 <= row < len(self._index)
+        ]
+        if wrong:
+            raise UserError(
+                f"The index has rows 0 to {len(self._index) - 1}, and a stage asked for {wrong[0]!r}."
+            )
+        found = zip(self._index.chunks(rows), scores, rows, strict=True)
         return [Hit(chunk, float(score), int(row)) for chunk, score, row in found]
 
     def cached_map(
@@ -191,9 +223,10 @@ class Collection:
 
     def cache_key(self, method: Any, passages: bool = True) -> str:
         """Return a key of all that a method's results depend on: its options, models and code, and the passages."""
-        models = sorted({name for part in _dataclasses(method) for name in dependencies_of(part)})
+        check_frozen(method)
+        models = sorted({name for part in dataclasses_in(method) for name in dependencies_of(part)})
         versions = {name: self._version(name) for name in models}
-        corpus = self.index.fingerprint if passages else None
+        corpus = self._index.fingerprint if passages else None
         return content_key(method, versions, corpus, code_version(method, type(self)))
 
     def _version(self, name: str) -> str:
@@ -204,15 +237,30 @@ class Collection:
         return model_version(model.uncached if isinstance(model, CachedEmbedder) else model)
 
 
-def _dataclasses(value: Any) -> Iterator[Any]:
+class _IndexForStages:
+    """The index as the running stages may use it."""
+
+    def __init__(self, index: "Index | MemoryIndex | _IndexForStages", running: Sequence[Any]):
+        self._index, self._running = index, running
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "vectors":
+            check_declared("embedder", self._running)
+        return getattr(self._index, name)
+
+
+def dataclasses_in(value: Any) -> Iterator[Any]:
     """Yield every dataclass in a value of dataclasses, tuples and dicts, itself included."""
     if is_dataclass(value):
         yield value
         for field in fields(value):
-            yield from _dataclasses(getattr(value, field.name))
+            yield from dataclasses_in(getattr(value, field.name))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _dataclasses(item)
+            yield from dataclasses_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _dataclasses(item)
+            yield from dataclasses_in(item)

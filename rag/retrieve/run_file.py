@@ -5,21 +5,25 @@
 A run can so be evaluated, compared, reranked, fused and read like any other method.
 """
 
-import hashlib
-from collections.abc import Container, Mapping, Sequence
+import gzip
+import zlib
+from collections.abc import Collection as Group
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from rag.retrieve.collection import Collection
-from rag.runtime.cache.folder import notice
+from rag.retrieve.collection import Collection, dataclasses_in
+from rag.runtime.cache.keys import content_key
 from rag.runtime.options import Filled, checked
 from rag.types import Hit, UserError
 
-LARGEST_SCORE = float(np.finfo(np.float32).max)  # trec_eval holds scores in float32
+LARGEST_SCORE = (
+    3.4e38  # trec_eval holds scores in float32; between this and its least number there is room for ties
+)
 
 
 @dataclass(frozen=True)
@@ -29,34 +33,29 @@ class RunFile:
     Documents are ordered as trec_eval does: by score in float32, of equal scores the higher id first; the ranks in the
     file are ignored. Scores that are equal are lowered by the least amount that keeps this order. A document of several
     chunks is given as all of its chunks, in their order in the document. Documents that are not in the collection are
-    left out, and counted in a notice on stderr, as are queries that the run does not have.
+    left out; `problems` counts them, and the queries that the run does not have.
 
     Attributes:
-        sha256: The hash of the file, which stands for the run in cache keys.
+        key: The hash of the rankings, which stands for them in cache keys.
     """
 
-    sha256: str
+    key: str
     run: InitVar[Mapping[str, Mapping[str, float]]]  # query id -> document id -> score
 
     depends_on: ClassVar[tuple[str, ...]] = ("queries",)
 
     def __post_init__(self, run: Mapping[str, Mapping[str, float]]) -> None:
         object.__setattr__(self, "_run", run)
-        object.__setattr__(
-            self, "_compared", set()
-        )  # fingerprints of indexes whose ids were compared with the run's
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
         """Return at most k hits for each question. Raises UserError for a question that is no query of a dataset."""
         run: Mapping[str, Mapping[str, float]] = vars(self)["_run"]
-        compared: set[str] = vars(self)["_compared"]
-        known, query_ids, results = set(collection.index.document_ids()), collection.query_ids, []
-        if collection.index.fingerprint not in compared:
-            compared.add(collection.index.fingerprint)
-            _count_unknown(run, query_ids, known)
+        query_ids, results = collection.query_ids, []
         for question in questions:
             scores = _scores_of(question, query_ids, run)
-            ranking = trec_eval_order({name: score for name, score in scores.items() if name in known})
+            ranking = trec_eval_order(
+                {name: score for name, score in scores.items() if collection.has_document(name)}
+            )
             hits = (
                 hit
                 for name, score in ranking.items()
@@ -66,18 +65,34 @@ class RunFile:
             results.append(list(islice(hits, k)))
         return results
 
+    def problems(self, queries: Iterable[str], document_ids: Group[str]) -> list[str]:
+        """Return sentences that count what the corpus and the run do not have of each other.
 
-def _count_unknown(
-    run: Mapping[str, Mapping[str, float]], query_ids: Mapping[str, Sequence[str]], known: Container[str]
-) -> None:
-    """Print how many documents of the run the corpus does not have, and how many queries the run does not have."""
-    queries = [query for ids in query_ids.values() for query in ids]
-    unknown = {name for query in queries for name in run.get(query, {}) if name not in known}
-    absent = [query for query in queries if not run.get(query)]
-    if unknown:
-        notice(f"{len(unknown)} documents of the run are not in the corpus, such as {min(unknown)!r}.")
-    if absent:
-        notice(f"{len(absent)} of {len(queries)} queries are not in the run, such as {min(absent)!r}.")
+        Args:
+            queries: The ids of the judged queries; the run may leave out others.
+            document_ids: The ids of the corpus.
+        """
+        run: Mapping[str, Mapping[str, float]] = vars(self)["_run"]
+        listed = {query: run.get(query, {}) for query in queries}
+        unknown = {name for scores in listed.values() for name in scores if name not in document_ids}
+        absent = [query for query, scores in listed.items() if not scores]
+        found = []
+        if unknown:
+            found.append(
+                f"{len(unknown)} documents of the run are not in the corpus, such as {min(unknown)!r}."
+            )
+        if absent:
+            found.append(
+                f"{len(absent)} of {len(listed)} queries are not in the run, such as {min(absent)!r}."
+            )
+        return found
+
+
+def run_problems(method: Any, queries: Iterable[str], document_ids: Iterable[str]) -> list[str]:
+    """Return the `problems` of all run files in a retrieval method, each once."""
+    runs = [stage for stage in dataclasses_in(method) if isinstance(stage, RunFile)]
+    queries, known = list(queries), set(document_ids) if runs else set()
+    return list(dict.fromkeys(problem for run in runs for problem in run.problems(queries, known)))
 
 
 def _scores_of(
@@ -117,20 +132,21 @@ def load_run(path: Filled | Path) -> RunFile:
     run = read_trec_run(file)
     if not run:
         raise UserError(f"The run {file} is empty: give a TREC run file.")
-    return RunFile(hashlib.sha256(file.read_bytes()).hexdigest(), run)
+    return RunFile(content_key("run", run), run)  # not of the file's bytes: a pipe can be read only once
 
 
 def read_trec_run(path: str | Path) -> dict[str, dict[str, float]]:
-    """Read a TREC run file, with tabs (ids may hold spaces) or any white space between the six fields.
+    """Read a TREC run file, with tabs (ids may hold spaces) or any white space between the six fields of a line.
 
-    The ranks in the file are ignored, as in trec_eval.
+    The ranks in the file are ignored, as in trec_eval. A file whose name ends in .gz is unpacked.
 
     Raises:
         UserError: that names the line that is wrong.
     """
     run: dict[str, dict[str, float]] = {}
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
+        open_file = gzip.open if str(path).endswith(".gz") else open
+        with open_file(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             for line, content in enumerate(file, 1):
                 if content.strip():
                     query, document, score = _run_line(path, line, content.rstrip("\r\n"))
@@ -139,17 +155,22 @@ def read_trec_run(path: str | Path) -> dict[str, dict[str, float]]:
                             f'{path}, line {line} repeats "{document}" for "{query}": remove one.'
                         )
                     run[query][document] = score
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"The run {path} cannot be read ({error}): give a TREC run file.") from error
     return run
 
 
 def _run_line(path: str | Path, line: int, content: str) -> tuple[str, str, float]:
-    fields = content.split("\t") if "\t" in content else content.split()
+    fields = content.split("\t")
+    if len(fields) != 6:
+        fields = content.split()
     try:
         query, _, document, _, score, _ = fields
         if abs(float(score)) <= LARGEST_SCORE:
             return query, document, float(score)
     except ValueError:
         pass
-    raise UserError(f"{path}, line {line} is not: query, Q0, document, rank, finite score, tag: correct it.")
+    raise UserError(
+        f"{path}, line {line} is not: query, Q0, document, rank, score from -{LARGEST_SCORE} to {LARGEST_SCORE}, tag: "
+        "correct it."
+    )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from rag.embed.encode import encode_queries
 from rag.index.dense import VectorSearch
 from rag.index.dense.exact import Exact
 from rag.index.fusion import Fusion, ReciprocalRank
@@ -34,7 +35,7 @@ class Dense:
 
     def search(self, collection: Collection, questions: Sequence[str], k: int) -> list[list[Hit]]:
         index = collection.dense(self.index)
-        scores, rows = index.search(collection.embedder.encode_queries(questions), k)
+        scores, rows = index.search(encode_queries(collection.embedder, questions), k)
         return [collection.hits(*found) for found in zip(rows, scores, strict=True)]
 
 

@@ -107,7 +107,7 @@ class CheckedFile:
         wrong = _checksums(self.content, numbers) != self._checksums[numbers]
         if wrong.any():
             start = int(numbers[wrong][0]) * PIECE
-            raise Damaged(f"{self.path} has changed since it was written (behind byte {start})")
+            raise Damaged(f"{self.path} has changed since it was written (after byte {start})")
         self._verified[numbers] = True
 
 

@@ -56,7 +56,7 @@ def round_up_prompt(length: int) -> int:
 
 
 def round_up_suffix(count: int) -> int:
-    """Return the padded number of tokens to prefill behind a cached prefix.
+    """Return the padded number of tokens to prefill after a cached prefix.
 
     Powers of two from 8 to 64, then as `round_up_prompt`: a suffix is often a few tokens long.
     """

@@ -1,6 +1,8 @@
 """Name stages in error messages; a stage may be a class of the user's own, in a file outside of this package."""
 
 import sys
+from dataclasses import fields
+from typing import Any
 
 from rag.types import UserError
 
@@ -28,3 +30,25 @@ def wrong_result(stage: object, method: str, result: object, wanted: str) -> Use
     return UserError(
         f"{name_with_file(stage)}: {method} returned {shown}; it must return {wanted}: correct the class."
     )
+
+
+def check_frozen(value: Any) -> None:
+    """Raise UserError for an object in a stage, or the stage itself, whose settings cannot be part of a cache key.
+
+    These are all objects but plain values, lists, tuples, dicts and frozen dataclasses.
+    """
+    if isinstance(value, list | tuple):
+        for item in value:
+            check_frozen(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            check_frozen(item)
+    elif value is not None and not isinstance(value, bool | int | float | str | bytes):
+        options = getattr(value, "__dataclass_params__", None)  # of the decorator
+        if options is None or not options.frozen or isinstance(value, type):
+            raise UserError(
+                f"{name_with_file(value)} is no frozen dataclass, so that its results cannot be cached: write "
+                "@dataclass(frozen=True) above the class."
+            )
+        for field in fields(value):
+            check_frozen(getattr(value, field.name))

@@ -8,7 +8,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 
 class OwnStagesPath(SearchPathPlugin):
-    """Append the folder of the user's own stages to the search path, behind conf/."""
+    """Append the folder of the user's own stages to the search path, after conf/."""
 
     folder: ClassVar[Path | None] = None  # scripts/launch.py sets it
 

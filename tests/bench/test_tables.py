@@ -144,7 +144,11 @@ def test_tables_are_written_once(copied, monkeypatch, capsys):
             "marks the table 'x': choose one of first-tok",
         ),
         ("docs/performance.md", "no markers", "has no block for a table"),
-        ("README.md", "no markers", "has no block for a table"),
+        (
+            "README.md",
+            "no markers",
+            "has no block for a table, figures: write its two markers, <!-- figures -->",
+        ),
         ("results/bench/growth.jsonl", "", "has no record: run the benchmark with keep="),
         (
             "results/bench/attention.jsonl",
@@ -165,6 +169,37 @@ def test_a_missing_part_is_one_sentence(copied, monkeypatch, capsys, path, text,
     assert sentence in err and err.count("\n") == 1
     assert (copied / tables.README).read_text() == readme
     assert not (copied / tables.RESULTS / "search.md").exists()  # nothing is written
+
+
+DAMAGES = {
+    "cut": lambda line: line[:-20],
+    "binary": lambda line: b"\xff\x00" + line,
+    "a list": lambda line: b"[1]",
+    "no rows": lambda line: json.dumps(json.loads(line) | {"rows": []}).encode(),
+    "a row of null": lambda line: json.dumps(json.loads(line) | {"rows": [None]}).encode(),
+    "no machine": lambda line: json.dumps(json.loads(line) | {"machine": {}}).encode(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_record_is_one_sentence_with_its_line(copied, monkeypatch, capsys, damage):
+    monkeypatch.setattr(script, "ROOT", copied)
+    path = copied / tables.RESULTS / "search.jsonl"
+    first, *_ = path.read_bytes().splitlines()
+    path.write_bytes(first + b"\n" + damage(first) + b"\n")
+    assert script.main() == 2
+    err = capsys.readouterr().err
+    assert "search.jsonl, line 2" in err and "delete the line, or run the benchmark" in err
+    assert err.count("\n") == 1
+
+
+def test_every_narrow_table_has_its_markers(copied):
+    path = copied / tables.PERFORMANCE
+    path.write_text(path.read_text(encoding="utf-8").replace("<!-- table:embed -->", ""), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"performance\.md has no block for a table, table:embed: write its two"
+    ):
+        generated(copied)
 
 
 def test_readme_names_a_case_that_no_record_has():

@@ -1,5 +1,6 @@
 """The stages of docs/extending.md: taken from the page into a folder, and run as a user runs them."""
 
+import importlib
 import re
 import shlex
 import sys
@@ -94,6 +95,15 @@ def test_an_example_has_at_most_25_lines_of_code(name):
     text = re.sub(r'"""[^"]*"""', "", FILES[name].text)
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     assert 1 < len(lines) <= 25
+
+
+def test_a_table_of_questions_is_read_as_a_spreadsheet_writes_it(home, monkeypatch):
+    monkeypatch.syspath_prepend(str(home / "my_stages"))
+    text = 'question,answer\r\nWhat does a seal eat?,"Fish,\nand krill."\r\n'
+    (home / "sheet.csv").write_text(text, encoding="utf-8-sig", newline="")
+    dataset = importlib.import_module("faq").load_faq(str(home / "sheet.csv"))
+    assert [document.text for document in dataset.corpus] == ["Fish,\nand krill."]
+    sys.modules.pop("faq")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

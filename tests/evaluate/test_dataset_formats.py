@@ -40,6 +40,7 @@ def squad():
                         "qas": [
                             asked("a", "How often?", ("twice", 15), ("twice a day", 15), ("twice", 15)),
                             asked("b", "Why?", is_impossible=True, plausible_answers=[]),
+                            {"id": "g", "question": "Who?", "is_impossible": True},
                             asked("c", "What sign ends it?", ("🌊", 28)),
                         ],
                     },
@@ -83,7 +84,7 @@ def test_squad_contexts_are_documents_and_questions_judge_their_own(squad_file):
         "d": (Evidence(ice, 0, 3),),
         "e": (Evidence(tides, 0, 8),),
     }
-    assert dataset.unanswerable_queries == {"b": "Why?"}
+    assert dataset.unanswerable_queries == {"b": "Why?", "g": "Who?"}
     assert dataset.problems == ()
     assert len(load_squad(squad_file(squad()), limit=2, seed=1).queries) == 2
 
@@ -125,7 +126,14 @@ def test_a_squad_answer_at_another_position_is_an_error_or_gives_no_evidence_wit
             },
             r"\.qas\.0\.answers\.0\.answer_start: input should be a valid integer",
         ),
-        (lambda d: {"data": d["data"] * 2}, r'repeats the question id "a", "b", "c", "d", "e"'),
+        *(
+            (
+                lambda d, row=row: {"data": [{"paragraphs": [{"context": "x", "qas": [row]}]}]},
+                r'no "answers" for the question "h", which only a question with "is_impossible": true may',
+            )
+            for row in ({"id": "h", "question": "Who?"}, asked("h", "Who?"))
+        ),
+        (lambda d: {"data": d["data"] * 2}, r'repeats the question id "a", "b", "g"'),
         (
             lambda d: {"data": [{"paragraphs": [{"context": "x", "qas": [asked("a", " ", ("x", 0))]}]}]},
             r'The query "a" of tiny is empty',

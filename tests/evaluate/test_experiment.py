@@ -174,3 +174,17 @@ def test_a_cutoff_above_the_size_of_the_corpus_and_unusual_questions_are_evaluat
         evaluation=EvaluationOptions(depth=1000, measures=["nDCG@1000", "Recall@1000"], probes=1),
     ).run()
     assert read(folder, "metrics.json")["means"]["Recall@1000"] >= 0.5
+
+
+def test_a_measure_that_is_cut_off_beyond_the_retrieved_documents_gives_a_warning():
+    documents = len(dataset().corpus)
+    measures = [f"nDCG@{documents}", "P@1", "MAP"]
+
+    def warnings(depth):
+        options = EvaluationOptions(depth=depth, measures=measures, probes=1)
+        found = read(experiment(evaluation=options).run(), "metrics.json")["warnings"]
+        return [warning for warning in found if "evaluation.depth" in warning]
+
+    sentence = f"nDCG@{documents} saw only the first 2 documents of each query: raise evaluation.depth."
+    assert warnings(2) == [sentence]
+    assert not warnings(documents)

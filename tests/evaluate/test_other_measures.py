@@ -62,9 +62,32 @@ def test_rank_biased_precision_is_its_formula(judged, found, p, cutoff):
         ("RBP(p=0.8", "choose from such as"),
         ("P(rel=2)", "choose from such as"),
         ("P(rel=2)@0", "choose from such as"),
-        ("alpha_nDCG@20", "No installed package computes"),
+        ("P(rel=0)@5", "a grade rel out of range: give one from 1"),
+        ("RBP(p=0.5,rel=0)", "a grade rel out of range: give one from 1"),
+        (f"P(rel={2**31})@5", "a grade rel out of range"),
+        (f"nDCG@{2**31}", f"too large: give one of at most {2**31 - 1}"),
+        (f"RBP(p=0.5)@{'9' * 5000}", "too large"),
+        ("alpha_nDCG@20", r"No installed package computes .*: choose one of AP, AP@10, .*, nDCG@10\.$"),
+        ("ERR@10", r"No installed package computes .*: choose one of AP, AP@10, .*, nDCG@10\.$"),
+        (
+            "nDCG(dcg='exp-log2')@10",
+            r"with these parameters: choose nDCG\(dcg='log2',gains=ANY,judged_only=ANY\)@ANY\.$",
+        ),
     ],
 )
 def test_a_wrong_name_is_one_sentence_before_anything_is_computed(name, sentence):
     with pytest.raises(UserError, match=sentence):
         EvaluationOptions(measures=[name])
+
+
+def test_the_measures_that_a_sentence_offers_can_be_computed():
+    with pytest.raises(UserError) as error:
+        EvaluationOptions(measures=["ERR@10"])
+    offered = str(error.value).split("choose one of ")[1].removesuffix(".").split(", ")
+    assert set(evaluate(QRELS, RUN, offered)[0]) == set(offered)
+
+
+def test_no_measures_are_no_columns_and_the_largest_cutoff_is_computed():
+    assert evaluate(QRELS, RUN, []) == ({}, {"q": {}})
+    largest = f"P@{2**31 - 1}"
+    assert evaluate(QRELS, RUN, [largest])[0] == {largest: pytest.approx(2 / (2**31 - 1))}

@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from rag.embed.bag_of_words import BagOfWords
@@ -110,9 +112,13 @@ def test_a_ranking_is_given_best_first_with_the_lower_id_first_among_equal_score
 @dataclass(frozen=True)
 class Named:
     name: object = "mine"
+    value: object = "high"
 
     def of_ranking(self, documents, grades):
-        return "high"
+        return self.value
+
+
+TAKEN = ("nDCG@10", "recall@5", "RR", "RBP(p=0.8)@10", "CharRecall@5", "tokeniou@512t", "rouge-l")
 
 
 @dataclass(frozen=True)
@@ -127,17 +133,27 @@ class Empty:
         (Named(None), "give it a name"),
         (Named("ndcg"), "give it a name that no other metric has"),
         (Named("means"), "give it a name"),
+        (Named("query"), "give it a name"),
+        (Named("two\nlines"), "give it a name"),
+        *((Named(name), "give it a name that no other metric has") for name in TAKEN),
         (
             Empty(),
             r"Empty in .*test_own_metric\.py measures nothing: give it a method of_ranking or of_answer",
         ),
     ],
 )
-def test_a_wrong_metric_is_told_before_anything_is_computed(metric, sentence):
+def test_a_wrong_metric_is_reported_before_anything_is_computed(metric, sentence):
     with pytest.raises(UserError, match=sentence):
         check_own(metric)
 
 
-def test_a_metric_that_returns_no_number_is_told():
-    with pytest.raises(UserError, match=r"of_ranking returned 'high'; it must return a number or None"):
-        own_ranking_rows(Named(), {"q": {"a": 1}}, {})
+@pytest.mark.parametrize("value", ["high", float("nan"), -np.inf, np.float32("nan"), True, np.ones(2)])
+def test_a_metric_that_returns_no_finite_number_is_reported(value):
+    with pytest.raises(UserError, match=r"of_ranking returned [^;]*; it must return a finite number or None"):
+        own_ranking_rows(Named(value=value), {"q": {"a": 1}}, {})
+
+
+@pytest.mark.parametrize("value", [np.int64(2), np.float32(2), 2, Fraction(2)])
+def test_a_number_of_any_kind_is_a_value(value):
+    [row] = own_ranking_rows(Named(value=value), {"q": {"a": 1}}, {}).values()
+    assert row == {"mine": 2.0} and type(row["mine"]) is float

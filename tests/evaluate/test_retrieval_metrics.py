@@ -213,6 +213,8 @@ def test_a_run_file_keeps_ids_with_spaces_and_reads_files_of_others(tmp_path):
     assert read_trec_run(tmp_path / "run.trec") == run
     (tmp_path / "other.trec").write_text("q1 Q0 d2 1 -3 x\n\nq1 Q0 d1 2 1e-3 x\r\n")
     assert read_trec_run(tmp_path / "other.trec") == {"q1": {"d2": -3.0, "d1": 0.001}}
+    (tmp_path / "mixed.trec").write_text("\ufeffq1\tQ0 d2\t1  5 x\n", encoding="utf-8")
+    assert read_trec_run(tmp_path / "mixed.trec") == {"q1": {"d2": 5.0}}
 
 
 def test_ids_that_would_break_the_file_are_refused():
@@ -229,6 +231,7 @@ def test_ids_that_would_break_the_file_are_refused():
         ("q Q0 d 1 0.5 x\nq Q0 e 2 high x\n", "line 2 is not"),
         ("q Q0 d 1 nan x\n", "line 1 is not"),
         ("q Q0 d 1 inf x\n", "line 1 is not"),
+        ("q Q0 d 1 -3.4028235e38 x\n", r"line 1 is not: .* score from -3\.4e\+38 to 3\.4e\+38"),
     ],
 )
 def test_a_malformed_run_file_names_the_line(tmp_path, content, message):

@@ -243,7 +243,7 @@ def test_warnings_name_the_metrics_and_there_are_none_without_a_problem():
     values = np.concatenate([steady, np.zeros((30, 1)), np.full((30, 1), np.nan)], axis=1)
     values[:4, 2] = [0.1, 0.2, 0.15, 0.9]
     few, equal, wide = warnings(values, ["nDCG@10", "EM", "citation"])
-    assert few.startswith("Only n = 4 queries stand behind citation: below 25")
+    assert few.startswith("Only n = 4 queries are in citation: below 25")
     assert equal.startswith("EM is 0 for each of 30 queries")
     assert "10.0%" in equal  # 3 / 30
     assert wide.startswith("The 95% interval of citation is wider than half the mean")

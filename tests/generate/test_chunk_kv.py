@@ -58,9 +58,9 @@ def reader(loaded, tmp_path):
     )
 
 
-def asked(*passages, question="Who dug it?", history=(), template=TEMPLATE):
+def asked(*passages, question="Who dug it?", template=TEMPLATE):
     sources = tuple(Source(n, "a.md", 0, len(t), 1.0, t) for n, t in enumerate(passages, 1))
-    return render(template, question, Context(sources, tokens=0), history)
+    return render(template, question, Context(sources, tokens=0))
 
 
 def difference(one: KVCache, other: KVCache, slots: slice) -> float:
@@ -91,11 +91,11 @@ def test_a_prompt_in_parts(loaded):
     assert parts.shared == len(parts.prefix)
 
 
-def test_neither_question_nor_history_nor_path_changes_what_is_cached(loaded):
+def test_neither_question_nor_earlier_turns_nor_path_changes_what_is_cached(loaded):
     _, tokenizer = loaded
     first = split_prompt(tokenizer, asked(*PASSAGES))
-    turns = (Message("user", "Hi there"), Message("assistant", "Hello."))
-    later = split_prompt(tokenizer, asked(*PASSAGES[::-1], question="Why?", history=turns))
+    system, user = asked(*PASSAGES[::-1], question="Why?")
+    later = split_prompt(tokenizer, [system, Message("user", "Hi"), Message("assistant", "Hello."), user])
     assert later.prefix == first.prefix
     assert 0 < later.shared < len(later.prefix)
     assert {ids for _, ids in later.passages} == {ids for _, ids in first.passages}

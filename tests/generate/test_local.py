@@ -57,6 +57,12 @@ def test_the_stream_is_the_decoded_tokens(generator):
     assert generator.prompt_tokens(CHATS[0]) == len(prompt)
 
 
+def test_no_requests_need_no_weights(tmp_path, monkeypatch):
+    write_decoder(tmp_path)
+    monkeypatch.setattr("rag.generate.local.load_engine", None)
+    assert LocalGenerator(str(tmp_path), "float32").generate([]) == []
+
+
 @pytest.mark.parametrize("speculative", [False, True])
 def test_why_an_answer_ended(generator, monkeypatch, speculative):
     monkeypatch.setattr(generator, "_draft_policy", DraftLengthPolicy() if speculative else None)

@@ -129,7 +129,7 @@ def test_only_what_is_used_is_compared(tmp_path):
     file.write_bytes(content)
     index = store.Index.open(path)
     assert index.chunks([0, 3]) == [chunks[0], chunks[3]]
-    with pytest.raises(UserError, match=r"documents\.arrow has changed since it was written \(behind byte"):
+    with pytest.raises(UserError, match=r"documents\.arrow has changed since it was written \(after byte"):
         index.chunks([2])
     with pytest.raises(UserError, match=r"documents\.arrow has changed"):
         index.check()

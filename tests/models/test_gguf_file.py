@@ -50,7 +50,7 @@ DAMAGED = {
     "it has 18,446,744,073,709,551,615 entries": header(0, count=2**64 - 1),
     "it has 3 entries": header(0, count=3),
     "it ends inside a key": header(0, struct.pack("<Q", 2**63) + b"a" * 30),
-    "a key is not UTF-8, behind byte 32": header(0, entry(b"\xff\xfe", U32, b"\0" * 4)),
+    "a key is not UTF-8, after byte 32": header(0, entry(b"\xff\xfe", U32, b"\0" * 4)),
     "the key 'a' occurs twice": header(0, ENTRY, ENTRY),
     "the value of 'a' is of the unknown type 77": header(0, entry(b"a", 77, b"\0" * 8)),
     "a text of 'a' is not UTF-8": header(0, entry(b"a", ARRAY, array(STRING, 1, text(b"\xc3\x28")))),

@@ -1,8 +1,10 @@
 """The further tables of a report say what the result folders hold."""
 
+import json
+
 from rag.report import compose, results
-from rag.report.page import Bullets, Paragraph, Picture
-from tests.report.result_folders import HOSTILE, fail, hidden, rows_of, save, tables
+from rag.report.page import Bullets, Details, Paragraph, Picture
+from tests.report.result_folders import HOSTILE, column, fail, hidden, rows_of, save, tables
 
 
 def test_further_tables_show_what_the_files_hold(blocks):
@@ -80,3 +82,12 @@ def test_runs_without_a_query_in_common_are_said_to_have_none(tmp_path):
     blocks = compose.page(*results.read([tmp_path]))
     (notes,) = [block.items for block in blocks if isinstance(block, Bullets)]
     assert notes == ["b has no query in common with the baseline, so nothing compares them."]
+
+
+def test_a_long_query_is_cut(tmp_path):
+    save(tmp_path / "a", "retriever=a", {"nDCG@10": column([0.1, 0.2])})
+    query = {"query": "q0", "text": "x" * 100_000, "relevant": {}}
+    (tmp_path / "a" / "queries.jsonl").write_text(json.dumps(query) + "\n")
+    details = [block for block in compose.page(*results.read([tmp_path])) if isinstance(block, Details)]
+    [summary] = [block.summary for block in details if block.summary.startswith("q0: ")]
+    assert len(summary) < 350

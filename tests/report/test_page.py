@@ -11,7 +11,7 @@ from PIL import Image
 
 from rag.report import page as pages
 from rag.report.numbers import difference, number, with_interval
-from rag.report.page import Details, Paragraph, Table
+from rag.report.page import Bullets, Details, Heading, Paragraph, Table
 from tests.report.result_folders import HOSTILE
 
 
@@ -71,7 +71,7 @@ def all_tables(blocks):
 
 def test_the_html_hides_each_query_behind_one_line(output, blocks):
     text = (output / "report.html").read_text()
-    lines = re.findall(r"<details>\s*<summary>(q[0-9]+): .*?</summary>", text)
+    lines = re.findall(r'<details>\s*<summary dir="auto">(q[0-9]+): .*?</summary>', text)
     assert sorted(lines) == sorted(f"q{q}" for q in range(60))
     assert text.count("<details>") == text.count("</details>") == sum(isinstance(b, Details) for b in blocks)
     assert "-0.0000" not in text
@@ -137,3 +137,18 @@ def test_marks_are_escaped_in_markdown(text):
     assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
     assert "".join(child.content for child in tokens[1].children) == text
     assert {child.type for child in tokens[1].children} <= {"text", "text_special"}
+
+
+HIDDEN = "".join(map(chr, [0, 0x1B, 0x7F, 0x85, 0x202E, 0x2066]))
+
+
+def test_control_characters_are_replaced_and_texts_have_their_own_direction():
+    cell = Table(["name"], [[f"a{HIDDEN}b"]])
+    blocks = [Heading(2, HIDDEN), Paragraph(HIDDEN), Bullets([HIDDEN]), cell, Details(HIDDEN, [])]
+    for text in (pages.html("a", blocks), pages.markdown(blocks)):
+        assert not any(sign in text for sign in HIDDEN)
+        assert "a\ufffd\ufffd\ufffd" in text
+    text = pages.html("a", blocks)
+    for tag in ("h2", "p", "li", "td", "th", "summary", "a"):
+        opened = re.findall(rf"<{tag} [^>]*>", text)
+        assert opened and all('dir="auto"' in one for one in opened), tag

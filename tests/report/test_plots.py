@@ -33,6 +33,11 @@ def test_a_figure_takes_any_label():
         assert Image.open(io.BytesIO(png)).size[0] == 1840
 
 
+def test_letters_that_the_font_lacks_give_no_warning(recwarn):
+    plots.forest([mark("文字", 0.1, 0.1)], "nDCG@10", 0.9)
+    assert not [str(one.message) for one in recwarn]
+
+
 def test_no_state_of_pyplot_is_touched():
     assert "matplotlib.pyplot" not in sys.modules
     assert "rag.report.plots" in sys.modules

@@ -129,3 +129,12 @@ def test_a_stage_that_names_its_models_in_the_old_way_is_refused():
 
     with pytest.raises(UserError, match="`depends_on` now: rename it"):
         collection([], []).cache_key(Old())
+
+
+@pytest.mark.parametrize("row", [-1, 2, 1.0])
+def test_a_row_that_the_index_does_not_have_is_refused(row):
+    documents = [Document("a", "a", "one"), Document("b", "b", "two")]
+    made = collection(documents, [chunk_at(document, 0, 3) for document in documents])
+    assert [hit.chunk.text for hit in made.hits(np.array([1, 0]), [2.0, 1.0])] == ["two", "one"]
+    with pytest.raises(UserError, match="rows 0 to 1, and a stage asked for"):
+        made.hits([0, row], [2.0, 1.0])

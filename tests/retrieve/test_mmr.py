@@ -20,7 +20,7 @@ class Known(BagOfWords):
 
     def __init__(self, vectors: np.ndarray, queries: dict[str, np.ndarray]):
         super().__init__()
-        self._vectors, self._queries = vectors, queries
+        self.dim, self._vectors, self._queries = DIM, vectors, queries
 
     def encode(self, texts: Sequence[str], progress=None) -> np.ndarray:
         return self._vectors

@@ -1,6 +1,9 @@
 """TREC run files as a retriever: formats of other tools, the order of trec_eval, unknown ids, reranking, cache keys."""
 
+import gzip
 import json
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,17 +82,26 @@ def test_a_document_of_several_chunks_gives_all_of_them_in_order(tmp_path):
     assert len(found(run_of(tmp_path, PYSERINI), FixedChunker(3), k=4)["q1"]) == 4
 
 
-def test_unknown_documents_and_missing_queries_are_counted_and_said(tmp_path, capsys):
-    hits = found(run_of(tmp_path, "q1 Q0 other 1 9 x\nq1 Q0 d1 2 8 x\nq1 Q0 another 3 7 x\nq9 Q0 d1 1 1 x\n"))
+def test_unknown_documents_and_missing_queries_are_counted_for_every_evaluation(tmp_path):
+    """The sentences do not depend on what is cached, and unjudged queries may be missing."""
+    run = run_of(tmp_path, "q1 Q0 other 1 9 x\nq1 Q0 d1 2 8 x\nq1 Q0 another 3 7 x\nq9 Q0 d1 1 1 x\n")
+    hits = found(run)
     assert [hit.chunk.document_id for hit in hits["q1"]] == ["d1"]
     assert hits["q2"] == []
-    assert capsys.readouterr().err.splitlines() == [
-        "2 documents of the run are not in the corpus, such as 'another'.",
-        "1 of 2 queries are not in the run, such as 'q2'.",
-    ]
+    unjudged = {"q3": "who swims"}
+    dataset = replace(
+        DATASET, unjudged=unjudged, unanswerable=frozenset(unjudged), problems=("It is small.",)
+    )
+    for method in (run, Reranked(run, MMR()), Hybrid({"run": run, "words": Lexical(), "again": run})):
+        assert Experiment(dataset, BagOfWords(), method=method).problems == (
+            "It is small.",
+            "2 documents of the run are not in the corpus, such as 'another'.",
+            "1 of 2 queries are not in the run, such as 'q2'.",
+        )
+    assert Experiment(dataset, BagOfWords(), method=Lexical()).problems == ("It is small.",)
 
 
-def test_a_text_that_is_no_query_is_told(tmp_path):
+def test_a_text_that_is_no_query_is_reported(tmp_path):
     chunks = retrieval.chunk_all(DATASET, WholeChunker(), BagOfWords())
     collection = retrieval.build_collection(DATASET, chunks, BagOfWords())
     with pytest.raises(UserError, match=r"'something else' is none of them: use scripts/eval\.py"):
@@ -97,7 +109,7 @@ def test_a_text_that_is_no_query_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "sentence"), [("", "is empty"), ("q1 Q0 d1 1 x\n", "line 1 is not")])
-def test_a_wrong_file_is_told(tmp_path, text, sentence):
+def test_a_wrong_file_is_reported(tmp_path, text, sentence):
     with pytest.raises(UserError, match=sentence):
         run_of(tmp_path, text)
     with pytest.raises(UserError, match="cannot be read"):
@@ -146,3 +158,19 @@ def test_the_same_questions_under_other_ids_are_another_result(tmp_path, monkeyp
     run = run_of(tmp_path, PYSERINI)
     first = experiment(run, tmp_path, monkeypatch)
     assert experiment(run, tmp_path, monkeypatch, swapped)["nDCG@10"] == pytest.approx(first["nDCG@10"])
+
+
+def test_a_packed_run_and_one_from_a_pipe_are_those_of_the_plain_file(tmp_path):
+    (tmp_path / "run.txt").write_text(PYSERINI)
+    (tmp_path / "run.txt.gz").write_bytes(gzip.compress(PYSERINI.encode()))
+    plain = load_run(tmp_path / "run.txt")
+    assert load_run(tmp_path / "run.txt.gz") == plain
+    os.mkfifo(tmp_path / "pipe")
+    for text, same in ((PYSERINI, True), (PYSERINI.replace("12.3", "12.2"), False)):
+        writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(text,))
+        writer.start()
+        assert (load_run(tmp_path / "pipe") == plain) is same
+        writer.join()
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(PYSERINI.encode())[:-12])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_run(tmp_path / "cut.gz")

@@ -34,7 +34,7 @@ def evaluated(run_main, tmp_path, monkeypatch):
         monkeypatch.setattr(eval_script, "run_dir", lambda: tmp_path)
         monkeypatch.setattr(eval_script, "overrides", lambda: list(overrides))
         monkeypatch.setattr(eval_script, "label", lambda: "this [one]")
-        evaluated.out, _ = run_main(eval_script, *overrides)
+        evaluated.out, evaluated.err = run_main(eval_script, *overrides)
         return tmp_path
 
     return evaluated
@@ -58,6 +58,21 @@ def test_eval_writes_what_other_programs_rely_on(beir, evaluated):
     assert first == {"query": "q1", "text": "fish", "relevant": {"d1": 1}}
     assert "2 of 2 queries judged" in evaluated.out
     assert "rag.embed.bag_of_words.BagOfWords" in (folder / "config.yaml").read_text()
+
+
+def test_what_a_run_file_lacks_is_said_and_recorded_each_time(home, beir, evaluated):
+    (home / "run.txt").write_text("q1 Q0 d9 1 2 x\nq1 Q0 d1 2 1 x\n")
+    for _ in range(2):  # the second result is a cached one
+        folder = evaluated(
+            f"dataset.path={beir}", "retriever=run", f"retriever.path={home / 'run.txt'}", *WORDS
+        )
+        warnings = json.loads((folder / "metrics.json").read_text())["warnings"]
+        for sentence in (
+            "1 documents of the run are not in the corpus, such as 'd9'.",
+            "1 of 2 queries are not in the run, such as 'q2'.",
+        ):
+            assert sentence in warnings
+            assert sentence in evaluated.err.splitlines()
 
 
 def test_a_cached_result_that_is_damaged_is_made_again(home, beir, evaluated, capsys):

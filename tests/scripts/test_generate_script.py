@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import explain
 import generate
 import ingest
 import jax
+import process
 import pytest
 import session
 from hydra import compose, initialize_config_dir
@@ -20,7 +22,7 @@ from settings import check
 from system import build_method
 
 from rag.pipeline import AnswerOptions
-from rag.types import Answer, Timings
+from rag.types import Answer, Source, Timings, UserError
 from tests.scripts.commands import ASK, FILES, QUESTIONS
 
 
@@ -62,7 +64,7 @@ def test_nothing_relevant_means_abstaining(index, run_main):
 
 def test_a_session_knows_its_commands(index, run_main, monkeypatch):
     lines = (
-        "/sources\nWhat eats krill?\n/sources\n/context\n/nothing\n/help\nAnd a seal?\n/quit\nnever read\n"
+        "/sources\nWhat eats krill?\n/sources\n/context\n/nothing\n/help\nquit\nAnd a seal?\n/quit\nnever read\n"
     )
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     out, err = run_main(generate, *ASK, "k=1")
@@ -70,7 +72,8 @@ def test_a_session_knows_its_commands(index, run_main, monkeypatch):
     assert out.count("No sources.") == 1
     assert out.count("krill.md:1  score 0.") >= 3  # under the answer, /sources, /context
     assert "A whale eats krill.\n\n" in out
-    assert "There is no command /nothing." in out
+    assert "There is no command '/nothing'" in out
+    assert out.count("Commands begin with a slash") == 1
     assert all(f"/{name} " in out for name in ("sources", "context", "new", "help", "quit"))
     assert "never read" not in out
     assert out.count("prefill ") == 2
@@ -93,6 +96,64 @@ def test_a_session_searches_for_the_earlier_questions_too(index, run_main, monke
         ("fish?", "fish? ice? a seal?"),
         ("krill?", "krill?"),
     ]
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_ctrl_c_ends_the_answer_and_not_the_session(index, run_main, monkeypatch, converted):
+    asked, ask = [], session.ask
+
+    def interrupted(question, search, reader, search_text):
+        asked.append(search_text)
+        if len(asked) > 1:
+            return ask(question, search, reader, search_text)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if not converted:
+                raise
+        raise RuntimeError("a library's own")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process.prepare_ctrl_c()
+    monkeypatch.setattr(session, "ask", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a whale?\na seal?\n"))
+    try:
+        out, _ = run_main(generate, *ASK)
+        assert not process.interrupted()
+        assert signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert asked == ["a whale?", "a seal?"]
+    assert out.count("Interrupted.") == 1 and out.count("prefill ") == 1
+
+
+def test_ctrl_c_at_the_prompt_leaves(index, run_main, monkeypatch):
+    def press(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", press)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(generate, *ASK)
+
+
+def test_a_long_heading_is_cut(capsys):
+    source = Source(1, "d.md", 0, 4, 1.0, "text", first_line=1, heading="h" * 10_000)
+    answers.show_sources([source])
+    assert f"d.md:1, {'h' * 99}…  score 1.000\n" in capsys.readouterr().out
+
+
+def test_a_question_that_failed_is_not_searched_for_again(index, run_main, monkeypatch):
+    searched = []
+
+    def refuse(question, search, reader, search_text):
+        searched.append(search_text)
+        raise UserError("It is too long.")
+
+    monkeypatch.setattr(session, "ask", refuse)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a whale?\na seal?\n"))
+    out, _ = run_main(generate, *ASK)
+    assert searched == ["a whale?", "a seal?"]
+    assert out.count("It is too long.") == 2
 
 
 @pytest.mark.parametrize(("reason", "says"), [("length", True), ("stop", False)])

@@ -279,7 +279,7 @@ def test_what_does_not_fit_the_index_is_not_added(corpus, more, tmp_path, chunke
     assert checked_index(tmp_path / "index").manifest.generation == 1
 
 
-def test_adding_nothing_readable_is_told(corpus, tmp_path):
+def test_adding_nothing_readable_is_reported(corpus, tmp_path):
     pipeline.ingest(corpus, tmp_path / "index", SentenceChunker(8), Letters())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="the folder is empty"):

@@ -23,6 +23,18 @@ def test_null_is_no_choice_of_a_group(run):
     assert asked == ["stage=null", "n=1"]
 
 
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_a_sweep_is_asked_for_anywhere_among_the_settings(run, flag):
+    for arguments in (
+        [flag, "n=1,2", "stage=small"],
+        ["n=1,2", flag, "stage=small"],
+        ["n=1,2", "stage=small", flag],
+    ):
+        code, seen, err = run(*arguments)
+        assert code == 0, err
+        assert [(config["n"], config["stage"]["size"]) for config in seen] == [(1, 128), (2, 128)]
+
+
 @pytest.mark.parametrize("value", ["3", "true", "[small,3]", "{a:1}", "1.5"])
 def test_a_choice_that_is_no_name_is_one_sentence(run, value):
     code, seen, err = run(f"stage={value}")
@@ -30,7 +42,7 @@ def test_a_choice_that_is_no_name_is_one_sentence(run, value):
     assert "is not valid: it must be one of large, small." in err
 
 
-def test_settings_of_any_wrong_kind_are_told_before_main(run):
+def test_settings_of_any_wrong_kind_are_reported_before_main(run):
     for wrong in ("n=abc", "n=1.5", "n=null", "n=true", "index=3", "logged=yes", "stage.size=[1]", "+m=3"):
         code, seen, err = run(wrong)
         assert (code, seen, len(err.splitlines())) == (2, [], 1), wrong
@@ -107,7 +119,7 @@ def test_all_that_is_missing_is_named_at_once(run):
     assert (code, err) == (2, "Please say which: corpus.path=... index.path=...\n")
 
 
-def test_a_users_error_is_told_and_a_bug_keeps_its_traceback(run):
+def test_a_users_error_is_reported_and_a_bug_keeps_its_traceback(run):
     def fail(error):
         def main(config):
             raise error

@@ -26,6 +26,15 @@ class Mine:
         scored = [[replace(hit, score=self.sign * len(hit.chunk.text)) for hit in found] for found in hits]
         return [sorted(found, key=lambda hit: -hit.score) for found in scored]
 """
+CHUNKER = """
+from dataclasses import dataclass
+
+import numpy as np
+
+@dataclass(frozen=True)
+class Mine:
+    def split(self, text, token_spans, encode=None):
+"""
 NAMES = ["plain", "with spaces, a comma", 'it\'s "quoted"', "a=b#1", "ünïcode 文"]
 
 
@@ -63,9 +72,7 @@ def evaluate(tmp_path, monkeypatch, capsys):
         sys.modules.pop("mine", None)
         importlib.invalidate_caches()
         data = [] if any(text.startswith("dataset=") for text in overrides) else sample
-        sweep = ["-m"] if "-m" in overrides else []  # Hydra takes it before or behind all settings
-        settings = [text for text in overrides if text != "-m"]
-        return launch_script(monkeypatch, capsys, "eval", *sweep, *common, *data, *settings)
+        return launch_script(monkeypatch, capsys, "eval", *common, *data, *overrides)
 
     return start
 
@@ -154,14 +161,17 @@ def test_a_missing_method_is_a_sentence_and_a_bug_of_the_users_own_a_traceback(
         ("def Mine(:\n", r"SyntaxError in .*mine\.py, line 1"),
         (RERANKER.replace("return [sorted", "[sorted"), r"mine\.py: rerank returned None; it must return 5 lists"),
         (RERANKER.replace("in scored]", "in scored[:1]]"), r"mine\.py: rerank returned .*; it must return 5 lists"),
-        (RERANKER.replace("-hit.score", "hit.score"), "with scores that never rise"),
+        (RERANKER.replace("-hit.score", "hit.score"), "with finite scores that never rise"),
         (RERANKER.replace("(found, key", "([3, 4], key").replace("-hit.score", "0"), "5 lists of hits"),
         (RERANKER.replace("len(hit", "collection.embedder.dim + len(hit"), r'uses the embedder .* \("embedder",\)'),
+        (RERANKER.replace("@dataclass(frozen=True)", "").replace("self.sign", "1.0"), "setting 'reranker.sign'"),
+        (RERANKER.replace("frozen=True", ""), r"mine\.Mine in .*mine\.py is no frozen dataclass"),
+        (RERANKER.replace("sign: float", "depends_on = ('embeder',)\n    sign: float"), r"mine\.py has depends_on = "),
         (RERANKER.replace("sign: float = 1.0", "depth: int = 3"), "no setting 'reranker.sign'"),
     ],
     ids=[
         *("no class", "another class", "missing import", "syntax", "None", "too few", "rising"),
-        *("no hits", "undeclared model", "unknown setting"),
+        *("no hits", "undeclared model", "no dataclass", "not frozen", "misspelt", "unknown setting"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_stage_is_one_sentence_that_names_the_file(evaluate, tmp_path, code, sentence):
@@ -179,31 +189,47 @@ def test_a_mistake_in_a_stage_is_one_sentence_that_names_the_file(evaluate, tmp_
         ("return [(0, 5), (0, 9)]", "(0, 9)"),
         ("return [(0, 10**6)]", "1000000"),
         ("return [3]", "[3]"),
+        ("return [(0.0, 5.0)]", "[(0.0, 5.0)]"),
+        ("return [('a', 'b')]", "[('a', 'b')]"),
     ],
 )
-def test_a_chunker_that_returns_no_spans_is_told(evaluate, tmp_path, body, shown):
-    code = f"class Mine:\n    def split(self, text, token_spans, encode=None):\n        {body}\n"
-    code = f"from dataclasses import dataclass\n\n@dataclass(frozen=True)\n{code}"
-    folder = write(tmp_path / "mine", mine_py=code, chunker__mine_yaml="_target_: mine.Mine\n")
+def test_a_chunker_that_returns_no_spans_is_reported(evaluate, tmp_path, body, shown):
+    folder = write(
+        tmp_path / "mine", mine_py=f"{CHUNKER}        {body}\n", chunker__mine_yaml="_target_: mine.Mine\n"
+    )
     exit_code, _, err = evaluate(f"stages={folder}", "chunker=mine")
     assert exit_code == 2
     assert f"mine.Mine in {folder}/mine.py: split returned " in err and shown in err
 
 
-def test_a_function_that_forgets_to_return_is_told(evaluate, tmp_path):
-    folder = write(
-        tmp_path / "mine", mine_py="def load():\n    3\n", dataset__mine_yaml="_target_: mine.load\n"
-    )
+def test_spans_of_numpy_are_spans(evaluate, tmp_path):
+    code = CHUNKER + "        return [(np.int64(0), np.int64(len(text.rstrip())))]\n"
+    folder = write(tmp_path / "mine", mine_py=code, chunker__mine_yaml="_target_: mine.Mine\n")
+    exit_code, _, err = evaluate(f"stages={folder}", "chunker=mine")
+    assert exit_code == 0, err
+
+
+@pytest.mark.parametrize(("body", "shown"), [("3", "None"), ("return [3]", "[3]; it must return a Dataset")])
+def test_a_function_that_returns_no_dataset_is_reported(evaluate, tmp_path, body, shown):
+    code = f"def load():\n    {body}\n"
+    folder = write(tmp_path / "mine", mine_py=code, dataset__mine_yaml="_target_: mine.load\n")
     exit_code, _, err = evaluate(f"stages={folder}", "dataset=mine")
     assert exit_code == 2
-    assert f"mine.load in {folder}/mine.py: mine.load returned None" in err
+    assert f"mine.load in {folder}/mine.py: mine.load returned {shown}" in err
 
 
-def test_a_module_that_is_not_there_is_told(evaluate, tmp_path):
+@pytest.mark.parametrize("wrong", ["reranker=3", "reranker=plain"])
+def test_a_wrong_choice_names_the_users_own_choices_too(evaluate, tmp_path, wrong):
+    code, _, err = evaluate(f"stages={own_reranker(tmp_path / 'mine')}", wrong)
+    assert code == 2
+    assert "one of cross_encoder, likelihood, maxsim, mine, mmr" in err
+
+
+def test_a_module_that_is_not_there_is_reported(evaluate, tmp_path):
     folder = write(tmp_path / "mine", reranker__mine_yaml="_target_: nowhere_to_be_found.Mine\n")
     code, _, err = evaluate(f"stages={folder}", "reranker=mine")
     assert code == 2
-    assert f"No module named 'nowhere_to_be_found' is installed or stands in {folder}" in err
+    assert f"No module named 'nowhere_to_be_found' is installed or in {folder}" in err
 
 
 def found(folder: str | Path) -> Path | None:
@@ -217,7 +243,58 @@ def test_a_wrong_folder_is_one_sentence(tmp_path):
         found(write(tmp_path / "empty", reranks__mine_yaml="_target_: mine.Mine\n"))
 
 
-def test_files_that_would_never_be_used_are_told(tmp_path):
+BROKEN = {
+    "a: 1\na: 2\n": r"mine\.yaml, line 2 is not YAML \(found duplicate key a\): correct it",
+    "a:\n\tb: 1\n": r"mine\.yaml, line 2 is not YAML \(found character",
+    "foo: [": r"mine\.yaml, line 1 is not YAML \(expected the node content",
+    "\udcff\udcfe": r"mine\.yaml is not YAML \(.*codec can't decode",
+    "a: \x01": r"mine\.yaml is not YAML \(unacceptable character",
+    "3": r"mine\.yaml has no settings: correct it",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_file_is_one_sentence(tmp_path, monkeypatch, capsys, text):
+    file = own_reranker(tmp_path / "mine") / "reranker" / "mine.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=BROKEN[text]):
+        found(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    for choice in ("reranker=mine", "reranker=mmr,mine", "+reranker=mine"):
+        with pytest.raises(UserError, match=BROKEN[text]):
+            own_stages.folder_in([choice], CONF)
+    assert own_stages.folder_in(["reranker=mmr"], CONF) == tmp_path / "mine"  # it may be of another project
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_only_files_are_choices(tmp_path):
+    (tmp_path / "a" / "reranker" / "mine.yaml").mkdir(parents=True)
+    (tmp_path / "a" / "reranker" / "loop.yaml").symlink_to("loop.yaml")
+    with pytest.raises(UserError, match="has no stages: put a YAML file"):
+        found(tmp_path / "a")
+
+
+@pytest.mark.parametrize("sweep", ["a,b", "choice(a,b)", "[a,b]"])
+def test_the_folder_cannot_be_swept(sweep):
+    with pytest.raises(UserError, match=re.escape(f"stages={sweep} cannot be swept: give one folder")):
+        own_stages.folder_in(["-m", f"stages={sweep}"], CONF)
+
+
+def test_a_module_that_ends_the_program_is_a_mistake(evaluate, tmp_path):
+    folder = own_reranker(tmp_path / "mine", RERANKER + "\nimport sys\nsys.exit(0)\n")
+    code, _, err = evaluate(f"stages={folder}", "reranker=mine")
+    assert code == 2
+    assert f"{folder}/mine.py, line 13, ended the program with exit code 0: take that out.\n" == err
+    code, _, err = evaluate("-m", f"stages={folder}", "reranker=mine,null", "hydra.sweep.dir=sweep")
+    assert code == 2
+    assert "line 13, ended the program with exit code 0" in err
+    assert len(figures(Path("sweep"))) == 1
+    folder = own_reranker(tmp_path / "mine", RERANKER.replace("scored = ", "raise SystemExit; scored = "))
+    code, _, err = evaluate(f"stages={folder}", "reranker=mine")
+    assert code == 2 and "mine.py, line 9, ended the program" in err
+
+
+def test_files_that_would_never_be_used_are_reported(tmp_path):
     ours = write(tmp_path / "a", reranker__mmr_yaml="_target_: mine.Mine\n", mine_py="")
     with pytest.raises(
         UserError, match=r"mmr\.yaml is never used, because this project has reranker=mmr already"

@@ -95,7 +95,7 @@ def test_a_folder_is_added_to_an_index(home, run_main):
         (eval_script, ("dataset.path=documents", *WORDS), "documents"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(index, run_main, script, overrides, says):
+def test_mistakes_are_reported_in_one_sentence(index, run_main, script, overrides, says):
     with pytest.raises(UserError) as told:
         run_main(script, *overrides)
     assert says in str(told.value)
@@ -170,7 +170,7 @@ def test_no_reranker_and_no_postings_may_be_chosen(home, index, run_main):
     assert [source["path"] for source in json.loads(out)["sources"]] == ["krill.md"]
 
 
-def test_an_index_of_another_embedder_is_told(home, index, run_main):
+def test_an_index_of_another_embedder_is_reported(home, index, run_main):
     manifest = index / "manifest.json"
     whole, fields = manifest.read_text(), manifests.read(index)
     other = fields.embedder.model_copy(update={"fingerprint": "0" * 64})

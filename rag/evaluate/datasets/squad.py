@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+from pydantic import Field
+
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.datasets.assemble import Judgement, assemble
 from rag.evaluate.datasets.files import REMEDY, DatasetRow, check_unique, leave_out, read_text
 from rag.evaluate.datasets.questions import EvidenceRow, Question, locate
 from rag.runtime.options import Count, Filled, Seed
 from rag.runtime.records import fitted_record, parsed_json
-from rag.types import Document
+from rag.types import Document, UserError
 
 
 class SquadAnswer(DatasetRow):
@@ -19,12 +21,12 @@ class SquadAnswer(DatasetRow):
 
 
 class SquadQuestion(DatasetRow):
-    """A question; one marked impossible has no answer in its context."""
+    """A question; only one marked impossible may be without answers."""
 
     id: str
     question: str
     is_impossible: bool = False
-    answers: list[SquadAnswer]
+    answers: list[SquadAnswer] = Field(default_factory=list)
 
 
 class SquadParagraph(DatasetRow):
@@ -64,7 +66,8 @@ def load_squad(
         seed: Of the draw.
 
     Raises:
-        UserError: for a malformed file, a repeated id, and, when `strict`, an answer that is not at its position.
+        UserError: for a malformed file, a repeated id, a question without answers that is not marked impossible, and,
+            when `strict`, an answer that is not at its position.
     """
     file = Path(path).expanduser()
     documents: dict[str, Document] = {}  # by text
@@ -79,7 +82,7 @@ def load_squad(
             new = Document(id, id, paragraph.context, title)
             document = documents.setdefault(paragraph.context, new)
             for row in paragraph.qas:
-                question = _question(row, document, faults)
+                question = _question(file, row, document, faults)
                 questions.append(question)
                 if question.answerable:
                     judgements.append(Judgement(id, question.id, document.id, 1))
@@ -91,9 +94,14 @@ def load_squad(
     return dataset.sample(limit, seed)
 
 
-def _question(row: SquadQuestion, document: Document, faults: list[str]) -> Question:
+def _question(file: Path, row: SquadQuestion, document: Document, faults: list[str]) -> Question:
     if row.is_impossible:
         return Question(row.id, row.question, answerable=False)
+    if not row.answers:
+        raise UserError(
+            f'{file} has no "answers" for the question "{row.id}", which only a question with "is_impossible": true '
+            "may leave out: correct the file."
+        )
     spans = [
         EvidenceRow(document=document.id, quote=text, start=start, end=start + len(text))
         for text, start in ((answer.text, answer.answer_start) for answer in row.answers[:1])

@@ -86,8 +86,10 @@ def names_of(*needs: Needs) -> tuple[str, ...]:
     return tuple(metric.name for metric in METRICS if metric.needs in needs)
 
 
-# Keys of metrics.json beside the metrics: no metric has such a name.
-RESERVED_KEYS = frozenset({"label", "key", "dataset", "means", "intervals", "statistics", "warnings"})
+# Keys of metrics.json and per_query.jsonl beside the metrics: no metric has such a name.
+RESERVED_KEYS = frozenset(
+    {"label", "key", "dataset", "means", "intervals", "statistics", "warnings", "query"}
+)
 GOLD_METRICS = names_of("gold answers")
 ANSWER_METRICS = names_of(
     *("gold answers", "citations", "relevant documents", "an unanswerable question", "an answerable question")

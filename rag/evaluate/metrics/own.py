@@ -1,11 +1,14 @@
 """A metric of the user's own, beside those of the table: of rankings, of answers, or of both."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Protocol, runtime_checkable
 
 from rag.evaluate.metrics import METRICS, RESERVED_KEYS
 from rag.evaluate.metrics.answers import JudgedAnswer
-from rag.evaluate.metrics.retrieval import Qrels, Run, canonical_scores
+from rag.evaluate.metrics.retrieval import Qrels, Run, canonical_scores, is_measure
+from rag.evaluate.metrics.spans import is_span_measure
 from rag.runtime.stages import name_with_file, wrong_result
 from rag.types import UserError
 
@@ -30,8 +33,7 @@ class OwnMetric(Protocol):
 def check_own(metric: OwnMetric) -> None:
     """Raise UserError for a metric without a name or a method, or with the name of another metric."""
     name = getattr(metric, "name", None)
-    taken = {row.name.lower() for row in METRICS} | RESERVED_KEYS
-    if not isinstance(name, str) or not name or name.lower() in taken:
+    if not isinstance(name, str) or not name.isprintable() or not name or _is_taken(name):
         raise UserError(
             f"{name_with_file(metric)} is called {name!r}: give it a name that no other metric has, such as "
             'name: ClassVar = "skipped".'
@@ -40,6 +42,12 @@ def check_own(metric: OwnMetric) -> None:
         raise UserError(
             f"{name_with_file(metric)} measures nothing: give it a method of_ranking or of_answer, or both."
         )
+
+
+def _is_taken(name: str) -> bool:
+    """Return whether a name is that of a metric of the table, with or without a cut-off, or of another key."""
+    taken = {label for row in METRICS for label in (row.name.lower(), *row.aliases)} | RESERVED_KEYS
+    return name.lower() in taken or is_span_measure(name) or is_measure(name)
 
 
 def own_ranking_rows(metric: OwnMetric, qrels: Qrels, ranking: Run) -> dict[str, Row]:
@@ -60,6 +68,8 @@ def own_answer_row(metric: OwnMetric, answer: JudgedAnswer) -> Row:
 
 def _row(metric: OwnMetric, measure: Callable, *arguments: Sequence | Mapping | JudgedAnswer) -> Row:
     value = measure(*arguments)
-    if value is not None and not isinstance(value, int | float):
-        raise wrong_result(metric, measure.__name__, value, "a number or None")
-    return {metric.name: None if value is None else float(value)}
+    if value is None:
+        return {metric.name: None}
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise wrong_result(metric, measure.__name__, value, "a finite number or None")
+    return {metric.name: float(value)}

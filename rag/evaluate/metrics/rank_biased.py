@@ -13,7 +13,7 @@ class RankBiasedPrecision(Provider):
     """Compute RBP (Moffat and Zobel 2008): (1 - p) times the sum of p ** (rank - 1) over the relevant documents.
 
     A document of grade `rel` or more is relevant, by default of grade 1 or more; p is the probability that a user looks
-    at the next document. A rank behind the cut-off adds nothing.
+    at the next document. A rank after the cut-off adds nothing.
     """
 
     NAME = "rank_biased"

@@ -32,6 +32,7 @@ _PROVIDER = FallbackProvider(
         *(ir_measures.compat, ir_measures.accuracy, ir_measures.cwl_eval),
     ]
 )
+_LARGEST = 2**31 - 1  # of a cut-off and of a grade: the packages count in 32 bits
 _OTHER_NAMES = {name.lower(): name for name in ir_measures.measures.registry}
 
 Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> grade; 0 or less is not relevant
@@ -62,7 +63,7 @@ def evaluate(
     found = {query: canonical_scores(run[query]) for query in qrels if run.get(query)}
     grades = {q: {d: max(grade, 0) for d, grade in judged.items()} for q, judged in qrels.items()}
     values = {measure: dict.fromkeys(qrels, 0.0) for measure in parsed.values()}
-    for result in _PROVIDER.iter_calc(list(values), grades, found):
+    for result in _PROVIDER.iter_calc(list(values), grades, found) if values else ():
         values[result.measure][result.query_id] = float(result.value)
     means = {name: math.fsum(values[measure].values()) / len(qrels) for name, measure in parsed.items()}
     return means, {q: {name: values[measure][q] for name, measure in parsed.items()} for q in qrels}
@@ -85,6 +86,11 @@ def canonical_scores(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def _measure(name: str) -> Measure:
+    """Return the measure of a name. Raises UserError for one that nothing computes, and for numbers out of range."""
+    if (cutoff := re.search(r"@0*([0-9]+)$", name)) and (
+        len(cutoff[1]) > len(str(_LARGEST)) or int(cutoff[1]) > _LARGEST
+    ):
+        raise UserError(f"The cut-off of {name[:60]!r} is too large: give one of at most {_LARGEST}.")
     match = _NAME.fullmatch(name)
     if match and (metric := find(match[1], "qrels")):
         cutoff = metric.function.SUPPORTED_PARAMS.get("cutoff")  # None: takes none
@@ -114,15 +120,39 @@ def _other_measure(name: str) -> Measure | None:
         return None
     if measure.params.get("cutoff", 1) < 1:
         return None
+    if not 1 <= measure.params.get("rel", 1) <= _LARGEST:
+        raise UserError(
+            f'The measure "{name[:60]}" has a grade rel out of range: give one from 1, since a document without a '
+            f"judgement has grade 0, to {_LARGEST}."
+        )
     if not _PROVIDER.supports(measure):
         able = [one for one in _PROVIDER.providers if one.supports(measure)]
-        remedy = (
-            f": {able[0].install_instructions()}"
-            if able
-            else ", or not with these parameters: choose another."
-        )
+        remedy = f": {able[0].install_instructions()}" if able else _possible(measure)
         raise UserError(f'No installed package computes the measure "{name}"{remedy}')
     return measure
+
+
+def cutoff_of(name: str) -> int:
+    """Return the rank at which a retrieval metric is cut off, 0 for none. Raises UserError for an unknown name."""
+    return _measure(name).params.get("cutoff") or 0
+
+
+def is_measure(name: str) -> bool:
+    """Return whether a name is that of a retrieval metric that can be computed."""
+    try:
+        _measure(name)
+    except UserError:
+        return False
+    return True
+
+
+def _possible(measure: Measure) -> str:
+    """Return the end of a sentence: the parameters with which a measure is computed, or which measures are."""
+    computed = [one for provider in _PROVIDER.providers for one in provider.SUPPORTED_MEASURES]
+    if forms := [str(one) for one in computed if one.NAME == measure.NAME]:
+        return f" with these parameters: choose {' or '.join(dict.fromkeys(forms))}."
+    names = (text for one in computed for text in (one.NAME, f"{one.NAME}@10"))
+    return f": choose one of {', '.join(sorted(filter(is_measure, set(names))))}."
 
 
 def check(measures: Sequence[str]) -> None:

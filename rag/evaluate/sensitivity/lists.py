@@ -91,7 +91,7 @@ class ListSensitivity:
 
     def _round(self, dtype: str) -> Found:
         chunks = self.collection.chunks()
-        vectors = reduce_precision(self.collection.index.vectors, dtype)
+        vectors = reduce_precision(self.collection.vectors, dtype)
         index = MemoryIndex(self.dataset.corpus, chunks, lambda _: vectors)
         embedder = ReducedPrecisionEmbedder(self.collection.embedder, dtype)
         return self._search(

@@ -39,7 +39,7 @@ def tune_bm25(
     """Tune k1 and b.
 
     The candidates of a question are the passages that the extreme points of the grid find on the way to their
-    `depth` best documents. The searches behind the reported figures are as deep.
+    `depth` best documents. The searches of the reported figures are as deep.
 
     Args:
         index: The postings of the passages.

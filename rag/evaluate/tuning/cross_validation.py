@@ -38,7 +38,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The figure of nested cross-validation with the run behind it, and the naive figure."""
+    """The figure of nested cross-validation with its run, and the naive figure."""
 
     family: str
     measure: str

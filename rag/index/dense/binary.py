@@ -168,7 +168,7 @@ def _code(
 
 
 def _words(bits: Array) -> UInt32[Array, "words"]:
-    """Return E booleans packed into words, zeros behind them."""
+    """Return E booleans packed into words, followed by zeros."""
     wide = jnp.pad(bits, (0, -len(bits) % _WORD)).astype(jnp.uint32).reshape(-1, _WORD)
     return (wide << jnp.arange(_WORD, dtype=jnp.uint32)).sum(axis=1, dtype=jnp.uint32)
 

@@ -95,7 +95,7 @@ def best_of_groups(
         vectors: all rows.
         queries: any number of them.
         bounds: bounds[q, g] + slack[q] is no less than the score of any row of group g, whose rows are
-            g * group to (g + 1) * group - 1. The rows behind the last whole group are always candidates.
+            g * group to (g + 1) * group - 1. The rows after the last whole group are always candidates.
         slack: see `bounds`.
         k: the number of results.
         group: the number of rows in a group.

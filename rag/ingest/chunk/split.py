@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from numbers import Integral
 
 import numpy as np
 from jaxtyping import Float32
 
 from rag.embed import Embedder
+from rag.embed.encode import encode_passages
 from rag.ingest.chunk import Chunker
 from rag.ingest.chunk.tokens import Span, TokenSpans
 from rag.ingest.chunk.whole import WholeChunker
@@ -40,7 +42,7 @@ def chunks_of(document: Document, chunker: Chunker, embedder: Embedder | TokenSp
         if not _are_spans(spans, len(text)):
             wanted = "a list of (start, end) within the text, whose starts and ends increase"
             raise wrong_result(chunker, "split", spans, wanted)
-        chunks += [chunk_at(document, begin + start, begin + end) for start, end in spans]
+        chunks += [chunk_at(document, begin + int(start), begin + int(end)) for start, end in spans]
     return chunks
 
 
@@ -48,7 +50,8 @@ def _are_spans(spans: object, length: int) -> bool:
     """Return whether a chunker returned what its protocol says."""
     if not isinstance(spans, list | tuple) or not all(isinstance(one, list | tuple) for one in spans):
         return False
-    inside = all(len(one) == 2 and 0 <= one[0] < one[1] <= length for one in spans)
+    whole = all(len(one) == 2 and all(isinstance(place, Integral) for place in one) for one in spans)
+    inside = whole and all(0 <= start < end <= length for start, end in spans)
     return inside and all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(spans))
 
 
@@ -66,4 +69,4 @@ def _blocks(text: str) -> Iterator[Span]:
 
 def _encode(embedder: Embedder, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
     """Return the vectors of pieces of one document; an embedder that learns from a corpus is fitted to them alone."""
-    return embedder.fit(texts).encode(texts)
+    return encode_passages(embedder.fit(texts), texts)

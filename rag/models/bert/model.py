@@ -6,11 +6,10 @@ logits of a sequence-classification head (`classify`), by which cross-encoders s
 The modules are typed pytrees of weights under Hugging Face's names; the maths is in the functions below them,
 in reading order, and is jitted with the model as an argument.
 
-A row may hold several texts one after another, then padding. `lengths` [B, P] are the lengths of the texts, 0 where
-there are fewer than P: a text attends only to itself, and its positions start at 0.
+A row may hold several texts one after another, then padding. `lengths` [B, texts] are the lengths of the texts, 0
+where there are fewer: a text attends only to itself, and its positions start at 0.
 
-Letters: B batch, T tokens, P passages (or other texts) packed in a row, H heads, D head dim, M width, F ffn,
-V vocab, E embedding dim (= M); N is any width.
+Letters: B batch, T tokens, H heads, D head dim, M width, F ffn, V vocab, E embedding dim (= M); N is any width.
 """
 
 from dataclasses import dataclass, replace
@@ -186,8 +185,8 @@ def token_states(model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B"
 
 @partial(jax.jit, static_argnames="pooling")
 def embed(
-    model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B P"], *, pooling: Pooling
-) -> Float[Array, "B P E"]:
+    model: Bert, tokens: Int[Array, "B T"], lengths: Int[Array, "B texts"], *, pooling: Pooling
+) -> Float[Array, "B texts E"]:
     """Return one float32 vector for each text, zeros where there is no text.
 
     Args:
@@ -202,7 +201,7 @@ def embed(
 def forward(
     model: Bert,
     tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B P"],
+    lengths: Int[Array, "B texts"],
     token_types: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T M"]:
     """Return the hidden states of the last layer, undefined past a row's texts.
@@ -246,8 +245,8 @@ def encoder_layer(
 
 
 def pool(
-    hidden: Float[Array, "B T M"], lengths: Int[Array, "B P"], pooling: Pooling
-) -> Float[Array, "B P M"]:
+    hidden: Float[Array, "B T M"], lengths: Int[Array, "B texts"], pooling: Pooling
+) -> Float[Array, "B texts M"]:
     """Return each text's first state or mean state, float32, normalised if `pooling` says so; zeros for no text."""
     with jax.named_scope("pool"):
         segments, positions = _segments_and_positions(lengths, hidden.shape[1])
@@ -264,7 +263,7 @@ def pool(
 
 
 def _segments_and_positions(
-    lengths: Int[Array, "B P"], count: int
+    lengths: Int[Array, "B texts"], count: int
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """Return for each of `count` tokens the index of its text in the row, -1 for padding, and its position there."""
     t = jnp.arange(count)

@@ -1,6 +1,6 @@
 """Rerank with a cross-encoder: a sequence classifier of question and passage (Nogueira and Cho 2019, arXiv:1901.04085).
 
-B batch, T tokens of a pair, P pairs, L labels
+B batch, T tokens of a pair, L labels
 """
 
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ class CrossEncoder:
         return self.label
 
 
-def label_scores(logits: Float32[np.ndarray, "P L"], label: int) -> Float64[np.ndarray, "P"]:
+def label_scores(logits: Float32[np.ndarray, "pairs L"], label: int) -> Float64[np.ndarray, "pairs"]:
     """Return the logit of a single label, else the log-odds of `label`: log p(label) - log p(any other)."""
     logits = logits.astype(np.float64)
     if logits.shape[1] == 1:
@@ -126,14 +126,14 @@ def longest_first(left: int, right: int, limit: int) -> tuple[int, int]:
     return (limit - shorter, shorter) if left > right else (shorter, limit - shorter)
 
 
-def _lengths(pairs: Sequence[tuple[list[int], list[int]]]) -> Int[np.ndarray, "P"]:
+def _lengths(pairs: Sequence[tuple[list[int], list[int]]]) -> Int[np.ndarray, "pairs"]:
     return np.array([len(before) + len(after) for before, after in pairs], np.int64)
 
 
 def _pair_batch(
     pairs: Sequence[tuple[list[int], list[int]]], size: int, width: int, types: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"], Int[np.ndarray, "B T"]]:
-    """Return (tokens, lengths, token types) of `size` rows; those behind the pairs are padding."""
+    """Return (tokens, lengths, token types) of `size` rows; those after the pairs are padding."""
     tokens, kinds = np.zeros((size, width), np.int32), np.zeros((size, width), np.int32)
     lengths = np.ones(size, np.int32)
     for row, (before, after) in enumerate(pairs):

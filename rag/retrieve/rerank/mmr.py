@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
+from rag.embed.encode import encode_queries
 from rag.index.normalizers import min_max
 from rag.retrieve.collection import Collection
 from rag.runtime.options import Share, check_fields
@@ -54,7 +55,7 @@ class MMR:
         self, collection: Collection, questions: Sequence[str], hits: Sequence[Sequence[Hit]]
     ) -> list[list[Hit]]:
         """Return the hits of each question in the order of selection, with their marginal relevance as scores."""
-        queries = collection.embedder.encode_queries(questions)
+        queries = encode_queries(collection.embedder, questions)
         results: list[list[Hit]] = [[] for _ in hits]
         for size, batch in _batches([len(found) for found in hits]):
             vectors = np.zeros((_BATCH, size, queries.shape[1]), np.float32)
@@ -62,7 +63,7 @@ class MMR:
             asked = np.zeros((_BATCH, queries.shape[1]), np.float32)
             for row, i in enumerate(batch):
                 n, rows = len(hits[i]), [hit.row for hit in hits[i]]
-                vectors[row, :n], scores[row, :n] = collection.index.vectors[rows], [h.score for h in hits[i]]
+                vectors[row, :n], scores[row, :n] = collection.vectors[rows], [h.score for h in hits[i]]
                 asked[row], real[row, :n] = queries[i], True
             cosine = self.relevance == "cosine"
             relevance = _cosines(asked, vectors) if cosine else _rescaled(scores, real)
