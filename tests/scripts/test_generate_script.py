@@ -63,9 +63,7 @@ def test_nothing_relevant_means_abstaining(index, run_main):
 
 
 def test_a_session_knows_its_commands(index, run_main, monkeypatch):
-    lines = (
-        "/sources\nWhat eats krill?\n/sources\n/context\n/nothing\n/help\nquit\nAnd a seal?\n/quit\nnever read\n"
-    )
+    lines = "/sources\nWhat eats krill?\n/sources\n/context\n/nothing\n/help\nquit\nAnd a seal?\n/quit\nnever read\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     out, err = run_main(generate, *ASK, "k=1")
     assert "/help explains how" in err
