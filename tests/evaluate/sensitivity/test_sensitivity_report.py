@@ -15,7 +15,7 @@ from rag.evaluate.sensitivity.report import SensitivityReport
 from rag.types import UserError
 from tests import tiny_models
 from tests.evaluate.default_options import defaults, sensitivity_options
-from tests.evaluate.sensitivity_system import FEW, RandomEmbedder, system
+from tests.evaluate.sensitivity.sensitivity_system import FEW, RandomEmbedder, system
 from tests.typecheck import unchecked
 
 

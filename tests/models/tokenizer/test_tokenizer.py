@@ -80,7 +80,7 @@ def test_loading_imports_nothing_heavy(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
 
@@ -296,7 +296,7 @@ SPECIAL = ("<|im_start|>", "<|im_end|>")
 @pytest.mark.weights
 def test_default_generator_equals_llama_cpp(generator_weights):
     tokenizer = load_tokenizer(generator_weights)
-    rows = json.loads((Path(__file__).parents[1] / "goldens" / "tokenizer_smollm.json").read_text())
+    rows = json.loads((Path(__file__).parents[2] / "goldens" / "tokenizer_smollm.json").read_text())
     assert len(rows) == 60
     for row in rows:
         assert tokenizer.encode(row["text"], special=False) == row["ids"], row["text"]

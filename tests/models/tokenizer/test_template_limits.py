@@ -26,7 +26,7 @@ def test_what_takes_long_or_much_is_refused():
     """In a process of its own, that has little memory and does not check every call's types."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.hostile_templates"], capture_output=True, text=True, timeout=120,
-        cwd=Path(__file__).parents[2], preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
+        cwd=Path(__file__).parents[3], preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

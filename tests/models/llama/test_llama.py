@@ -23,7 +23,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 
 @pytest.fixture(scope="module")
 def goldens(request):
-    return np.load(request.path.parents[1] / "goldens" / "tiny_decoders.npz")
+    return np.load(request.path.parents[2] / "goldens" / "tiny_decoders.npz")
 
 
 def tiny(goldens, family):
@@ -175,7 +175,7 @@ def smollm2(generator_weights):
 
 @pytest.fixture(scope="module")
 def smollm2_goldens(request):
-    return json.loads((request.path.parents[1] / "goldens" / "smollm2.json").read_text())
+    return json.loads((request.path.parents[2] / "goldens" / "smollm2.json").read_text())
 
 
 @pytest.mark.weights

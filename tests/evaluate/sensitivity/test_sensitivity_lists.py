@@ -13,7 +13,7 @@ from rag.evaluate.sensitivity.reduced_precision import ReducedPrecisionEmbedder,
 from rag.retrieve.search import Hybrid, Lexical
 from tests import tiny_models
 from tests.evaluate.default_options import sensitivity_options
-from tests.evaluate.sensitivity_system import (
+from tests.evaluate.sensitivity.sensitivity_system import (
     FEW,
     RandomEmbedder,
     bfloat16,

@@ -12,7 +12,7 @@ from rag.generate.local import LocalGenerator
 from rag.runtime import shapes
 from tests import tiny_models
 from tests.evaluate.default_options import sensitivity_options
-from tests.evaluate.sensitivity_system import (
+from tests.evaluate.sensitivity.sensitivity_system import (
     BatchDependentGenerator,
     RandomEmbedder,
     by_setting,

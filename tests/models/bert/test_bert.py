@@ -29,7 +29,7 @@ from tests.tiny_models import (
     write_sentence_files,
 )
 
-GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny_encoders.npz"
+GOLDENS = Path(__file__).parents[2] / "goldens" / "tiny_encoders.npz"
 FAMILIES = ("bert", "bert_gelu_new", "bert_relu", "roberta")
 MEAN = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False, "word_embedding_dimension": 16}
 
