@@ -108,9 +108,10 @@ class Experiment:
 
     @cached_property
     def problems(self) -> tuple[str, ...]:
-        """Return what is wrong with the dataset, and with a run file for it, without being an error."""
-        documents = (document.id for document in self.dataset.corpus)
-        return (*self.dataset.problems, *run_problems(self.method, self.dataset.queries, documents))
+        """Return what is wrong with the dataset, a run file or the measures without being an error."""
+        documents = [document.id for document in self.dataset.corpus]
+        shallow = beyond_depth(self.evaluation.measures, self.evaluation.depth, len(documents))
+        return (*self.dataset.problems, *run_problems(self.method, self.dataset.queries, documents), *shallow)
 
     @cached_property
     def key(self) -> str:
@@ -201,8 +202,7 @@ class Experiment:
         latency = measure_latency(method, collection, probes)
         tokens = sum(reply.prompt_tokens + reply.new_tokens for reply in replies)
         generator = describe(self.generator()) if self._uses_generator else None
-        shallow = beyond_depth(evaluation.measures, evaluation.depth, len(dataset.corpus))
-        figures = summary(dataset, rows, self.statistics, self.key, [*too_long(replies), *shallow])
+        figures = summary(dataset, rows, self.statistics, self.key, too_long(replies))
         files |= {
             "metrics.json": json_text(figures),
             "per_query.jsonl": json_lines({"query": query} | row for query, row in rows.items()),

@@ -109,7 +109,7 @@ def _is_finite(score: Any) -> bool:
     """Return whether a score is a finite number; one of numpy or JAX is a number too."""
     try:
         return math.isfinite(score)
-    except TypeError:
+    except (TypeError, OverflowError):  # no number, or a whole number beyond float
         return False
 
 

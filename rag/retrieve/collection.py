@@ -62,7 +62,9 @@ class Collection:
     def fresh(self) -> "Collection":
         """Return a collection of the same index and models with nothing cached or built, to measure a search."""
         embedder = self._embedder.uncached if isinstance(self._embedder, CachedEmbedder) else self._embedder
-        return Collection(self._index, embedder, self._generator, queries=self.queries)
+        fresh = Collection(self._index, embedder, self._generator, queries=self.queries)
+        fresh._running = self._running  # a stage may not use more of it
+        return fresh
 
     @property
     def nbytes(self) -> int:

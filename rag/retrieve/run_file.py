@@ -171,6 +171,6 @@ def _run_line(path: str | Path, line: int, content: str) -> tuple[str, str, floa
     except ValueError:
         pass
     raise UserError(
-        f"{path}, line {line} is not: query, Q0, document, rank, score from -{LARGEST_SCORE} to {LARGEST_SCORE}, tag: "
-        "correct it."
+        f"{path}, line {line} is not: query, Q0, document, rank, score from -{LARGEST_SCORE:g} to {LARGEST_SCORE:g}, "
+        "tag: correct it."
     )

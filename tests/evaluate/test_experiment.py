@@ -182,8 +182,9 @@ def test_a_measure_that_is_cut_off_beyond_the_retrieved_documents_gives_a_warnin
 
     def warnings(depth):
         options = EvaluationOptions(depth=depth, measures=measures, probes=1)
-        found = read(experiment(evaluation=options).run(), "metrics.json")["warnings"]
-        return [warning for warning in found if "evaluation.depth" in warning]
+        return [
+            problem for problem in experiment(evaluation=options).problems if "evaluation.depth" in problem
+        ]
 
     sentence = f"nDCG@{documents} saw only the first 2 documents of each query: raise evaluation.depth."
     assert warnings(2) == [sentence]

@@ -174,3 +174,16 @@ def test_a_packed_run_and_one_from_a_pipe_are_those_of_the_plain_file(tmp_path):
     (tmp_path / "cut.gz").write_bytes(gzip.compress(PYSERINI.encode())[:-12])
     with pytest.raises(UserError, match="cannot be read"):
         load_run(tmp_path / "cut.gz")
+
+
+@pytest.mark.parametrize("score", ["3.4e38", "-3.4e38"])
+def test_equal_scores_at_the_ends_of_the_range_can_be_evaluated(tmp_path, score):
+    lines = "".join(f"q1 Q0 d{i} {i} {score} t\n" for i in range(4))
+    ranking = {
+        query: {hit.chunk.document_id: hit.score for hit in hits}
+        for query, hits in found(run_of(tmp_path, lines)).items()
+    }
+    _, values = evaluate(DATASET.qrels, ranking, ["nDCG@10", "MRR@10"])
+    assert values["q1"]["MRR@10"] == 1 / 2  # d3, d2, d1, d0
+    with pytest.raises(UserError, match=r"score from -3\.4e\+38 to 3\.4e\+38"):
+        run_of(tmp_path, lines.replace("3.4e38", "3.41e38"))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from typing import Protocol, runtime_checkable
 
@@ -70,6 +71,8 @@ def _row(metric: OwnMetric, measure: Callable, *arguments: Sequence | Mapping | 
     value = measure(*arguments)
     if value is None:
         return {metric.name: None}
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise wrong_result(metric, measure.__name__, value, "a finite number or None")
-    return {metric.name: float(value)}
+    if not isinstance(value, bool) and isinstance(value, Real):
+        with suppress(OverflowError):  # a whole number beyond float
+            if math.isfinite(value):
+                return {metric.name: float(value)}
+    raise wrong_result(metric, measure.__name__, value, "a finite number or None")

@@ -147,7 +147,9 @@ def test_a_wrong_metric_is_reported_before_anything_is_computed(metric, sentence
         check_own(metric)
 
 
-@pytest.mark.parametrize("value", ["high", float("nan"), -np.inf, np.float32("nan"), True, np.ones(2)])
+@pytest.mark.parametrize(
+    "value", ["high", float("nan"), -np.inf, np.float32("nan"), 10**400, True, np.ones(2)]
+)
 def test_a_metric_that_returns_no_finite_number_is_reported(value):
     with pytest.raises(UserError, match=r"of_ranking returned [^;]*; it must return a finite number or None"):
         own_ranking_rows(Named(value=value), {"q": {"a": 1}}, {})
