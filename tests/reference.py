@@ -45,7 +45,18 @@ class AttentionOracle(NamedTuple):
 
 
 def attention_mask(
-    batch, queries, keys, *, causal, window, q_offset, kv_length, q_segments, kv_segments, q_positions=None
+    batch,
+    queries,
+    keys,
+    *,
+    causal,
+    window,
+    q_offset,
+    kv_length,
+    q_segments,
+    kv_segments,
+    q_positions=None,
+    q_prefixes=None,
 ) -> np.ndarray:
     """Return which keys each query attends to, computed pair by pair: [B, T, S]."""
     mask = np.zeros((batch, queries, keys), bool)
@@ -55,7 +66,9 @@ def attention_mask(
         sees = kv_length is None or s < kv_length[b]
         sees &= not causal or s <= i
         sees &= window is None or abs(i - s) < window
-        sees &= q_segments is None or (q_segments[b, t] == kv_segments[b, s] and q_segments[b, t] >= 0)
+        if q_segments is not None:
+            seen = {q_segments[b, t], q_segments[b, t] if q_prefixes is None else q_prefixes[b, t]}
+            sees &= q_segments[b, t] >= 0 and kv_segments[b, s] >= 0 and kv_segments[b, s] in seen
         mask[b, t, s] = sees
     return mask
 
@@ -74,6 +87,7 @@ def attention_oracle(
     kv_length=None,
     q_segments=None,
     kv_segments=None,
+    q_prefixes=None,
     scale=None,
 ) -> AttentionOracle:
     """Compute attention and its gradients in float64, head by head, by the textbook formulas."""
@@ -83,7 +97,7 @@ def attention_oracle(
     scale = dim**-0.5 if scale is None else scale
     mask = attention_mask(
         batch, queries, k.shape[2], causal=causal, window=window, q_offset=q_offset, kv_length=kv_length,
-        q_segments=q_segments, kv_segments=kv_segments, q_positions=q_positions,
+        q_segments=q_segments, kv_segments=kv_segments, q_positions=q_positions, q_prefixes=q_prefixes,
     )  # fmt: skip
     out, lse = np.zeros_like(q), np.full(q.shape[:3], -np.inf)
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)

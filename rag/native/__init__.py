@@ -133,7 +133,7 @@ def attention(
     v: Float32[Array, "B K S D"],
     first: Int[Array, "B T"],
     past: Int[Array, "B T"],
-    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"], Int[Array, "B T"]] | None,
     scale: float,
 ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]]:
     """Return softmax attention of each query to the keys [first, past), and the log-sum-exp of its scaled scores.
@@ -143,13 +143,14 @@ def attention(
     Args:
         q, k, v: D is at most MOST_DIM.
         first, past: the range of keys of each query.
-        segments: the ids of queries and keys: a query sees only keys of its own id, and with a negative id none.
+        segments: the ids of queries, keys, and the prefixes of queries: a query sees only keys of its own id and
+            of its prefix, and with a negative id none.
         scale: factor of the scores.
 
     Returns:
         Zeros and -inf for a query that sees nothing.
     """
-    masks = [first, past, *(segments or (jnp.zeros((0, 0)), jnp.zeros((0, 0))))]
+    masks = [first, past, *(segments or [jnp.zeros((0, 0))] * 3)]
     results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], q.dtype))
     call = jax.ffi.ffi_call("rag_attention", results, vmap_method="sequential")
     return _on_cpu(call, q, k, v, *(array.astype(jnp.int32) for array in masks), scale=np.float32(scale))

@@ -59,6 +59,63 @@ def linear(
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rounded_linear(
+    x: Float[Array, "*batch M"], weight: Float[Array, "O M"], dtype: DTypeLike
+) -> Float32[Array, "*batch O"]:
+    """Return `x @ weight.T`, accumulated in float32, with x, the weight and the cotangents rounded to `dtype`.
+
+    Without the rounded cotangents the products of the backward pass would have inputs of two types, which XLA:CPU
+    computes in float32, half as fast as in bfloat16 or slower.
+    """
+    return jnp.einsum(
+        "...m,om->...o", x.astype(dtype), weight.astype(dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _rounded_linear_forward(x: Array, weight: Array, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
+    return rounded_linear(x, weight, dtype), (x.astype(dtype), weight)
+
+
+def _rounded_linear_backward(
+    dtype: DTypeLike, saved: tuple[Array, Array], dy: Float32[Array, "*batch O"]
+) -> tuple[Array, Array]:
+    x, weight = saved
+    dy, rounded = dy.astype(dtype), weight.astype(dtype)
+    dx = jnp.einsum("...o,om->...m", dy, rounded, preferred_element_type=jnp.float32)
+    dweight = jnp.einsum("...o,...m->om", dy, x, preferred_element_type=jnp.float32)
+    return dx, dweight.astype(weight.dtype)
+
+
+rounded_linear.defvjp(_rounded_linear_forward, _rounded_linear_backward)
+
+
+@jax.custom_vjp
+def low_rank_linear(
+    x: Float32[Array, "R M"], a: Float32[Array, "rank M"], b: Float32[Array, "rank O"]
+) -> Float32[Array, "R O"]:
+    """Return `x @ a.T @ b`: a linear map of low rank, as LoRA adds it to a weight.
+
+    The gradients are written out because automatic differentiation makes products of them that XLA:CPU computes up
+    to nine times as slowly: [M, R] @ [R, rank] where [rank, R] @ [R, M] is the same.
+    """
+    return (x @ a.T) @ b
+
+
+def _low_rank_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
+    low = x @ a.T
+    return low @ b, (x, low, a, b)
+
+
+def _low_rank_backward(saved: tuple[Array, ...], dy: Float32[Array, "R O"]) -> tuple[Array, Array, Array]:
+    x, low, a, b = saved
+    dlow = dy @ b.T
+    return dlow @ a, dlow.T @ x, low.T @ dy
+
+
+low_rank_linear.defvjp(_low_rank_forward, _low_rank_backward)
+
+
 def quantize(weight: Float[Array, "O M"]) -> tuple[Int8[Array, "O M"], Float32[Array, "O"]]:
     """Return (values, scale): per-row symmetric int8, within scale[o] / 2 of the weight; a row of zeros has scale 0."""
     weight = weight.astype(jnp.float32)

@@ -11,6 +11,7 @@ F ffn, V vocab; N is any width.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,16 @@ class Llama(nnx.Module):
         self.native = False  # whether rag.native computes the layers
 
 
+class Packing(NamedTuple):
+    """Which sequence each token of packed rows belongs to; several sequences may share their beginning.
+
+    A token sees the earlier tokens of its own sequence, and all of the beginning that it continues.
+    """
+
+    segments: Int[Array, "B T"]  # id of the sequence; -1 is padding
+    prefixes: Int[Array, "B T"]  # id of the beginning that the sequence continues; -1 is none
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
 @dataclass(frozen=True)
 class KVCache:
@@ -178,6 +189,7 @@ def run_layers(
     x: Float[Array, "B T M"],
     positions: Int[Array, "B *at"],
     cache: KVCache | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Float[Array, "B T M"], KVCache]:
     """Run some of the layers as `forward` does.
 
@@ -187,6 +199,8 @@ def run_layers(
         x: the residual stream before them.
         positions: as in `forward`.
         cache: the keys and values of earlier tokens in these layers.
+        packing: the sequences of rows that hold several, without a cache. Positions are then [B, T], each token's
+            in its own sequence.
 
     Returns:
         The residual stream after them, and the cache of these layers alone.
@@ -201,7 +215,7 @@ def run_layers(
     for i, layer in enumerate(layers, some.start or 0):
         cached = None if cache is None else (cache.keys[len(keys)], cache.values[len(keys)])
         with jax.named_scope(f"layer_{i}"):
-            x, (k, v) = _layer(layer, c, x, rotary, positions, cached)
+            x, (k, v) = _layer(layer, c, x, rotary, positions, cached, packing)
         keys.append(k.astype(cache_dtype(model)))
         values.append(v.astype(cache_dtype(model)))
     return x, KVCache(tuple(keys), tuple(values))
@@ -227,10 +241,17 @@ def cache_dtype(model: Llama) -> np.dtype:
 
 
 def _layer(
-    layer: LlamaLayer, c: LlamaConfig, x: Array, rotary: Array, positions: Array, cached: _LayerCache | None
+    layer: LlamaLayer,
+    c: LlamaConfig,
+    x: Array,
+    rotary: Array,
+    positions: Array,
+    cached: _LayerCache | None,
+    packing: Packing | None,
 ) -> tuple[Array, _LayerCache]:
     """Return the residual stream after the layer, and its keys and values with those of these tokens."""
-    attended, written = _attend(layer.self_attn, c, layer.input_layernorm(x), rotary, positions, cached)
+    normed = layer.input_layernorm(x)
+    attended, written = _attend(layer.self_attn, c, normed, rotary, positions, cached, packing)
     x = x + attended
     return x + _mlp(layer.mlp, layer.post_attention_layernorm(x)), written
 
@@ -281,13 +302,17 @@ def _attend(
     rotary: Array,
     positions: Array,
     cached: _LayerCache | None,
+    packing: Packing | None,
 ) -> tuple[Array, _LayerCache]:
     with jax.named_scope("attention"):
         q = split_heads(layer.q_proj(x), c.num_attention_heads)
         q = rotate(q if layer.q_norm is None else layer.q_norm(q), rotary)
         k, v = _keys_values(layer, c, x, rotary)
         if cached is None:
-            out = attention(q, k, v, causal=True)
+            segments, prefixes = packing or (None, None)
+            out = attention(
+                q, k, v, causal=True, q_segments=segments, kv_segments=segments, q_prefixes=prefixes
+            )
         else:
             k, v = _write(cached[0], k, positions), _write(cached[1], v, positions)
             consecutive = positions.ndim == 1

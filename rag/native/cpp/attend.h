@@ -63,16 +63,16 @@ void Transpose(const Tile<T>& tile, float* transposed) {
 }
 
 // One query: its vector, the slots [from, to) that it sees, and the state to update. With `ids`, the segment ids of the
-// slots, it sees only those of its own id.
+// slots, it sees only those of its own id and of its prefix.
 struct Query {
   const float* vector;
   int64_t from, to;
   SoftmaxState* state;
   const int32_t* ids = nullptr;
-  int32_t id = 0;
+  int32_t id = 0, prefix = 0;
 
   bool All(int64_t slots) const { return from == 0 && to == slots && !ids; }
-  bool Sees(int64_t s) const { return s >= from && s < to && (!ids || ids[s] == id); }
+  bool Sees(int64_t s) const { return s >= from && s < to && (!ids || ids[s] == id || ids[s] == prefix); }
 };
 
 // Computes sums[i] += a[i] . b, where b [size, stride] is C vectors wide.

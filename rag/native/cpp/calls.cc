@@ -60,13 +60,17 @@ ffi::Error Decoder(ffi::ThreadPool pool, int64_t threads, float eps, F32 x, S32 
 }
 
 ffi::Error Attention(ffi::ThreadPool pool, int64_t threads, float scale, F32 q, F32 k, F32 v, S32 from, S32 to,
-                     S32 segments, S32 slot_segments, ffi::ResultBuffer<ffi::F32> out,
+                     S32 segments, S32 slot_segments, S32 prefixes, ffi::ResultBuffer<ffi::F32> out,
                      ffi::ResultBuffer<ffi::F32> lse) {
   Team team(pool, threads);
   const auto queries = q.dimensions(), shape = k.dimensions();
   const Shape z{queries[0], queries[2], queries[1], shape[1], shape[2], shape[3]};
   Mask mask{from.typed_data(), to.typed_data()};
-  if (segments.element_count()) mask.segments = segments.typed_data(), mask.slot_segments = slot_segments.typed_data();
+  if (segments.element_count()) {
+    mask.segments = segments.typed_data();
+    mask.slot_segments = slot_segments.typed_data();
+    mask.prefixes = prefixes.typed_data();
+  }
   const auto index = [&](int64_t r, int64_t h) { return (r / z.tokens * z.heads + h) * z.tokens + r % z.tokens; };
   const auto query = [&](int64_t r, int64_t h) { return q.typed_data() + index(r, h) * z.dim; };
   const auto done = [&](int64_t r, int64_t h, const SoftmaxState& state) {
@@ -117,6 +121,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RagAttention, rag::Attention,
                                   .Arg<S32>()     // to [B, T]
                                   .Arg<S32>()     // segments [B, T], or empty
                                   .Arg<S32>()     // segments of slots [B, S], or empty
+                                  .Arg<S32>()     // segments of the prefixes [B, T], or empty
                                   .Ret<F32>()     // [B, H, T, D]
                                   .Ret<F32>());   // log-sum-exp [B, H, T]
 

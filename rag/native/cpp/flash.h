@@ -25,22 +25,24 @@ struct Shape {
 };
 
 // The attention mask. Each token sees the slots [from, to), both [B, T]; `from` may be null, which is 0. With segments,
-// [B, T] and [B, S], it sees only slots of its own id, and with a negative id none.
+// [B, T] and [B, S], it sees only slots of its own id and of its prefix's [B, T], and with a negative id none.
 struct Mask {
-  const int32_t *from, *to, *segments = nullptr, *slot_segments = nullptr;
+  const int32_t *from, *to, *segments = nullptr, *slot_segments = nullptr, *prefixes = nullptr;
 
   // Returns the query of token r, with [from, to) narrowed to the slots of its segment.
   Query QueryOf(const Shape& z, int64_t r, const float* vector, SoftmaxState* state) const {
     Query q{vector, from ? from[r] : 0, to[r], state};
     if (!segments || q.from >= q.to) return q;
     const int32_t* ids = slot_segments + r / z.tokens * z.slots;
-    q.id = segments[r];
+    q.id = segments[r], q.prefix = prefixes[r];
     if (q.id < 0) q.to = q.from;
-    while (q.from + 16 <= q.to && !std::count(ids + q.from, ids + q.from + 16, q.id)) q.from += 16;
-    while (q.from < q.to && ids[q.from] != q.id) q.from++;
-    while (q.from + 16 <= q.to && !std::count(ids + q.to - 16, ids + q.to, q.id)) q.to -= 16;
-    while (q.from < q.to && ids[q.to - 1] != q.id) q.to--;
-    if (std::any_of(ids + q.from, ids + q.to, [&](int32_t id) { return id != q.id; })) q.ids = ids;
+    const auto sees = [&](int32_t id) { return id == q.id || id == q.prefix; };
+    const auto some = [&](int64_t s) { return std::count_if(ids + s, ids + s + 16, sees) > 0; };
+    while (q.from + 16 <= q.to && !some(q.from)) q.from += 16;
+    while (q.from < q.to && !sees(ids[q.from])) q.from++;
+    while (q.from + 16 <= q.to && !some(q.to - 16)) q.to -= 16;
+    while (q.from < q.to && !sees(ids[q.to - 1])) q.to--;
+    if (!std::all_of(ids + q.from, ids + q.to, sees)) q.ids = ids;
     return q;
   }
 };
@@ -60,7 +62,7 @@ class Tiles {
       some_.clear();
       for (const Query& q : queries) {
         const int64_t from = std::max<int64_t>(q.from - s, 0), to = std::min(q.to - s, count);
-        if (from < to) some_.push_back({q.vector, from, to, q.state, q.ids ? q.ids + s : nullptr, q.id});
+        if (from < to) some_.push_back({q.vector, from, to, q.state, q.ids ? q.ids + s : nullptr, q.id, q.prefix});
       }
       if (!some_.empty()) AttendAll(some_, At(pair, s, count, some_.size() >= many), scale);
     }

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from rag.ops.attention import flash, native, reference, xla
-from rag.ops.attention.mask import MaskArguments
+from rag.ops.attention.mask import MaskArguments, Segments
 from rag.ops.attention.options import AttentionOptions, BlockSizes
 from rag.ops.attention.tiles import DECODE_TOKENS, runs_unrolled
 
@@ -66,6 +66,7 @@ def attention(
     kv_length: Int[Array, "B"] | None = None,
     q_segments: Int[Array, "B T"] | None = None,
     kv_segments: Int[Array, "B S"] | None = None,
+    q_prefixes: Int[Array, "B T"] | None = None,
     window: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
@@ -86,6 +87,8 @@ def attention(
         q_segments: ids of packed sequences: a query sees only the keys of its own id; a negative id is padding
             that sees nothing. Both of q_segments and kv_segments are given, or neither.
         kv_segments: the ids of the keys.
+        q_prefixes: ids of segments that the queries see besides their own: sequences packed behind a beginning
+            that they share. A negative id is none.
         window: hide all keys that are `window` or more positions away.
         scale: factor of the scores; None is 1/sqrt(D).
         return_lse: also return the log-sum-exp.
@@ -115,7 +118,7 @@ def attention(
     mask_arguments = MaskArguments(
         q_positions,
         jnp.full((1,), k.shape[2]) if kv_length is None else jnp.minimum(kv_length, k.shape[2]),
-        _segments(q_segments, kv_segments),
+        _segments(q_segments, kv_segments, q_prefixes),
     )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = AttentionOptions(causal, window, scale, from_start, blocks)
@@ -142,12 +145,15 @@ def _check(q: Array, k: Array, v: Array, window: int | None, implementation: str
         raise ValueError(f"A window of {window} hides every key: give at least 1, or None for no window.")
 
 
-def _segments(q_segments: Array | None, kv_segments: Array | None) -> tuple[Array, Array] | None:
-    if q_segments is None and kv_segments is None:
+def _segments(
+    q_segments: Array | None, kv_segments: Array | None, q_prefixes: Array | None
+) -> Segments | None:
+    if q_segments is None and kv_segments is None and q_prefixes is None:
         return None
     if q_segments is None or kv_segments is None:
-        raise ValueError("Give both q_segments and kv_segments, or neither.")
-    return q_segments, kv_segments
+        raise ValueError("Give both q_segments and kv_segments, or neither; with q_prefixes both.")
+    prefixes = q_segments if q_prefixes is None else jnp.where(q_prefixes < 0, q_segments, q_prefixes)
+    return Segments(q_segments, kv_segments, prefixes)
 
 
 @partial(jax.jit, static_argnames=("options", "on_cpu", "elsewhere", "return_lse"))

@@ -17,12 +17,23 @@ from rag.runtime.shapes import ceil_div
 MASKED_SCORE = -1e30
 
 
+class Segments(NamedTuple):
+    """The ids of packed sequences; a negative id is padding, which sees nothing and is not seen.
+
+    A query sees the keys of its own id, and those of its prefix: the beginning that several sequences share.
+    """
+
+    queries: Int[Array, "B T"]
+    keys: Int[Array, "B S"]
+    prefixes: Int[Array, "B T"]  # of the queries; the own id where there is none
+
+
 class MaskArguments(NamedTuple):
     """The traced arguments of the mask."""
 
     q_positions: Int[Array, "b T"]  # any, in any order
     kv_length: Int[Array, "b"]  # keys at or past it do not exist
-    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None  # ids of queries, keys; negative is padding
+    segments: Segments | None
 
 
 TileSpan = tuple[int | Int[Array, ""], int]  # (start, size): only the size has to be static
@@ -69,10 +80,13 @@ def tile_mask(
     if options.window is not None:
         mask &= jnp.abs(i - j) < options.window
     if mask_arguments.segments is not None:
-        q_ids, kv_ids = mask_arguments.segments
-        q_ids = lax.dynamic_slice_in_dim(q_ids, *rows, axis=1)[:, :, None]
-        kv_ids = lax.dynamic_slice_in_dim(kv_ids, *columns, axis=1)[:, None, :]
-        mask &= (q_ids == kv_ids) & (q_ids >= 0)
+        segments = mask_arguments.segments
+        own, prefix = (
+            lax.dynamic_slice_in_dim(ids, *rows, axis=1)[:, :, None]
+            for ids in (segments.queries, segments.prefixes)
+        )
+        keys = lax.dynamic_slice_in_dim(segments.keys, *columns, axis=1)[:, None, :]
+        mask &= ((keys == own) | (keys == prefix)) & (own >= 0) & (keys >= 0)
     return jnp.broadcast_to(mask, (mask.shape[0], rows[1], columns[1]))
 
 
@@ -99,7 +113,7 @@ def key_blocks(
     full_start = ceil_div(first.max(), block_k)
     full_stop = past.min() // block_k
     if mask_arguments.segments is not None:
-        low, high = _segment_blocks(*mask_arguments.segments, i, block_q, block_k)
+        low, high = _segment_blocks(mask_arguments.segments, i, block_q, block_k)
         start = jnp.maximum(start, low)
         stop = jnp.maximum(jnp.minimum(stop, high), start)
         full_start = full_stop = start
@@ -108,16 +122,18 @@ def key_blocks(
 
 
 def _segment_blocks(
-    q_segments: Int[Array, "B T"],
-    kv_segments: Int[Array, "B S"],
-    i: int | Int[Array, ""],
-    block_q: int,
-    block_k: int,
+    segments: Segments, i: int | Int[Array, ""], block_q: int, block_k: int
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Return the range of key blocks whose segment ids overlap those of query block `i`, in any row."""
-    q_ids = lax.dynamic_slice_in_dim(q_segments, i * block_q, block_q, axis=1)
-    kv_ids = kv_segments.reshape(kv_segments.shape[0], -1, block_k)
-    (q_low, q_high), (kv_low, kv_high) = _id_range(q_ids), _id_range(kv_ids)
+    """Return the range of key blocks whose segment ids overlap those that query block `i` sees, in any row."""
+    seen = jnp.concatenate(
+        [
+            lax.dynamic_slice_in_dim(ids, i * block_q, block_q, axis=1)
+            for ids in (segments.queries, segments.prefixes)
+        ],
+        axis=1,
+    )
+    keys = segments.keys.reshape(segments.keys.shape[0], -1, block_k)
+    (q_low, q_high), (kv_low, kv_high) = _id_range(seen), _id_range(keys)
     overlaps = ((kv_low <= q_high[:, None]) & (kv_high >= q_low[:, None])).any(axis=0)  # key blocks
     first, past = jnp.argmax(overlaps), overlaps.size - jnp.argmax(overlaps[::-1])
     return jnp.where(overlaps.any(), first, 0), jnp.where(overlaps.any(), past, 0)

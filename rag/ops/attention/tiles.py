@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from rag.ops.attention.mask import MASKED_SCORE, MaskArguments, TileSpan, key_blocks, tile_mask
+from rag.ops.attention.mask import MASKED_SCORE, MaskArguments, Segments, TileSpan, key_blocks, tile_mask
 from rag.ops.attention.options import AttentionOptions, BlockSizes
 from rag.runtime.shapes import ceil_div, previous_power_of_two, round_up
 
@@ -99,8 +99,8 @@ def pad_to_blocks(
     q_positions, kv_length, segments = mask_arguments
     q_positions = _pad(q_positions, blocks.q, axis=1, value=None)
     if segments is not None:
-        q_segments, kv_segments = segments
-        segments = _pad(q_segments, blocks.q, axis=1, value=-1), _pad(kv_segments, blocks.k, axis=1, value=-1)
+        own, seen = (_pad(ids, blocks.q, axis=1, value=-1) for ids in (segments.queries, segments.prefixes))
+        segments = Segments(own, _pad(segments.keys, blocks.k, axis=1, value=-1), seen)
     queries, keys = [_pad(x, blocks.q, axis=2) for x in by_query], [_pad(x, blocks.k, axis=1) for x in by_key]
     return queries, keys, MaskArguments(q_positions, kv_length, segments)
 

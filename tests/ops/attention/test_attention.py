@@ -82,6 +82,7 @@ UNSORTED = {
     "q_segments": packed("92929292921111-----0", "-" * 20),
     "kv_segments": packed("2" * 17 + "9-01" + "-" * 24, "3" * 45),
 }
+PREFIXED = SORTED | {"q_prefixes": packed("-----000--0011111---", "99999-----0123401234")}
 SCATTERED = {"q_positions": np.array([[*range(40, 20, -1)], [3, 44, 0, 7, 7, -2, 90, *range(13, 39, 2)]])}
 CASES = {
     "full": Case(),
@@ -103,6 +104,8 @@ CASES = {
     "window of one": Case(options=CAUSAL | {"window": 1}),
     "packed": Case(options=SORTED),
     "packed, in no order": Case(options=UNSORTED),
+    "packed behind prefixes": Case(options=PREFIXED),
+    "packed behind prefixes, causal": Case(options=CAUSAL | PREFIXED | {"q_offset": ints(20, 0)}),
     "packed causal": Case(options=CAUSAL | SORTED | {"q_offset": ints(20, 0)}),
     "everything": Case(options=BOTH | SORTED | {"q_offset": ints(20, 5), "kv_length": ints(42, 33)}),
     "many blocks": Case(b=1, h=2, t=77, s=77, options=CAUSAL),
@@ -246,14 +249,17 @@ def test_unrolled_blocks_take_every_option():
     lengths=st.lists(st.integers(0, 45), min_size=2, max_size=2),
     offsets=st.lists(st.integers(-8, 60), min_size=2, max_size=2),
     ids=st.lists(st.integers(-1, 2), min_size=45, max_size=45),
+    prefixes=st.none() | st.lists(st.integers(-1, 2), min_size=40, max_size=40),
     sort=st.booleans(),
 )
 @pytest.mark.parametrize("implementation", LINEAR)
-def test_any_mask_arguments(implementation, lengths, offsets, ids, sort):
+def test_any_mask_arguments(implementation, lengths, offsets, ids, prefixes, sort):
     """Whatever the lengths, offsets and segments, no visible block is skipped."""
     options = BOTH | {"kv_length": ints(*lengths), "q_offset": ints(*offsets)}
     segments = {"q_segments": packed("0" * 20, "0" * 20), "kv_segments": packed("0" * 45, "0" * 45)}
     segments["q_segments"][0], segments["kv_segments"][0] = ids[:20], sorted(ids) if sort else ids
+    if prefixes:
+        segments["q_prefixes"] = np.array(prefixes, np.int32).reshape(2, 20)
     check(Case(options=options | segments), implementation, gradients=False)
 
 
