@@ -1,5 +1,6 @@
 """Facts about the current Hydra run: its folder, its overrides, its label; and the record of a failed job."""
 
+import functools
 import json
 import re
 import sys
@@ -30,6 +31,7 @@ def overrides() -> list[str]:
     ]
 
 
+@functools.cache
 def groups(config_dir: Path) -> set[str]:
     """Return the names of all config groups: folders below `config_dir` with YAML files, and those in defaults lists.
 

@@ -83,7 +83,6 @@ def _exit_code(
 
     def task(config) -> None:
         try:
-            own_stages.import_from(stages)
             check_presence(config, schema)
             require_all(config)
             check_divided(config)

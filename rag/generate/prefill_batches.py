@@ -122,14 +122,15 @@ def _batches(
     widths = {i: prefill_width(len(requests[i].prompt), prefix) for i in waiting}
     # Cache slots of a prompt as it is prefilled, padding included, and of its answer.
     slots = {i: max(widths[i], len(requests[i].prompt) + requests[i].max_new_tokens) for i in waiting}
+    # All of a prefix group have the same capacity, so that its batches stay one after another.
+    shared = round_up_cache(max(slots.values())) if prefix else 0
     batches = []
     while waiting:
         width = widths[waiting[0]]
         most = max(1, PREFILL_TOKENS // (width - prefix))
         count = previous_power_of_two(sum(widths[i] == width for i in waiting[:most]))
         while True:  # fewer may need less capacity, and so fit
-            # All of a prefix group have the same capacity, so that its batches stay one after another.
-            capacity = round_up_cache(max(slots[i] for i in (slots if prefix else waiting[:count])))
+            capacity = shared or round_up_cache(max(slots[i] for i in waiting[:count]))
             if count <= max_rows(capacity, tokens_per_batch):
                 break
             count //= 2

@@ -133,7 +133,7 @@ class Collection:
         self._index.recheck()
         if options not in self._dense:
             with self._building():
-                self._dense[options] = options.build(self.vectors)
+                self._dense[options] = options.build(self._index.vectors)
         return self._dense[options]
 
     def lexical(self, analyzer: Analyzer) -> LexicalIndex:

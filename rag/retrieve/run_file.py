@@ -24,6 +24,7 @@ from rag.types import Hit, UserError
 LARGEST_SCORE = (
     3.4e38  # trec_eval holds scores in float32; between this and its least number there is room for ties
 )
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,24 @@ def _scores_of(
 
 def trec_eval_order(scores: Mapping[str, float]) -> dict[str, float]:
     """Return document id -> score in the order of trec_eval; the scores strictly decrease in float32."""
-    ordered: dict[str, float] = {}
+    ranking = sorted(scores, key=lambda name: (np.float32(scores[name]), name), reverse=True)
+    return strictly_decreasing(ranking, scores)
+
+
+def strictly_decreasing(ranking: Iterable[str], scores: Mapping[str, float]) -> dict[str, float]:
+    """Return document id -> score in the order of the ranking; the scores strictly decrease in float32.
+
+    A score stays where it can (rounded to float32) and is otherwise set just below the one before it. Raises
+    ValueError for a score that float32 has not, and below its lowest number.
+    """
+    found: dict[str, float] = {}
     previous = np.float32(np.inf)
-    for name in sorted(scores, key=lambda name: (np.float32(scores[name]), name), reverse=True):
+    for name in ranking:
+        if not abs(scores[name]) <= _LARGEST_FLOAT32 or previous <= -_LARGEST_FLOAT32:
+            raise ValueError(f"the score {scores[name]} of {name!r} cannot be ranked in float32")
         previous = min(np.float32(scores[name]), np.nextafter(previous, np.float32(-np.inf)))
-        ordered[name] = float(previous)
-    return ordered
+        found[name] = float(previous)
+    return found
 
 
 @checked

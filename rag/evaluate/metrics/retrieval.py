@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import ir_measures
-import numpy as np
 from ir_measures import Measure
 from ir_measures.providers import FallbackProvider
 
 from rag.evaluate.metrics import METRICS, find
 from rag.evaluate.metrics.rank_biased import RankBiasedPrecision
+from rag.retrieve.run_file import strictly_decreasing
 from rag.types import UserError
 
 DEFAULT_MEASURES = ("nDCG@10", "Recall@100", "MRR@10", "MAP")
@@ -32,7 +32,6 @@ _PROVIDER = FallbackProvider(
     ]
 )
 _LARGEST = 2**31 - 1  # of a cut-off and of a grade: the packages count in 32 bits
-_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 _OTHER_NAMES = {name.lower(): name for name in ir_measures.measures.registry}
 
 Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> grade; 0 or less is not relevant
@@ -72,17 +71,9 @@ def evaluate(
 def canonical_scores(scores: Mapping[str, float]) -> dict[str, float]:
     """Return document id -> score, best first, ties to the lower id; the scores strictly decrease in float32.
 
-    A score stays where it can (rounded to float32) and is otherwise set just below the one before it.
+    Raises ValueError as `strictly_decreasing` does.
     """
-    canonical: dict[str, float] = {}
-    previous = np.float32(np.inf)
-    for document in sorted(scores, key=lambda d: (-scores[d], d)):
-        score = scores[document]
-        if not abs(score) <= _LARGEST_FLOAT32 or previous <= -_LARGEST_FLOAT32:
-            raise ValueError(f"the score {score} of {document!r} cannot be ranked in float32")
-        previous = min(np.float32(score), np.nextafter(previous, np.float32(-np.inf)))
-        canonical[document] = float(previous)
-    return canonical
+    return strictly_decreasing(sorted(scores, key=lambda d: (-scores[d], d)), scores)
 
 
 def _measure(name: str) -> Measure:
