@@ -30,6 +30,7 @@ MOST_DIM = 256  # of a head
 CACHE_DTYPE = np.float16  # of keys and values
 _MOST_TOKENS = 256  # of one call: more are no faster, and take memory
 
+SegmentIds = tuple[Int[Array, "B T"], Int[Array, "B S"], Int[Array, "B T"]]
 Weight = tuple[Int8[Array, "_ _"], Float32[Array, "_"]]  # [O, M] values, [O] scale: rag.ops.linear.quantize
 
 
@@ -133,7 +134,7 @@ def attention(
     v: Float32[Array, "B K S D"],
     first: Int[Array, "B T"],
     past: Int[Array, "B T"],
-    segments: tuple[Int[Array, "B T"], Int[Array, "B S"], Int[Array, "B T"]] | None,
+    segments: SegmentIds | None,
     scale: float,
 ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]]:
     """Return softmax attention of each query to the keys [first, past), and the log-sum-exp of its scaled scores.
@@ -150,10 +151,38 @@ def attention(
     Returns:
         Zeros and -inf for a query that sees nothing.
     """
-    masks = [first, past, *(segments or [jnp.zeros((0, 0))] * 3)]
     results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], q.dtype))
     call = jax.ffi.ffi_call("rag_attention", results, vmap_method="sequential")
-    return _on_cpu(call, q, k, v, *(array.astype(jnp.int32) for array in masks), scale=np.float32(scale))
+    return _on_cpu(call, q, k, v, *_mask_arrays(first, past, segments), scale=np.float32(scale))
+
+
+def attention_backward(
+    q: Float32[Array, "B H T D"],
+    k: Float32[Array, "B K S D"],
+    v: Float32[Array, "B K S D"],
+    first: Int[Array, "B T"],
+    past: Int[Array, "B T"],
+    segments: SegmentIds | None,
+    scale: float,
+    results: tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]],
+    cotangents: tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]],
+) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B K S D"], Float32[Array, "B K S D"]]:
+    """Return the gradients of q, k and v, the same bits in every run and for any number of threads.
+
+    Args:
+        q, k, v, first, past, segments, scale: the arguments of `attention`.
+        results: what it returned.
+        cotangents: of these results.
+    """
+    gradients = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    call = jax.ffi.ffi_call("rag_attention_backward", gradients, vmap_method="sequential")
+    masks = _mask_arrays(first, past, segments)
+    return tuple(_on_cpu(call, q, k, v, *masks, *results, *cotangents, scale=np.float32(scale)))
+
+
+def _mask_arrays(first: Array, past: Array, segments: SegmentIds | None) -> list[Int32[Array, "B _"]]:
+    arrays = [first, past, *(segments or [jnp.zeros((0, 0))] * 3)]
+    return [array.astype(jnp.int32) for array in arrays]
 
 
 def linear(

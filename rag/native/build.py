@@ -29,7 +29,12 @@ _WANTED = os.environ.get("RAG_NATIVE") != "0"
 # Cached results depend on these files and variables, besides Python code; rag.runtime.code.import_closure reads both.
 RAG_SOURCES = ("cpp/*.h", "cpp/*.cc")
 RAG_ENVIRONMENT = ("RAG_NATIVE",)
-_TARGETS = {"rag_attention": "RagAttention", "rag_decoder": "RagDecoder", "rag_linear": "RagLinear"}
+_TARGETS = {
+    "rag_attention": "RagAttention",
+    "rag_attention_backward": "RagAttentionBackward",
+    "rag_decoder": "RagDecoder",
+    "rag_linear": "RagLinear",
+}
 # Not -ffast-math: a library linked with it makes the whole process flush small numbers to zero.
 _FLAGS = (
     *"-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fPIC -shared -pthread -w".split(),

@@ -62,27 +62,52 @@ void Transpose(const Tile<T>& tile, float* transposed) {
   }
 }
 
-// One query: its vector, the slots [from, to) that it sees, and the state to update. With `ids`, the segment ids of the
-// slots, it sees only those of its own id and of its prefix.
-struct Query {
-  const float* vector;
+// The slots that a query sees: those of [from, to), and with `ids`, the segment ids of the slots, only those of its own
+// id and of its prefix.
+struct VisibleSlots {
   int64_t from, to;
-  SoftmaxState* state;
   const int32_t* ids = nullptr;
   int32_t id = 0, prefix = 0;
 
   bool All(int64_t slots) const { return from == 0 && to == slots && !ids; }
-  bool Sees(int64_t s) const { return s >= from && s < to && (!ids || ids[s] == id || ids[s] == prefix); }
+  bool Has(int64_t s) const { return s >= from && s < to && (!ids || ids[s] == id || ids[s] == prefix); }
+
+  // Returns the visible ones of the slots [begin, end), counted from `begin`; from >= to if there are none.
+  VisibleSlots Part(int64_t begin, int64_t end) const {
+    VisibleSlots part{std::max<int64_t>(from - begin, 0), std::min(to, end) - begin};
+    if (!ids) return part;
+    part.ids = ids + begin, part.id = id, part.prefix = prefix;
+    part.Narrow();
+    return part;
+  }
+
+ private:
+  // Narrows [from, to) to the slots of its ids, and drops the ids if these are all of them.
+  void Narrow() {
+    const auto has = [this](int32_t n) { return n == id || n == prefix; };
+    const auto some = [&](int64_t s) { return std::count_if(ids + s, ids + s + 16, has) > 0; };
+    while (from + 16 <= to && !some(from)) from += 16;
+    while (from < to && !has(ids[from])) from++;
+    while (from + 16 <= to && !some(to - 16)) to -= 16;
+    while (from < to && !has(ids[to - 1])) to--;
+    if (from < to && std::count_if(ids + from, ids + to, has) == to - from) ids = nullptr;
+  }
 };
 
-// Computes sums[i] += a[i] . b, where b [size, stride] is C vectors wide.
+struct Query {
+  const float* vector;
+  SoftmaxState* state;  // to update
+  VisibleSlots slots;
+};
+
+// Computes sums[i] += a[i] . b, where a[i] has an element every `step` floats, and b [size, stride] is C vectors wide.
 template <int A, int C, class T>
-void Accumulate(const float* const* a, const T* b, int64_t stride, int64_t size, Vec (&sums)[A][C]) {
+void Accumulate(const float* const* a, const T* b, int64_t stride, int64_t size, Vec (&sums)[A][C], int64_t step = 1) {
   for (int64_t n = 0; n < size; n++, b += stride) {
     Vec row[C];
     for (int c = 0; c < C; c++) row[c] = Floats(b + c * kLanes);
     for (int i = 0; i < A; i++) {
-      for (int c = 0; c < C; c++) sums[i][c] += a[i][n] * row[c];
+      for (int c = 0; c < C; c++) sums[i][c] += a[i][n * step] * row[c];
     }
   }
 }
@@ -148,8 +173,8 @@ void Attend(const Query* q, const Tile<T>& tile, float scale) {
   Score<A>(q, tile, weights);
   for (int i = 0; i < A; i++) {
     const auto only_seen = [&](float* w, float unseen) {
-      if (q[i].All(kTile)) return;
-      for (int64_t s = 0; s < kTile; s++) w[s] = q[i].Sees(s) ? w[s] : unseen;
+      if (q[i].slots.All(kTile)) return;
+      for (int64_t s = 0; s < kTile; s++) w[s] = q[i].slots.Has(s) ? w[s] : unseen;
     };
     SoftmaxState& state = *q[i].state;
     float total = 0, *w = weights[i];

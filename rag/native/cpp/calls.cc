@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "backward.h"
 #include "decoder.h"
 #include "flash.h"
 #include "products.h"
@@ -59,18 +60,21 @@ ffi::Error Decoder(ffi::ThreadPool pool, int64_t threads, float eps, F32 x, S32 
   return ffi::Error::Success();
 }
 
+Shape ShapeOf(const F32& q, const F32& k) {
+  const auto queries = q.dimensions(), keys = k.dimensions();
+  return {queries[0], queries[2], queries[1], keys[1], keys[2], keys[3]};
+}
+
+Mask MaskOf(const S32& from, const S32& to, const S32& segments, const S32& slot_segments, const S32& prefixes) {
+  if (!segments.element_count()) return {from.typed_data(), to.typed_data()};
+  return {from.typed_data(), to.typed_data(), segments.typed_data(), slot_segments.typed_data(), prefixes.typed_data()};
+}
+
 ffi::Error Attention(ffi::ThreadPool pool, int64_t threads, float scale, F32 q, F32 k, F32 v, S32 from, S32 to,
                      S32 segments, S32 slot_segments, S32 prefixes, ffi::ResultBuffer<ffi::F32> out,
                      ffi::ResultBuffer<ffi::F32> lse) {
   Team team(pool, threads);
-  const auto queries = q.dimensions(), shape = k.dimensions();
-  const Shape z{queries[0], queries[2], queries[1], shape[1], shape[2], shape[3]};
-  Mask mask{from.typed_data(), to.typed_data()};
-  if (segments.element_count()) {
-    mask.segments = segments.typed_data();
-    mask.slot_segments = slot_segments.typed_data();
-    mask.prefixes = prefixes.typed_data();
-  }
+  const Shape z = ShapeOf(q, k);
   const auto index = [&](int64_t r, int64_t h) { return (r / z.tokens * z.heads + h) * z.tokens + r % z.tokens; };
   const auto query = [&](int64_t r, int64_t h) { return q.typed_data() + index(r, h) * z.dim; };
   const auto done = [&](int64_t r, int64_t h, const SoftmaxState& state) {
@@ -78,7 +82,20 @@ ffi::Error Attention(ffi::ThreadPool pool, int64_t threads, float scale, F32 q, 
     float& row_lse = lse->typed_data()[index(r, h)];
     row_lse = state.denominator == 0 ? -kInfinity : state.running_max + std::log(state.denominator);
   };
+  const Mask mask = MaskOf(from, to, segments, slot_segments, prefixes);
   AttendInBlocks(team, z, k.typed_data(), v.typed_data(), mask, scale, query, done);
+  return ffi::Error::Success();
+}
+
+ffi::Error AttentionBackward(ffi::ThreadPool pool, int64_t threads, float scale, F32 q, F32 k, F32 v, S32 from, S32 to,
+                             S32 segments, S32 slot_segments, S32 prefixes, F32 out, F32 lse, F32 dout, F32 dlse,
+                             ffi::ResultBuffer<ffi::F32> dq, ffi::ResultBuffer<ffi::F32> dk,
+                             ffi::ResultBuffer<ffi::F32> dv) {
+  Team team(pool, threads);
+  const Backward arrays{q.typed_data(),    k.typed_data(),    v.typed_data(),   out.typed_data(), lse.typed_data(),
+                        dout.typed_data(), dlse.typed_data(), dq->typed_data(), dk->typed_data(), dv->typed_data()};
+  const Mask mask = MaskOf(from, to, segments, slot_segments, prefixes);
+  AttendBackward(team, ShapeOf(q, k), mask, scale, arrays);
   return ffi::Error::Success();
 }
 
@@ -124,6 +141,27 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RagAttention, rag::Attention,
                                   .Arg<S32>()     // segments of the prefixes [B, T], or empty
                                   .Ret<F32>()     // [B, H, T, D]
                                   .Ret<F32>());   // log-sum-exp [B, H, T]
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RagAttentionBackward, rag::AttentionBackward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("threads")
+                                  .Attr<float>("scale")
+                                  .Arg<F32>()     // q, k, v and the mask: as of RagAttention
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Arg<F32>()     // its results [B, H, T, D] and [B, H, T]
+                                  .Arg<F32>()
+                                  .Arg<F32>()     // the cotangents of these
+                                  .Arg<F32>()
+                                  .Ret<F32>()     // the gradients of q, k and v
+                                  .Ret<F32>()
+                                  .Ret<F32>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(RagLinear, rag::Linear,
                               ffi::Ffi::Bind()

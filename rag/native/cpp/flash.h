@@ -29,21 +29,13 @@ struct Shape {
 struct Mask {
   const int32_t *from, *to, *segments = nullptr, *slot_segments = nullptr, *prefixes = nullptr;
 
-  // Returns the query of token r, with [from, to) narrowed to the slots of its segment.
-  Query QueryOf(const Shape& z, int64_t r, const float* vector, SoftmaxState* state) const {
-    Query q{vector, from ? from[r] : 0, to[r], state};
-    if (!segments || q.from >= q.to) return q;
-    const int32_t* ids = slot_segments + r / z.tokens * z.slots;
-    q.id = segments[r], q.prefix = prefixes[r];
-    if (q.id < 0) q.to = q.from;
-    const auto sees = [&](int32_t id) { return id == q.id || id == q.prefix; };
-    const auto some = [&](int64_t s) { return std::count_if(ids + s, ids + s + 16, sees) > 0; };
-    while (q.from + 16 <= q.to && !some(q.from)) q.from += 16;
-    while (q.from < q.to && !sees(ids[q.from])) q.from++;
-    while (q.from + 16 <= q.to && !some(q.to - 16)) q.to -= 16;
-    while (q.from < q.to && !sees(ids[q.to - 1])) q.to--;
-    if (!std::all_of(ids + q.from, ids + q.to, sees)) q.ids = ids;
-    return q;
+  VisibleSlots SlotsOf(const Shape& z, int64_t r) const {
+    VisibleSlots slots{from ? from[r] : 0, to[r]};
+    if (!segments) return slots;
+    slots.ids = slot_segments + r / z.tokens * z.slots;
+    slots.id = segments[r], slots.prefix = prefixes[r];
+    if (slots.id < 0) slots.to = slots.from;
+    return slots.Part(0, z.slots);
   }
 };
 
@@ -61,8 +53,8 @@ class Tiles {
       const int64_t count = std::min(kTile, end - s);
       some_.clear();
       for (const Query& q : queries) {
-        const int64_t from = std::max<int64_t>(q.from - s, 0), to = std::min(q.to - s, count);
-        if (from < to) some_.push_back({q.vector, from, to, q.state, q.ids ? q.ids + s : nullptr, q.id, q.prefix});
+        const VisibleSlots slots = q.slots.Part(s, s + count);
+        if (slots.from < slots.to) some_.push_back({q.vector, q.state, slots});
       }
       if (!some_.empty()) AttendAll(some_, At(pair, s, count, some_.size() >= many), scale);
     }
@@ -128,8 +120,8 @@ void AttendInBlocks(Team& team, const Shape& z, const T* keys, const T* values, 
       queries.clear();
       each([&](int64_t r, int64_t h, SoftmaxState& state) {
         state.Clear(z.dim);
-        queries.push_back(mask.QueryOf(z, r, query(r, h), &state));
-        low = std::min(low, queries.back().from), high = std::max(high, queries.back().to);
+        queries.push_back({query(r, h), &state, mask.SlotsOf(z, r)});
+        low = std::min(low, queries.back().slots.from), high = std::max(high, queries.back().slots.to);
       });
       tiles.Attend(block.pair, low / kTile * kTile, high, queries, 0, scale);
       each(done);
@@ -153,7 +145,7 @@ void AttendToShares(Team& team, const Shape& z, const T* keys, const T* values, 
         for (int64_t n = r * z.heads + block.head; n < r * z.heads + block.head + z.group(); n++) {
           SoftmaxState& state = states[n * team.size() + i];
           state.Clear(z.dim);
-          queries.push_back(mask.QueryOf(z, r, query + n * z.dim, &state));
+          queries.push_back({query + n * z.dim, &state, mask.SlotsOf(z, r)});
         }
       }
       const Share share(*std::max_element(mask.to + block.first, mask.to + block.past), i, team.size());

@@ -96,9 +96,9 @@ def attention(
             shapes. A name takes that one:
             "reference": the T x S matrix in float32, as the formula reads;
             "flash": blockwise in linear memory (flash.py);
-            "native": flash with its forward pass in C++ (rag.native), for float32 on a CPU;
+            "native": flash in C++ (rag.native), for float32 on a CPU;
             "xla": jax.nn.dot_product_attention, without log-sum-exp.
-        blocks: the block sizes of "flash", and of "native" in its backward pass; None chooses.
+        blocks: the block sizes of "flash"; None chooses.
 
     Returns:
         The output in q's dtype; with `return_lse` also the float32 log-sum-exp of each row's scaled scores, -inf

@@ -36,6 +36,7 @@ from rag.ops.attention.tiles import (
 # (accumulator, running maximum, denominator) of the online softmax, all float32.
 Carry = tuple[Float[Array, "P R D"], Float[Array, "P R"], Float[Array, "P R"]]
 Forward = Callable[[Plan, Array, Array, Array, MaskArguments], tuple[Array, Array]]
+Backward = Callable[..., tuple[Array, Array, Array]]
 
 
 @partial(jax.jit, static_argnames="options")
@@ -47,24 +48,26 @@ def attend(
     options: AttentionOptions,
 ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T"]]:
     """Return the output in q's dtype and the log-sum-exp of the scores; see rag.ops.attention.Implementation."""
-    return blockwise(_forward, q, k, v, mask_arguments, options)
+    return blockwise(_forward, _backward, q, k, v, mask_arguments, options)
 
 
 def blockwise(
     forward: Forward,
+    backward: Backward,
     q: Float[Array, "B H T D"],
     k: Float[Array, "B K S D"],
     v: Float[Array, "B K S D"],
     mask_arguments: MaskArguments,
     options: AttentionOptions,
 ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T"]]:
-    """Return the result of `forward`, differentiable in q, k and v by the blockwise backward pass.
+    """Return the result of `forward`, differentiable in q, k and v by `backward`.
 
     Products accumulate in float32. Forward and backward, the memory beside the results is of the order of the inputs.
 
     Args:
         forward: computes output and log-sum-exp from (plan, q [P,G,T,D], k [P,S,D], v [P,S,D], mask arguments
             with a row for each pair).
+        backward: computes dq, dk and dv from the same, the results of `forward` and their cotangents.
         q, k, v: queries, keys and values.
         mask_arguments: the traced arguments of the mask.
         options: the static options.
@@ -74,13 +77,14 @@ def blockwise(
     k, v = (x.reshape(pairs, -1, dim) for x in (k, v))
     mask_arguments = jax.tree.map(lambda x: jnp.repeat(x, pairs // x.shape[0], axis=0), mask_arguments)
     q = q.reshape(pairs, -1, tokens, dim)
-    out, lse = _blockwise(forward, plan_of(options, q, k), q, k, v, mask_arguments)
+    out, lse = _blockwise(forward, backward, plan_of(options, q, k), q, k, v, mask_arguments)
     return out.reshape(batch, heads, tokens, dim), lse.reshape(batch, heads, tokens)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _blockwise(
     forward: Forward,
+    backward: Backward,
     plan: Plan,
     q: Float[Array, "P G T D"],
     k: Float[Array, "P S D"],
@@ -92,22 +96,23 @@ def _blockwise(
 
 
 def _blockwise_forward(
-    forward: Forward, plan: Plan, q: Array, k: Array, v: Array, mask_arguments: MaskArguments
+    forward: Forward,
+    backward: Backward,
+    plan: Plan,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask_arguments: MaskArguments,
 ) -> tuple:
-    out, lse = _blockwise(forward, plan, q, k, v, mask_arguments)
-    return (out, lse), (q, k, v, mask_arguments, out, lse)
+    results = _blockwise(forward, backward, plan, q, k, v, mask_arguments)
+    return results, (q, k, v, mask_arguments, results)
 
 
-def _blockwise_backward(forward: Forward, plan: Plan, saved: tuple, cotangents: tuple) -> tuple:
-    q, k, v, mask_arguments, *results = saved
+def _blockwise_backward(
+    forward: Forward, backward: Backward, plan: Plan, saved: tuple, cotangents: tuple
+) -> tuple:
     with jax.named_scope("flash_backward"):
-        # Padding queries have cotangents of zero and so add nothing to any sum.
-        by_query = (q, *results, *cotangents)
-        padded = pad_to_blocks(plan.blocks, by_query, (k, v), mask_arguments)
-        (padded_q, *rest), keys_values, mask_arguments = padded
-        arguments = (padded_q, *keys_values, mask_arguments, *rest)
-        dq, dk, dv = map_pairs(partial(_backward_tiles, plan), plan.pairs, arguments)
-        return dq[:, :, : q.shape[2]], dk[:, : k.shape[1]], dv[:, : v.shape[1]], None
+        return *backward(plan, *saved, cotangents), None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
@@ -189,6 +194,23 @@ def _normalise(
     denominator = jnp.where(visible, denominator, 1.0)
     lse = jnp.where(visible, running_max / LOG2_E + jnp.log(denominator), -jnp.inf)
     return accumulator / denominator[..., None], lse
+
+
+def _backward(
+    plan: Plan,
+    q: Float[Array, "P G T D"],
+    k: Float[Array, "P S D"],
+    v: Float[Array, "P S D"],
+    mask_arguments: MaskArguments,
+    results: tuple[Float[Array, "P G T D"], Float[Array, "P G T"]],
+    cotangents: tuple[Float[Array, "P G T D"], Float[Array, "P G T"]],
+) -> tuple[Float[Array, "P G T D"], Float[Array, "P S D"], Float[Array, "P S D"]]:
+    # Padding queries have cotangents of zero and so add nothing to any sum.
+    padded = pad_to_blocks(plan.blocks, (q, *results, *cotangents), (k, v), mask_arguments)
+    (padded_q, *rest), keys_values, mask_arguments = padded
+    arguments = (padded_q, *keys_values, mask_arguments, *rest)
+    dq, dk, dv = map_pairs(partial(_backward_tiles, plan), plan.pairs, arguments)
+    return dq[:, :, : q.shape[2]], dk[:, : k.shape[1]], dv[:, : v.shape[1]]
 
 
 def _backward_tiles(

@@ -1,4 +1,4 @@
-"""Flash attention with its forward pass in C++ (rag.native), for float32 on a CPU; the backward pass is flash's.
+"""Flash attention in C++ (rag.native), forward and backward, for float32 on a CPU.
 
 Letters: T query tokens, S key tokens, D head dim, G query heads of a kv head, P pairs of a batch row and a kv head.
 """
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32
 
 from rag import native
 from rag.ops.attention.flash import blockwise
-from rag.ops.attention.mask import MaskArguments, key_range
+from rag.ops.attention.mask import MaskArguments, Segments, key_range
 from rag.ops.attention.options import AttentionOptions
 from rag.ops.attention.tiles import Plan
 
@@ -36,7 +36,7 @@ def attend(
 
     Lowering fails for any platform but the CPU.
     """
-    return blockwise(_forward, q, k, v, mask_arguments, options)
+    return blockwise(_forward, _backward, q, k, v, mask_arguments, options)
 
 
 def _forward(
@@ -46,6 +46,23 @@ def _forward(
     v: Float[Array, "P S D"],
     mask_arguments: MaskArguments,
 ) -> tuple[Float[Array, "P G T D"], Float[Array, "P G T"]]:
+    return native.attention(q, k[:, None], v[:, None], *_mask(plan, mask_arguments), plan.options.scale)
+
+
+def _backward(
+    plan: Plan,
+    q: Float[Array, "P G T D"],
+    k: Float[Array, "P S D"],
+    v: Float[Array, "P S D"],
+    mask_arguments: MaskArguments,
+    results: tuple[Float[Array, "P G T D"], Float[Array, "P G T"]],
+    cotangents: tuple[Float[Array, "P G T D"], Float[Array, "P G T"]],
+) -> tuple[Float[Array, "P G T D"], Float[Array, "P S D"], Float[Array, "P S D"]]:
+    k, v, mask = k[:, None], v[:, None], _mask(plan, mask_arguments)
+    dq, dk, dv = native.attention_backward(q, k, v, *mask, plan.options.scale, results, cotangents)
+    return dq, dk[:, 0], dv[:, 0]
+
+
+def _mask(plan: Plan, mask_arguments: MaskArguments) -> tuple[Array, Array, Segments | None]:
     first, past = key_range(plan.options, mask_arguments.q_positions, mask_arguments.kv_length)
-    k, v = k[:, None], v[:, None]
-    return native.attention(q, k, v, first, past, mask_arguments.segments, plan.options.scale)
+    return first, past, mask_arguments.segments

@@ -20,8 +20,8 @@ class AttentionOptions:
     """The static options of one call; every implementation takes them.
 
     With `causal` key j is visible only if j <= i, with `window` only if |i - j| < window, for the query at position
-    i. With `from_start` query i is at position i in every row. `blocks` is for blockwise implementations; None
-    chooses by the shapes.
+    i. With `from_start` query i is at position i in every row. `blocks` is for "flash"; None chooses by the
+    shapes.
     """
 
     causal: bool
