@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32
 
-from rag.citations import cited, locate
+from rag.citations import KnownCitations, cited, locate
 from rag.context import ContextOptions, build_context, trim
 from rag.embed import Embedder
 from rag.embed.encode import encode_passages
@@ -233,6 +233,9 @@ class AnswerOptions:
     max_new_tokens: Count = 128
     seed: Seed = 0  # of sampling; greedy decoding does not use it
     stop: Sequence[Filled] = ()  # the answer ends before the first of these
+    # End before a sentence that the answer already has and before a line that begins like one of the prompt's own
+    # ("Question:"), and leave out citation marks of passages that the prompt does not have.
+    clean_up: bool = True
 
     def __post_init__(self):
         check_fields(self)
@@ -247,6 +250,18 @@ class Reader:
     context: ContextOptions = ContextOptions()
     sampling: Sampling = Sampling()
     options: AnswerOptions = AnswerOptions()
+
+    def request(self, messages: Sequence[Message]) -> Request:
+        """Return the request to answer a prompt made from the template."""
+        options, clean_up = self.options, self.options.clean_up
+        labels = [f"\n{label}" for label in self.template.labels] if clean_up else []
+        stop = (*options.stop, *labels)
+        return Request(messages, self.sampling, options.max_new_tokens, options.seed, stop, clean_up)
+
+    @property
+    def checks_citations(self) -> bool:
+        """Return whether marks such as [4] are citations, and those of no passage are left out."""
+        return self.options.clean_up and "{n}" in self.template.passage
 
 
 def answer(
@@ -283,14 +298,15 @@ def answer(
     messages, shown, notices = fit_context(question, context, reader)
     pieces: list[str] = []
     usage = Usage(0, 0, 0.0, 0.0)
-    options = reader.options
-    request = Request(messages, reader.sampling, options.max_new_tokens, options.seed, options.stop)
-    for piece in generator.stream(request):
+    citations = KnownCitations(shown) if reader.checks_citations else None
+    for piece in generator.stream(reader.request(messages)):
         if isinstance(piece, Usage):
-            usage = piece
+            usage, text = piece, citations.finish() if citations else ""
         else:
-            pieces.append(piece)
-            yield piece
+            text = citations.push(piece) if citations else piece
+        if text:
+            pieces.append(text)
+            yield text
     seconds = (retrieval.working, usage.prefill_s, usage.decode_s)
     prepare_s = retrieval.compiling + usage.prepare_s
     timings = Timings(*seconds, usage.prompt_tokens, usage.new_tokens, prepare_s)
@@ -298,7 +314,9 @@ def answer(
     marked = cited(text, shown)
     sources = tuple(locate(source, document_text(source.document_id)) for source in shown.sources)
     notices = (*truncated, *notices, *usage.notices)
-    yield Answer(question, text, False, sources, timings, marked, notices, usage.finish_reason)
+    yield Answer(
+        question, text, template.abstains(text), sources, timings, marked, notices, usage.finish_reason
+    )
 
 
 def _truncated_question(question: str, search_text: str, search: Search) -> Iterator[str]:

@@ -9,6 +9,7 @@ from rag.runtime.options import check_fields
 from rag.types import Context, Message, Source, UserError
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+_LABEL = re.compile(r"^[^\S\n]*(\w+(?: \w+){0,2}[:\uff1a])", re.MULTILINE)  # of at most three words
 _KNOWN = {
     "system": ("question", "context"),
     "user": ("question", "context"),
@@ -50,6 +51,19 @@ class PromptTemplate:
             )
         if "{text}" not in self.passage:
             raise UserError("The prompt's passage shows no text: put {text} into it.")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Return what begins lines of the prompt's own texts and ends in a colon, such as "Question:"."""
+        return tuple(dict.fromkeys(_LABEL.findall("\n".join((self.system, self.user, self.passage)))))
+
+    def abstains(self, answer: str) -> bool:
+        """Return whether an answer is `abstain_answer`; case, punctuation and citation marks do not count."""
+        return _words(answer) == _words(self.abstain_answer)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", re.sub(r"\[[\d\s,;]*\]", " ", text).casefold())
 
 
 def render(template: PromptTemplate, question: str, context: Context) -> list[Message]:

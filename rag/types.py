@@ -137,7 +137,9 @@ class Answer:
 
     question: str
     answer: str
-    abstained: bool  # nothing relevant was retrieved, so no model was asked
+    abstained: (
+        bool  # nothing relevant was retrieved, so no model was asked; or the model said that it cannot answer
+    )
     sources: tuple[Source, ...]
     timings: Timings
     cited: tuple[int, ...] = ()  # the numbers of the sources that the answer cites as [n]

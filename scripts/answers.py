@@ -95,14 +95,14 @@ def show(answer: Answer, reader: Reader) -> None:
     show_sources(answer.sources)
     t = answer.timings
     parts = [f"retrieval {t.retrieve_s:.2f} s"]
-    if not answer.abstained:
+    if t.prompt_tokens:  # else no model was asked
         parts += [
             f"prefill {t.prompt_tokens} tokens in {t.prefill_s:.2f} s ({_rate(t.prompt_tokens, t.prefill_s)})",
             f"decode {t.new_tokens} tokens in {t.decode_s:.2f} s ({_rate(t.new_tokens - 1, t.decode_s)})",
         ]
     if t.prepare_s:
         parts.append(f"and {t.prepare_s:.2f} s to make or load programs, counted in none of these")
-    if not answer.abstained:
+    if t.prompt_tokens:  # else no model was asked
         parts.append(describe(reader.generator))
     print("; ".join(parts))
 

@@ -1,10 +1,12 @@
 """Citations in answers, and the lines, heading and excerpt by which a user finds a source."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rag.citations import cited, excerpt, locate
+from rag.citations import KnownCitations, cited, excerpt, locate
 from rag.ingest.load.html import load_html
 from rag.types import Context, Source
 
@@ -112,3 +114,45 @@ def test_an_excerpt_fits_its_width(text, width):
     line = excerpt(Source(1, "a", 0, len(text), 1.0, text), width)
     assert len(line) <= width and "\n" not in line
     assert " ".join(text.split()).startswith(line.removesuffix("…"))
+
+
+THREE = Context(tuple(Source(n, "a.md", 0, 1, 1.0, "x") for n in (1, 2, 3)), tokens=0)
+
+
+def with_known_citations(*pieces):
+    text = KnownCitations(THREE)
+    return "".join([*map(text.push, pieces), text.finish()])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It is red [1]. It is blue [2, 3]. [1][2] ", None),
+        ("It is red [4]. It is blue [2, 7].", "It is red. It is blue [2]."),
+        ("It is red. [4]\n\n[5] [6]\n[7] It is blue.[0]", "It is red.\n\nIt is blue."),
+        ("Hi:\n\n[4]\n\n[5]\n \n\n[6]\n\n", "Hi:\n\n"),
+        ("[1]\n\n\n[2]\n \n[3]\n", None),
+        ("  [12] It is [ 9;8 ] red", "It is red"),
+        ("Take x[4], f(x[10]) or [12345], [a], [1.5], [] and [", None),
+        ("Write `x = [7]` so:\n```python\nx = [7, 8]\n```\n[1]", None),
+        (" \n [", None),
+    ],
+)
+def test_marks_of_no_source_are_left_out(text, expected):
+    for pieces in ((text,), tuple(text)):
+        assert with_known_citations(*pieces) == (text if expected is None else expected)
+
+
+@given(
+    st.lists(
+        st.sampled_from(["[", "]", "1", "7", ", ", ";", " ", "\n", "```", "`", "a", "[1]", "[7]", "[1, 7]"]),
+        max_size=14,
+    ),
+    st.lists(st.integers(0, 40), max_size=5),
+)
+def test_the_text_with_known_citations_does_not_depend_on_its_pieces(parts, cuts):
+    text = "".join(parts)
+    cuts = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    whole = with_known_citations(text)
+    assert with_known_citations(*(text[a:b] for a, b in pairwise(cuts))) == whole
+    assert set(cited(text, THREE)) <= set(cited(whole, THREE))

@@ -26,6 +26,7 @@ class Echo:
 
     context_length: int = 1000
     asked: list = field(default_factory=list)
+    pieces: tuple[str, ...] = ("see ", "[1]")
 
     def count(self, text: str) -> int:
         return len(text.split())
@@ -37,8 +38,7 @@ class Echo:
 
     def stream(self, request):
         self.asked.append(request.messages)
-        yield "see "
-        yield "[1]"
+        yield from self.pieces
         yield Usage(self.prompt_tokens(request.messages), 2, 0.5, 0.25, finish_reason="length")
 
     def generate(self, requests):
@@ -90,6 +90,12 @@ def test_without_a_relevant_hit_no_model_is_asked(search):
     assert text == answer.answer == TEMPLATE.abstain_answer
     assert (answer.sources, generator.asked) == ((), [])
     assert answer.finish_reason == "stop"
+
+
+def test_a_model_that_says_so_abstains_with_the_sources_that_it_was_shown(search):
+    generator = Echo(pieces=(TEMPLATE.abstain_answer,))
+    _, answer = asked("Where do tides matter?", search, reader(generator))
+    assert answer.abstained and answer.sources and generator.asked
 
 
 @pytest.mark.parametrize("min_score", [None, 0.99])
@@ -150,3 +156,24 @@ def test_any_method_can_feed_the_reader(search):
 def test_invalid_answer_options_are_errors(options):
     with pytest.raises(UserError, match=f"AnswerOptions.{next(iter(options))}="):
         AnswerOptions(**options)
+
+
+def test_marks_of_no_source_are_left_out_of_the_stream_and_the_answer(search):
+    generator = Echo(pieces=("see [1", ", 99]", " and [9", "9].", " [9"))
+    text, answer = asked("what eats krill.", search, reader(generator))
+    assert text == answer.answer == "see [1] and. [9"
+    assert answer.cited == (1,)
+    raw = replace(reader(generator), options=AnswerOptions(10, clean_up=False))
+    text, answer = asked("what eats krill.", search, raw)
+    assert text == answer.answer == "see [1, 99] and [99]. [9"
+    unnumbered = replace(reader(generator), template=replace(TEMPLATE, passage="{text}"))
+    assert asked("what eats krill.", search, unnumbered)[0] == "see [1, 99] and [99]. [9"  # no citations
+
+
+def test_the_request_ends_an_answer_before_a_line_like_the_prompts_own():
+    options = AnswerOptions(7, seed=3, stop=["END"])
+    request = replace(reader(Echo()), options=options).request([])
+    assert (request.max_new_tokens, request.seed, request.stop) == (7, 3, ("END", "\nQ:"))
+    assert request.no_repeat
+    request = replace(reader(Echo()), options=replace(options, clean_up=False)).request([])
+    assert (request.stop, request.no_repeat) == (("END",), False)

@@ -185,3 +185,41 @@ def test_the_spans_are_the_passages(question, texts, separator):
 def test_spans_do_not_change_the_content_of_a_message():
     assert Message("user", "A", ((0, 1),), 1) == Message("user", "A")
     assert len({Message("user", "A", ((0, 1),)), Message("user", "A")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels"),
+    [
+        ({"user": "Passages:\n\n{context}\n\nQuestion: {question}"}, ("Passages:", "Question:")),
+        ({"user": "{context}\n  Question: {question}\nAnswer in a few words: be brief."}, ("Question:",)),
+        (
+            {"user": "{question}", "passage": "My source: {path}\n{text}", "system": "Rules:\nNone"},
+            ("Rules:", "My source:"),
+        ),
+        ({"user": "{context} Question: {question}\nQuestion: again?\nQuestion: {question}"}, ("Question:",)),
+        ({"user": "資料\uff1a\n{context}\n問題\uff1a{question}"}, ("資料\uff1a", "問題\uff1a")),
+        ({"user": "{question}\n{context}"}, ()),
+    ],
+)
+def test_labels_are_the_words_before_a_colon_at_the_beginning_of_a_line(texts, labels):
+    assert PromptTemplate(**texts).labels == labels
+
+
+def test_labels_come_from_the_template_and_not_from_what_fills_it():
+    """A question or a passage may hold such a line; the answer may have it too."""
+    assert PromptTemplate(user="{context}\n{question}", passage="{text}").labels == ()
+
+
+@pytest.mark.parametrize(
+    ("answer", "abstains"),
+    [
+        ("I do not know.", True),
+        ("i do not know [1, 2]", True),
+        ("  I do not know!\n", True),
+        ("I do not know the king.", False),
+        ("Edda", False),
+        ("", False),
+    ],
+)
+def test_an_answer_abstains_in_the_words_of_the_template(answer, abstains):
+    assert PromptTemplate(abstain_answer="I do not know.").abstains(answer) is abstains

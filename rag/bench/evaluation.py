@@ -49,7 +49,7 @@ class EvaluationBenchmark:
             )
         cases = [(dtype, kind) for dtype in self.dtypes for kind in self.kv_reuse]
         ours = {
-            f"{dtype}, reuse {kind}": LocalGenerator(self.weights, dtype, kv_reuse=kind)
+            f"{dtype}, reuse {kind}": LocalGenerator(self.weights, dtype, adapter=None, kv_reuse=kind)
             for dtype, kind in cases
         }
         first = next(iter(ours.values()))

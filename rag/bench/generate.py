@@ -73,7 +73,7 @@ class GenerateBenchmark:
         return found + self._grounded(ours, peers)
 
     def _ours(self, dtype: WeightsDtype, speculative: bool = False) -> LocalGenerator:
-        return LocalGenerator(self.weights, dtype, speculative=speculative)
+        return LocalGenerator(self.weights, dtype, adapter=None, speculative=speculative)
 
     def _seconds(self, ours: dict[str, LocalGenerator], peers: dict[str, LlamaCpp], size: int) -> Seconds:
         """Time rounds with a new prompt each, so that no cache can help; the first round is warm-up."""

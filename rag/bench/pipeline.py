@@ -95,7 +95,12 @@ class PipelineBenchmark:
 
     def _ours(self, dtype: WeightsDtype, kv_reuse: KVReuse, kv_recompute: int) -> LocalGenerator:
         generator = LocalGenerator(
-            self.weights, dtype, kv_reuse=kv_reuse, kv_recompute=kv_recompute, speculative=self.speculative
+            self.weights,
+            dtype,
+            adapter=None,
+            kv_reuse=kv_reuse,
+            kv_recompute=kv_recompute,
+            speculative=self.speculative,
         )
         generator.engine.end_ids = ()  # the budget alone ends an answer
         return generator

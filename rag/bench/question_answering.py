@@ -57,7 +57,7 @@ class QuestionAnsweringBenchmark:
 
     def run(self) -> list[Row]:
         """Return a row for each measure and one for the seconds."""
-        generator = LocalGenerator(self.weights, self.dtype)
+        generator = LocalGenerator(self.weights, self.dtype, adapter=None)  # llama.cpp has none
         tasks = self.questions.tasks(generator, self.max_new_tokens, self.stop)
         outcomes = {"ours": self._ours(generator, tasks)}
         if model := open_llama_cpp(hub.local_path(self.weights), self._context(generator, tasks), reuse=True):

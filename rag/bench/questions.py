@@ -86,7 +86,7 @@ class QuestionSet:
 
     def reader(self, generator: Generator, max_new_tokens: int, stop: Sequence[str] = ()) -> Reader:
         """Return the stages that answer with this generator."""
-        options = AnswerOptions(max_new_tokens, stop=tuple(stop))
+        options = AnswerOptions(max_new_tokens, stop=tuple(stop), clean_up=False)  # which peers do not
         return Reader(generator, self.prompt, self.context, options=options)
 
     def _load(self) -> tuple[Dataset, Search]:

@@ -18,11 +18,11 @@ import numpy as np
 from annotated_types import DocInfo, Predicate
 from jaxtyping import Int
 
-from rag.citations import cited
+from rag.citations import KnownCitations, cited
 from rag.evaluate.datasets import Dataset
 from rag.evaluate.metrics import GOLD_METRICS
 from rag.evaluate.retrieval import without_own_document
-from rag.generate import Request, scorer_of
+from rag.generate import scorer_of
 from rag.ops.sampling import Sampling
 from rag.pipeline import AnswerOptions, Reader, fit_context, select_context
 from rag.prompt import PromptTemplate, render
@@ -93,7 +93,7 @@ class Reply:
     query: str
     condition: Condition
     answer: str
-    abstained: bool  # the model was not asked: nothing relevant was found, or the question was too long
+    abstained: bool  # the model said so, or was not asked: nothing was found, or the question was too long
     fits: bool  # the question leaves room for a passage in the model's context
     sources: tuple[str, ...]  # document ids of the prompt's passages, in prompt order
     cited: tuple[str, ...]  # document ids of the sources that the answer cites
@@ -121,6 +121,7 @@ class _AnswerSettings:
 
     sampling: Sampling
     options: AnswerOptions
+    labels: tuple[str, ...]  # of the prompt; an answer may end before a line that begins with one
 
     depends_on: ClassVar[tuple[str, ...]] = ("generator",)
 
@@ -136,7 +137,8 @@ def answer_all(inputs: AblationInputs, found: Mapping[str, Sequence[Hit]]) -> It
     """Answer every question of `found` (query id -> hits), the unanswerable ones too, under every condition."""
     for condition in inputs.ablation.conditions:
         prompts = [_prompt(inputs, condition, query, hits) for query, hits in found.items()]
-        answers = _answers(inputs, prompts)
+        template = inputs.closed_book if condition == "closed_book" else inputs.reader.template
+        answers = _answers(inputs, replace(inputs.reader, template=template), prompts)
         scores = _likelihoods(inputs, prompts) if condition in inputs.ablation.likelihood else {}
         for prompt in prompts:
             text, score = answers.get(prompt.query), scores.get(prompt.query)
@@ -261,16 +263,12 @@ def _wanted(prompt: _Prompt, dataset: Dataset) -> list[Span]:
     return [(c.document_id, c.start, c.end) for c in chunks if _relevance(c, prompt.query, dataset)]
 
 
-def _answers(inputs: AblationInputs, prompts: Sequence[_Prompt]) -> dict[str, str]:
-    """Return query id -> answer, of the prompts with messages."""
+def _answers(inputs: AblationInputs, reader: Reader, prompts: Sequence[_Prompt]) -> dict[str, str]:
+    """Return query id -> answer, of the prompts with messages, which are made from the reader's template."""
     asking = [prompt for prompt in prompts if prompt.messages]
-    sampling, options = inputs.reader.sampling, inputs.reader.options
 
     def compute(items: Sequence[Any]) -> list[str]:
-        requests = [
-            Request(_messages(item), sampling, options.max_new_tokens, options.seed, options.stop)
-            for item in items
-        ]
+        requests = [reader.request(_messages(item)) for item in items]
         generator = inputs.collection.generator
         texts = generator.generate(requests)
         if not isinstance(texts, list) or len(texts) != len(requests):
@@ -278,9 +276,15 @@ def _answers(inputs: AblationInputs, prompts: Sequence[_Prompt]) -> dict[str, st
         return texts
 
     items = [_plain(prompt.messages) for prompt in asking]
-    settings = _AnswerSettings(sampling, options)
+    settings = _AnswerSettings(reader.sampling, reader.options, reader.template.labels)
     texts = inputs.collection.cached_map("answer", settings, items, compute, batch=_BATCH, passages=False)
-    return {prompt.query: (text or "").strip() for prompt, text in zip(asking, texts, strict=True)}
+    answers = {}
+    for prompt, text in zip(asking, texts, strict=True):
+        if text and reader.checks_citations:
+            citations = KnownCitations(prompt.context)
+            text = citations.push(text) + citations.finish()
+        answers[prompt.query] = (text or "").strip()
+    return answers
 
 
 def _likelihoods(inputs: AblationInputs, prompts: Sequence[_Prompt]) -> dict[str, float | None]:
@@ -316,6 +320,7 @@ def _reply(
     inputs: AblationInputs, condition: Condition, prompt: _Prompt, text: str | None, score: float | None
 ) -> Reply:
     reader = inputs.reader
+    template = inputs.closed_book if condition == "closed_book" else reader.template
     names = {hit.chunk.path: hit.chunk.document_id for hit in prompt.hits}
     sources = prompt.context.sources
     marked = set(cited(text or "", prompt.context))
@@ -325,7 +330,7 @@ def _reply(
         query=prompt.query,
         condition=condition,
         answer=reader.template.abstain_answer if text is None else text,
-        abstained=text is None,
+        abstained=text is None or template.abstains(text),
         fits=prompt.fits,
         sources=tuple(names[source.path] for source in sources),
         cited=tuple(dict.fromkeys(names[source.path] for source in sources if source.n in marked)),

@@ -20,6 +20,7 @@ class Request:
     max_new_tokens: int = 256
     seed: int = 0  # decides the random draws of this answer; greedy sampling draws none
     stop: Sequence[str] = ()  # the answer ends before the first of these strings
+    no_repeat: bool = False  # the answer ends before a sentence that it already has (rag.generate.repetition)
 
 
 @runtime_checkable

@@ -1,6 +1,7 @@
 """Answer many requests together by continuous batching (rag.generate.scheduler)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rag.generate import Request
 from rag.generate.engine import Engine
@@ -10,7 +11,7 @@ from rag.generate.stop_text import AnswerText
 from rag.models.tokenizer.tokenizer import Tokenizer
 from rag.ops.sampling import Sampling
 
-_Asked = tuple[TokenRequest, tuple[str, ...]]  # with the strings that end the answer
+_Asked = tuple[TokenRequest, Request]  # the request without its messages
 
 
 def generate_batched(
@@ -28,8 +29,9 @@ def generate_batched(
     """
     asked: list[_Asked] = []
     for request in requests:
-        asked.append((TokenRequest.of(tokenizer.chat(request.messages), request), tuple(request.stop)))
-        engine.check(asked[-1][0])
+        tokens = TokenRequest.of(tokenizer.chat(request.messages), request)
+        engine.check(tokens)
+        asked.append((tokens, replace(request, messages=(), stop=tuple(request.stop))))
     groups: dict[Sampling, dict[_Asked, None]] = {}
     for one in asked:
         groups.setdefault(one[0].sampling, {})[one] = None
@@ -44,7 +46,7 @@ def _decode(
 ) -> dict[_Asked, str]:
     """Return the answer to each of these different requests of equal sampling."""
     requests = [request for request, _ in asked]
-    answers = [AnswerText(tokenizer, stop) for _, stop in asked]
+    answers = [AnswerText(tokenizer, request) for _, request in asked]
     pieces: list[list[str]] = [[] for _ in asked]
 
     def on_tokens(i: int, tokens: list[int]) -> bool:

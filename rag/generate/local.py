@@ -24,7 +24,7 @@ from rag.generate.kv.prefix import PrefixCache
 from rag.generate.scoring import log_probs
 from rag.generate.speculative import DraftLengthPolicy, stream_speculatively, supports_speculation
 from rag.generate.stop_text import AnswerText
-from rag.models import hub, placement
+from rag.models import adapters, hub, placement
 from rag.models.conversion_cache import file_digests
 from rag.models.llama import checkpoint as llama_checkpoint
 from rag.models.llama import model as llama
@@ -40,7 +40,7 @@ _DEFAULT_DATE = DEFAULT_DATE.isoformat()
 
 
 def load_engine(
-    path: Path, dtype: str, steps_per_dispatch: int | None, date: day
+    path: Path, dtype: str, steps_per_dispatch: int | None, date: day, adapter: Path | None
 ) -> tuple[Engine, Tokenizer]:
     """Load a checkpoint's weights and tokenizer.
 
@@ -49,11 +49,12 @@ def load_engine(
         dtype: of the weights: "int8" or a name that jax.numpy knows.
         steps_per_dispatch: of the engine.
         date: given to chat templates that ask for today's date.
+        adapter: the folder of an adapter that the weights are merged with.
 
     Returns:
         The engine and the tokenizer.
     """
-    model, tokenizer = llama_checkpoint.load(path, int8=dtype == "int8", date=date)
+    model, tokenizer = llama_checkpoint.load(path, int8=dtype == "int8", date=date, adapter=adapter)
     llama.use_native(model)
     if model.native:
         model = placement.in_huge_pages(model)
@@ -69,6 +70,7 @@ class LocalGenerator:
         self,
         weights: Filled = hub.DEFAULT_GENERATOR,
         dtype: WeightsDtype = "auto",
+        adapter: Filled | None = "auto",
         context_length: Count | None = None,
         steps_per_dispatch: Count | None = None,
         tokens_per_batch: Count = 4096,
@@ -94,7 +96,8 @@ class LocalGenerator:
         self._chunk_options = options if kv_reuse in ("chunk", "blend") else None
         self._tokens_per_batch = tokens_per_batch
         self._draft_policy = DraftLengthPolicy() if speculative else None
-        self._path = hub.local_path(weights)
+        self._path, self._auto_adapter = hub.local_path(weights), adapter == "auto"
+        self._given_adapter = hub.local_path(adapter) if adapter and adapter != "auto" else None
         self._wanted_dtype, self._limit, self._steps = dtype, context_length, steps_per_dispatch
 
     @cached_property
@@ -104,16 +107,25 @@ class LocalGenerator:
             return self._wanted_dtype
         return "int8" if jax.default_backend() == "cpu" else "bfloat16"
 
+    @cached_property
+    def adapter(self) -> Path | None:
+        """Return the folder of the adapter; for "auto" that of the package, if it was trained on these weights."""
+        if self._auto_adapter:
+            return adapters.default_reader(llama_checkpoint.checkpoint_sha256(self._path))
+        return self._given_adapter
+
     @property
     def description(self) -> str:
-        """Return the name of the checkpoint's file or folder, and the dtype of the weights."""
-        return f"{self._path.name} with {self.dtype} weights"
+        """Return the name of the checkpoint's file or folder, the dtype of the weights, and the adapter's name."""
+        adapter = f" and the adapter {self.adapter.name}" if self.adapter else ""
+        return f"{self._path.name} with {self.dtype} weights{adapter}"
 
     @cached_property
     def fingerprint(self) -> str:
         """Return 64 hex digits of all that answers depend on, without loading weights.
 
-        These are the checkpoint's files, dtype, context length, the date, and how passages' KV caches are computed.
+        These are the checkpoint's files, the adapter's, dtype, context length, the date, and how passages' KV caches
+        are computed.
         """
         reuse = self._chunk_options and (self._kv_reuse, replace(self._chunk_options, path=None))
         return content_key(self._model_fingerprint, self._date.isoformat(), *(reuse or ()))
@@ -121,11 +133,12 @@ class LocalGenerator:
     @cached_property
     def _model_fingerprint(self) -> str:
         files = file_digests(llama_checkpoint.source_files(self._path))
-        return content_key("llama", files, self.dtype, self._limit)
+        adapter = [adapters.adapter_digest(self.adapter)] if self.adapter else []
+        return content_key("llama", files, self.dtype, self._limit, *adapter)
 
     @cached_property
     def _loaded(self) -> tuple[Engine, Tokenizer]:
-        return load_engine(self._path, self.dtype, self._steps, self._date)
+        return load_engine(self._path, self.dtype, self._steps, self._date, self.adapter)
 
     @property
     def engine(self) -> Engine:
@@ -159,7 +172,7 @@ class LocalGenerator:
         return len(self.prefiller.prompt(messages))
 
     def stream(self, request: Request) -> Iterator[str | Usage]:
-        """Yield the answer's text as it is decoded, then its Usage. A stop string ends it and is left out."""
+        """Yield the answer's text as it is decoded, then its Usage. A stop string or a repetition ends it."""
         engine = self.engine  # the weights are loaded before the clock starts
         begin = Clock.now()
         prompt, state = self.prefiller.start(request)
@@ -167,7 +180,7 @@ class LocalGenerator:
             answer = stream_speculatively(engine, state, prompt, self._draft_policy)
         else:
             answer = engine.stream(state, request.sampling)
-        text, new_tokens, prefilled = AnswerText(self.tokenizer, request.stop), 0, None
+        text, new_tokens, prefilled = AnswerText(self.tokenizer, request), 0, None
         for tokens in answer:
             prefilled = prefilled or Clock.now()
             new_tokens += len(tokens)

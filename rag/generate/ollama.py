@@ -8,16 +8,18 @@ GET /api/tags ("List local models") names each model's content by a digest.
 import contextlib
 import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from annotated_types import Ge, Gt, Le
 
 from rag.generate import Request, join_text
+from rag.generate.stop_text import EndedText
 from rag.runtime.cache.keys import content_key
 from rag.runtime.options import Count, Filled, check_fields
 from rag.runtime.records import OpenRecord, parse_json
@@ -120,7 +122,11 @@ class OllamaGenerator:
         return sum(self.count(message.content) + 8 for message in messages)
 
     def stream(self, request: Request) -> Iterator[str | Usage]:
-        """Yield the answer's text piece by piece as it arrives, then its Usage."""
+        """Yield the answer's text piece by piece as it arrives, then its Usage.
+
+        Stop strings are looked for here: given to the server, they would replace the model's own. An answer that ends
+        at one closes the connection, so the server stops decoding; its Usage then has estimated numbers of tokens.
+        """
         sampling = request.sampling
         options: dict[str, object] = {
             "num_ctx": self.context_length,
@@ -133,17 +139,31 @@ class OllamaGenerator:
             "repeat_penalty": sampling.repetition_penalty,
             "repeat_last_n": -1,  # all tokens so far, as our own sampler does
         }
-        if request.stop:  # an empty list would replace the model's own
-            options["stop"] = list(request.stop)
         turns = [{"role": message.role, "content": message.content} for message in request.messages]
         body = {"model": self.model, "messages": turns, "stream": True, "options": options}
+        text, times = EndedText(request), [time.perf_counter()]
         for line in self._lines("/api/chat", _ChatLine, body):
             if line.message.content:
-                yield line.message.content
-            if line.done:
-                yield line.usage()
+                times.append(time.perf_counter())
+                if piece := text.push(line.message.content):
+                    yield piece
+            if line.done or text.stopped:
+                if piece := text.finish():
+                    yield piece
+                usage = line.usage() if line.done else self._estimated_usage(request, times)
+                yield replace(usage, finish_reason="stop") if text.stopped else usage
                 return
         raise UserError(f"The answer of Ollama at {self.url} broke off before its end; try again.")
+
+    def _estimated_usage(self, request: Request, times: Sequence[float]) -> Usage:
+        """Return the usage of an answer whose last line is not waited for, a piece of text counted as a token.
+
+        Args:
+            request: what was asked.
+            times: when it was asked, and when each piece arrived.
+        """
+        prefill_s, decode_s = times[1] - times[0], times[-1] - times[1]
+        return Usage(self.prompt_tokens(request.messages), len(times) - 1, prefill_s, decode_s)
 
     def generate(self, requests: Sequence[Request]) -> list[str]:
         """Return the answers to several requests, which the server gets one after another."""

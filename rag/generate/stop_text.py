@@ -1,7 +1,9 @@
-"""The text of an answer from its tokens, up to the first stop string."""
+"""The text of an answer from its tokens, up to the first stop string or repetition."""
 
 from collections.abc import Sequence
 
+from rag.generate import Request
+from rag.generate.repetition import UnrepeatedText
 from rag.models.tokenizer.tokenizer import Tokenizer
 from rag.types import FinishReason
 
@@ -35,11 +37,31 @@ class StoppedText:
         return self._held
 
 
-class AnswerText:
-    """Turns the tokens of one answer into text, up to the first stop string."""
+class EndedText:
+    """Ends a streamed text where a request wants it: before the first stop string, or before a repetition."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self._decoder, self._text = tokenizer.text_stream(), StoppedText(stop)
+    def __init__(self, request: Request):
+        self._before_stop = StoppedText(request.stop)
+        self._before_repeat = UnrepeatedText() if request.no_repeat else StoppedText(())
+
+    @property
+    def stopped(self) -> bool:
+        return self._before_stop.stopped or self._before_repeat.stopped
+
+    def push(self, new: str) -> str:
+        """Return the text that is certain now."""
+        return self._before_repeat.push(self._before_stop.push(new))
+
+    def finish(self) -> str:
+        """Return the rest of the text."""
+        return self._before_repeat.push(self._before_stop.finish()) + self._before_repeat.finish()
+
+
+class AnswerText:
+    """Turns the tokens of one answer into text, up to where its request wants it to end."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request):
+        self._decoder, self._text = tokenizer.text_stream(), EndedText(request)
 
     @property
     def stopped(self) -> bool:

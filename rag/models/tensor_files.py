@@ -1,6 +1,7 @@
 """Read the configuration and tensors of checkpoint files, safetensors (sharded or not) and GGUF, all in float32."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,32 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     Raises UserError for files that are missing or damaged, types other than numbers that a weight can have, and
     weights that are not finite.
     """
-    from safetensors import SafetensorError, safe_open
-
     tensors: dict[str, np.ndarray] = {}
     for shard in shards(path):
-        try:
-            with safe_open(shard, framework="flax") as file:  # flax: numpy alone has no bfloat16
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    array = _check_weights(_safetensors_array(file, name, shard), name, str(shard))
-                    tensors[name] = np.asarray(array, np.float32)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot read the weights in {shard} ({reason(error)}); fetch the file again"
-            ) from error
+        with _opened_safetensors(shard) as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                array = check_weights(_safetensors_array(file, name, shard), name, str(shard))
+                tensors[name] = np.asarray(array, np.float32)
     return tensors
+
+
+def read_safetensors_metadata(path: Path) -> Mapping[str, str]:
+    """Return the texts in the header of a .safetensors file. Raises UserError if the file is missing or damaged."""
+    with _opened_safetensors(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened_safetensors(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="flax") as file:  # flax: numpy alone has no bfloat16
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read the weights in {path} ({reason(error)}); fetch the file again"
+        ) from error
 
 
 def _safetensors_array(file: Any, name: str, shard: Path) -> np.ndarray:
@@ -109,14 +122,14 @@ class GgufTensors(Mapping[str, np.ndarray]):
         tensor = self._tensors[name]
         data = tensor.data.view(_GGUF_FLOATS.get(tensor.kind.name, np.uint8))
         try:
-            with np.errstate(all="ignore"):  # scales may be infinite: `_check_weights` raises then
+            with np.errstate(all="ignore"):  # scales may be infinite: `check_weights` raises then
                 array = gguf.dequantize(data, tensor.kind).astype(np.float32, copy=False)
         except NotImplementedError as error:
             raise UserError(
                 f"tensor {name!r} is quantised as {tensor.kind.name}, which the gguf library cannot "
                 "dequantise; take another quantisation of this model"
             ) from error
-        return _check_weights(array.reshape(tensor.shape), name, self._source)
+        return check_weights(array.reshape(tensor.shape), name, self._source)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would dequantise the tensor
         return name in self._tensors
@@ -140,7 +153,7 @@ def gguf_name(metadata: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) and name.isprintable() and 0 < len(name) <= 100 else "the GGUF file"
 
 
-def _check_weights(array: np.ndarray, name: str, source: str) -> np.ndarray:
+def check_weights(array: np.ndarray, name: str, source: str) -> np.ndarray:
     """Return the weights. Raises UserError if they are not finite or so large that the model's sums might not be."""
     if array.size:
         low, high = float(array.min()), float(array.max())

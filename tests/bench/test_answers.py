@@ -16,6 +16,7 @@ from rag.bench.questions import Task, another_prompt, joined, messages
 from rag.evaluate.statistics import Statistics
 from rag.generate import Request
 from rag.generate.local import LocalGenerator
+from rag.models import adapters
 from rag.prompt import PromptTemplate
 from rag.types import Document, Message, UserError
 from tests import tiny_models
@@ -71,6 +72,7 @@ def test_another_prompt_has_the_passages_in_another_order(questions, weights):
 
 def test_pipeline_without_the_peer(configured, questions, weights, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)  # importing it raises ImportError
+    monkeypatch.setattr(adapters, "default_reader", None)  # it runs with the weights alone, as the peer does
     options = {"weights": weights, "dtypes": ("float32",), "kv_reuse": ("none",), "new_tokens": 3}
     options["questions"] = replace(questions, passage_tokens=8)
     [row] = configured("pipeline", **options, repeats=2, warmup=1).run()
@@ -84,6 +86,7 @@ def test_pipeline_without_the_peer(configured, questions, weights, monkeypatch, 
 
 def test_evaluation_without_the_peer(configured, questions, weights, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.setattr(adapters, "default_reader", None)
     options = {"questions": questions, "weights": weights, "dtypes": ("float32",), "max_new_tokens": 3}
     [row] = configured("evaluation", **options, count=1).run()
     assert row.ours["answers/s"] == pytest.approx(1 / row.ours["seconds"])
@@ -98,6 +101,7 @@ def test_evaluation_without_the_peer(configured, questions, weights, monkeypatch
 
 def test_generate_without_the_peer(configured, questions, weights, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.setattr(adapters, "default_reader", None)
     monkeypatch.setattr(generate, "_TOKEN_IDS", (0, 20))
     options = {"questions": questions, "weights": weights, "dtypes": ("float32",), "new_tokens": 4}
     options |= {"prompt_tokens": (5,), "contexts": (3, 5), "speculative": (), "repeats": 2}
@@ -164,6 +168,7 @@ def test_question_answering_without_the_peer_leaves_its_columns_empty(
     configured, questions, weights, monkeypatch, capsys
 ):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.setattr(adapters, "default_reader", None)
     one = replace(questions, k=1, limit=3)
     *measured, effort = configured(
         "question_answering", questions=one, weights=weights, max_new_tokens=4
@@ -210,7 +215,7 @@ def test_one_question_is_too_few_to_compare(configured, questions, weights):
 def test_llama_cpp_answers_and_scores_from_the_same_prompt(generator_weights):
     """To score first, or twice, changes neither; the likelihood is ours up to llama.cpp's 8-bit activations."""
     pytest.importorskip("llama_cpp")
-    ours = LocalGenerator(str(generator_weights), "float32")
+    ours = LocalGenerator(str(generator_weights), "float32", adapter=None)
     question = [Message("user", "Tides follow the moon. What do tides follow?")]
     model = open_llama_cpp(generator_weights, 128, reuse=True)
     generator = LlamaCppGenerator(model, ours, ours.tokenizer.eos_ids)
@@ -232,7 +237,7 @@ def test_llama_cpp_answers_and_scores_from_the_same_prompt(generator_weights):
 def test_llama_cpp_is_a_generator_of_the_pipeline(generator_weights, tmp_path, monkeypatch):
     """It writes the same text reset or not, up to the budget where no token ends it."""
     pytest.importorskip("llama_cpp")
-    ours = LocalGenerator(str(generator_weights), "float32")
+    ours = LocalGenerator(str(generator_weights), "float32", adapter=None)
     question = [Message("user", "Tides follow the moon. What do tides follow?")]
     texts = []
     for reuse in (False, True):

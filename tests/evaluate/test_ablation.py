@@ -13,9 +13,10 @@ from rag.evaluate.error_breakdown import ERRORS, error_parts
 from rag.evaluate.experiment import Experiment
 from rag.evaluate.statistics import Statistics
 from rag.ingest.chunk.fixed import FixedChunker
+from rag.prompt import PromptTemplate
 from rag.retrieve.search import Dense, Lexical
 from rag.types import Document
-from tests.evaluate.tiny_experiment import LastEater, dataset, experiment, read
+from tests.evaluate.tiny_experiment import OPTIONS, PROMPT, LastEater, dataset, experiment, read
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +164,33 @@ def test_a_question_too_long_for_the_model_is_a_warning_and_the_others_are_answe
     assert any(
         "q1" in warning and "no room" in warning for warning in read(folder, "metrics.json")["warnings"]
     )
+
+
+class CitingLooper(LastEater):
+    """Cites a passage that it has and one that it has not, and records how its answers are to end."""
+
+    def __init__(self):
+        super().__init__()
+        self.endings = set()
+
+    def generate(self, requests):
+        self.endings |= {(tuple(request.stop), request.no_repeat) for request in requests}
+        return [f"{answer} [1] [9]" for answer in super().generate(requests)]
+
+
+def test_answers_are_cleaned_up_and_that_is_part_of_their_key():
+    some = ContextAblation(("closed_book", "retrieved"), likelihood=(), k=1)
+    reader = CitingLooper()
+    prompt, closed_book = replace(PROMPT, passage="[{n}] {text}"), PromptTemplate(user="Frage: {question}")
+    whole = experiment(reader, ablation=some, prompt=prompt, closed_book=closed_book)
+
+    def endings(rows):
+        return {row["condition"]: row["answer"].partition(" ")[2] for row in rows if not row["abstained"]}
+
+    rows = read(whole.run(), "answers.jsonl")
+    assert endings(rows) == {"closed_book": "", "retrieved": "[1]"}
+    assert reader.endings == {(("\nFrage:",), True), (("\nQ:",), True)}
+    reader.endings.clear()
+    rows = read(replace(whole, options=replace(OPTIONS, clean_up=False)).run(), "answers.jsonl")
+    assert endings(rows) == {"closed_book": "[1] [9]", "retrieved": "[1] [9]"}
+    assert reader.endings == {((), False)}  # asked again

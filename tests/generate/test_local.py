@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from itertools import pairwise
 
 import jax
 import pytest
@@ -15,7 +14,6 @@ from rag.generate.engine import Engine
 from rag.generate.kv.chunk_cache import ChunkKVCache
 from rag.generate.local import LocalGenerator
 from rag.generate.speculative import DraftLengthPolicy
-from rag.generate.stop_text import StoppedText
 from rag.ops.sampling import Sampling
 from rag.runtime.machine.clock import Clock
 from rag.types import Message, Usage, UserError
@@ -286,6 +284,35 @@ def test_a_stop_string_ends_the_text_before_itself(generator):
     assert generated(generator, CHATS[:1], max_new_tokens=40, stop=(stop,)) == [expected]
 
 
+class SentenceStream:
+    """Decodes each token as one of five sentences, so that an answer soon repeats one."""
+
+    def push(self, token: int) -> str:
+        return f"The {('seal', 'gull', 'tern', 'crab', 'whale')[token % 5]} lives at sea. "
+
+    def finish(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_repetition_ends_the_answer_early_and_alike_in_a_batch(generator, monkeypatch, speculative):
+    monkeypatch.setattr(generator, "_draft_policy", DraftLengthPolicy() if speculative else None)
+    monkeypatch.setattr(generator.tokenizer, "text_stream", SentenceStream)
+    texts = []
+    for chat in CHATS:
+        whole, _ = written(generator, chat, max_new_tokens=24)
+        text, usage = written(generator, chat, max_new_tokens=24, no_repeat=True)
+        sentences = text.split(". ")
+        assert whole.startswith(text)
+        assert len(set(sentences)) == len(sentences) <= 6
+        assert usage.finish_reason == "stop"
+        assert usage.new_tokens < 24
+        texts.append(text)
+    assert generated(generator, [*CHATS, CHATS[0]], max_new_tokens=24, no_repeat=True) == [*texts, texts[0]]
+    mixed = [Request(CHATS[0], max_new_tokens=24, no_repeat=repeat) for repeat in (True, False)]
+    assert generator.generate(mixed) == [texts[0], written(generator, CHATS[0], max_new_tokens=24)[0]]
+
+
 def test_the_seed_decides_the_draw(generator):
     options = {"sampling": Sampling(temperature=1.0), "max_new_tokens": 12}
     assert (
@@ -296,47 +323,6 @@ def test_the_seed_decides_the_draw(generator):
         written(generator, CHATS[0], seed=3, **options)[0]
         != written(generator, CHATS[0], seed=4, **options)[0]
     )
-
-
-@pytest.mark.parametrize(
-    ("stop", "expected"),
-    [
-        ((), "abcabd"),
-        (("zz",), "abcabd"),
-        (("abd",), "abc"),
-        (("bd", "ca"), "ab"),
-        (("d",), "abcab"),
-        (("",), "abcabd"),
-    ],
-)
-def test_stop_strings_may_span_tokens(stop, expected):
-    text = StoppedText(stop)
-    pieces = list(map(text.push, "abcabd"))
-    assert "".join([*pieces, text.finish()]) == expected
-    assert text.stopped == (expected != "abcabd")
-
-
-@given(
-    st.text("abcd", max_size=12),
-    st.lists(st.text("abcd", min_size=1, max_size=4), max_size=3),
-    st.lists(st.integers(0, 12), max_size=4),
-)
-def test_the_text_before_a_stop_string_does_not_depend_on_its_pieces(text, stop, cuts):
-    """Tokens come one by one, several a dispatch, or as many as a draft has."""
-    ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(s) for s in stop)]
-    wanted = (
-        min((text[: ends[0] - len(s)] for s in stop if text[: ends[0]].endswith(s)), key=len)
-        if ends
-        else text
-    )
-    cuts = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    stopped = StoppedText(stop)
-    pieces = [stopped.push(text[a:b]) for a, b in pairwise(cuts)]
-    assert "".join([*pieces, stopped.finish()]) == wanted
-
-
-def test_no_text_is_held_back_longer_than_it_must():
-    assert list(map(StoppedText(("XY",)).push, "aXbX")) == ["a", "", "Xb", ""]
 
 
 def test_invalid_settings_are_errors(tmp_path):

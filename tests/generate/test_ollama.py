@@ -130,7 +130,6 @@ def test_asks_for_what_was_set():
         "num_ctx": 2048,
         "num_predict": 77,
         "seed": 5,
-        "stop": ["\n\n"],
         "temperature": 0.7,
         "top_k": 40,
         "top_p": 0.9,
@@ -138,8 +137,34 @@ def test_asks_for_what_was_set():
         "repeat_penalty": 1.2,
         "repeat_last_n": -1,
     }
-    assert "stop" not in asked[1][1]["options"]
     assert asked[1][1]["options"]["temperature"] == 0.0
+
+
+def stopped(url: str, **options) -> tuple[str, Usage]:
+    *pieces, usage = OllamaGenerator(url=url).stream(Request(MESSAGES, max_new_tokens=32, **options))
+    return "".join(pieces), usage
+
+
+def test_an_answer_ends_here_and_the_models_own_stop_strings_stay():
+    said_all = [said(piece) for piece in ("It is red", ". It", " is red. It is", " red. ", "EN", "D")]
+    with server(*said_all, line(LAST | {"done_reason": "length"})) as (url, asked):
+        assert stopped(url)[0] == "It is red. It is red. It is red. END"
+        text, usage = stopped(url, stop=("END",))
+        assert (text, usage.finish_reason) == ("It is red. It is red. It is red. ", "stop")
+        assert OllamaGenerator(url=url).generate([Request(MESSAGES, stop=("is",))]) == ["It "]
+        assert stopped(url)[1].finish_reason == "length"
+    assert all("stop" not in body["options"] for _, body in asked)
+
+
+def test_a_repetition_ends_the_answer_before_the_server_does():
+    sentence = said("The hut is red. ")
+    with server(said("A hut stands there. "), *[sentence] * 9, line(LAST)) as (url, _):
+        text, usage = stopped(url, no_repeat=True)
+    assert text == "A hut stands there. The hut is red. "
+    assert usage.new_tokens == 4  # pieces: it ended when the sentence after the repetition began
+    assert (usage.prompt_tokens, usage.finish_reason) == (OllamaGenerator().prompt_tokens(MESSAGES), "stop")
+    with server(said("The hut is red. "), said("The hut is red."), line(LAST)) as (url, _):
+        assert stopped(url, no_repeat=True)[0] == "The hut is red. "
 
 
 def test_lines_split_and_joined_by_the_network():
@@ -254,7 +279,7 @@ def test_a_batch_is_asked_one_after_the_other():
     assert answers == ["one two", "one two"]
     assert [len(body["messages"]) for _, body in asked] == [2, 1]
     assert [body["options"]["seed"] for _, body in asked] == [4, 5]
-    assert {(body["options"]["num_predict"], *body["options"]["stop"]) for _, body in asked} == {(9, "\n")}
+    assert {body["options"]["num_predict"] for _, body in asked} == {9}
 
 
 def test_no_likelihood_of_a_given_text():

@@ -19,7 +19,7 @@ TIES = {"float32": 1e-4, "int8": 0.25, "bfloat16": 0.25}
 
 @pytest.fixture(scope="module", params=TIES)
 def reader(request):
-    return LocalGenerator(dtype=request.param), TIES[request.param]
+    return LocalGenerator(dtype=request.param, adapter=None), TIES[request.param]
 
 
 def prompts_of(reader: LocalGenerator, lengths) -> list[tuple[int, ...]]:

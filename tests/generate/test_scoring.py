@@ -184,7 +184,7 @@ def chat_of(case):
 @pytest.mark.weights
 def test_smollm2_finds_texts_as_likely_as_transformers_does(generator_weights):
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    ours = LocalGenerator(str(generator_weights), "float32")
+    ours = LocalGenerator(str(generator_weights), "float32", adapter=None)
     found = ours.log_likelihood([chat_of(case) for case in golden["chat"]])
     found += ours.text_log_likelihood([(case["prompt"], case["text"]) for case in golden["plain"]])
     expected = [*golden["chat"], *golden["plain"]]

@@ -99,7 +99,7 @@ class LlamaCppGenerator:
     def stream(self, request: Request) -> Iterator[str | Usage]:
         """Yield text and Usage as LocalGenerator.stream does; decoding is always greedy."""
         prompt, begin, first, made = self._tokenizer.chat(request.messages), time.perf_counter(), None, 0
-        text = AnswerText(self._tokenizer, request.stop)
+        text = AnswerText(self._tokenizer, request)
         for token in self._model.write(prompt, request.max_new_tokens):
             first = first or time.perf_counter()
             if token in self._end_ids:

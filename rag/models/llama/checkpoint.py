@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rag.models import conversion_cache, tensor_files
+from rag.models import adapters, conversion_cache, tensor_files
 from rag.models.checkpoint import Rule, check_layers, check_vocabulary, fill
 from rag.models.configuration import read_settings, write_settings
 from rag.models.gguf_file import is_gguf
@@ -20,6 +20,7 @@ from rag.models.llama.configuration import config_from_gguf, config_from_hugging
 from rag.models.llama.model import Llama, LlamaConfig, abstract
 from rag.models.tokenizer import load_tokenizer, tokenizer_files
 from rag.models.tokenizer.tokenizer import DEFAULT_DATE, Tokenizer
+from rag.runtime.cache.keys import content_key
 from rag.types import UserError
 
 # (Hugging Face's name without "model.", llama.cpp's name); all have a .weight and some a .bias
@@ -42,21 +43,28 @@ NAMES = (
 _CONFIG_FILE = "config.json"
 
 
-def load(path: Path, *, int8: bool = False, date: day = DEFAULT_DATE) -> tuple[Llama, Tokenizer]:
+def load(
+    path: Path, *, int8: bool = False, date: day = DEFAULT_DATE, adapter: Path | None = None
+) -> tuple[Llama, Tokenizer]:
     """Load the decoder and tokenizer of a GGUF file or a Hugging Face folder.
 
     Args:
+        path: the file or folder.
         int8: whether the weights are int8 with one scale a row (rag.ops.linear), or float32.
         date: given to chat templates that ask for today's date.
+        adapter: the folder of an adapter (rag.models.adapters), which is merged before weights become int8.
 
     Returns:
         The model, with memory-mapped weights, and its tokenizer.
 
     Raises:
-        UserError: the architecture is not known, or tensors do not fit it.
+        UserError: the architecture is not known, tensors do not fit it, or the adapter is damaged or of other weights.
     """
-    kind, convert = ("llama int8", _quantize) if int8 else ("llama", _convert)
-    folder = conversion_cache.converted_folder(kind, source_files(path), partial(convert, path))
+    kind, convert = ("llama int8", partial(_quantize, path)) if int8 else ("llama", partial(_convert, path))
+    if adapter:
+        kind = f"{kind} with adapter {adapters.adapter_digest(adapter)}"
+        convert = partial(_adapt, path, adapter, int8)
+    folder = conversion_cache.converted_folder(kind, source_files(path), convert)
     model = conversion_cache.load_module(abstract(read_converted_config(folder), int8=int8), folder)
     return model, Tokenizer.load(folder, date)
 
@@ -71,6 +79,15 @@ def source_files(path: Path) -> list[Path]:
         )
     files = [*tensor_files.shards(path), *sorted(path.glob("*.json")), *tokenizer_files(path)]
     return list(dict.fromkeys(files))
+
+
+def checkpoint_sha256(path: Path) -> str:
+    """Return the SHA-256 by which an adapter names its base: of a GGUF file, or of a folder's file names and digests.
+
+    Raises UserError if this is not a checkpoint.
+    """
+    digests = conversion_cache.file_digests(source_files(path))
+    return digests[0][1] if len(digests) == 1 else content_key(digests)
 
 
 def _convert(path: Path, folder: Path) -> None:
@@ -93,6 +110,19 @@ def _convert(path: Path, folder: Path) -> None:
 def _quantize(path: Path, folder: Path) -> None:
     model, tokenizer = load(path)
     _write(quantize_weights(model), tokenizer, folder)
+
+
+def _adapt(path: Path, adapter: Path, int8: bool, folder: Path) -> None:
+    """Write a checkpoint's weights with those of an adapter added."""
+    change = adapters.load_adapter(adapter)
+    if change.base_sha256 not in (None, found := checkpoint_sha256(path)):
+        raise UserError(
+            f"{adapter} belongs to weights with SHA-256 {change.base_sha256}, and {path} has {found}; use the adapter "
+            "with its own weights, or these weights without it"
+        )
+    model, tokenizer = load(path)
+    merged = adapters.merge(model, change, str(adapter))
+    _write(quantize_weights(merged) if int8 else merged, tokenizer, folder)
 
 
 def _write(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
