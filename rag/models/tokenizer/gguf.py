@@ -180,7 +180,7 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, Tokenize
     core = tokenizers.Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=llama3))
     if metadata.pre in ("qwen2", "deepseek-r1-qwen"):
         core.normalizer = normalizers.NFC()
-    core.pre_tokenizer = _pre_tokenizer(metadata.pre)
+    core.pre_tokenizer = pre_tokenizer(metadata.pre)
     core.decoder = decoders.ByteLevel()
     bos, eos = vocabulary.first_id(metadata.bos_token_id), vocabulary.first_id(metadata.eos_token_id)
     core.post_processor = _around(
@@ -201,7 +201,7 @@ def _flag(stated: bool | None, default: bool) -> bool:
     return default if stated is None else stated
 
 
-def _pre_tokenizer(name: str | None) -> pre_tokenizers.PreTokenizer:
+def pre_tokenizer(name: str | None) -> pre_tokenizers.PreTokenizer:
     """Return the word splitter of that name in GGUF files, followed by the step to the byte alphabet."""
     digits = pre_tokenizers.Digits(individual_digits=True)
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

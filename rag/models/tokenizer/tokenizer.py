@@ -76,6 +76,10 @@ class Tokenizer:
         spec = read_settings(Path(folder, SPEC_FILE), TokenizerSpec)
         return cls(read_core(Path(folder)), spec, date)
 
+    def to_json(self) -> str:
+        """Return the content of tokenizer.json: the vocabulary and the rules, without the properties in `spec`."""
+        return self._core.to_str()
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_spec.json into an existing folder."""
         self._core.save(str(Path(folder, TOKENIZER_FILE)), pretty=False)
@@ -100,6 +104,17 @@ class Tokenizer:
     def eos_ids(self) -> frozenset[int]:
         """Return every id that ends generation: end of text, end of turn."""
         return frozenset(self.spec.eos_ids)
+
+    @property
+    def special_texts(self) -> dict[str, str | None]:
+        """Return the texts of "bos_token", "eos_token", "unk_token" and "pad_token", without those that are missing."""
+        ids = {
+            "bos_token": self.spec.bos_id,
+            "eos_token": next(iter(self.spec.eos_ids), None),
+            "unk_token": self.spec.unk_id,
+            "pad_token": self.spec.pad_id,
+        }
+        return {name: self._core.id_to_token(index) for name, index in ids.items() if index is not None}
 
     def encode(self, text: str, *, special: bool = True, parse_special: bool = False) -> list[int]:
         """Return the ids of a text; `special` adds the tokens that the model's format puts around it."""
@@ -225,14 +240,7 @@ class Tokenizer:
         spec = self.spec
         if spec.chat_template is None:
             raise UserError("the checkpoint has no chat template; choose an instruction-tuned one")
-        ids = {
-            "bos_token": spec.bos_id,
-            "eos_token": next(iter(spec.eos_ids), None),
-            "unk_token": spec.unk_id,
-            "pad_token": spec.pad_id,
-        }
-        texts = {name: self._core.id_to_token(i) for name, i in ids.items() if i is not None}
-        return ChatTemplate(spec.chat_template, texts, self._date)
+        return ChatTemplate(spec.chat_template, self.special_texts, self._date)
 
 
 def unique_ids(ids: Iterable[int | None]) -> tuple[int, ...]:
