@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra_run import label, overrides, run_dir
 from launch import launch
-from settings import Part, build
+from settings import CorpusFolder, Part, build
 from sweep_summary import show_leaderboards
 from system import SystemSettings, build_method, check_dataset
 
@@ -34,6 +34,7 @@ class EvalSettings(SystemSettings):
 
     plan: bool
     dataset: Part
+    corpus: CorpusFolder | None = None  # of dataset=synthetic
     chunker: Part
     metric: Part | None = None
     tuning: Part | None = None

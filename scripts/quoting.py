@@ -11,7 +11,7 @@ from settings import CONF
 FREE_TEXT = (
     *("question", "runs", "baseline", "output", "keep", "stages"),
     *(".path", ".url", ".model", ".uri"),
-    *("generator.weights", "bench.weights"),
+    *("generator.weights", "generator.adapter", "bench.weights", "dataset.output"),
 )
 # Texts and lists of texts with escapes: \n is a line break on a command line, as it is in YAML, since shells leave the
 # backslash. So are \t and \r; \\ is a backslash, and any other backslash stays.

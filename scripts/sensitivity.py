@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from hydra_run import run_dir
 from launch import launch
-from settings import Part, build, target_of
+from settings import CorpusFolder, Part, build, target_of
 from system import SystemSettings, build_method, check_dataset
 
 from rag.runtime.options import parameters_of
@@ -34,6 +34,7 @@ class SensitivitySettings(SystemSettings):
     """The settings of conf/sensitivity.yaml."""
 
     dataset: Part
+    corpus: CorpusFolder | None = None  # of dataset=synthetic
     chunker: Part
     sensitivity: Part
 

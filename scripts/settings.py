@@ -66,6 +66,13 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class CorpusFolder:
+    """A folder of files."""
+
+    path: Filled
+
+
+@dataclass(frozen=True)
 class IndexFolder:
     """The folder of an index."""
 

@@ -29,12 +29,14 @@ DIFFERENT = {
     "context=reverse": {"min_score", "order"},
     "context=score": {"min_score"},
     "context=sides": {"min_score", "order"},
+    "dataset=synthetic": {"embedder.score_threshold", "generator.adapter"},
     "embedder=bag_of_words": {"score_threshold"},
     "embedder=bert": {"uri"},
     "embedder=minilm": {"score_threshold"},
     "fusion=dbsf": {"normalizer"},
     "fusion=theoretical_min_max": {"normalizer"},
     "fusion=z_score": {"normalizer"},
+    "generator=base": {"adapter"},
     "prompt=cited": {"system"},
     "prompt=closed_book": {"system", "user", "passage", "abstain_answer"},
     "prompt=few_shot": {"system", "user", "passage"},
@@ -46,6 +48,15 @@ DIFFERENT = {
     "sampling=temperature": {"temperature"},
     "sampling=top_k": {"temperature", "top_k"},
     "sampling=top_p": {"temperature", "top_p"},
+    "task=reader": {
+        f"options.styles.{prompt}.template.{text}"
+        for prompt, texts in {
+            "short": ("system", "user", "passage"),
+            "cited": ("system",),
+            "plain": ("system", "passage"),
+        }.items()
+        for text in texts
+    },
     "transform=multi_query": {"max_new_tokens"},
     "transform=rewrite": {"max_new_tokens", "stop"},
     # the gold answers of an evaluation are short

@@ -49,6 +49,15 @@ ZERO = {
     "chunker.percentile": "a chunk ends at nearly every sentence",
     "bench.spread": "all texts are as long",
     "older_than_days": "of any age",
+    "options.rank": "all weights",
+    **dict.fromkeys(("holdout", "validation", "unanswerable", "warmup", "constant", "average"), "none"),
+    **dict.fromkeys(
+        ("weight_decay", "final", "leakage.passages", "contexts.passages", "style.weight"), "none"
+    ),
+    **dict.fromkeys(("short.weight", "cited.weight", "plain.weight"), "this style is not drawn"),
+    "min_f1": "any answer",
+    "checkpoint_minutes": "after each step",
+    "stop_after_minutes": "after one step",
 }
 NEGATIVE = {
     "reranker.label": "the last",
@@ -65,6 +74,8 @@ ONE_AND_A_HALF = {  # of numbers that are no shares
     ),
     *("fusion.constant", "tuning.grid.constants", "weights.k1", "weights.delta", "tuning.grid.k1"),
     *("chunker.percentile", "bench.spread", "generator.timeout_s", "limit_gb", "older_than_days"),
+    *("alpha", "contexts.passages", "short.weight", "cited.weight", "plain.weight"),
+    *("learning_rate", "weight_decay", "clip_norm", "epochs", "checkpoint_minutes", "stop_after_minutes"),
 }
 HUGE = {"min_score": "above every score", "score_threshold": "above every score"}
 NULL = {
@@ -77,6 +88,7 @@ NULL = {
     "stemmer": "words as they stand",
     "stop_words": "all words count",
     "kv_path": "the cache folder",
+    "adapter": "the weights as they are",
     "kind": "all kinds",
     "older_than_days": "of any age",
     "stages": "no stages of your own",
@@ -86,7 +98,8 @@ TEXT = {  # text of any kind; other texts are choices
     *("path", "uri", "url", "model", "weights", "embedder", "kv_path", "bench.index", "bench.questions"),
     *("dataset.split", "dataset.id", "dataset.questions", "dataset.documents", "documents"),
     *("system", "user", "passage", "separator", "separators", "abstain_answer", "finished", "prompt", "stop"),
-    *("query_prompt", "document_prompt", "pattern", "stemmer", "stop_words"),
+    *("query_prompt", "document_prompt", "pattern", "stemmer", "stop_words", "adapter"),
+    *("more", "against", "licences", "trackers"),
     *("measure", "measures", "span_measures"),  # their grammar is checked by those who know it
 }
 LIST_TOO = {"stop_words", "runs"}  # beside a word
@@ -103,17 +116,20 @@ EMPTY_LIST = {
     *("documents", "bench.speculative", "bench.prompt_tokens", "bench.contexts"),
     *("bench.tokens", "bench.vectors", "bench.chunks"),  # of bench=growth: not measured
     *("sensitivity.tokens_per_batch", "search_batches", "vector_dtypes", "answer_batches", "answer_dtypes"),
-    *("fusion.weights", "fusion.lower_bounds"),
+    *("fusion.weights", "fusion.lower_bounds", "more", "against", "licences", "trackers"),
 }
 OF_NULL = {  # what a setting is that is null
     **dict.fromkeys(("keep", "name", "question", "baseline", "measure", "output", "path"), "text"),
     **dict.fromkeys(("bench.index", "bench.questions", "stemmer", "kv_path"), "text"),
-    **dict.fromkeys(("query_prompt", "document_prompt"), "text"),
+    **dict.fromkeys(("query_prompt", "document_prompt", "adapter"), "text"),
     **dict.fromkeys(("max_length", "limit", "passage_tokens", "sensitivity.questions"), 1),
     **dict.fromkeys(("context_length", "steps_per_dispatch"), 1),
     "bench.implementation": "flash",
     "kind": "vectors",
     "older_than_days": 30.0,
+    "patience": 3,
+    "stop_after_minutes": 30.0,
+    "questions.passages": 100,
     **dict.fromkeys(("min_score", "score_threshold"), 0.5),
     "stop_words": ["text"],
     **{key: [0.5] for key in ("fusion.weights", "fusion.lower_bounds")},

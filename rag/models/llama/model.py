@@ -83,6 +83,7 @@ class LlamaAttention(nnx.Module):
         self.o_proj = Linear(q_size, c.hidden_size, rngs, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.implementation: str | None = None  # of rag.ops.attention where there is no cache; None: the best
 
 
 class LlamaMLP(nnx.Module):
@@ -311,7 +312,14 @@ def _attend(
         if cached is None:
             segments, prefixes = packing or (None, None)
             out = attention(
-                q, k, v, causal=True, q_segments=segments, kv_segments=segments, q_prefixes=prefixes
+                q,
+                k,
+                v,
+                causal=True,
+                q_segments=segments,
+                kv_segments=segments,
+                q_prefixes=prefixes,
+                implementation=layer.implementation,
             )
         else:
             k, v = _write(cached[0], k, positions), _write(cached[1], v, positions)

@@ -279,9 +279,15 @@ def test_parsed_sources_are_cached_and_none_is_parsed_twice(tree, monkeypatch):
 
 
 def upstream(graph: grimp.ImportGraph, module: str) -> set[str]:
-    """Return what a module imports according to grimp, and the packages that contain it."""
-    found = {module, *graph.find_upstream_modules(module)}
-    return found | {".".join(name.split(".")[:n]) for name in found for n in range(1, name.count(".") + 1)}
+    """Return what a module imports according to grimp: importing a module runs the packages that contain it, too."""
+    found: set[str] = set()
+    new = {module}
+    while new:
+        name = new.pop()
+        found.add(name)
+        parents = {name.rpartition(".")[0]} - {""}
+        new |= (graph.find_modules_directly_imported_by(name) | parents) - found
+    return found
 
 
 def test_an_edit_of_a_module_changes_the_stages_that_reach_it_and_no_other(tmp_path):
