@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from rag.runtime.cache.keys import content_key
+from rag.runtime.records import reason
 from rag.types import UserError
 
 State = TypeVar("State")
@@ -25,6 +26,7 @@ class Progress:
     step: int = 0  # finished ones
     epoch: int = 0  # position of the next batch: the epoch ...
     index: int = 0  # ... and its number there
+    loss: float | None = None  # of the last step
     seconds: float = 0.0
     best_loss: float | None = None  # by validation
     worse: int = 0  # validations since the best one
@@ -70,8 +72,7 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        found = self._manager.restore(step, args=self._args.Composite(progress=self._args.JsonRestore()))
-        values = dict(found.progress)
+        values = dict(self._read(step, "progress", self._args.JsonRestore()))
         if values.pop("settings") != self._settings:
             raise UserError(
                 f"{self._folder.parent} holds a training with other settings: choose another output.path, or continue "
@@ -79,10 +80,18 @@ class Checkpoints:
             )
         leaves, structure = jax.tree.flatten(state)
         shapes = {str(i): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)}
-        arguments = self._args.Composite(arrays=self._args.StandardRestore(shapes))
-        arrays = self._manager.restore(step, args=arguments).arrays
+        arrays = self._read(step, "arrays", self._args.StandardRestore(shapes))
         restored = jax.tree.unflatten(structure, [arrays[str(i)] for i in range(len(leaves))])
         return restored, Progress(**values)
+
+    def _read(self, step: int, item: str, arguments: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=self._args.Composite(**{item: arguments}))[item]
+        except Exception as error:  # of any type: the libraries beneath have their own
+            raise UserError(
+                f"The checkpoint {self._folder / str(step)} is damaged ({reason(error)}): remove this folder to go on "
+                "from the one before it."
+            ) from error
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -8,7 +8,7 @@ So a training that was killed goes on to the same losses, bit for bit, on the sa
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -41,13 +41,9 @@ class TrainOptions:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     epochs: Epochs = 1.0
     accumulate: Count = 1  # batches of a step
-    average: Share = (
-        0.0  # decay of an exponential moving average of the parameters, which is then the result; 0: none
-    )
+    average: Share = 0.0  # decay of a moving average of the parameters, which is then the result; 0: none
     validate_every: Count = 100  # steps
-    patience: Count | None = (
-        None  # validations without a lower loss, after which the training ends; null: none
-    )
+    patience: Count | None = None  # ends after so many validations without a lower loss; None: never
     checkpoint_minutes: Minutes = 5.0
     stop_after_minutes: Minutes | None = None  # ends with a checkpoint, from which the same command goes on
 
@@ -140,7 +136,7 @@ class TrainResult(NamedTuple):
     parameters: nnx.State  # the best by validation; without validation the average or the last
     finished: bool  # false: `stop_after_minutes` were over
     steps: int
-    loss: float  # of the last step
+    loss: float | None  # of the last step
     validation_loss: float | None  # of `parameters`
     seconds: float  # of all parts
 
@@ -178,7 +174,7 @@ def train(
             (run.state, run.best), run.progress = found
         metrics = MetricsFile(folder / "metrics.jsonl", run.progress.step, track)
         saved = begin = time.monotonic()
-        before, loss = run.progress.seconds, math.nan
+        before = run.progress.seconds
         try:
             for loss, tokens in run.steps():
                 now = time.monotonic()
@@ -196,11 +192,12 @@ def train(
                 if ending:
                     break
         except KeyboardInterrupt:
-            checkpoints.save((run.state, run.best), run.progress)
+            if not run.changing:
+                checkpoints.save((run.state, run.best), run.progress)
             raise
-    progress = run.progress
-    finished = progress.step >= steps or run.ended_early
-    return TrainResult(run.result, finished, progress.step, loss, progress.best_loss, progress.seconds)
+    done = run.progress
+    finished = done.step >= steps or run.ended_early
+    return TrainResult(run.result, finished, done.step, done.loss, done.best_loss, done.seconds)
 
 
 def _over(minutes: float | None, begin: float) -> bool:
@@ -220,6 +217,7 @@ class _Run:
         self.best = jax.tree.map(jnp.copy, parameters) if objective.validation else None
         self.progress = Progress()
         self.done = self.tokens = 0  # steps and tokens of this process
+        self.changing = False  # whether the state and the progress are of different steps
         self._norm = 0.0
 
     def steps(self) -> Iterator[tuple[float, int]]:
@@ -231,7 +229,7 @@ class _Run:
                 zeros = jax.tree.map(jnp.zeros_like, self.state.parameters)
                 sums = GradientSums(zeros, jnp.zeros(()), jnp.zeros(()))  # two arrays, since each is donated
             for _ in range(self.options.accumulate):
-                batch, self.progress.epoch, self.progress.index = next(batches)
+                batch, epoch, index = next(batches)
                 tokens += self.objective.tokens(batch)
                 sums = add_gradients(
                     sums,
@@ -241,19 +239,22 @@ class _Run:
                     graph=self._graph,
                     loss=self.objective.loss,
                 )
-            self.state, loss, norm = apply_gradients(
+            self.changing = True
+            self.state, new_loss, norm = apply_gradients(
                 self.state, sums, optimizer=self._optimizer, decay=self.options.average
             )
-            if not math.isfinite(float(loss)) or not math.isfinite(float(norm)):
+            loss, self._norm = float(new_loss), float(norm)
+            step = self.progress.step + 1
+            if not math.isfinite(loss) or not math.isfinite(self._norm):
                 raise UserError(
-                    f"The loss of step {self.progress.step + 1} is {float(loss)} and the norm of its gradient "
-                    f"{float(norm)}: lower train.optimizer.learning_rate."
+                    f"The loss of step {step} is {loss} and the norm of its gradient {self._norm}: lower "
+                    "train.optimizer.learning_rate."
                 )
-            self._norm = float(norm)
-            self.progress.step += 1
+            self.progress = replace(self.progress, step=step, epoch=epoch, index=index, loss=loss)
+            self.changing = False
             self.done += 1
             self.tokens += tokens
-            yield float(loss), tokens
+            yield loss, tokens
 
     def _batches(self) -> Iterator[tuple[Batch, int, int]]:
         """Yield the batches that are left, each with the position of the next one: its epoch and its index there."""

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from rag.train import loop
 from rag.train.loop import TrainOptions, product_type, train
 from rag.train.optimizer import OptimizerOptions, learning_rate
 from rag.types import UserError
@@ -92,6 +93,50 @@ def test_in_parts_as_at_once(reference, tmp_path):
     assert [part.steps for part in parts] == list(range(1, result.steps + 1))
     assert [part.finished for part in parts] == [False] * (result.steps - 1) + [True]
     assert equal(parts[-1].parameters, result.parameters) and lines(tmp_path) == lines(folder)
+
+
+def test_a_finished_training_is_found_finished(reference):
+    """As after a kill between the last checkpoint and the files that are made of it."""
+    model, folder, result = reference
+    before = lines(folder)
+    again = run(model, folder)
+    assert again._replace(parameters=None) == result._replace(parameters=None)
+    assert equal(again.parameters, result.parameters) and lines(folder) == before
+
+
+@pytest.mark.parametrize("moment", ["before a step", "in a step", "after a step"])
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(reference, tmp_path, monkeypatch, moment):
+    model, _, result = reference
+    calls = []
+
+    def interrupt(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "after a step":
+            patch.setattr("rag.train.metrics_file.MetricsFile.write", interrupt)
+        else:
+            name = "add_gradients" if moment == "before a step" else "apply_gradients"
+            function = getattr(loop, name)
+            patch.setattr(loop, name, lambda *args, **kwargs: (interrupt(), function(*args, **kwargs))[1])
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path, checkpoint_minutes=60.0)
+    final = run(model, tmp_path)
+    assert equal(final.parameters, result.parameters)
+    steps = [row["step"] for row in lines(tmp_path) if "loss" in row]
+    assert steps[-1] == result.steps and final.steps == result.steps
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    model = tmp_path / "model"
+    run(model, tmp_path / "run", stop_after_minutes=0.0)
+    for file in (tmp_path / "run" / "checkpoints" / "1" / "arrays").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"The checkpoint .*checkpoints/1 is damaged .*: remove this folder"):
+        run(model, tmp_path / "run")
 
 
 def test_accumulated_batches_are_one_larger_batch(tmp_path):
