@@ -5,6 +5,8 @@
     random       as many passages of other documents: the effect of a prompt's mere length
     retrieved    the k best of the retriever: the system itself
     shuffled     those in a random order: the effect of the order
+    placed       the best relevant passage at the rank `place` among irrelevant ones of the retriever: the effect of its
+                 place (Liu et al. 2023, arXiv:2307.03172); context=score shows passages in the order of their ranks
 
 rag.evaluate.error_breakdown compares `oracle` and `retrieved`.
 """
@@ -32,7 +34,7 @@ from rag.runtime.stages import wrong_result
 from rag.types import Chunk, Context, Hit, Message, UserError
 
 Span = tuple[str, int, int]  # document id, characters from and to, the end exclusive
-Condition = Literal["closed_book", "oracle", "random", "retrieved", "shuffled"]
+Condition = Literal["closed_book", "oracle", "random", "retrieved", "shuffled", "placed"]
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 
 _COVERED = (
@@ -59,6 +61,7 @@ class ContextAblation:
     likelihood: Sequence[Condition] = ("closed_book", "retrieved")  # of these: score the gold answer too
     measure: GoldMetric = "F1"  # of the error breakdown
     k: Count = 3  # passages in a prompt
+    place: Count = 1  # rank of the relevant passage under "placed", the last one if there are fewer
     seed: Seed = 0  # of the random passages and the shuffling
 
     def __post_init__(self) -> None:
@@ -207,6 +210,13 @@ def passages(
             drawn = random.Random(f"{ablation.seed} {query}").sample(others, min(ablation.k, len(others)))
             rows = _without(related, drawn)
             return collection.hits(rows, [1.0 - i / ablation.k for i in range(len(rows))])
+        case "placed":
+            relevant = passages("oracle", collection, dataset, query, hits, ablation)[:1]
+            found = without_own_document(hits, query, dataset)
+            irrelevant = [hit for hit in found if not _relevance(hit.chunk, query, dataset)]
+            place = min(ablation.place, ablation.k) - 1
+            ranked = [*irrelevant[:place], *relevant, *irrelevant[place:]][: ablation.k]
+            return [replace(hit, score=1.0 - i / len(ranked)) for i, hit in enumerate(ranked)]
         case _:
             return without_own_document(hits, query, dataset)[: ablation.k]
 

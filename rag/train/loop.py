@@ -195,9 +195,9 @@ def train(
             if not run.changing:
                 checkpoints.save((run.state, run.best), run.progress)
             raise
-    done = run.progress
-    finished = done.step >= steps or run.ended_early
-    return TrainResult(run.result, finished, done.step, done.loss, done.best_loss, done.seconds)
+    end = run.progress
+    finished = end.step >= steps or run.ended_early
+    return TrainResult(run.result, finished, end.step, end.loss, end.best_loss, end.seconds)
 
 
 def _over(minutes: float | None, begin: float) -> bool:

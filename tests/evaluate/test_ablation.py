@@ -130,6 +130,26 @@ def test_evidence_across_two_chunks_is_found_in_their_union():
     assert read(folder, "error_breakdown.json")["errors"]["retrieval miss"] == 0.0
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_the_relevant_passage_has_the_place_that_is_asked_for(place, k):
+    """Also where the retriever does not rank it so, and the last place where there are fewer."""
+    queries = {"q0": "seal", "q1": "whale gull gull gull"}
+    some = dataset(
+        queries=queries, qrels={"q0": {"seal": 1}, "q1": {"whale": 1}}, unjudged={}, unanswerable=frozenset()
+    )
+    one = experiment(
+        LastEater(),
+        dataset=some,
+        context=ContextOptions(order="score", min_score=None),
+        ablation=ContextAblation(["placed"], k=k, place=place),
+        method=Dense(),
+    )
+    for row in read(one.run(), "answers.jsonl"):
+        relevant = {"q0": "seal", "q1": "whale"}[row["query"]]
+        assert len(row["sources"]) == k and row["sources"].index(relevant) == min(place, k) - 1
+
+
 @pytest.mark.parametrize("min_score", [0.99, "auto"])
 def test_a_threshold_holds_for_the_shuffled_passages_too(min_score):
     embedder = BagOfWords(score_threshold=0.99)
